@@ -1,0 +1,307 @@
+"""What a batch is, and how a model and a batch meet.
+
+Everything in fastfip that takes a model and data takes the hooks `forward=` and `loss=` as well, builds a :class:`Task` of
+them with :meth:`Task.of` and walks the data with :func:`iter_batches`; nothing else looks inside a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import DataError
+
+__all__ = ["Task", "check_labels", "iter_batches", "looks_like_probabilities", "move_to", "to_tensors"]
+
+Batch = Any
+Forward = Callable[[nn.Module, Batch], Tensor]
+Loss = Callable[[Tensor, Batch], Tensor]
+
+#: Fields of a dict batch that are given to the model by position ...
+INPUT_KEYS = ("x", "input", "inputs", "image", "images")
+#: ... and those that mean "Hugging Face style": every field but the labels is given by name.
+NAMED_INPUT_KEYS = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features")
+LABEL_KEYS = ("labels", "label", "y", "target", "targets")
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DATASET_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a model and a batch meet. Build it with :meth:`Task.of`; without hooks it means: classify `(x, y)`.
+
+    A batch is a tuple or list `(x, y, ...)` (items after the second are left alone) or a dict. N is the number of samples
+    of a batch, C the number of classes.
+    """
+
+    forward_hook: Forward | None = None
+    loss_hook: Loss | None = None
+
+    @classmethod
+    def of(cls, forward: Forward | None = None, loss: Loss | None = None) -> Task:
+        """Return the task with the user's hooks.
+
+        Args:
+            forward: `forward(model, batch) -> logits [N, C]`; None: `model(x)`, or `model(**fields)` for Hugging Face dicts.
+            loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample (never its mean); None: cross-entropy.
+
+        Raises:
+            DataError: a hook is not callable.
+        """
+        for name, hook in (("forward", forward), ("loss", loss)):
+            if hook is not None and not callable(hook):
+                raise DataError(f"{name}= must be a function, not {type(hook).__name__}")
+        return cls(forward, loss)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits [N, C] of a batch (of whatever shape `loss=` understands, if that is given).
+
+        Raises:
+            DataError: the batch has no input field, or the net returns something that holds no logits.
+        """
+        if self.forward_hook is not None:
+            out = self.forward_hook(model, batch)
+            if not isinstance(out, Tensor):
+                raise DataError(f"forward= must return the logits as one tensor, not {_describe(out)}")
+            return out
+        if isinstance(batch, Mapping) and not any(isinstance(batch.get(k), Tensor) for k in INPUT_KEYS):
+            self.inputs(batch)
+            return _logits_of(model(**{k: v for k, v in batch.items() if k not in LABEL_KEYS}))
+        return _logits_of(model(self.inputs(batch)))
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Return the input x of a batch (of a Hugging Face dict its main field)."""
+        if isinstance(batch, Mapping):
+            for key in INPUT_KEYS + NAMED_INPUT_KEYS:
+                if isinstance(batch.get(key), Tensor):
+                    return batch[key]
+            raise DataError(
+                f"a dict batch with the keys {sorted(map(str, batch))} has no known input field: pass forward="
+            )
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            return batch[0]
+        raise DataError(f"a batch must be (x, y) or a dict, not {_describe(batch)}: pass forward= (and loss=)")
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the labels of a batch as int64 [N] (as they are, if `loss=` is given and they are no class indices).
+
+        Raises:
+            DataError: there are none, or they are no class indices and there is no `loss=`.
+        """
+        y = None
+        if isinstance(batch, Mapping):
+            y = next((batch[k] for k in LABEL_KEYS if k in batch), None)
+            where = (
+                f"a dict batch with the keys {sorted(map(str, batch))} has no labels (one of {', '.join(LABEL_KEYS)})"
+            )
+        else:
+            where = f"a batch must be (x, y) with labels y, not {_describe(batch)}"
+            if isinstance(batch, (tuple, list)) and len(batch) > 1:
+                y = batch[1]
+        if y is None:
+            raise DataError(where)
+        if not isinstance(y, Tensor):
+            raise DataError(f"labels must be a tensor, not {_describe(y)}")
+        if self.loss_hook is None:
+            check_labels(y)
+        return y.long() if y.dtype in _INTEGERS else y
+
+    def relabel(self, batch: Batch, y: Tensor) -> Batch:
+        """Return the batch with its labels replaced by `y`; the given batch is left as it is."""
+        if isinstance(batch, Mapping):
+            key = next((k for k in LABEL_KEYS if k in batch), None)
+            if key is None:
+                raise DataError(f"a dict batch with the keys {sorted(map(str, batch))} has no labels to replace")
+            return {**batch, key: y}
+        return (batch[0], y, *batch[2:])
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each sample, [N]; by default the cross-entropy, which is -log p(y|x).
+
+        Raises:
+            DataError: logits and labels do not fit each other, or `loss=` does not return one number for each sample.
+        """
+        if self.loss_hook is not None:
+            out = self.loss_hook(logits, batch)
+            if not isinstance(out, Tensor) or out.dim() != 1:
+                raise DataError(f"loss= must return one loss for each sample, shape [N], not {_describe(out)}")
+            return out
+        y = self.labels(batch)
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise DataError(
+                f"cross-entropy needs logits [N, C] with C > 1, the model gave {list(logits.shape)}: pass loss= (and forward=)"
+            )
+        if logits.shape[0] != y.shape[0]:
+            raise DataError(
+                f"{y.shape[0]} labels for {logits.shape[0]} rows of logits: pass forward= that keeps one per sample"
+            )
+        if y.device.type == "cpu":  # elsewhere this would wait for the device; iter_batches has checked before the move
+            check_labels(y, logits.shape[1])
+        return F.cross_entropy(logits, y, reduction="none")
+
+    def size(self, batch: Batch) -> int:
+        """Return N, the number of samples of a batch."""
+        for field in (self.labels, self.inputs):
+            try:
+                value = field(batch)
+            except DataError:
+                continue
+            if value.dim() > 0:
+                return value.shape[0]
+        raise DataError(f"cannot tell how many samples are in {_describe(batch)}")
+
+
+def check_labels(y: Tensor, classes: int | None = None) -> None:
+    """Check that `y` are class indices: integer, [N], and within 0 .. classes-1 if `classes` is given.
+
+    Raises:
+        DataError: they are not, with the remedy.
+    """
+    if y.dtype not in _INTEGERS:
+        how = "y.argmax(1)" if y.dim() == 2 else "y.long()"
+        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: give class indices, e.g. {how}, or pass loss=")
+    if y.dim() != 1:
+        how = "y.argmax(1)" if y.dim() == 2 and y.shape[1] > 1 else "y.flatten()"
+        raise DataError(
+            f"labels have the shape {list(y.shape)}, not [N]: give class indices, e.g. {how}, or pass loss="
+        )
+    if y.numel() == 0:
+        return
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or (classes is not None and high >= classes):
+        bound = f"0..{classes - 1}" if classes is not None else "0..C-1"
+        raise DataError(
+            f"labels run from {low} to {high}, outside {bound}: number the classes from 0, as the model does"
+        )
+
+
+def looks_like_probabilities(outputs: Tensor) -> bool:
+    """Return whether outputs [N, C] are probabilities (a softmax inside the net) rather than logits.
+
+    Every row is non-negative and sums to one within 1e-3. Cross-entropy would apply a second softmax to such outputs;
+    `forward=lambda model, batch: model(batch[0]).clamp_min(1e-30).log()` gives log-probabilities, which are logits.
+    """
+    if outputs.dim() != 2 or outputs.shape[0] == 0 or outputs.shape[1] < 2:
+        return False
+    out = outputs.detach().float()
+    return bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())
+
+
+def to_tensors(batch: Batch) -> Batch:
+    """Return a batch with the numpy arrays and numbers in it as tensors; containers become plain tuples and dicts."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        return {k: to_tensors(v) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(to_tensors(v) for v in batch)
+    if hasattr(batch, "__array__") and not isinstance(batch, (str, bytes)):
+        try:
+            return torch.as_tensor(batch)
+        except (TypeError, ValueError):
+            return batch
+    return batch
+
+
+def move_to(batch: Batch, device: torch.device | str | None) -> Batch:
+    """Return a (nested) batch with its tensors on `device`; what is no tensor stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch if device is None else batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {k: move_to(v, device) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(move_to(v, device) for v in batch)
+    return batch
+
+
+def iter_batches(
+    data: Iterable[Batch],
+    task: Task | None = None,
+    device: torch.device | str | None = None,
+    classes: int | None = None,
+) -> Iterator[Batch]:
+    """Walk `data` once: yield its batches, checked, on `device`.
+
+    Args:
+        data: any iterable of batches; a `torch.utils.data.Dataset` (read in order, 128 at a time); or one batch: a tuple of
+            tensors `(x, y)` or a dict of tensors.
+        task: what a batch means; None: `Task()`.
+        device: where the tensors go; None: they stay.
+        classes: C where it is known; labels are then checked against it.
+
+    Yields:
+        batches, lists and named tuples in them turned into plain tuples; a batch of no samples is passed over.
+
+    Raises:
+        DataError: no batches at all, labels that are no class indices or out of range, uint8 images.
+    """
+    task = Task() if task is None else task
+    seen = False
+    for raw in _batches_of(data):
+        batch = to_tensors(raw)
+        if _check_batch(batch, task, classes) == 0:
+            continue
+        seen = True
+        yield move_to(batch, device)
+    if not seen:
+        raise DataError(
+            "the data gave no samples: an empty loader, or a generator that is used up (pass a list or a DataLoader)"
+        )
+
+
+def _batches_of(data: Any) -> Iterable[Batch]:
+    if isinstance(data, Mapping) or (
+        isinstance(data, (tuple, list)) and len(data) > 1 and all(isinstance(v, Tensor) for v in data)
+    ):
+        return [data]
+    if isinstance(data, Tensor):
+        raise DataError("data is a single tensor: labels are needed as well, pass (x, y) or a DataLoader")
+    dataset = torch.utils.data.Dataset
+    if isinstance(data, dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        return torch.utils.data.DataLoader(data, batch_size=_DATASET_BATCH)
+    if not isinstance(data, Iterable):
+        raise DataError(f"data must be an iterable of batches, not {_describe(data)}")
+    return data
+
+
+def _check_batch(batch: Batch, task: Task, classes: int | None) -> int:
+    """Check one batch; return its number of samples."""
+    if task.forward_hook is None:
+        x = task.inputs(batch)
+        if x.dtype == torch.uint8 and x.dim() > 2:
+            raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
+    if task.loss_hook is None:
+        y = task.labels(batch)
+        if y.device.type == "cpu":
+            check_labels(y, classes)
+        if task.forward_hook is None and task.inputs(batch).shape[:1] != y.shape:
+            raise DataError(f"{y.shape[0]} labels for inputs of shape {list(task.inputs(batch).shape)}")
+    return task.size(batch)
+
+
+def _logits_of(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise DataError(f"the model returned {_describe(out)}: pass forward=, e.g. lambda model, batch: model(batch[0])[0]")
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {_dtype(value)} tensor {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(_describe(v) if isinstance(v, Tensor) else type(v).__name__ for v in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({inner}{', ...' if len(value) > 4 else ''})"
+    return f"a {type(value).__name__}"
