@@ -1,0 +1,42 @@
+# Every target works from a fresh clone: set-up goes to .venv once and is redone when what it depends on changes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/.ready
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint format real bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[test,demo]"
+	touch $@
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/fastfip demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+real: $(STAMP)
+	$(BIN)/python -m benchmarks.real_models $(ARGS)
+
+bench: $(STAMP)
+	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info fastfip/_native*

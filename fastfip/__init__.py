@@ -1,0 +1,43 @@
+"""Clean backdoored networks with a few clean samples, guided by the Fisher information.
+
+Importing this package loads nothing but this file: every public name is resolved when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that holds it. No module may have the name of a function listed here: importing a submodule
+# sets it as an attribute of the package, and would hide the function.
+_WHERE = {
+    "purify": "fastfip.purification",
+    "purify_": "fastfip.purification",
+    "PurifyResult": "fastfip.result",
+    "fisher_diagonal": "fastfip.fisher",
+    "fisher_trace": "fastfip.fisher",
+    "sharpness": "fastfip.curvature",
+    "evaluate": "fastfip.metrics",
+    "load_checkpoint": "fastfip.checkpoint",
+    "save_checkpoint": "fastfip.checkpoint",
+}
+_MODULES = ("attacks", "data", "errors", "metrics", "methods", "ops")
+
+__all__ = ["__version__", *_MODULES, *_WHERE]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"fastfip.{name}")
+    else:
+        raise AttributeError(f"module 'fastfip' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,109 @@
+"""What fastfip runs on here: versions, CPU, backends and, for each backend that is missing, the reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package is imported from; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        done = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if done.returncode != 0:
+        return None
+    return done.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _native() -> str:
+    from fastfip.kernels import native
+
+    return f"yes ({native.isa()})" if native.available() else f"no: {native.reason()}"
+
+
+def _cuda() -> str:
+    """Asks NVML, not the CUDA runtime: a CUDA context would make a later fork of this process fail."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "no: this torch is built without CUDA"
+    asked = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    try:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    finally:
+        if asked is None:
+            del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+        else:
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = asked
+    return f"yes ({count} device{'s' * (count != 1)}, CUDA {torch.version.cuda})" if count else "no: no device or driver"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no: not installed (pip install 'fastfip[triton]')"
+    return f"yes ({_version('triton') or 'unknown version'})"
+
+
+def collect() -> dict[str, Any]:
+    """Everything a bug report or a benchmark row needs, as plain values; initialises neither CUDA nor Triton."""
+    import torch
+
+    import fastfip
+
+    names = ("numpy", "safetensors", "rich", "typer", "scikit-learn", "matplotlib", "transformers")
+    return {
+        "fastfip": fastfip.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: version for name in names if (version := _version(name))},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "native": _native(),
+        "triton": _triton(),
+        "cuda": _cuda(),
+    }
+
+
+def text(values: dict[str, Any] | None = None) -> str:
+    """The values of `collect()` as lines "name  value"."""
+    values = collect() if values is None else values
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        rows.append(f"{name:<15} {'-' if value is None else value}")
+    return "\n".join(rows)

@@ -1,0 +1,49 @@
+"""The compiled module `fastfip._native`: loaded on first use, or a reason why it is not there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+from fastfip.errors import BackendError
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("FASTFIP_NATIVE") == "0":
+        return None, "switched off by FASTFIP_NATIVE=0"
+    try:
+        return importlib.import_module("fastfip._native"), ""
+    except ImportError as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "fastfip._native"):
+            return None, f"does not load: {error}"
+    note = Path(__file__).parent.parent / "_native_missing.txt"
+    if note.exists():
+        return None, note.read_text().strip()
+    return None, "not built (pip install with a C++ compiler; FASTFIP_NATIVE=1 shows what fails)"
+
+
+def available() -> bool:
+    """Whether the compiled module can be used."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why it cannot be used; empty when it can."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    """The compiled module; BackendError with the reason when there is none."""
+    loaded, why = _load()
+    if loaded is None:
+        raise BackendError(f"native kernels: {why}")
+    return loaded
+
+
+def isa() -> str:
+    """Instruction set that the native kernels use on this CPU: portable, avx2, avx512 or avx512_bf16."""
+    return str(module().best_isa().name)

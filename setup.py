@@ -1,0 +1,81 @@
+"""Builds the optional native module. Everything else about the package is in pyproject.toml.
+
+FASTFIP_NATIVE=auto (default)  build it; where no compiler works, install without it and say so
+FASTFIP_NATIVE=1               build it or fail
+FASTFIP_NATIVE=0               do not build it: a pure Python wheel
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent
+MODE = os.environ.get("FASTFIP_NATIVE", "auto")
+if MODE not in ("auto", "1", "0"):
+    raise OptionError(f"FASTFIP_NATIVE={MODE!r}: use auto, 1 or 0")
+
+
+def run(command: list[str]) -> None:
+    """Run one build step; what it printed is shown only when it fails."""
+    try:
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot run: {error.strerror}") from None
+    if done.returncode != 0:
+        print(done.stdout, file=sys.stderr)
+        wrong = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+        raise CompileError(f"{Path(command[0]).name} {command[1]} failed: {wrong[0] if wrong else 'see above'}")
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and place the one extension with CMake and ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build; in mode auto a failing compiler leaves a note where the module would be, which `fastfip env` shows."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        note = target.parent / "_native_missing.txt"
+        note.unlink(missing_ok=True)
+        try:
+            self.compile_with_cmake(target)
+        except CompileError as error:
+            if MODE == "1":
+                raise
+            print(f"fastfip: installing without native kernels: {error}", file=sys.stderr)
+            note.write_text(f"not built when fastfip was installed: {error}\n")
+            if self.editable_mode:
+                shutil.copy(note, ROOT / "fastfip")
+        else:
+            if self.editable_mode:
+                (ROOT / "fastfip" / note.name).unlink(missing_ok=True)
+
+    def compile_with_cmake(self, target: Path) -> None:
+        """Raises setuptools.errors.CompileError with one line that names the step and its first error."""
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "native"
+        shutil.rmtree(build, ignore_errors=True)  # a cache of another compiler or Python must not survive
+        cmake = shutil.which("cmake") or "cmake"
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        run(
+            [cmake, "-S", str(ROOT), "-B", str(build), *generator]
+            + ["-DCMAKE_BUILD_TYPE=Release"]
+            + [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+            + [f"-DFASTFIP_OUTPUT_DIR={target.parent}", f"-DFASTFIP_OUTPUT_NAME={target.name}"]
+        )
+        run([cmake, "--build", str(build), "--config", "Release", "--parallel", str(os.cpu_count() or 1)])
+        if not target.exists():
+            raise CompileError(f"the build left no {target.name}")
+
+
+# optional: an editable install must not insist on copying a file that mode auto did not build
+native = [] if MODE == "0" else [Extension("fastfip._native", sources=[], optional=MODE == "auto")]
+setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})
