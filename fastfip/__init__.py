@@ -25,7 +25,7 @@ _WHERE = {
 }
 _MODULES = ("attacks", "data", "errors", "metrics", "methods", "ops")
 
-__all__ = ["__version__", *_MODULES, *_WHERE]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_WHERE]
 
 
 def __getattr__(name: str) -> Any:

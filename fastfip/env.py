@@ -65,7 +65,9 @@ def _cuda() -> str:
             del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
         else:
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = asked
-    return f"yes ({count} device{'s' * (count != 1)}, CUDA {torch.version.cuda})" if count else "no: no device or driver"
+    if count == 0:
+        return "no: no device or driver"
+    return f"yes ({count} device{'s' * (count != 1)}, CUDA {torch.version.cuda})"
 
 
 def _triton() -> str:

@@ -1,0 +1,30 @@
+"""What every test file may use."""
+
+import os
+
+# Before torch: two workers share two cores, and sums must not depend on how many threads there are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def nan_empty(monkeypatch):
+    """Fill what torch.empty and its kind return with NaN (integers: the largest value): an unwritten element shows."""
+
+    def filled(function):
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            if out.is_floating_point() or out.is_complex():
+                return out.fill_(float("nan"))
+            return out if out.dtype == torch.bool else out.fill_(torch.iinfo(out.dtype).max)
+
+        return call
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, filled(getattr(torch.Tensor, name)))

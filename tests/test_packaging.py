@@ -1,0 +1,104 @@
+"""The package as a user meets it: what importing it costs, what it says about itself."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastfip
+from fastfip import env
+from fastfip.errors import BackendError
+from fastfip.kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **variables: str) -> str:
+    """What a fresh interpreter prints; asserts that it ends well."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_adds_nothing_to_torch_and_leaves_cuda_alone():
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import fastfip; "
+        "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"
+    )
+    added, cuda = json.loads(python(code))
+    assert added == ["fastfip"]  # one small file: far under the promised 100 ms
+    assert cuda is False
+
+
+def test_using_the_library_loads_no_tool_of_the_command_line():
+    heavy = ["triton", "matplotlib", "rich", "typer", "sklearn", "scipy", "pandas", "transformers", "PIL"]
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import fastfip; "
+        "[getattr(fastfip, name) for name in fastfip.__all__]; "
+        f"print(json.dumps([sorted(set({heavy!r}) & (set(sys.modules) - before)), torch.cuda.is_initialized()]))"
+    )
+    assert json.loads(python(code)) == [[], False]
+
+
+def test_every_public_name_resolves_and_is_not_hidden_by_its_module():
+    for name, where in fastfip._WHERE.items():
+        value = getattr(importlib.import_module(where), name)
+        assert callable(value), f"fastfip.{name} is {value!r}"
+        assert getattr(fastfip, name) is value
+    assert set(fastfip.__all__) <= set(dir(fastfip))
+    with pytest.raises(AttributeError, match="no attribute 'purfy'"):
+        _ = fastfip.purfy
+
+
+def test_native_is_there_or_says_why():
+    if native.available():
+        assert native.reason() == ""
+        assert native.isa() in ("portable", "avx2", "avx512", "avx512_bf16")
+    else:
+        assert native.reason()
+        with pytest.raises(BackendError, match="native kernels: "):
+            native.module()
+
+
+def test_native_can_be_switched_off_and_says_so():
+    code = "from fastfip.kernels import native; print(native.available(), native.reason())"
+    assert python(code, FASTFIP_NATIVE="0").strip() == "False switched off by FASTFIP_NATIVE=0"
+
+
+def test_a_native_module_that_does_not_load_is_a_reason_not_an_error(tmp_path):
+    """As after an upgrade of Python or on a CPU of another kind: the file is there but cannot be loaded."""
+    code = (
+        "import sys; from importlib.machinery import EXTENSION_SUFFIXES as s, PathFinder; import fastfip, pathlib; "
+        f"d = pathlib.Path({str(tmp_path)!r}); (d / ('_native' + s[0])).write_bytes(b'not a library'); "
+        "fastfip.__path__ = [str(d), *fastfip.__path__]; from fastfip.kernels import native; "
+        "print(native.available(), native.reason())"
+    )
+    assert python(code).startswith("False does not load: ")
+
+
+def test_environment_report():
+    values = env.collect()
+    assert values["torch"] == torch.__version__
+    assert values["fastfip"] == fastfip.__version__
+    for backend in ("native", "triton", "cuda"):
+        assert values[backend].startswith(("yes (", "no: ")), values[backend]
+    assert values["native"].startswith("yes") == native.available()
+    text = env.text(values)
+    assert all(name in text for name in values)
+    assert (
+        python("from fastfip import env; import torch; env.collect(); print(torch.cuda.is_initialized())") == "False\n"
+    )
+
+
+def test_version_and_typing_marker_are_packaged():
+    assert (ROOT / "fastfip" / "py.typed").exists()
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{fastfip.__version__}"' in pyproject
+    build = pyproject.split("[project]")[0]
+    assert '"torch' not in build  # building must never need torch
