@@ -23,16 +23,19 @@ if MODE not in ("auto", "1", "0"):
     raise OptionError(f"FASTFIP_NATIVE={MODE!r}: use auto, 1 or 0")
 
 
-def run(command: list[str]) -> None:
+def run(step: str, command: list[str]) -> None:
     """Run one build step; what it printed is shown only when it fails."""
     try:
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         raise CompileError(f"{command[0]} cannot run: {error.strerror}") from None
-    if done.returncode != 0:
-        print(done.stdout, file=sys.stderr)
-        wrong = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-        raise CompileError(f"{Path(command[0]).name} {command[1]} failed: {wrong[0] if wrong else 'see above'}")
+    if done.returncode == 0:
+        return
+    print(done.stdout, file=sys.stderr)
+    if "CMAKE_CXX_COMPILER" in done.stdout:
+        raise CompileError("no working C++ compiler (install one, or name it in CXX)")
+    wrong = [line.strip() for line in done.stdout.splitlines() if "error:" in line]
+    raise CompileError(f"{step} failed: {wrong[0] if wrong else 'pip install -v shows how'}")
 
 
 class CMakeBuild(build_ext):
@@ -42,6 +45,7 @@ class CMakeBuild(build_ext):
         """Build; in mode auto a failing compiler leaves a note where the module would be, which `fastfip env` shows."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # one that an earlier build left must not be packaged when this one fails
         note = target.parent / "_native_missing.txt"
         note.unlink(missing_ok=True)
         try:
@@ -66,12 +70,16 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake") or "cmake"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         run(
+            "cmake",
             [cmake, "-S", str(ROOT), "-B", str(build), *generator]
             + ["-DCMAKE_BUILD_TYPE=Release"]
             + [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-            + [f"-DFASTFIP_OUTPUT_DIR={target.parent}", f"-DFASTFIP_OUTPUT_NAME={target.name}"]
+            + [f"-DFASTFIP_OUTPUT_DIR={target.parent}", f"-DFASTFIP_OUTPUT_NAME={target.name}"],
         )
-        run([cmake, "--build", str(build), "--config", "Release", "--parallel", str(os.cpu_count() or 1)])
+        run(
+            "the C++ build",
+            [cmake, "--build", str(build), "--config", "Release", "--parallel", str(os.cpu_count() or 1)],
+        )
         if not target.exists():
             raise CompileError(f"the build left no {target.name}")
 
