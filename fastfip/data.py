@@ -1,7 +1,7 @@
 """What a batch is, and how a model and a batch meet.
 
-Everything in fastfip that takes a model and data takes the hooks `forward=` and `loss=` as well, builds a :class:`Task` of
-them with :meth:`Task.of` and walks the data with :func:`iter_batches`; nothing else looks inside a batch.
+Everything in fastfip that takes a model and data takes the hooks `forward=` and `loss=` as well, makes a :class:`Task`
+of them with :meth:`Task.of` and walks the data with :func:`iter_batches`; nothing else looks inside a batch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _DATASET_BATCH = 128
 class Task:
     """How a model and a batch meet. Build it with :meth:`Task.of`; without hooks it means: classify `(x, y)`.
 
-    A batch is a tuple or list `(x, y, ...)` (items after the second are left alone) or a dict. N is the number of samples
-    of a batch, C the number of classes.
+    A batch is a tuple or list `(x, y, ...)` (items after the second are left alone) or a dict. N is the number of
+    samples of a batch, C the number of classes.
     """
 
     forward_hook: Forward | None = None
@@ -48,8 +48,9 @@ class Task:
         """Return the task with the user's hooks.
 
         Args:
-            forward: `forward(model, batch) -> logits [N, C]`; None: `model(x)`, or `model(**fields)` for Hugging Face dicts.
-            loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample (never its mean); None: cross-entropy.
+            forward: `forward(model, batch) -> logits [N, C]`; None: `model(x)`, or `model(**fields)` for a Hugging
+                Face dict.
+            loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample, never their mean; None: cross-entropy.
 
         Raises:
             DataError: a hook is not callable.
@@ -135,7 +136,7 @@ class Task:
         y = self.labels(batch)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise DataError(
-                f"cross-entropy needs logits [N, C] with C > 1, the model gave {list(logits.shape)}: pass loss= (and forward=)"
+                f"cross-entropy needs logits [N, C] with C > 1, not {list(logits.shape)}: pass loss= (and forward=)"
             )
         if logits.shape[0] != y.shape[0]:
             raise DataError(
@@ -229,8 +230,8 @@ def iter_batches(
     """Walk `data` once: yield its batches, checked, on `device`.
 
     Args:
-        data: any iterable of batches; a `torch.utils.data.Dataset` (read in order, 128 at a time); or one batch: a tuple of
-            tensors `(x, y)` or a dict of tensors.
+        data: any iterable of batches; a `torch.utils.data.Dataset` (read in order, 128 at a time); or one batch: a
+            tuple of tensors `(x, y)` or a dict of tensors.
         task: what a batch means; None: `Task()`.
         device: where the tensors go; None: they stay.
         classes: C where it is known; labels are then checked against it.
