@@ -1,0 +1,144 @@
+"""What a method is, and how it is found.
+
+A method says what is tuned, the loss and, where it needs to, the step; `fastfip.training.fit` is the loop around it.
+The order of calls: `setup`, `parameter_groups`, `make_optimizer`; each step `backward` (which calls `loss`), the
+optimiser's step, `after_step`; each epoch `is_candidate`, `score`; at the end, whatever happened, `fold`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import MethodConfig, setting
+from ..data import Batch
+from ..errors import ConfigError
+from ..run import Run
+
+__all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]
+
+Groups = list[dict[str, Any]]
+M = TypeVar("M", bound="type[Method]")
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+class Method(ABC):
+    """One way to purify. Subclass it in a file of its own, with a config, under `@register`.
+
+    An instance lives for one run and may keep state (anchors, Fisher diagonals) on itself.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def setup(self, run: Run) -> None:  # noqa: B027 (most methods need none)
+        """Prepare: the Fisher diagonal, the SVD. The model is in eval mode; `requires_grad` is as the user left it."""
+
+    @abstractmethod
+    def parameter_groups(self, run: Run) -> Groups:
+        """Return what is tuned, as an optimiser takes it: `[{"params": [...], "lr": ...}, ...]`; `lr` may be left out.
+
+        Everything else in the model is frozen while the loop runs, so no gradient is computed for it. The loop passes
+        over what is no floating-point tensor or was named before (tied weights), and BatchNorm's affine parameters if
+        `bn_mode="freeze"`.
+        """
+
+    def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
+        """Return the optimiser: the config's. Its groups' `lr` is what the schedule multiplies."""
+        config = run.config
+        if config.optimizer == "adam":
+            return torch.optim.Adam(groups, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+    def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
+        """Do the forward and backward passes of one step, gradients added to `.grad`; return what the history shows.
+
+        The entry "loss" must be there: a loss that is not finite makes the loop skip the step.
+        """
+        with run.autocast():
+            loss = self.loss(run, batch)
+        run.backward(loss)
+        return {"loss": loss.detach()}
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        """Return the scalar that is minimised: by default the mean clean loss."""
+        return run.loss(run.forward(batch), batch).mean()
+
+    def after_step(self, run: Run) -> None:  # noqa: B027
+        """Do what follows the optimiser's step: clipping, projections, a schedule of its own."""
+
+    def is_candidate(self, run: Run) -> bool:
+        """Return whether the state at the end of this epoch may be the one that is kept."""
+        return True
+
+    @torch.no_grad()
+    def score(self, run: Run) -> dict[str, float]:
+        """Return figures of the present state on held-out clean data, in eval mode; the lowest "score" is kept.
+
+        By default the score is the mean clean loss; "heldout_acc" is there as well where outputs are logits.
+        """
+        clean = run.clean if run.heldout is None else run.heldout
+        total, right, count = 0.0, 0.0, 0
+        with run.eval_mode():
+            for batch in clean.batches(device=run.device):
+                logits = run.forward(batch)
+                total += float(run.task.loss(logits, batch).sum())
+                count += run.task.size(batch)
+                if run.classes is not None:
+                    right += float((logits.argmax(1) == run.task.labels(batch)).sum())
+        out = {"score": total / count}
+        if run.classes is not None:
+            out["heldout_acc"] = right / count
+        return out
+
+    def fold(self, run: Run) -> None:  # noqa: B027
+        """Take back what `setup` did to the model (parametrisations, hooks, buffers), exactly: plain weights remain.
+
+        Called once on every way out, also after an error inside `setup`.
+        """
+
+
+def register(cls: M) -> M:
+    """Make a method known by its `name`."""
+    for attribute in ("name", "summary"):
+        if not isinstance(getattr(cls, attribute, None), str):
+            raise TypeError(f"{cls.__name__} needs a class attribute {attribute}")
+    other = _METHODS.get(cls.name)
+    if other is not None and other.__qualname__ != cls.__qualname__:
+        raise TypeError(f"the methods {other.__qualname__} and {cls.__qualname__} have one name, {cls.name!r}")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+def _scan() -> None:
+    package = importlib.import_module(__package__ or "fastfip.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def names() -> list[str]:
+    """Return the names of all methods, sorted."""
+    _scan()
+    return sorted(_METHODS)
+
+
+def get(name: str) -> type[Method]:
+    """Return a method's class.
+
+    Raises:
+        ConfigError: there is none of this name; the nearest is named.
+    """
+    known = names()
+    if name not in _METHODS:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no method {name!r}{hint} There are {', '.join(known)}")
+    return _METHODS[name]

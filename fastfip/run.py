@@ -1,0 +1,194 @@
+"""What a method sees while it works: the model, the data, the settings, where the loop is, and what it may use.
+
+`fastfip.training.fit` makes the loop of it; `fastfip.methods.base.Method` is the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .cleanset import CleanSet
+from .config import MethodConfig
+from .data import Batch, Task
+from .errors import ConfigError, ModelError
+
+__all__ = ["Run", "autocast_dtype"]
+
+
+@dataclass
+class Run:
+    """One purification under way.
+
+    Attributes:
+        model: the working copy, in eval mode but for what `train_mode` switches. A method may change it; `Method.fold`
+            undoes that.
+        task: how a batch and the model meet: `task.forward(model, batch)`, `task.labels(batch)`, ...
+        clean: the clean samples that are tuned on. `heldout`: those that only select (None: nothing could be held out).
+        config: the method's own config class.
+        generator: seeded, on the CPU; a method draws from nothing else.
+        classes: C, where the outputs are logits [N, C].
+        epoch, epochs, step, total_steps: where the loop is; `epoch` counts from 1, `step` the steps done.
+        notes: what the result should say. seconds: time by purpose, see `timed`.
+    """
+
+    model: nn.Module
+    task: Task
+    clean: CleanSet
+    config: MethodConfig
+    device: torch.device
+    generator: torch.Generator
+    heldout: CleanSet | None = None
+    classes: int | None = None
+    amp: torch.dtype | None = None
+    seed: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    total_steps: int = 0
+    best_epoch: int | None = None
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    scaler: torch.amp.GradScaler | None = None
+    _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.config.label_smoothing and self.task.loss_hook is not None:
+            raise ConfigError(
+                "label_smoothing belongs to the cross-entropy: leave it at 0 with loss=, or smooth in loss="
+            )
+        if self.amp == torch.float16 and self.device.type == "cuda":
+            self.scaler = torch.amp.GradScaler("cuda")
+
+    # -------------------- the loop
+
+    @property
+    def progress(self) -> float:
+        """Return the share of the steps that is done, 0 to 1."""
+        return self.step / self.total_steps if self.total_steps else 0.0
+
+    def log(self, **values: float | Tensor) -> None:
+        """Add numbers of this step to the history, which holds their mean over the epoch."""
+        for name, value in values.items():
+            self._logged.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    def take_log(self) -> dict[str, float]:
+        """Return the means of what was logged since the last call."""
+        out = {name: float(sum(float(v) for v in values)) / len(values) for name, values in self._logged.items()}
+        self._logged.clear()
+        return out
+
+    def note(self, text: str) -> None:
+        """Say something in the result, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextlib.contextmanager
+    def timed(self, purpose: str) -> Iterator[None]:
+        """Add the time of a block to `seconds[purpose]` ("fisher", "svd", "train", "evaluation")."""
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # -------------------- forward, loss, backward
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Return the autocast context that `amp=` asked for (none: does nothing). Fisher terms stay outside of it."""
+        if self.amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits of a batch, with BatchNorm and dropout as the model is set now."""
+        return self.task.forward(self.model, batch)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each sample [N], with the config's label smoothing."""
+        if not self.config.label_smoothing:
+            return self.task.loss(logits, batch)
+        return F.cross_entropy(
+            logits, self.task.labels(batch), reduction="none", label_smoothing=self.config.label_smoothing
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a scalar, scaled where float16 autocast needs that."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    # -------------------- train and eval
+
+    @property
+    def batchnorms(self) -> list[nn.Module]:
+        """Return the BatchNorm layers; InstanceNorm is none (its train mode is another function of x)."""
+        return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+
+    def train_mode(self) -> None:
+        """Set the model as the config tunes it: eval mode but for BatchNorm (`bn_mode`) and dropout."""
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = self.config.bn_mode == "train"
+            elif isinstance(module, _DropoutNd):
+                module.training = self.config.dropout
+
+    @contextlib.contextmanager
+    def bn(self, mode: str) -> Iterator[None]:
+        """Set BatchNorm to "train" or "eval" for a block; running statistics are updated in "train"."""
+        if mode not in ("train", "eval"):
+            raise ValueError(f"bn({mode!r}): train or eval")
+        layers = self.batchnorms
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = mode == "train"
+        try:
+            yield
+        finally:
+            for layer, flag in zip(layers, before):
+                layer.training = flag
+
+    @contextlib.contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Set the whole model to eval mode for a block."""
+        before = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in before:
+                module.training = flag
+
+
+def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype that `amp=` means on a device; True: bfloat16 where it is supported, else float16.
+
+    Raises:
+        ConfigError: anything but False, True, "bf16", "fp16".
+    """
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp is False or amp is None:
+        return None
+    if amp is True:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return torch.bfloat16
+    if amp not in names:
+        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
+    if device.type == "meta":
+        raise ModelError("a model on the meta device has no weights")
+    return names[str(amp)]

@@ -1,0 +1,297 @@
+"""The one loop that every method runs in.
+
+It owns what no method should decide for itself: the order of the batches, the schedule of the step size, clipping,
+mixed precision, which epoch is kept, stopping early, Ctrl-C and losses that are not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .callbacks import Callback, Record, as_callbacks
+from .errors import ModelError
+from .methods.base import Groups, Method
+from .run import Run
+
+__all__ = ["Run", "fit", "learning_rate"]
+
+#: So many steps in a row without a finite loss end the loop.
+PATIENCE_NONFINITE = 10
+#: A run of very many short epochs is scored at most about so often.
+MOST_SCORES = 100
+
+
+def fit(
+    run: Run,
+    method: Method,
+    progress: bool | None = None,
+    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] = (),
+) -> list[Record]:
+    """Tune `run.model` by a method; afterwards it holds the state that was kept, folded back to plain weights.
+
+    Kept is the candidate epoch with the lowest held-out clean score (`config.select="best"`), or the last candidate.
+    The state before the first step is never a candidate: the backdoored net may well fit clean data best.
+
+    Ctrl-C: the best candidate so far is kept, or the end of the last whole epoch; `run.interrupted` is set.
+
+    A loss or gradient that is not finite: the step is left out and, if numbers in the model are not finite either, the
+    model goes back to the end of the last epoch. Ten such steps in a row end the loop: with the best candidate so far
+    and a note or, if there is none, with an error.
+
+    Args:
+        run: made by `fastfip.purify`; its model is changed in place.
+        method: an instance made for this run.
+        progress: whether a bar is shown; None: where stderr is a terminal.
+        callbacks: `Callback` objects or functions `f(run, record)` called after each epoch.
+
+    Returns:
+        The history: one dict for each epoch (epoch, step, lr, seconds, the means of what the method logged, the score).
+
+    Raises:
+        ModelError: no step had a finite loss, or the method tunes nothing.
+    """
+    watchers = as_callbacks(callbacks, progress, method.name)
+    history: list[Record] = []
+    run.model.eval()
+    try:
+        method.setup(run)
+        with _Tuned(run, method) as tuned:
+            _Loop(run, method, tuned, watchers, history).go()
+    finally:
+        method.fold(run)
+    return history
+
+
+def learning_rate(step: int, total: int, schedule: str, warmup: float) -> float:
+    """Return the factor of the step size at a step 0 .. total-1: linear warm-up, then constant or a cosine to zero."""
+    ramp = math.ceil(warmup * total)
+    if step < ramp:
+        return (step + 1) / (ramp + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+class _Tuned:
+    """The tensors that are tuned; the rest of the model is frozen while this is entered."""
+
+    def __init__(self, run: Run, method: Method) -> None:
+        self.model = run.model
+        self.groups = _groups(run, method)
+        self.tensors: list[Tensor] = [p for group in self.groups for p in group["params"]]
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Tuned:
+        mine = {id(p) for p in self.tensors}
+        everything = {id(p): p for p in [*self.model.parameters(), *self.tensors]}
+        self.flags = [(p, p.requires_grad) for p in everything.values()]
+        for p in everything.values():
+            p.requires_grad_(id(p) in mine)
+            p.grad = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for p, flag in self.flags:
+            p.requires_grad_(flag)
+            p.grad = None
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that the loop may change: what is tuned, and the buffers (running statistics)."""
+        return [*self.tensors, *(b for b in self.model.buffers() if b is not None)]
+
+    def save(self) -> list[Tensor]:
+        return [t.detach().clone() for t in self.state()]
+
+    @torch.no_grad()
+    def restore(self, saved: list[Tensor]) -> None:
+        for t, value in zip(self.state(), saved):
+            t.copy_(value)
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(t).all()) for t in self.state() if t.is_floating_point())
+
+
+def _groups(run: Run, method: Method) -> Groups:
+    frozen = set()
+    if run.config.bn_mode == "freeze":
+        frozen = {id(p) for m in run.model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
+    seen: set[int] = set()
+    groups: Groups = []
+    for group in method.parameter_groups(run):
+        params = group["params"]
+        kept = []
+        for p in [params] if isinstance(params, Tensor) else params:
+            # A tied weight comes up once for each of its places; it is one tensor and gets one update.
+            if id(p) not in frozen and id(p) not in seen and p.is_floating_point():
+                seen.add(id(p))
+                kept.append(p)
+        if kept:
+            groups.append({**group, "params": kept})
+    if not groups:
+        raise ModelError(f"{method.name} finds nothing to tune in this model: try another method, or another bn_mode")
+    return groups
+
+
+class _Stop(Exception):
+    """Ends the loop early; what it says becomes a note, if it says anything."""
+
+
+class _Loop:
+    def __init__(
+        self, run: Run, method: Method, tuned: _Tuned, watchers: list[Callback], history: list[Record]
+    ) -> None:
+        self.run, self.method, self.tuned, self.watchers, self.history = run, method, tuned, watchers, history
+        self.optimizer = method.make_optimizer(run, tuned.groups)
+        self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.best: list[Tensor] | None = None
+        self.best_score = math.inf
+        self.since_best = 0
+        self.bad_in_a_row = 0
+        config = run.config
+        self.smallest = 2 if config.bn_mode == "train" and run.batchnorms else 1
+        per_epoch = len(run.clean.order(config.batch_size, smallest=self.smallest))
+        run.total_steps = config.steps if config.steps is not None else (config.epochs or 1) * per_epoch
+        run.epochs = math.ceil(run.total_steps / per_epoch)
+        self.score_every = max(1, run.epochs // MOST_SCORES)
+        self.good = tuned.save()
+
+    def go(self) -> None:
+        run = self.run
+        try:
+            try:
+                for watcher in self.watchers:
+                    watcher.on_start(run)
+                while run.step < run.total_steps:
+                    run.epoch += 1
+                    self.epoch()
+            except KeyboardInterrupt:
+                run.interrupted = True
+                run.note(f"interrupted in epoch {run.epoch} of {run.epochs}: {self.kept()}")
+                self.tuned.restore(self.good)
+            except _Stop as stop:
+                if str(stop):
+                    run.note(str(stop))
+                self.tuned.restore(self.good)
+        finally:
+            for watcher in self.watchers:
+                watcher.on_end(run)
+        if self.best is not None:
+            self.tuned.restore(self.best)
+
+    def kept(self) -> str:
+        if run_best := self.run.best_epoch:
+            return f"the state of epoch {run_best} is kept"
+        if self.history:
+            return f"the state of epoch {self.history[-1]['epoch']} is kept"
+        return "no epoch was complete, the model is as it was given"
+
+    def epoch(self) -> None:
+        run, config, start = self.run, self.run.config, time.perf_counter()
+        stop = False
+        run.train_mode()
+        with run.timed("train"):
+            batches = run.clean.batches(
+                config.batch_size,
+                shuffle=True,
+                generator=run.generator,
+                device=run.device,
+                smallest=self.smallest,
+            )
+            with contextlib.closing(batches):  # type: ignore[type-var]
+                for batch in batches:
+                    stop = self.step(batch) or stop
+                    if stop or run.step >= run.total_steps:
+                        break
+        record: Record = {
+            "epoch": run.epoch,
+            "step": run.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **run.take_log(),
+        }
+        last = stop or run.step >= run.total_steps
+        if run.epoch % self.score_every == 0 or last:
+            with run.timed("score"):
+                self.score(record)
+        record["seconds"] = time.perf_counter() - start
+        if self.tuned.finite():
+            self.good = self.tuned.save()
+        self.history.append(record)
+        for watcher in self.watchers:
+            stop = bool(watcher.on_epoch(run, record)) or stop
+        if stop:
+            raise _Stop(f"stopped by a callback after epoch {run.epoch}")
+        if config.patience is not None and self.since_best >= config.patience:
+            raise _Stop(f"stopped after epoch {run.epoch}: no better held-out score in {self.since_best} scored epochs")
+
+    def step(self, batch: Any) -> bool:
+        """One step; whether a callback wants to stop."""
+        run, optimizer, config = self.run, self.optimizer, self.run.config
+        factor = learning_rate(run.step, run.total_steps, config.schedule, config.warmup)
+        for group, base in zip(optimizer.param_groups, self.base):
+            group["lr"] = base * factor
+        optimizer.zero_grad(set_to_none=True)
+        values = self.method.backward(run, batch)
+        if self.usable(values):
+            if run.scaler is None:
+                optimizer.step()
+            else:
+                run.scaler.step(optimizer)
+            self.method.after_step(run)
+            run.log(**values)
+            self.bad_in_a_row = 0
+        else:
+            self.bad()
+        if run.scaler is not None:
+            run.scaler.update()
+        run.step += 1
+        wishes = [bool(watcher.on_step(run, values)) for watcher in self.watchers]  # every one of them sees the step
+        return any(wishes)
+
+    def usable(self, values: dict[str, float | Tensor]) -> bool:
+        run, config = self.run, self.run.config
+        if not math.isfinite(float(values["loss"])):
+            return False
+        if config.grad_clip is None:
+            return True
+        if run.scaler is not None:
+            run.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.tuned.tensors, config.grad_clip)
+        # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
+        return run.scaler is not None or bool(torch.isfinite(norm))
+
+    def bad(self) -> None:
+        run = self.run
+        self.bad_in_a_row += 1
+        run.note("steps with a loss or gradient that is not finite were left out")
+        if not self.tuned.finite():
+            self.tuned.restore(self.good)
+        if self.bad_in_a_row < PATIENCE_NONFINITE:
+            return
+        if self.best is None:
+            raise ModelError(
+                f"the loss is not finite in {self.bad_in_a_row} steps in a row: lower lr (now {run.config.lr:g}), set "
+                "grad_clip, or check that the clean images are scaled as the model expects"
+            )
+        raise _Stop(f"stopped in epoch {run.epoch}: the loss is not finite in {self.bad_in_a_row} steps in a row")
+
+    def score(self, record: Record) -> None:
+        run = self.run
+        figures = self.method.score(run)
+        record.update(figures)
+        candidate = bool(self.method.is_candidate(run)) and math.isfinite(figures["score"])
+        record["candidate"] = candidate
+        if not candidate:
+            return
+        better = figures["score"] < self.best_score
+        self.since_best = 0 if better else self.since_best + 1
+        if better or run.config.select == "last":
+            self.best_score = min(self.best_score, figures["score"])
+            self.best, run.best_epoch = self.tuned.save(), run.epoch
