@@ -1,0 +1,7 @@
+"""Backdoor attacks for benchmarks, tests and examples. One file each; a file that is here is found."""
+
+from __future__ import annotations
+
+from .base import Attack, attack_labels, get, names, register
+
+__all__ = ["Attack", "attack_labels", "get", "names", "register"]
