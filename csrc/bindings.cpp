@@ -1,9 +1,80 @@
 // The only file that knows Python. Tensors arrive as addresses (integers); their owners live in the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
 
 #include "fastfip.h"
 
 namespace py = pybind11;
+
+namespace {
+
+typedef std::array<int64_t, 3> Three;
+
+// (address, type, strides of n, t and f)
+typedef std::tuple<uintptr_t, int, Three> MatrixArgument;
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+fastfip::Type type_of(int type) {
+    if (type < 0 || type > 3) throw std::invalid_argument("unknown type");
+    return static_cast<fastfip::Type>(type);
+}
+
+fastfip::Matrix matrix_of(const MatrixArgument& x) {
+    const Three& stride = std::get<2>(x);
+    return {pointer<const void>(std::get<0>(x)), type_of(std::get<1>(x)), stride[0], stride[1], stride[2]};
+}
+
+fastfip::Options options_of(bool is_double, int threads, int isa) {
+    if (isa < 0 || isa > static_cast<int>(fastfip::Isa::avx512_bf16)) throw std::invalid_argument("unknown instruction set");
+    return {is_double, threads < 1 ? 1 : threads, static_cast<fastfip::Isa>(isa)};
+}
+
+void sum_grad_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t samples, int64_t positions, int64_t outputs,
+                      int64_t inputs, uintptr_t out, uintptr_t grad, bool is_double, int threads, int isa) {
+    const auto options = options_of(is_double, threads, isa);
+    const auto g_matrix = matrix_of(g), a_matrix = matrix_of(a);
+    py::gil_scoped_release release;
+    fastfip::sum_grad_squared(g_matrix, a_matrix, samples, positions, outputs, inputs, pointer(out), pointer(grad), options);
+}
+
+void sum_grad_squared_windows(const MatrixArgument& g, uintptr_t map, int map_type, const std::array<int64_t, 5>& map_stride,
+                              int64_t channels, const std::array<std::vector<int64_t>, 3>& source, const Three& kernel,
+                              const Three& step, const Three& dilation, const Three& positions, int64_t samples,
+                              int64_t outputs, int64_t groups, uintptr_t out, uintptr_t grad, bool is_double, int threads,
+                              int isa) {
+    const auto options = options_of(is_double, threads, isa);
+    const auto g_matrix = matrix_of(g);
+    fastfip::Windows w = {};
+    w.data = pointer<const void>(map);
+    w.type = type_of(map_type);
+    w.stride_n = map_stride[0];
+    w.stride_c = map_stride[1];
+    w.channels = channels;
+    if (groups < 1 || outputs % groups != 0) throw std::invalid_argument("groups must divide outputs");
+    for (size_t d = 0; d < 3; ++d) {
+        w.stride[d] = map_stride[d + 2];
+        w.source[d] = source[d].data();
+        w.padded[d] = static_cast<int64_t>(source[d].size());
+        w.kernel[d] = kernel[d];
+        w.step[d] = step[d];
+        w.dilation[d] = dilation[d];
+        w.positions[d] = positions[d];
+        if (positions[d] > 0 && (positions[d] - 1) * step[d] + (kernel[d] - 1) * dilation[d] >= w.padded[d])
+            throw std::invalid_argument("a window reaches beyond the padded map");
+    }
+    py::gil_scoped_release release;
+    fastfip::sum_grad_squared_windows(g_matrix, w, samples, outputs, groups, pointer(out), pointer(grad), options);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of fastfip: addresses and sizes in, nothing about torch.";
@@ -15,4 +86,13 @@ PYBIND11_MODULE(_native, m) {
         .value("avx512_bf16", fastfip::Isa::avx512_bf16);
 
     m.def("best_isa", &fastfip::best_isa, "Best instruction set of this CPU.");
+
+    m.def("sum_grad_squared", &sum_grad_squared, py::arg("g"), py::arg("a"), py::arg("samples"), py::arg("positions"),
+          py::arg("outputs"), py::arg("inputs"), py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("threads"),
+          py::arg("isa"), "Add to out (and grad, unless 0); see fastfip.h.");
+    m.def("sum_grad_squared_windows", &sum_grad_squared_windows, py::arg("g"), py::arg("map"), py::arg("map_type"),
+          py::arg("map_stride"), py::arg("channels"), py::arg("source"), py::arg("kernel"), py::arg("step"),
+          py::arg("dilation"), py::arg("positions"), py::arg("samples"), py::arg("outputs"), py::arg("groups"),
+          py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("threads"), py::arg("isa"),
+          "The same for a convolution's feature map; see fastfip.h.");
 }

@@ -1,7 +1,7 @@
 // The whole native API of fastfip: raw pointers, int64 sizes, strides counted in elements. No Python, no torch.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 namespace fastfip {
 
@@ -10,5 +10,43 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best instruction set that this CPU and its operating system offer.
 Isa best_isa();
+
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// x[n, t, f] as it lies in memory; any strides.
+struct Matrix {
+    const void* data;
+    Type type;
+    int64_t stride_n, stride_t, stride_f;
+};
+
+// A feature map [N, C, D, H, W] read through the windows of a convolution (axes that a 1-d or 2-d one lacks have size 1):
+// a[n, t, i] with t the output position (z, y, x) and i the channel and the position in the kernel (c, z, y, x).
+struct Windows {
+    const void* data;
+    Type type;
+    int64_t stride_n, stride_c, stride[3];
+    int64_t channels;         // of one group
+    int64_t padded[3];        // size of each axis with its padding
+    const int64_t* source[3]; // for each padded index the index in the map, or -1 for a zero: any padding mode
+    int64_t kernel[3], step[3], dilation[3], positions[3];
+};
+
+// Sum of the squared per-sample weight gradients, and the weight gradient itself:
+//     out[o,i] += sum_n (sum_t g[n,t,o] a[n,t,i])^2        grad[o,i] += sum_n sum_t g[n,t,o] a[n,t,i]   (grad may be null)
+// out and grad are contiguous, double when `is_double` and float otherwise; the sums are of that type. `isa` must not be above
+// best_isa(). Threads split the result, so the numbers do not depend on how many there are.
+struct Options {
+    bool is_double;
+    int threads;
+    Isa isa;
+};
+
+void sum_grad_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
+                      void* out, void* grad, const Options& options);
+
+// The same for a convolution; `outputs` counts all groups, out is [outputs, channels of a group * kernel size].
+void sum_grad_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups, void* out,
+                              void* grad, const Options& options);
 
 }  // namespace fastfip

@@ -1,0 +1,60 @@
+// What the dispatcher (sum_grad_squared.cpp) and the files of each instruction set share. See fastfip.h for the contract.
+#pragma once
+
+#include <stdint.h>
+
+#include "fastfip.h"
+
+namespace fastfip {
+
+// One call with the roles dealt out: which operand is broadcast by rows, which is packed into lanes.
+struct Problem {
+    int64_t samples, positions;
+    Matrix lanes, rows;
+    const Windows* windows;  // null: `rows` is a matrix; otherwise rows are (channel, kernel position) of this map
+    void *out, *grad;        // grad may be null
+    int64_t result_row, result_lane;  // strides of the result
+    int64_t group_outputs;            // output channels of a group (grouped kernel only)
+};
+
+// The part of the result that one thread computes: of one group, a range of rows and a range of lanes.
+struct Slice {
+    int64_t row_begin, row_end, lane_begin, lane_end;
+    int64_t lane_first;     // index of lane_begin in the operand (with the groups before it)
+    int64_t channel_first;  // first channel of the group in the map
+    int64_t result_first;   // offset of the group in the result
+};
+
+struct Backend {
+    int64_t (*scratch_bytes)(const Problem&, const Slice&);
+    void (*run)(const Problem&, const Slice&, void* scratch);
+    int lane_width;
+};
+
+// For each instruction set and type of accumulation: lanes are output or input features, or they are groups.
+Backend sum_grad_squared_portable(bool is_double, bool grouped);
+Backend sum_grad_squared_avx2(bool is_double, bool grouped);
+Backend sum_grad_squared_avx512(bool is_double, bool grouped);
+
+namespace {
+
+inline int64_t kernel_size(const Windows& w) { return w.kernel[0] * w.kernel[1] * w.kernel[2]; }
+
+inline int64_t padded_size(const Windows& w) { return w.padded[0] * w.padded[1] * w.padded[2]; }
+
+// Offset of kernel position k in the padded map of a channel.
+inline int64_t kernel_offset(const Windows& w, int64_t k) {
+    const int64_t x = k % w.kernel[2], y = k / w.kernel[2] % w.kernel[1], z = k / w.kernel[2] / w.kernel[1];
+    return (z * w.dilation[0] * w.padded[1] + y * w.dilation[1]) * w.padded[2] + x * w.dilation[2];
+}
+
+// Offset of each output position's window in the padded map of a channel.
+inline void position_offsets(const Windows& w, int64_t* to) {
+    for (int64_t z = 0; z < w.positions[0]; ++z)
+        for (int64_t y = 0; y < w.positions[1]; ++y)
+            for (int64_t x = 0; x < w.positions[2]; ++x)
+                *to++ = (z * w.step[0] * w.padded[1] + y * w.step[1]) * w.padded[2] + x * w.step[2];
+}
+
+}  // namespace
+}  // namespace fastfip

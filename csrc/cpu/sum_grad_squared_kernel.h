@@ -1,0 +1,315 @@
+// The kernel of sum_grad_squared, written once with vector extensions. Each instruction set includes it in a file of its own,
+// compiled with its own flags. Everything is in an unnamed namespace and no inline function of the standard library is used: a
+// linker that merged two copies could otherwise put wide instructions on a path that any CPU takes.
+//
+// One operand is packed into panels of lanes, lanes[n][t][NV * W]; of the other one, MR rows at a time are broadcast. A tile
+// of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile.
+//   matrix:      rows are packed too, rows[n][t][MR], and the larger or better fitting of o and i are the lanes.
+//   convolution: rows are (channel, kernel position) and are read where they lie: row r at position t is
+//                map[row_offset(r) + position_offset[t]]. The unfolded matrix exists nowhere. Lanes are output channels.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/pack.h"
+#include "cpu/sum_grad_squared.h"
+namespace fastfip {
+namespace {
+
+template <class R, int W>
+struct Kernel {
+    typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
+
+    static constexpr int kRegisters = FASTFIP_VECTOR_REGISTERS;
+    static constexpr int kMaxNV = kRegisters >= 32 ? 4 : 2;
+    // As many accumulators as registers allow beside kMaxNV lanes and one broadcast.
+    static constexpr int kMaxRows = kRegisters >= 32 ? 7 : 6;
+    // Positions summed before they are added to the total: bounds the growth of rounding errors in long sums.
+    static constexpr int64_t kBlock = 512;
+    static constexpr int64_t kPositions = 1024, kPackedBytes = int64_t(8) << 20;
+
+    struct Tile {
+        int64_t samples, positions;
+        const R* rows[kMaxRows];
+        int64_t row_sample;                // distance from one sample's rows to the next one's
+        const int64_t* position_offset;    // null: packed rows, position t is at t * MR
+        const R* lanes;
+        int64_t lane_sample, lane_step;    // from one sample to the next, from one position to the next
+        R* out;
+        R* grad;                           // null: not wanted
+    };
+
+    template <int MR, int NV, bool Indexed>
+    static inline __attribute__((always_inline)) void multiply(
+        Vec (&acc)[MR][NV], const R* const* rows, const int64_t* offset, const R* lanes, int64_t lane_step,
+        int64_t count) {
+        const R* row[MR];
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) row[r] = rows[r];
+        for (int64_t t = 0; t < count; ++t) {
+            Vec lane[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) lane[v] = *reinterpret_cast<const Vec*>(lanes + v * W);
+            const int64_t at = Indexed ? offset[t] : 0;
+#pragma GCC unroll 8
+            for (int r = 0; r < MR; ++r) {
+                const R value = Indexed ? row[r][at] : row[0][r];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) acc[r][v] += value * lane[v];
+            }
+            lanes += lane_step;
+            if (!Indexed) row[0] += MR;
+        }
+    }
+
+    template <int MR, int NV, bool Indexed>
+    static void tile(const Tile& job) {
+        Vec* out = reinterpret_cast<Vec*>(job.out);
+        Vec* grad = reinterpret_cast<Vec*>(job.grad);
+        for (int64_t n = 0; n < job.samples; ++n) {
+            const R* rows[MR];
+#pragma GCC unroll 8
+            for (int r = 0; r < MR; ++r) rows[r] = job.rows[r] + n * job.row_sample;
+            const R* lanes = job.lanes + n * job.lane_sample;
+            Vec acc[MR][NV] = {};
+            int64_t left = job.positions;
+            if (left > kBlock) {
+                Vec total[MR][NV] = {};
+                const int64_t* offset = job.position_offset;
+                for (; left > 0; left -= kBlock) {
+                    const int64_t count = left < kBlock ? left : kBlock;
+                    Vec part[MR][NV] = {};
+                    multiply<MR, NV, Indexed>(part, rows, offset, lanes, job.lane_step, count);
+                    lanes += count * job.lane_step;
+                    if (Indexed) offset += count; else rows[0] += count * MR;
+#pragma GCC unroll 8
+                    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; ++v) total[r][v] += part[r][v];
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; ++v) acc[r][v] = total[r][v];
+            } else {
+                multiply<MR, NV, Indexed>(acc, rows, job.position_offset, lanes, job.lane_step, left);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) out[r * NV + v] += acc[r][v] * acc[r][v];
+            if (grad) {
+#pragma GCC unroll 8
+                for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; ++v) grad[r * NV + v] += acc[r][v];
+            }
+        }
+    }
+
+    template <int NV, bool Indexed>
+    static void tile_of(int rows, const Tile& job) {
+        switch (rows) {
+            case 1: return tile<1, NV, Indexed>(job);
+            case 2: return tile<2, NV, Indexed>(job);
+            case 3: return tile<3, NV, Indexed>(job);
+            case 4: return tile<4, NV, Indexed>(job);
+            case 5: return tile<5, NV, Indexed>(job);
+            case 6: return tile<6, NV, Indexed>(job);
+            case 7: if constexpr (kMaxRows >= 7) return tile<7, NV, Indexed>(job); break;
+        }
+    }
+
+    template <bool Indexed>
+    static void tile_of(int rows, int nv, const Tile& job) {
+        switch (nv) {
+            case 1: return tile_of<1, Indexed>(rows, job);
+            case 2: return tile_of<2, Indexed>(rows, job);
+            case 4: if constexpr (kMaxNV >= 4) return tile_of<4, Indexed>(rows, job); break;
+        }
+    }
+
+    // ---- panels: how many lanes or rows each one has ------------------------------------------------------------------------
+
+    static int nv_at(int64_t start, int64_t count) {
+        const int64_t left = (count - start + W - 1) / W;
+        return left >= kMaxNV ? kMaxNV : left >= 2 ? 2 : 1;
+    }
+
+    // Rows are dealt out evenly: 10 rows are 5 + 5, not 7 + 3.
+    static void row_panel(int64_t count, int64_t index, int64_t& start, int& rows) {
+        const int64_t panels = row_panels(count);
+        start = index * count / panels;
+        rows = static_cast<int>((index + 1) * count / panels - start);
+    }
+
+    static int64_t row_panels(int64_t count) { return (count + kMaxRows - 1) / kMaxRows; }
+
+    // ---- one slice of the result, by one thread -----------------------------------------------------------------------------
+
+    // Where the parts of a slice's scratch memory begin, in elements of R.
+    struct Layout {
+        int64_t chunk;                    // samples packed at a time
+        int64_t lanes, rows;              // elements of one sample: packed lanes; packed rows or padded channels
+        int64_t tiles;                    // elements of the running tiles: all of them, or one if there is one chunk only
+        int64_t at_rows, at_out, at_grad, at_offset, size;
+    };
+
+    static Layout layout(const Problem& p, const Slice& s) {
+        Layout l = {};
+        const int64_t rows = s.row_end - s.row_begin, lanes = (s.lane_end - s.lane_begin + W - 1) / W * W;
+        l.lanes = p.positions * lanes;
+        if (p.windows) {
+            const int64_t k = kernel_size(*p.windows);
+            l.rows = ((s.row_end - 1) / k - s.row_begin / k + 1) * padded_size(*p.windows);
+        } else {
+            l.rows = p.positions * rows;
+        }
+        // So many positions at a time amortise reading and writing the running tiles; more than the caches hold is of no use.
+        const int64_t most = kPackedBytes / int64_t(sizeof(R)) / (l.lanes + l.rows) + 1;
+        l.chunk = (kPositions + p.positions - 1) / p.positions;
+        if (l.chunk > most) l.chunk = most;
+        if (l.chunk > p.samples) l.chunk = p.samples;
+        l.tiles = l.chunk < p.samples ? rows * lanes : kMaxRows * kMaxNV * W;
+        const auto up = [](int64_t n) { return (n + W - 1) / W * W; };
+        l.at_rows = l.chunk * l.lanes;
+        l.at_out = l.at_rows + up(l.chunk * l.rows);
+        l.at_grad = l.at_out + l.tiles;
+        l.at_offset = l.at_grad + (p.grad ? l.tiles : 0);
+        l.size = l.at_offset + (p.windows ? p.positions * int64_t(sizeof(int64_t) / sizeof(R)) : 0);
+        return l;
+    }
+
+    static int64_t scratch_bytes(const Problem& p, const Slice& s) { return layout(p, s).size * int64_t(sizeof(R)); }
+
+    static void run(const Problem& p, const Slice& s, void* scratch) {
+        const Layout l = layout(p, s);
+        R* const packed_lanes = static_cast<R*>(scratch);
+        R *const packed_rows = packed_lanes + l.at_rows, *const out = packed_lanes + l.at_out;
+        R* const grad = packed_lanes + l.at_grad;
+        int64_t* const offset = reinterpret_cast<int64_t*>(packed_lanes + l.at_offset);
+        if (p.windows) position_offsets(*p.windows, offset);
+        for (int64_t n0 = 0; n0 < p.samples; n0 += l.chunk) {
+            const int64_t count = p.samples - n0 < l.chunk ? p.samples - n0 : l.chunk;
+            const bool first = n0 == 0, last = n0 + count == p.samples;
+            pack_rows(p, s, n0, count, packed_rows);
+            const Lanes lanes = pack_lanes(p, s, n0, count, packed_lanes);
+            const int64_t rows = s.row_end - s.row_begin, width_all = s.lane_end - s.lane_begin;
+            int64_t at = 0;  // of the running tile
+            for (int64_t start = 0, width; start < width_all; start += width) {
+                const int nv = nv_at(start, width_all);
+                width = nv * W;
+                Tile job;
+                job.samples = count;
+                job.positions = p.positions;
+                lanes.panel(start, width, job);
+                for (int64_t index = 0; index < row_panels(rows); ++index) {
+                    int64_t row;
+                    int height;
+                    row_panel(rows, index, row, height);
+                    job.out = out + at;
+                    job.grad = p.grad ? grad + at : nullptr;
+                    if (first) {
+                        for (int64_t i = 0; i < height * width; ++i) job.out[i] = 0;
+                        for (int64_t i = 0; job.grad && i < height * width; ++i) job.grad[i] = 0;
+                    }
+                    if (p.windows) {
+                        window_rows(p, s, row, height, count, packed_rows, job);
+                        job.position_offset = offset;
+                        tile_of<true>(height, nv, job);
+                    } else {
+                        for (int r = 0; r < height; ++r) job.rows[r] = packed_rows + row * count * p.positions;
+                        job.row_sample = height * p.positions;
+                        job.position_offset = nullptr;
+                        tile_of<false>(height, nv, job);
+                    }
+                    if (last) {
+                        // At once, while the tile lies in the first-level cache.
+                        add_tile(p, s, row, height, start, width, job.out, p.out);
+                        if (p.grad) add_tile(p, s, row, height, start, width, job.grad, p.grad);
+                    }
+                    if (l.chunk < p.samples) at += height * width;
+                }
+            }
+        }
+    }
+
+    // Lanes as they were packed, or where they lie if that serves as well.
+    struct Lanes {
+        const R *packed, *direct;
+        int64_t direct_count, count, positions, sample, step;
+
+        void panel(int64_t start, int64_t width, Tile& job) const {
+            const bool in_place = start + width <= direct_count;
+            job.lanes = in_place ? direct + start : packed + start * count * positions;
+            job.lane_sample = in_place ? sample : width * positions;
+            job.lane_step = in_place ? step : width;
+        }
+    };
+
+    static Lanes pack_lanes(const Problem& p, const Slice& s, int64_t n0, int64_t count, R* to) {
+        const int64_t all = s.lane_end - s.lane_begin;
+        Lanes lanes = {to, nullptr, 0, count, p.positions, p.lanes.stride_n, p.lanes.stride_t};
+        // Few rows read each lane only once or twice: not worth a copy.
+        const Type own = sizeof(R) == sizeof(double) ? Type::f64 : Type::f32;
+        if (p.lanes.type == own && p.lanes.stride_f == 1 && row_panels(s.row_end - s.row_begin) <= 2) {
+            lanes.direct = static_cast<const R*>(p.lanes.data) + n0 * p.lanes.stride_n + s.lane_first;
+            lanes.direct_count = all / W * W;
+        }
+        for (int64_t start = 0, width; start < all; start += width) {
+            width = nv_at(start, all) * W;
+            if (start + width <= lanes.direct_count) continue;
+            const int64_t used = all - start < width ? all - start : width;
+            for (int64_t n = 0; n < count; ++n)
+                Pack<R>::pack(p.lanes, n0 + n, s.lane_first + start, p.positions, used, width,
+                     to + (start * count + n * width) * p.positions);
+        }
+        return lanes;
+    }
+
+    // A matrix: panels, each [n][t][rows]. A map: its padded channels, each [n][z][y][x].
+    static void pack_rows(const Problem& p, const Slice& s, int64_t n0, int64_t count, R* to) {
+        if (p.windows) {
+            const int64_t size = padded_size(*p.windows), kernel = kernel_size(*p.windows);
+            for (int64_t c = s.row_begin / kernel; c <= (s.row_end - 1) / kernel; ++c)
+                for (int64_t n = 0; n < count; ++n, to += size)
+                    Pack<R>::pad(*p.windows, n0 + n, s.channel_first + c, to);
+            return;
+        }
+        const int64_t rows = s.row_end - s.row_begin;
+        for (int64_t index = 0; index < row_panels(rows); ++index) {
+            int64_t first;
+            int height;
+            row_panel(rows, index, first, height);
+            for (int64_t n = 0; n < count; ++n)
+                Pack<R>::pack(p.rows, n0 + n, s.row_begin + first, p.positions, height, height,
+                     to + (first * count + n * height) * p.positions);
+        }
+    }
+
+    static void window_rows(const Problem& p, const Slice& s, int64_t first, int height, int64_t count, const R* maps, Tile& job) {
+        const int64_t size = padded_size(*p.windows), kernel = kernel_size(*p.windows);
+        for (int r = 0; r < height; ++r) {
+            const int64_t row = s.row_begin + first + r, channel = row / kernel - s.row_begin / kernel;
+            job.rows[r] = maps + channel * count * size + kernel_offset(*p.windows, row % kernel);
+        }
+        job.row_sample = size;
+    }
+
+    static void add_tile(const Problem& p, const Slice& s, int64_t row, int height, int64_t lane, int64_t width, const R* from,
+                         void* result) {
+        const int64_t left = s.lane_end - s.lane_begin - lane, used = left < width ? left : width;
+        R* const to = static_cast<R*>(result) + s.result_first + (s.row_begin + row) * p.result_row +
+                      (s.lane_begin + lane) * p.result_lane;
+        if (p.result_lane == 1) {
+            for (int r = 0; r < height; ++r)
+                for (int64_t v = 0; v < used; ++v) to[r * p.result_row + v] += from[r * width + v];
+        } else {
+            for (int64_t v = 0; v < used; ++v)
+                for (int r = 0; r < height; ++r) to[r * p.result_row + v * p.result_lane] += from[r * width + v];
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastfip
