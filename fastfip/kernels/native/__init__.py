@@ -20,7 +20,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         if not (isinstance(error, ModuleNotFoundError) and error.name == "fastfip._native"):
             return None, f"does not load: {error}"
-    note = Path(__file__).parent.parent / "_native_missing.txt"
+    note = Path(__file__).parents[2] / "_native_missing.txt"
     if note.exists():
         return None, note.read_text().strip()
     return None, "not built (pip install with a C++ compiler; FASTFIP_NATIVE=1 shows what fails)"

@@ -1,0 +1,1 @@
+"""Ops: each file has one op's contract, its reference in torch, its table of backends, autograd and the public functions."""
