@@ -1,0 +1,159 @@
+"""`save_checkpoint`: all or nothing on the disk, and in the form of the file that it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .align import align, is_extra
+from .load import Checkpoint, check_tensor, load_checkpoint
+
+__all__ = ["replacing", "save_checkpoint"]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl")
+
+
+def save_checkpoint(
+    weights: nn.Module | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    like: Checkpoint | str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write weights to a file: to a temporary one beside it, flushed to the disk, then renamed.
+
+    Args:
+        weights: a module or its state dict, on any device.
+        path: `.safetensors`, or for the zip format of torch.save one of `.pt .pth .th .tar .bin .ckpt .pkl`.
+        like: the checkpoint that these weights came from. The file then has its names (prefix), its dtypes and its
+            nesting with the plain data beside the weights (`{"net": ..., "acc": 84.8}`); what belongs to the old
+            weights, such as optimiser state or their average, is not carried over (`Checkpoint.left_out`).
+            Safetensors has no nesting.
+
+    Returns:
+        the path.
+
+    Raises:
+        CheckpointError: unknown suffix, weights that are not finite or not dense, names that do not fit `like`, or the
+            disk refuses. A file that was there before is then still there, unchanged.
+    """
+    where = Path(path)
+    suffix = where.suffix.lower()
+    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
+        known = " ".join((".safetensors", *_TORCH_SUFFIXES))
+        raise CheckpointError(f"{where}: the format is told by the suffix, one of {known}")
+    source = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    try:
+        if like is not None and not isinstance(like, Checkpoint):
+            like = load_checkpoint(like)
+        state = _like(source, like) if like is not None else dict(source)
+        state = {k: v if is_extra(k) and not isinstance(v, Tensor) else check_tensor(k, v) for k, v in state.items()}
+        if not state:
+            raise CheckpointError("there are no weights to save")
+        with replacing(where) as temporary:
+            if suffix == ".safetensors":
+                _write_safetensors(state, temporary, like.metadata if like is not None else {})
+            else:
+                _write_torch(state, temporary, like, getattr(source, "_metadata", None))
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be written: {error.strerror or error}") from None
+    return where
+
+
+def _like(source: Mapping[str, Any], like: Checkpoint) -> dict[str, Any]:
+    """Return the weights under the names of the file, in its order and dtypes."""
+    theirs = {file_name: like[name] for name, file_name in like.names.items() if name in like}
+    ours = align(source, theirs)
+    missing = [name for name in theirs if name not in ours]
+    if missing:
+        raise CheckpointError(
+            f"the weights to save lack {missing[0]}{', ...' * (len(missing) > 1)}, which the input has"
+        )
+    out = {}
+    for name, old in theirs.items():
+        new = source[ours[name]]
+        if isinstance(new, Tensor) and isinstance(old, Tensor):
+            if new.shape != old.shape:
+                raise CheckpointError(f"{name} is {list(new.shape)}, in the input {list(old.shape)}")
+            new = new.detach().to(old.dtype)
+        out[name] = new
+    return out
+
+
+def _write_safetensors(state: Mapping[str, Any], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    extra = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if extra:
+        raise CheckpointError(f"safetensors holds tensors only, and {extra[0]} is none: save as .pt")
+    # One copy for each name: safetensors refuses tensors that share memory, and a strict reader wants every name.
+    tensors = {name: value.to("cpu").clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+
+
+def _write_torch(state: Mapping[str, Any], path: Path, like: Checkpoint | None, versions: Any) -> None:
+    compact: dict[tuple[Any, ...], Tensor] = {}
+    out: OrderedDict[str, Any] = OrderedDict()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if place not in compact:  # a view would drag the whole of its storage along; tied weights stay tied
+                whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+                compact[place] = value.to("cpu") if whole else value.to("cpu").clone()
+            value = compact[place]
+        out[name] = value
+    if isinstance(versions, Mapping) and (like is None or like._metadata is not None):
+        prefix = like.prefix if like is not None else ""
+        stem = prefix.removesuffix(".")
+        out._metadata = OrderedDict(  # type: ignore[attr-defined]
+            ((prefix + k if k else stem), v) for k, v in versions.items()
+        )
+    root: Any = out
+    if like is not None and like.nesting:
+        root = _put(like.extras, like.nesting, out)
+    with open(path, "wb") as file:
+        torch.save(root, file)
+
+
+def _put(extras: Mapping[str, Any], nesting: tuple[str, ...], state: Any) -> dict[str, Any]:
+    first, *rest = nesting
+    inner = _put(extras[first], tuple(rest), state) if rest else state
+    return {name: inner if name == first else value for name, value in extras.items()}
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the name of a temporary file beside `path`; at the end it takes the place of `path`, or is removed.
+
+    A link is followed, so that what it points at is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise CheckpointError("is a folder: give the name of a file")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"the folder {target.parent} does not exist")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
