@@ -1,1 +1,1 @@
-"""Ops: each file has one op's contract, its reference in torch, its table of backends, autograd and the public functions."""
+"""Ops: each file has one contract, its reference in torch, its table of backends, autograd and the public functions."""

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-
-import torch
+from typing import Any
 
 from fastfip.errors import BackendError, ConfigError
 
-LIBRARY = torch.library.Library("fastfip", "DEF")
+
+def _never(*arguments: Any) -> str:
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
 
-    `refuses(device_type, dtype)` returns why it cannot run there, or "" if it can. A backend with `automatic=False` runs only when
-    it is asked for by name.
+    `refuses(*arguments)`, with the arguments of `Op.choose`, returns why it cannot run, or "" if it can.
     """
 
     name: str
-    run: Callable[..., object]
-    refuses: Callable[[str, torch.dtype], str] = lambda device, dtype: ""
-    automatic: bool = True
+    run: Callable[..., Any]
+    refuses: Callable[..., str] = _never
+    automatic: bool = True  # False: runs only when it is asked for by name
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
-            raise ConfigError(f"backend name {self.name!r} is not an identifier")
+        if not self.name.isidentifier() or self.name == "auto":
+            raise ConfigError(f"a backend cannot be called {self.name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,44 +41,42 @@ class Op:
         names = [backend.name for backend in self.backends]
         if len(set(names)) != len(names) or names[-1:] != ["reference"]:
             raise ConfigError(f"op {self.name}: backends {names} must differ, and the last one must be the reference")
+        if self.name in OPS:
+            raise ConfigError(f"op {self.name} is registered twice")
+        OPS[self.name] = self
 
     def __getitem__(self, name: str) -> Backend:
         for backend in self.backends:
             if backend.name == name:
                 return backend
         raise BackendError(
-            f"{self.name} has no backend {name!r}: use one of {', '.join(b.name for b in self.backends)}"
+            f"{self.name} has no backend {name!r}: use {', '.join(b.name for b in self.backends)} or auto"
         )
 
-    @torch.compiler.assume_constant_result
-    def choose(self, wanted: str | None, device: str, dtype: torch.dtype) -> str:
-        """Name of the backend that runs: the one asked for, or else the first that can.
+    def choose(self, wanted: str, *arguments: Any) -> Backend:
+        """Return the backend asked for, or with "auto" the first one that runs by itself and does not refuse.
 
-        Raises BackendError with the reason when the one asked for cannot run.
+        Raises:
+            BackendError: the backend asked for refuses; the message has its reason.
         """
-        if wanted is not None:
-            why = self[wanted].refuses(device, dtype)
+        if wanted != "auto":
+            backend = self[wanted]
+            why = backend.refuses(*arguments)
             if why:
                 raise BackendError(f"{self.name}: backend {wanted} cannot run: {why}")
-            return wanted
-        return next(b.name for b in self.backends if b.automatic and not b.refuses(device, dtype))
+            return backend
+        return next(b for b in self.backends if b.automatic and not b.refuses(*arguments))
 
-    def explain(self, device: str, dtype: torch.dtype = torch.float32) -> dict[str, str]:
-        """For each backend "runs", "can run", or why it does not."""
-        chosen = self.choose(None, device, dtype)
-        state = {}
-        for backend in self.backends:
-            why = backend.refuses(device, dtype) or ("" if backend.automatic else "only when asked for")
-            state[backend.name] = "runs" if backend.name == chosen else why or "can run"
-        return state
+    def explain(self, *arguments: Any) -> dict[str, str]:
+        """For each backend: "runs", "can run", or why it does not."""
+        chosen = self.choose("auto", *arguments)
+        return {
+            b.name: "runs"
+            if b is chosen
+            else b.refuses(*arguments) or ("can run" if b.automatic else "only when asked for")
+            for b in self.backends
+        }
 
 
 OPS: dict[str, Op] = {}
-
-
-def register(op: Op) -> Op:
-    """Add an op to the table that tests, benchmarks and `fastfip env` walk."""
-    if op.name in OPS:
-        raise ConfigError(f"op {op.name} is registered twice")
-    OPS[op.name] = op
-    return op
+"""Every op by its name: tests, benchmarks and the environment report walk it."""
