@@ -60,6 +60,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
+    _inner: list[float] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.config.label_smoothing and self.task.loss_hook is not None:
@@ -94,14 +95,18 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
-        """Add the time of a block to `seconds[purpose]` ("fisher", "svd", "train", "evaluation")."""
+        """Add the time of a block to `seconds[purpose]` ("fisher", "svd", ...), less that of timed blocks in it."""
         self._synchronize()
         start = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
             self._synchronize()
-            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + spent - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += spent
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

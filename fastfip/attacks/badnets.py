@@ -21,8 +21,8 @@ class BadNets(Attack):
 
     Attributes:
         size: its side in pixels. margin: pixels between it and the two borders.
-        pattern: "white"; "checker" (white where row + column is even); "grid" (white at the centre of a 3x3 patch and at
-            its corners but the top left one, as NAD draws it).
+        pattern: "white"; "checker" (white where row + column is even); "grid" (3x3, white at the centre and at the
+            corners but the top left one, as NAD draws it).
         alpha: how opaque it is, 1: it overwrites.
     """
 

@@ -1,0 +1,334 @@
+"""`purify`: a backdoored net and a few clean samples in, a clean net out."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastfip
+
+from .callbacks import Callback
+from .cleanset import CleanSet
+from .data import Batch, Forward, Loss, Task, looks_like_probabilities
+from .errors import ConfigError, DataError, ModelError
+from .methods import Method, MethodConfig, get
+from .metrics import Evaluation, evaluate
+from .process import PeakMemory, seeded
+from .result import PurifyResult
+from .run import Run, autocast_dtype
+from .training import fit
+from .workcopy import WorkCopy
+
+__all__ = ["purify", "purify_"]
+
+#: Clean samples on which the Fisher trace before and after is taken.
+TRACE_SAMPLES = 256
+
+
+def purify(
+    model: nn.Module,
+    clean_loader: Iterable[Batch],
+    method: str | type[Method] = "fast_fip",
+    *,
+    config: MethodConfig | Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    amp: bool | str = False,
+    progress: bool | None = None,
+    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] = (),
+    test_loader: Iterable[Batch] | None = None,
+    asr_loader: Iterable[Batch] | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    inplace: bool = False,
+    **overrides: Any,
+) -> PurifyResult:
+    """Remove a backdoor from a classifier with a few clean samples.
+
+    The given model is left alone (unless `inplace`), the global random state too; the same seed gives the same weights.
+    In the result training flags, requires_grad, gradients, device, dtype, tied weights, hooks and the form of the state
+    dict are those of the given model. A model whose parameters are all frozen is purified like any other.
+
+    Args:
+        model: any net that classifies: logits [N, C], or probabilities, of which the logarithm is taken.
+        clean_loader: clean samples `(x, y, ...)` or dicts: a DataLoader (its dataset, transforms and collate function
+            are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
+            sample a class is enough for it to run.
+        method: its name (`fastfip.methods.names()`), or a class.
+        config: the method's settings, as its config class or a mapping.
+        steps: optimiser steps, instead of what the config says.
+        epochs: passes over the clean set, instead of what the config says.
+        seed: of everything random.
+        device: where to compute; None: where the model is. The result goes back to where the model was.
+        amp: False, True, "bf16" or "fp16": autocast of the clean loss; Fisher terms stay in full precision.
+        progress: whether a bar is shown; None: where stderr is a terminal.
+        callbacks: functions `f(run, record)` called after each epoch (True stops), or `callbacks.Callback` objects.
+        test_loader: clean test samples; they only score, nothing is selected by them.
+        asr_loader: triggered samples, see `fastfip.evaluate`; they only score, nothing is selected by them.
+        forward: `forward(model, batch) -> logits`, for nets or batches of another form.
+        loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample.
+        inplace: work on the model itself; after an error it is as it was.
+        **overrides: settings of the method by name, e.g. `lr=0.02`.
+
+    Returns:
+        the purified model, what was measured before and after, and how it went.
+
+    Raises:
+        DataError: clean data that cannot be used: empty, uint8 images, labels out of range or no class indices.
+        ModelError: a model that cannot be used, or a loss that is never finite.
+        ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
+    """
+    start = time.perf_counter()
+    recipe = get(method) if isinstance(method, str) else method
+    settings = _config(recipe, config, steps, epochs, overrides)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
+    if amp not in (False, True, "bf16", "fp16"):
+        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
+    task = Task.of(forward, loss)
+    # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
+    with torch.inference_mode(False), torch.enable_grad():
+        work = WorkCopy(model, inplace)
+        where = work.home if device is None else torch.device(device)
+        try:
+            with PeakMemory(where) as memory:
+                run, history, before, after = _purify(
+                    work,
+                    where,
+                    clean_loader,
+                    recipe,
+                    settings,
+                    task,
+                    seed,
+                    amp,
+                    progress,
+                    callbacks,
+                    test_loader,
+                    asr_loader,
+                )
+            result = work.finish(recipe.name)
+        except BaseException:
+            work.undo()
+            raise
+    run.seconds["total"] = time.perf_counter() - start
+    return PurifyResult(
+        model=result,
+        method=recipe.name,
+        before=before,
+        after=after,
+        history=history,
+        seconds=run.seconds,
+        peak_memory=memory.peak,
+        settings={
+            "config": settings.to_dict(),
+            "seed": seed,
+            "device": str(where),
+            "amp": amp,
+            "clean_samples": run.clean.n + (0 if run.heldout is None else run.heldout.n),
+            "heldout_samples": 0 if run.heldout is None else run.heldout.n,
+            "steps": run.step,
+            "best_epoch": run.best_epoch,
+            "peak_memory_of": memory.what,
+        },
+        versions={
+            "fastfip": fastfip.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        notes=run.notes,
+        interrupted=run.interrupted,
+    )
+
+
+def purify_(
+    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_fip", **options: Any
+) -> PurifyResult:
+    """Purify a model in place: :func:`purify` with `inplace=True`."""
+    return purify(model, clean_loader, method, **{**options, "inplace": True})
+
+
+def _purify(
+    work: WorkCopy,
+    device: torch.device,
+    clean_loader: Iterable[Batch],
+    recipe: type[Method],
+    config: MethodConfig,
+    task: Task,
+    seed: int,
+    amp: bool | str,
+    progress: bool | None,
+    callbacks: Iterable[Any],
+    test_loader: Iterable[Batch] | None,
+    asr_loader: Iterable[Batch] | None,
+) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
+    notes: list[str] = []
+    work.to(device)
+    model = work.model.eval()
+    with seeded(seed, device):
+        clean = CleanSet.of(clean_loader, task)
+        task, classes = _probe(model, clean, task, device, notes)
+        clean.check(classes)
+        tuned, heldout = clean.split(config.holdout, seed)
+        heldout = None if heldout is None else heldout.in_memory()
+    notes += clean.notes
+    run = Run(
+        model=model,
+        task=task,
+        clean=tuned,
+        heldout=heldout,
+        config=config,
+        device=device,
+        generator=torch.Generator(device="cpu").manual_seed(seed),
+        classes=classes,
+        amp=autocast_dtype(amp, device),
+        seed=seed,
+        notes=notes,
+        seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
+    )
+    if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
+        run.config = config.replace(bn_mode="eval")
+        run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
+    scorer = _Scorer(run, test_loader, asr_loader)
+    with seeded(seed, device):
+        before = scorer.measure()
+    # Seeded anew, so that the weights do not depend on whether anything was measured.
+    with seeded(seed, device), torch.autocast(device.type, enabled=False):
+        if work.is_low_precision:
+            _full_precision(work, run)
+        history = fit(run, recipe(), progress, callbacks)
+        work.to_own_dtype()
+        run.task = task
+    with seeded(seed, device):
+        after = scorer.measure()
+    run.notes += [note for note in after.notes if note not in run.notes]
+    return run, history, before, after
+
+
+def _config(
+    recipe: type[Method],
+    config: MethodConfig | Mapping[str, Any] | None,
+    steps: int | None,
+    epochs: int | None,
+    overrides: Mapping[str, Any],
+) -> MethodConfig:
+    if steps is not None and epochs is not None:
+        raise ConfigError(f"steps={steps} and epochs={epochs}: give one of them")
+    if config is None:
+        config = recipe.Config()
+    elif isinstance(config, Mapping):
+        config = recipe.Config.from_dict(config)
+    elif not isinstance(config, recipe.Config):
+        raise ConfigError(
+            f"config is a {type(config).__name__}, {recipe.name} takes a {recipe.Config.__name__} or a mapping"
+        )
+    changes = dict(overrides)
+    changes.update({name: value for name, value in (("steps", steps), ("epochs", epochs)) if value is not None})
+    return config.replace(**changes) if changes else config
+
+
+def _probe(
+    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
+) -> tuple[Task, int | None]:
+    """Run the net once; return the task (of logits) and C, None where `loss=` takes other outputs."""
+    batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
+    try:
+        with torch.no_grad():
+            logits = task.forward(model, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, (DataError, ModelError)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the model fails on a batch of the clean data ({type(error).__name__}: {reason})") from error
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            "the model's outputs on clean data are NaN or Inf: check its weights and how images are scaled"
+        )
+    if task.loss_hook is not None:
+        plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
+        return task, logits.shape[1] if plain else None
+    if task.forward_hook is None and looks_like_probabilities(logits):
+        notes.append("the model gives probabilities (a softmax inside it): their logarithm is taken as logits")
+        task = Task.of(lambda net, given: _log(Task().forward(net, given)))
+    task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
+    return task, logits.shape[1]
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp_min(1e-30 if p.dtype == torch.float64 else torch.finfo(p.dtype).tiny).log()
+
+
+def _full_precision(work: WorkCopy, run: Run) -> None:
+    """Tune float16 and bfloat16 weights in float32, if the net can run so; the result is rounded once, at the end."""
+    own = run.task
+    work.to_float32()
+    run.task = Task.of(lambda model, batch: own.forward(model, _float32(batch)), own.loss_hook)
+    try:
+        with torch.no_grad():
+            run.forward(next(iter(run.clean.batches(2, device=run.device))))
+        run.note("float16 and bfloat16 weights are tuned in float32 and rounded at the end")
+    except RuntimeError:
+        work.to_own_dtype()
+        run.task = own
+        run.note("the model casts to low precision itself: its weights are tuned in their own dtype")
+
+
+def _float32(batch: Batch) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch.float() if batch.dtype in (torch.float16, torch.bfloat16) else batch
+    if isinstance(batch, Mapping):
+        return {k: _float32(v) for k, v in batch.items()}
+    return tuple(_float32(v) for v in batch) if isinstance(batch, (tuple, list)) else batch
+
+
+class _Scorer:
+    """Measures before and after on the same data."""
+
+    def __init__(self, run: Run, test_loader: Iterable[Batch] | None, asr_loader: Iterable[Batch] | None) -> None:
+        self.run, self.task = run, run.task
+        self.test, self.asr = _twice(test_loader), _twice(asr_loader)
+        self.on = "test_loader"
+        if self.test is None:
+            own, what = (
+                (run.clean, "the clean samples tuned on")
+                if run.heldout is None
+                else (run.heldout, "held-out clean samples")
+            )
+            self.clean = own.in_memory()
+            self.on = f"{own.n} {what}"
+            run.note(f"no test_loader: ACC and loss are of the {self.on}")
+        given = [name for name, data in (("test_loader", test_loader), ("asr_loader", asr_loader)) if data is not None]
+        if given:
+            run.note(
+                f"{' and '.join(given)} only scored: nothing was selected by {'it' if len(given) == 1 else 'them'}"
+            )
+        with run.timed("evaluation"):
+            self.sample = next(iter(run.clean.batches(min(TRACE_SAMPLES, run.clean.n), device=run.device)))
+
+    def measure(self) -> Evaluation:
+        run = self.run
+        with run.timed("evaluation"):
+            found = evaluate(
+                run.model,
+                self.clean.batches() if self.test is None else self.test,
+                self.asr,
+                forward=self.task.forward,
+                loss=self.task.loss_hook,
+            )
+            trace = self.trace()
+        return Evaluation(**{**found.__dict__, "on": self.on, "fisher_trace": trace})
+
+    def trace(self) -> float | None:
+        """Tr(F) of the empirical Fisher, in eval mode; None where it has no meaning."""
+        return None
+
+
+def _twice(data: Any) -> Any:
+    """A generator is kept, so that it can be walked before and after."""
+    return list(data) if isinstance(data, Iterator) else data

@@ -1,0 +1,188 @@
+"""What a purification gives back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import metrics
+from .metrics import Evaluation
+
+__all__ = ["PurifyResult"]
+
+
+@dataclass
+class PurifyResult:
+    """A purified net, what was done to it and what that did.
+
+    Attributes:
+        model: the purified net; in place, the one that was given.
+        method: its name. settings: the method's config, seed, device, sizes of the clean set and so on.
+        before, after: ACC, ASR, RA, loss and Fisher trace (None: not measured); `.on` says on which data.
+        history: one dict for each epoch.
+        seconds: by purpose, no second counted twice: "fisher", "svd", "train", "score" (held-out clean scores),
+            "evaluation" (`before` and `after`), and "total", which has the rest as well.
+        peak_memory: bytes. On CUDA the most that tensors took on the device during the call; on a CPU the largest
+            resident memory of the whole process during the call (where the system cannot say that, since it began).
+        versions: of fastfip, torch, Python. notes: what could not be known, and what was unusual.
+        interrupted: whether Ctrl-C ended it; the model is then the last good state.
+    """
+
+    model: nn.Module
+    method: str
+    before: Evaluation
+    after: Evaluation
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, with the keys, shapes and dtypes of the model that was given."""
+        return dict(self.model.state_dict())
+
+    @property
+    def der(self) -> float | None:
+        """Return the defence effectiveness rating, None without triggered images; see `fastfip.metrics.der`."""
+        return None if self.after.acc is None or self.after.asr is None else metrics.der(self.before, self.after)
+
+    @property
+    def rir(self) -> float | None:
+        """Return the robust improvement rating, None without triggered images; see `fastfip.metrics.rir`."""
+        return None if self.after.acc is None or self.after.ra is None else metrics.rir(self.before, self.after)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return the table: what, before, after."""
+        out = []
+        for name, word in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("loss", "loss"), ("fisher_trace", "Tr(F)")):
+            pair = [getattr(side, name) for side in (self.before, self.after)]
+            if pair == [None, None]:
+                continue
+            percent = name in ("acc", "asr", "ra")
+            shown = [_show(value, percent) for value in pair]
+            out.append((word, shown[0], shown[1]))
+        return out
+
+    def footer(self) -> list[str]:
+        """Return the lines below the table: ratings, time, memory, notes."""
+        lines = []
+        ratings = [
+            f"{word} {100 * value:.2f} %" for word, value in (("DER", self.der), ("RIR", self.rir)) if value is not None
+        ]
+        if ratings:
+            lines.append(", ".join(ratings))
+        parts = [f"{name} {value:.2f}" for name, value in self.seconds.items() if name != "total" and value >= 0.005]
+        total, memory = self.seconds.get("total", math.nan), self.peak_memory / 2**20
+        lines.append(f"{total:.2f} s ({', '.join(parts)}), peak memory {memory:.0f} MiB")
+        lines += [f"note: {note}" for note in self.notes]
+        return lines
+
+    @property
+    def title(self) -> str:
+        """Return the line above the table."""
+        return f"{self.method} on {self.settings.get('clean_samples', '?')} clean samples"
+
+    def __str__(self) -> str:
+        rows = [("", "before", "after"), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+        return "\n".join([self.title, *table, *self.footer()])
+
+    def __repr__(self) -> str:
+        return f"<PurifyResult {self.method}: before {self.before}; after {self.after}>"
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for row in self.rows():
+            table.add_row(*row)
+        return Group(Text(self.title, style="bold"), table, *(Text(line) for line in self.footer()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the model as plain values."""
+        return {
+            "method": self.method,
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "der": self.der,
+            "rir": self.rir,
+            "history": [dict(record) for record in self.history],
+            "seconds": dict(self.seconds),
+            "peak_memory": self.peak_memory,
+            "settings": self.settings,
+            "versions": self.versions,
+            "notes": list(self.notes),
+            "interrupted": self.interrupted,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return everything but the model as JSON text; numbers that are not finite become null."""
+        return json.dumps(_plain(self.to_dict()), indent=indent, allow_nan=False)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the history and the figures before and after (needs matplotlib), to a file if `path` is given."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plot() needs matplotlib: pip install 'fastfip[plot]'") from None
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        course, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+        self.draw_history(course)
+        shown = [name for name in ("acc", "asr", "ra") if getattr(self.after, name) is not None]
+        for shift, side, word in ((-0.2, self.before, "before"), (0.2, self.after, "after")):
+            heights = [100 * getattr(side, name) for name in shown]
+            drawn = bars.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word)
+            bars.bar_label(drawn, fmt="%.1f", fontsize=8)
+        bars.set_xticks(range(len(shown)), [name.upper() for name in shown])
+        bars.set_ylim(0, 110)
+        bars.set_ylabel("%")
+        bars.legend(fontsize=8)
+        figure.suptitle(self.title, fontsize=10)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def draw_history(self, axes: Any) -> None:
+        """Draw loss and held-out score by epoch on matplotlib axes."""
+        for name, word in (("loss", "loss while tuning"), ("score", "held-out clean score")):
+            points = [(record["epoch"], record[name]) for record in self.history if name in record]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=word)
+        best = self.settings.get("best_epoch")
+        if best is not None:
+            axes.axvline(best, color="grey", linestyle=":", label=f"kept: epoch {best}")
+        axes.set_xlabel("epoch")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+
+
+def _show(value: float | None, percent: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)

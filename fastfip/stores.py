@@ -1,0 +1,191 @@
+"""Where the clean samples are: behind the user's own loader, or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from .data import Batch
+
+__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "live_loader", "tensors_of"]
+
+#: Samples a step where the user's data come without batches: a dataset, or one tuple (x, y).
+DEFAULT_BATCH = 128
+
+
+class Store(Protocol):
+    """Where samples are. `parts` says which samples may share a batch: those of one number."""
+
+    parts: Tensor | None
+
+    def get(self, index: list[int]) -> Batch:
+        """Return some samples as one batch."""
+
+    def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
+        """Return the batches that lists of indices name."""
+
+
+class Live:
+    """The user's dataset behind their own loader's settings."""
+
+    parts: Tensor | None = None
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.user = loader
+
+    def get(self, index: list[int]) -> Batch:
+        """Return some samples as one batch."""
+        return next(iter(self.loader([index])))
+
+    def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
+        """Return a loader with the user's settings and this order."""
+        user = self.user
+        more: dict[str, Any] = {}
+        if user.num_workers > 0:
+            more = {"prefetch_factor": user.prefetch_factor, "multiprocessing_context": user.multiprocessing_context}
+        # persistent_workers would keep processes alive behind a loader that is gone after one pass.
+        return DataLoader(
+            user.dataset,
+            batch_sampler=order,
+            collate_fn=user.collate_fn,
+            num_workers=user.num_workers,
+            pin_memory=user.pin_memory,
+            timeout=user.timeout,
+            worker_init_fn=user.worker_init_fn,
+            **more,
+        )
+
+
+class Memory:
+    """Batches that were read once. Those whose samples have the same shapes are joined, so that they can be mixed."""
+
+    parts: Tensor | None
+
+    def __init__(self, batches: list[Batch], sizes: list[int]) -> None:
+        groups: dict[Any, list[int]] = {}
+        for i, batch in enumerate(batches):
+            groups.setdefault(_signature(batch, sizes[i]), []).append(i)
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + size)
+        total = starts[-1]
+        self._joined = [
+            _join([batches[i] for i in members], [sizes[i] for i in members]) for members in groups.values()
+        ]
+        part, local = torch.zeros(2, total, dtype=torch.int64, device="cpu")
+        for p, members in enumerate(groups.values()):
+            offset = 0
+            for i in members:
+                part[starts[i] : starts[i + 1]] = p
+                local[starts[i] : starts[i + 1]] = torch.arange(offset, offset + sizes[i], device="cpu")
+                offset += sizes[i]
+        self.parts = part if len(groups) > 1 else None
+        self._part, self._local = part, local
+
+    def get(self, index: list[int]) -> Batch:
+        """Return some samples as one batch."""
+        return _take(self._joined[int(self._part[index[0]])], self._local[index])
+
+    def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
+        """Return the batches that lists of indices name."""
+        return (self.get(index) for index in order)
+
+
+class _Rows:
+    """A field of a batch with one entry for each sample."""
+
+    def __init__(self, values: Tensor | list[Any]) -> None:
+        self.values = values
+
+
+def _signature(batch: Batch, size: int) -> Any:
+    if isinstance(batch, Tensor):
+        return ("rows", tuple(batch.shape[1:]), batch.dtype) if _is_rows(batch, size) else ("whole", id(batch))
+    if isinstance(batch, Mapping):
+        return ("dict", tuple((k, _signature(v, size)) for k, v in batch.items()))
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == size and not any(isinstance(v, (Tensor, Mapping, tuple, list)) for v in batch):
+            return "list"
+        return ("tuple", tuple(_signature(v, size) for v in batch))
+    return ("whole", repr(batch))
+
+
+def _is_rows(value: Tensor, size: int) -> bool:
+    return value.dim() > 0 and value.shape[0] == size
+
+
+def _join(batches: list[Batch], sizes: list[int]) -> Batch:
+    """Join batches of one signature; what has a row for each sample becomes `_Rows`."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return _Rows(torch.cat(batches) if len(batches) > 1 else first) if _is_rows(first, sizes[0]) else first
+    if isinstance(first, Mapping):
+        return {k: _join([b[k] for b in batches], sizes) for k in first}
+    if isinstance(first, (tuple, list)):
+        if _signature(first, sizes[0]) == "list":
+            return _Rows([value for batch in batches for value in batch])
+        return tuple(_join(list(items), sizes) for items in zip(*batches))
+    return first
+
+
+def _take(joined: Batch, index: Tensor) -> Batch:
+    if isinstance(joined, _Rows):
+        if isinstance(joined.values, Tensor):
+            return joined.values[index.to(joined.values.device)]
+        return [joined.values[i] for i in index.tolist()]
+    if isinstance(joined, Mapping):
+        return {k: _take(v, index) for k, v in joined.items()}
+    if isinstance(joined, tuple):
+        return tuple(_take(v, index) for v in joined)
+    return joined
+
+
+def live_loader(data: Any) -> tuple[DataLoader[Any], Tensor, int] | None:
+    """(loader, indices, batch size) of what has a map-style dataset; None for everything else."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=DEFAULT_BATCH)
+    # A subclass may yield something else than its dataset's items, so only the class itself is taken apart.
+    if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset):
+        return None
+    plain = type(data.batch_sampler) is BatchSampler
+    if plain and data.batch_size:
+        if isinstance(data.sampler, (SequentialSampler, RandomSampler)):
+            return data, torch.arange(len(data.dataset), device="cpu"), data.batch_size  # type: ignore[arg-type]
+        seen = list(data.sampler)
+        # Sorted, so that the seed alone decides the order, not what the user's sampler drew.
+        return data, torch.tensor(sorted(set(map(int, seen))), dtype=torch.int64, device="cpu"), data.batch_size
+    if data.batch_sampler is None:
+        return None
+    chunks = [list(map(int, chunk)) for chunk in data.batch_sampler]
+    flat = sorted({i for chunk in chunks for i in chunk})
+    return data, torch.tensor(flat, dtype=torch.int64, device="cpu"), max((len(chunk) for chunk in chunks), default=1)
+
+
+def tensors_of(loader: DataLoader[Any]) -> Any | None:
+    """All tensors of a TensorDataset (also in a Subset) with the default collate: no loading sample by sample."""
+    collate: Callable[..., Any] = loader.collate_fn
+    dataset = loader.dataset
+    if collate is not default_collate:
+        return None
+    rows: Tensor | None = None
+    while type(dataset) is Subset:
+        here = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
+        rows = here if rows is None else here[rows]
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset:
+        return None
+    return tuple(t if rows is None else t[rows] for t in dataset.tensors)
