@@ -1,0 +1,248 @@
+"""Op `grad_norm_squared`: the squared norm of each per-sample weight gradient (the Fisher trace, sample by sample).
+
+    s[n] = || G_n ||_F^2,     G_n[o, i] = sum_t g[n, t, o] a[n, t, i]
+
+g [N, T, O] is the gradient of each sample's own loss at the output of a linear map, a [N, T, I] its input. Of two ways
+the cheaper is taken: G_n itself (2 T O I operations), or the two Gram matrices over t (2 T^2 (O + I)). Neither is kept:
+the backward forms it again, a few samples at a time,
+
+    ds[n]/dg[n] = 2 a_n G_n^T = 2 (a_n a_n^T) g_n          ds[n]/da[n] = 2 g_n G_n = 2 (g_n g_n^T) a_n
+
+The result is float64 for float64 and float32 otherwise. Differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Backend, Op
+from .scratch import CHUNK, Scratch, accumulation_dtype
+from .unfold import ConvShape, columns, columns_transpose
+
+
+def prefers_gram(t: int, o: int, i: int) -> bool:
+    """Whether the Gram form needs fewer operations than the direct one."""
+    return t * (o + i) < o * i
+
+
+def reference(g: Tensor, a: Tensor) -> Tensor:
+    """Define the op, in differentiable torch operations."""
+    acc = accumulation_dtype(g.dtype)
+    g, a = g.to(acc), a.to(acc)
+    if g.shape[1] == 1:
+        return g.square().sum((1, 2)) * a.square().sum((1, 2))
+    if prefers_gram(g.shape[1], g.shape[2], a.shape[2]):
+        return ((g @ g.transpose(1, 2)) * (a @ a.transpose(1, 2))).sum((1, 2))
+    return (g.transpose(1, 2) @ a).square().sum((1, 2))
+
+
+def reference_conv(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> Tensor:
+    """Define the convolution form, in differentiable torch operations."""
+    left, cols = _conv_operands(g, x, shape, samples)
+    return reference(left.transpose(1, 2), cols.transpose(1, 2)).view(samples, -1).sum(1)
+
+
+def _conv_operands(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> tuple[Tensor, Tensor]:
+    """Return g as [N*groups, O/groups, F*T] and the windows of x as [N*groups, I, F*T]."""
+    out_size, groups = tuple(g.shape[2:]), shape.groups
+    cols = columns(x.to(accumulation_dtype(x.dtype)), shape, out_size)  # [N*F, groups, I, T]
+    left = g.to(cols.dtype).reshape(g.shape[0], groups, g.shape[1] // groups, cols.shape[3])
+    return _by_sample(left, samples), _by_sample(cols, samples)
+
+
+def _by_sample(t: Tensor, samples: int) -> Tensor:
+    """[N*F, groups, R, T] -> [N*groups, R, F*T]."""
+    batch, groups, rows, size = t.shape
+    frames = batch // max(1, samples)
+    if frames == 1:
+        return t.reshape(batch * groups, rows, size)
+    return t.view(samples, frames, groups, rows, size).permute(0, 2, 3, 1, 4).reshape(-1, rows, frames * size)
+
+
+def _frames_again(t: Tensor, frames: int, groups: int) -> Tensor:
+    """The adjoint of `_by_sample`: [N*groups, R, F*T] -> [N*F, groups, R, T]."""
+    rows = t.shape[1]
+    if frames == 1:
+        return t.view(-1, groups, rows, t.shape[2])
+    return t.view(-1, groups, rows, frames, t.shape[2] // frames).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def _chunk_norms(left: Tensor, right: Tensor) -> Tensor:
+    """Squared norms of left [B, O, T] right [B, I, T]^T for each of B."""
+    o, i, t = left.shape[1], right.shape[1], left.shape[2]
+    if prefers_gram(t, o, i):
+        return torch.linalg.vecdot((left.mT @ left).flatten(1), (right.mT @ right).flatten(1))
+    return (left @ right.mT).flatten(1).square().sum(1)
+
+
+def _chunk_backward(left: Tensor, right: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_b v[b] s[b] with respect to left [B, O, T] and right [B, I, T]."""
+    o, i, t = left.shape[1], right.shape[1], left.shape[2]
+    v = 2 * v[:, None, None]
+    if prefers_gram(t, o, i):
+        return left @ (right.mT @ right).mul_(v), right @ (left.mT @ left).mul_(v)
+    product = (left @ right.mT).mul_(v)
+    return product @ right, product.mT @ left
+
+
+def _step(samples: int, each: int) -> int:
+    return max(1, min(samples, CHUNK // max(1, each)))
+
+
+class _Dense(torch.autograd.Function):
+    """The dense form without stored products."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, a: Tensor) -> Tensor:
+        n, t, o = g.shape
+        i = a.shape[2]
+        acc = accumulation_dtype(g.dtype)
+        if t == 1:
+            return reference(g, a)
+        step = _step(n, 2 * t * t if prefers_gram(t, o, i) else o * i)
+        parts = [
+            _chunk_norms(g[k : k + step].to(acc).mT, a[k : k + step].to(acc).mT) for k in range(0, n, step)
+        ]  # fmt: skip
+        return torch.cat(parts) if parts else g.new_zeros(0, dtype=acc)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        g, a = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative is wanted
+            with torch.enable_grad():
+                dg, da = _differentiable_backward(g, a, v)
+            return dg, da
+        n, t, o = g.shape
+        acc = v.dtype
+        dg, da = torch.empty_like(g, dtype=acc), torch.empty_like(a, dtype=acc)
+        step = _step(n, 2 * t * t if prefers_gram(t, o, a.shape[2]) else o * a.shape[2])
+        for k in range(0, n, step):
+            part = slice(k, k + step)
+            one, two = _chunk_backward(g[part].to(acc).mT, a[part].to(acc).mT, v[part])
+            dg[part], da[part] = one.mT, two.mT
+        return dg.to(g.dtype), da.to(a.dtype)
+
+
+def _differentiable_backward(g: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = g.to(v.dtype), a.to(v.dtype)
+    product = 2 * v[:, None, None] * (left.mT @ right)  # [N, O, I]
+    return (right @ product.mT).to(g.dtype), (left @ product).to(a.dtype)
+
+
+class _Conv(torch.autograd.Function):
+    """The convolution form: the windows of a few samples at a time, in the backward again."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> Tensor:
+        frames, scratch = g.shape[0] // max(1, samples), Scratch()
+        parts = []
+        step = _conv_step(g, x, shape, samples)
+        for k in range(0, samples, step):
+            many = min(step, samples - k)
+            left, cols = _conv_chunk(g, x, shape, slice(k * frames, (k + many) * frames), many, scratch)
+            parts.append(_chunk_norms(left, cols).view(many, -1).sum(1))
+        return torch.cat(parts) if parts else g.new_zeros(0, dtype=accumulation_dtype(g.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, x, ctx.shape, ctx.samples = inputs
+        ctx.save_for_backward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        shape, samples = ctx.shape, ctx.samples
+        frames, groups, out_size = g.shape[0] // max(1, samples), shape.groups, tuple(g.shape[2:])
+        if torch.is_grad_enabled():
+            left, right = _conv_operands(g, x, shape, samples)
+            product = 2 * v.repeat_interleave(groups)[:, None, None] * (left @ right.mT)
+            dg = _frames_again(product @ right, frames, groups).reshape(g.shape)
+            dcols = _frames_again(product.mT @ left, frames, groups)
+            return dg.to(g.dtype), columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size).to(x.dtype), None, None
+        dg, dx = torch.empty_like(g, dtype=v.dtype), None
+        dx = torch.empty_like(x, dtype=v.dtype) if ctx.needs_input_grad[1] else None
+        scratch, step = Scratch(), _conv_step(g, x, shape, samples)
+        for k in range(0, samples, step):
+            many = min(step, samples - k)
+            part = slice(k * frames, (k + many) * frames)
+            left, cols = _conv_chunk(g, x, shape, part, many, scratch)
+            one, two = _chunk_backward(left, cols, v[k : k + many].repeat_interleave(groups))
+            dg[part] = _frames_again(one, frames, groups).reshape(dg[part].shape)
+            if dx is not None:
+                dcols = _frames_again(two, frames, groups)
+                dx[part] = columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size)
+        return dg.to(g.dtype), None if dx is None else dx.to(x.dtype), None, None
+
+
+def _conv_step(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> int:
+    if samples == 0:
+        return 1
+    t, o, i = g[0, 0].numel(), g.shape[1] // shape.groups, x.shape[1] // shape.groups * shape.taps
+    frames = g.shape[0] // samples
+    product = 2 * t * t * frames if prefers_gram(t * frames, o, i) else o * i
+    return _step(samples, shape.groups * (2 * frames * i * t + product))
+
+
+def _conv_chunk(
+    g: Tensor, x: Tensor, shape: ConvShape, part: slice, samples: int, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(g.dtype)
+    out_size, groups = tuple(g.shape[2:]), shape.groups
+    many, o, t = part.stop - part.start, g.shape[1] // groups, g[0, 0].numel()
+    i = x.shape[1] // groups * shape.taps
+    room = None if shape.pointwise else scratch.take((many, groups, i, t), g, acc)
+    cols = columns(x[part].to(acc), shape, out_size, room)
+    return _by_sample(g[part].to(acc).reshape(many, groups, o, t), samples), _by_sample(cols, samples)
+
+
+GRAD_NORM_SQUARED = Op("grad_norm_squared", (Backend("reference", _Dense.apply),))
+GRAD_NORM_SQUARED_CONV = Op("grad_norm_squared_conv", (Backend("reference", _Conv.apply),))
+
+
+def grad_norm_squared(
+    g: Tensor,  # [N, T, O]
+    a: Tensor,  # [N, T, I]
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [N]
+    """Return s[n] = || sum_t g[n, t, :] a[n, t, :]^T ||_F^2, float64 for float64 and float32 otherwise.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        BackendError: the backend asked for cannot run here.
+
+    Source: the "ghost norm" of Goodfellow 2015 (arXiv 1510.01799) and Li et al. 2022 (arXiv 2110.05679); kernels.md 2.
+    """
+    if g.dim() != 3 or a.dim() != 3 or g.shape[:2] != a.shape[:2]:
+        raise ValueError(
+            f"grad_norm_squared needs g [N, T, O] and a [N, T, I], not {list(g.shape)} and {list(a.shape)}"
+        )
+    return GRAD_NORM_SQUARED.choose(backend, g, a).run(g, a)
+
+
+def grad_norm_squared_conv(
+    g: Tensor,  # [N*F, O, *out]
+    x: Tensor,  # [N*F, C, *in]
+    shape: ConvShape,
+    *,
+    samples: int | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [N]
+    """Return the same for the weight of a convolution of x whose output has the gradient g.
+
+    `samples` is N where several frames F of one sample lie one after the other in the batch; None: F = 1.
+    For a transposed convolution exchange the roles: `g` its input, `x` the gradient at its output.
+    """
+    samples = g.shape[0] if samples is None else samples
+    if g.dim() != x.dim() or g.shape[0] != x.shape[0] or (samples and g.shape[0] % samples):
+        raise ValueError(f"g {list(g.shape)} and x {list(x.shape)} are no maps of {samples} samples")
+    return GRAD_NORM_SQUARED_CONV.choose(backend, g, x, shape, samples).run(g, x, shape, samples)

@@ -1,0 +1,173 @@
+"""Op `sum_grad_squared`: the sum over samples of squared per-sample weight gradients (the Fisher diagonal, times N).
+
+    out[o, i] = sum_n (sum_t g[n, t, o] a[n, t, i])^2          grad[o, i] = sum_n sum_t g[n, t, o] a[n, t, i]
+
+g [N, T, O] is the gradient of each sample's own loss at the output of a linear map, a [N, T, I] its input. All sizes
+may be 1; N and T may be 0. float64 is summed in float64, every other dtype in float32. The convolution form takes
+feature maps and never needs more of the windows than a few samples at a time.
+
+`out` and `grad`, where given, are added to: a pass over a data set accumulates in place, in one buffer for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registry import Backend, Op
+from .scratch import CHUNK, Scratch, accumulation_dtype
+from .unfold import ConvShape, columns
+
+
+def reference(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    """Define the op: the product of a few samples at a time, its square added to `out` and itself to `grad`."""
+    n, t, o = g.shape
+    i = a.shape[2]
+    acc = out.dtype
+    if n == 0 or t == 0:
+        return
+    if t == 1:
+        g1, a1 = g[:, 0].to(acc), a[:, 0].to(acc)
+        out.addmm_(g1.square().t(), a1.square())
+        if grad is not None:
+            grad.addmm_(g1.t(), a1)
+        return
+    step = max(1, min(n, CHUNK // max(1, o * i)))
+    for low in range(0, n, step):
+        part = slice(low, min(n, low + step))
+        product = scratch.take((part.stop - low, o, i), out)
+        product = torch_bmm(g[part].to(acc).transpose(1, 2), a[part].to(acc), product)
+        _accumulate(product, out, grad)
+
+
+def reference_conv(
+    g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None, scratch: Scratch
+) -> None:
+    """Define the convolution form, on the windows of a few samples at a time."""
+    batch, o = g.shape[:2]
+    if batch == 0 or g.numel() == 0:
+        return
+    frames, out_size, acc = batch // samples, tuple(g.shape[2:]), out.dtype
+    groups, t = shape.groups, g[0, 0].numel()
+    i = x.shape[1] // groups * shape.taps
+    flat_out, flat_grad = (None if b is None else b.view(groups, o // groups, i) for b in (out, grad))
+    assert flat_out is not None
+    copied = 0 if shape.pointwise else groups * i * t
+    step = max(1, min(samples, CHUNK // (frames * (copied + o * i))))
+    for low in range(0, samples, step):
+        many = (min(samples, low + step) - low) * frames
+        part = slice(low * frames, low * frames + many)
+        room = scratch.take((many, groups, i, t), out, slot=1) if copied else None
+        cols = columns(x[part].to(acc), shape, out_size, room)
+        product = scratch.take((many * groups, o // groups, i), out)
+        left = g[part].to(acc).reshape(many * groups, o // groups, t)
+        product = torch_bmm(left, cols.reshape(many * groups, i, t).transpose(1, 2), product)
+        product = product.view(many, groups, o // groups, i)
+        if frames > 1:
+            product = product.view(-1, frames, groups, o // groups, i).sum(1)
+        _accumulate(product, flat_out, flat_grad)
+
+
+def torch_bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Batched product into `out`; a single product goes to the plain routine, which is the faster one."""
+    if left.shape[0] == 1:
+        torch.mm(left[0], right[0], out=out[0])
+        return out
+    return torch.bmm(left, right, out=out)
+
+
+def _accumulate(product: Tensor, out: Tensor, grad: Tensor | None) -> None:
+    """Add the squares of per-sample gradients to `out` and the gradients themselves to `grad`; `product` is spent."""
+    if out.numel() >= 4096:  # one pass each, nothing new in memory
+        for one in product:
+            out.addcmul_(one, one)
+            if grad is not None:
+                grad.add_(one)
+        return
+    if grad is not None:
+        grad.add_(product.sum(0))
+    out.add_(product.square_().sum(0))
+
+
+SUM_GRAD_SQUARED = Op("sum_grad_squared", (Backend("reference", reference),))
+SUM_GRAD_SQUARED_CONV = Op("sum_grad_squared_conv", (Backend("reference", reference_conv),))
+
+
+def sum_grad_squared(
+    g: Tensor,  # [N, T, O]
+    a: Tensor,  # [N, T, I]
+    *,
+    out: Tensor | None = None,  # [O, I], added to
+    grad: Tensor | None = None,  # [O, I], added to
+    backend: str = "auto",
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """Return out[o, i] = sum_n (sum_t g[n, t, o] a[n, t, i])^2, float64 for float64 and float32 otherwise.
+
+    Args:
+        g: gradients at the output, [N, T, O], any strides, float32, float64, bfloat16 or float16.
+        a: inputs, [N, T, I].
+        out: [O, I] of the accumulation dtype to add to (and return); None: zeros.
+        grad: [O, I] to add sum_n sum_t g a to, from the same products; None: not computed.
+        backend: "auto", or the name of one.
+        scratch: memory to use again between calls.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        BackendError: the backend asked for cannot run here.
+
+    Source: kernels.md 1 of the project; the definition of the empirical Fisher's diagonal.
+    """
+    if g.dim() != 3 or a.dim() != 3 or g.shape[:2] != a.shape[:2]:
+        raise ValueError(f"sum_grad_squared needs g [N, T, O] and a [N, T, I], not {list(g.shape)} and {list(a.shape)}")
+    out = _target(out, (g.shape[2], a.shape[2]), g)
+    _check_grad(grad, out)
+    chosen = SUM_GRAD_SQUARED.choose(backend, g, a, out, grad)
+    chosen.run(g, a, out, grad, scratch or Scratch())
+    return out
+
+
+def sum_grad_squared_conv(
+    g: Tensor,  # [N*F, O, *out]
+    x: Tensor,  # [N*F, C, *in]
+    shape: ConvShape,
+    *,
+    samples: int | None = None,
+    out: Tensor | None = None,  # [O, C/groups, *kernel], added to
+    grad: Tensor | None = None,
+    backend: str = "auto",
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """Return the same for the weight [O, C/groups, *kernel] of a convolution of x whose output has the gradient g.
+
+    `samples` is N where several frames F of one sample lie one after the other in the batch; None: F = 1.
+    For a transposed convolution exchange the roles: `g` its input, `x` the gradient at its output.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        BackendError: the backend asked for cannot run here.
+    """
+    samples = g.shape[0] if samples is None else samples
+    if g.dim() != x.dim() or g.shape[0] != x.shape[0] or (samples and g.shape[0] % samples):
+        raise ValueError(f"g {list(g.shape)} and x {list(x.shape)} are no maps of {samples} samples")
+    if x.shape[1] % shape.groups or g.shape[1] % shape.groups:
+        raise ValueError(f"{x.shape[1]} and {g.shape[1]} channels cannot be {shape.groups} groups")
+    out = _target(out, (g.shape[1], x.shape[1] // shape.groups, *shape.kernel), g)
+    _check_grad(grad, out)
+    chosen = SUM_GRAD_SQUARED_CONV.choose(backend, g, x, shape, samples, out, grad)
+    chosen.run(g, x, shape, samples, out, grad, scratch or Scratch())
+    return out
+
+
+def _target(out: Tensor | None, size: tuple[int, ...], like: Tensor) -> Tensor:
+    acc = accumulation_dtype(like.dtype)
+    if out is None:
+        return like.new_zeros(size, dtype=acc)
+    if tuple(out.shape) != size or out.dtype != acc:
+        raise ValueError(f"out must be {list(size)} {acc}, not {list(out.shape)} {out.dtype}")
+    return out
+
+
+def _check_grad(grad: Tensor | None, out: Tensor) -> None:
+    if grad is not None and (grad.shape != out.shape or grad.dtype != out.dtype):
+        raise ValueError(f"grad must be {list(out.shape)} {out.dtype} like out, not {list(grad.shape)} {grad.dtype}")
