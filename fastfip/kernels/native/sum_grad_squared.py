@@ -1,4 +1,4 @@
-"""Launchers of the native sum_grad_squared (csrc/cpu/sum_grad_squared.cpp)."""
+"""Launchers of the native sum_grad_squared (csrc/cpu/sum_grad_squared.cpp), for CPU tensors; shapes are the caller's."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ from fastfip.kernels import native
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def _isa(name: str | None) -> int:
-    """Number of an instruction set; None: the best one of this CPU."""
-    module = native.module()
-    if name is None:
-        return int(module.best_isa())
-    wanted = module.Isa.__members__.get(name)
-    if wanted is None:
-        raise BackendError(f"no instruction set {name!r}: use one of {', '.join(module.Isa.__members__)}")
-    if int(wanted) > int(module.best_isa()):
-        raise BackendError(f"this CPU lacks {name}: it has {native.isa()}")
-    return int(wanted)
-
-
-def _matrix(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return x.data_ptr(), TYPES[x.dtype], x.stride()
+def refuses(*tensors: Tensor) -> str:
+    """Why these tensors cannot be given to the kernels, or ""."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it runs on the CPU, not on {x.device.type}"
+        if x.dtype not in TYPES:
+            return f"it has no {x.dtype}"
+    return native.reason()
 
 
 def sum_grad_squared(
@@ -42,26 +35,76 @@ def sum_grad_squared(
 ) -> None:
     """Add the sum of squared per-sample gradients to out, and the gradient to grad.
 
-    CPU tensors of any strides; out and grad contiguous, float64 if g is, else float32.
+    Any strides; out and grad are float64 (and so are the sums) or float32. `threads` None: as many as torch uses.
+    `isa` None: the best instruction set of this CPU.
     """
     samples, positions, outputs = g.shape
-    native.module().sum_grad_squared(
-        _matrix(g),
-        _matrix(a),
-        samples,
-        positions,
-        outputs,
-        a.shape[2],
-        out.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        out.dtype == torch.float64,
-        torch.get_num_threads() if threads is None else threads,
-        _isa(isa),
-    )
+    with _Results(out, grad) as (out_address, grad_address):
+        native.module().sum_grad_squared(
+            _matrix(g),
+            _matrix(a),
+            samples,
+            positions,
+            outputs,
+            a.shape[2],
+            out_address,
+            grad_address,
+            out.dtype == torch.float64,
+            torch.get_num_threads() if threads is None else threads,
+            _isa(isa),
+        )
+
+
+def sum_grad_squared_conv(
+    g: Tensor,  # [N * F, O, *positions]
+    x: Tensor,  # [N * F, C, *sizes]
+    out: Tensor,  # [O, C / groups, *kernel], added to
+    grad: Tensor | None,  # the same
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],  # before and after each axis
+    dilation: Sequence[int],
+    groups: int = 1,
+    mode: str = "zeros",  # any padding_mode of torch.nn.Conv2d
+    *,
+    frames: int = 1,  # F maps of one sample lie one after the other; 1- and 2-d only
+    threads: int | None = None,
+    isa: str | None = None,
+) -> None:
+    """Add the same for the weight of a convolution, read through its windows: the unfolded map is never stored."""
+    kernel, source = list(out.shape[2:]), []
+    for size, (before, after) in zip(x.shape[2:], padding):
+        source.append(sources(size, before, after, mode))
+    ones = [1] * (3 - len(kernel))
+    if frames > 1:  # one more axis: positions of the output, and no part of the window
+        g, x = (y.unflatten(0, (-1, frames)).transpose(1, 2) for y in (g, x))
+        ones = ones[1:]
+        kernel, stride, dilation, source = [1, *kernel], [1, *stride], [1, *dilation], [list(range(frames)), *source]
+    fill = [0] * len(ones)
+    with _Results(out, grad) as (out_address, grad_address):
+        native.module().sum_grad_squared_windows(
+            _matrix(positions := g.flatten(2).transpose(1, 2)),  # a view where memory allows it
+            x.data_ptr(),
+            TYPES[x.dtype],
+            [*x.stride()[:2], *fill, *x.stride()[2:]],
+            x.shape[1] // groups,
+            [[0]] * len(ones) + source,
+            ones + kernel,
+            ones + list(stride),
+            ones + list(dilation),
+            ones + list(g.shape[2:]),
+            x.shape[0],
+            positions.shape[2],
+            groups,
+            out_address,
+            grad_address,
+            out.dtype == torch.float64,
+            torch.get_num_threads() if threads is None else threads,
+            _isa(isa),
+        )
 
 
 def sources(size: int, before: int, after: int, mode: str) -> list[int]:
-    """For each index of a padded axis the index it is copied from, -1 for a zero. Negative padding crops."""
+    """For each index of a padded axis the index it is copied from, -1 for a zero."""
     indices = range(-before, size + after)
     if mode == "zeros":
         return [i if 0 <= i < size else -1 for i in indices]
@@ -69,51 +112,42 @@ def sources(size: int, before: int, after: int, mode: str) -> list[int]:
         return [i % size for i in indices]
     if mode == "replicate":
         return [min(max(i, 0), size - 1) for i in indices]
-    return [i if 0 <= i < size else (-i if i < 0 else 2 * (size - 1) - i) for i in indices]  # reflect
+    if mode == "reflect":
+        return [min(abs(i), 2 * (size - 1) - abs(i)) for i in indices]
+    raise BackendError(f"no padding_mode {mode!r}: use zeros, reflect, replicate or circular")
 
 
-def sum_grad_squared_conv(
-    g: Tensor,  # [N, O, *positions]
-    x: Tensor,  # [N, C, *sizes]
-    out: Tensor,  # [O, C / groups, *kernel], added to
-    grad: Tensor | None,  # the same
-    stride: Sequence[int],
-    padding: Sequence[int],  # before and after each axis: 2 D numbers
-    dilation: Sequence[int],
-    groups: int,
-    mode: str,
-    *,
-    threads: int | None = None,
-    isa: str | None = None,
-) -> None:
-    """Add the same for the weight of a convolution, read through its windows: the unfolded map is never stored."""
-    dims = x.dim() - 2
-    fill = 3 - dims
-    kernel = out.shape[2:]
-    samples, outputs = g.shape[:2]
-    # Positions on one axis: a view wherever memory allows it, as for contiguous and channels-last gradients.
-    positions = g.flatten(2).transpose(1, 2)
-    source = [[0]] * fill + [
-        sources(size, before, after, mode) for size, before, after in zip(x.shape[2:], padding[::2], padding[1::2])
-    ]
-    ones = [1] * fill
-    native.module().sum_grad_squared_windows(
-        _matrix(positions),
-        x.data_ptr(),
-        TYPES[x.dtype],
-        [*x.stride()[:2], *[0] * fill, *x.stride()[2:]],
-        x.shape[1] // groups,
-        source,
-        ones + list(kernel),
-        ones + list(stride),
-        ones + list(dilation),
-        ones + list(g.shape[2:]),
-        samples,
-        outputs,
-        groups,
-        out.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        out.dtype == torch.float64,
-        torch.get_num_threads() if threads is None else threads,
-        _isa(isa),
-    )
+class _Results:
+    """Addresses of out and grad; where one is not contiguous, of a buffer that is added to it at the end."""
+
+    def __init__(self, *results: Tensor | None) -> None:
+        self.results = results
+        self.buffers = [
+            y if y is None or y.is_contiguous() else torch.zeros_like(y, memory_format=torch.contiguous_format)
+            for y in results
+        ]
+
+    def __enter__(self) -> list[int]:
+        return [0 if buffer is None else buffer.data_ptr() for buffer in self.buffers]
+
+    def __exit__(self, error: object, *_: object) -> None:
+        for result, buffer in zip(self.results, self.buffers):
+            if error is None and result is not None and buffer is not None and buffer is not result:
+                result.add_(buffer)
+
+
+def _matrix(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return x.data_ptr(), TYPES[x.dtype], x.stride()
+
+
+def _isa(name: str | None) -> int:
+    """Number of an instruction set; None: the best one of this CPU."""
+    module = native.module()
+    if name is None:
+        return int(module.best_isa())
+    wanted = module.Isa.__members__.get(name)
+    if wanted is None:
+        raise BackendError(f"no instruction set {name!r}: use one of {', '.join(module.Isa.__members__)}")
+    if int(wanted) > int(module.best_isa()):
+        raise BackendError(f"this CPU lacks {name}: it has {native.isa()}")
+    return int(wanted)
