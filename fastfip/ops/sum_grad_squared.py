@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastfip.kernels.native import sum_grad_squared as kernel
+
 from .registry import Backend, Op
 from .scratch import CHUNK, Scratch, accumulation_dtype
 from .unfold import ConvShape, columns
@@ -89,8 +91,39 @@ def _accumulate(product: Tensor, out: Tensor, grad: Tensor | None) -> None:
     out.add_(product.square_().sum(0))
 
 
-SUM_GRAD_SQUARED = Op("sum_grad_squared", (Backend("reference", reference),))
-SUM_GRAD_SQUARED_CONV = Op("sum_grad_squared_conv", (Backend("reference", reference_conv),))
+def _native(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    if g.shape[1] == 1:  # a product of squares, which torch's own product does best
+        return reference(g, a, out, grad, scratch)
+    kernel.sum_grad_squared(g, a, out, grad)
+
+
+def _native_refuses(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None) -> str:
+    return kernel.refuses(g, a, out)
+
+
+def _native_conv(
+    g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None, scratch: Scratch
+) -> None:
+    if g.numel() == 0:
+        return
+    padding = [(size, size) for size in shape.padding]
+    frames = g.shape[0] // samples
+    kernel.sum_grad_squared_conv(g, x, out, grad, shape.stride, padding, shape.dilation, shape.groups, frames=frames)
+
+
+def _native_conv_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None) -> str:
+    if len(shape.kernel) == 3 and samples and g.shape[0] != samples:
+        return "it has no axis left for the frames of a 3-d convolution"
+    return kernel.refuses(g, x, out)
+
+
+SUM_GRAD_SQUARED = Op(
+    "sum_grad_squared", (Backend("native", _native, _native_refuses), Backend("reference", reference))
+)  # fmt: skip
+SUM_GRAD_SQUARED_CONV = Op(
+    "sum_grad_squared_conv",
+    (Backend("native", _native_conv, _native_conv_refuses), Backend("reference", reference_conv)),
+)
 
 
 def sum_grad_squared(

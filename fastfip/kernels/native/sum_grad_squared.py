@@ -1,4 +1,4 @@
-"""Launchers of the native sum_grad_squared (csrc/cpu/sum_grad_squared.cpp), for CPU tensors; shapes are the caller's."""
+"""Launchers of the native sum_grad_squared (csrc/cpu/sum_grad_squared.cpp); shapes are the caller's to check."""
 
 from __future__ import annotations
 
