@@ -173,7 +173,8 @@ class CleanSet:
         for group in groups:
             mine = [group[i : i + size].tolist() for i in range(0, len(group), size)]
             if len(mine) > 1 and len(mine[-1]) < smallest:
-                mine[-2] += mine.pop()
+                last = mine.pop()
+                mine[-1] += last
             chunks += mine
         if shuffle and len(groups) > 1:
             chunks = [chunks[i] for i in _permutation(len(chunks), generator).tolist()]

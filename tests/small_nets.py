@@ -1,0 +1,60 @@
+"""Tiny nets and data for the tests of purification."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+CLASSES = 3
+
+
+def conv_net(classes: int = CLASSES) -> nn.Sequential:
+    """Convolution, BatchNorm, dropout, Linear; input [N, 2, 6, 6]."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, classes),
+    )
+
+
+def plain_net(classes: int = CLASSES) -> nn.Sequential:
+    """No BatchNorm; input [N, 2, 6, 6]."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, classes))
+
+
+class TiedNet(nn.Module):
+    """One weight in two places; input [N, 2, 6, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(72, 72)
+        self.second = nn.Linear(72, 72)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(72, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x.flatten(1))))))
+
+
+def data(n: int = 24, classes: int = CLASSES, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [n, 2, 6, 6] that show their class as a bright row, and balanced labels [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 2, 6, 6, generator=generator)
+    y = torch.arange(n) % classes
+    x[torch.arange(n), 0, y] += 1.0
+    return x, y
+
+
+def loader(n: int = 24, batch_size: int = 8, **options) -> DataLoader:
+    return DataLoader(TensorDataset(*data(n)), batch_size=batch_size, **options)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
