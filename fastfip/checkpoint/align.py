@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-__all__ = ["NESTINGS", "align", "common_prefixes", "find_state", "fits_or_raise"]
+__all__ = ["NESTINGS", "align", "common_prefixes", "find_state", "fits_or_raise", "is_extra", "is_state"]
 
 #: Entries that usually hold the weights, in the order in which they are looked for.
 NESTINGS = ("state_dict", "net", "netC", "model", "model_state_dict", "state_dict_ema")

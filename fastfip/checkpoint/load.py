@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
-from .align import align, common_prefixes, find_state, fits_or_raise, is_extra
+from .align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
 from .read import read
 
 __all__ = ["Checkpoint", "check_tensor", "load_checkpoint", "tied_names"]
@@ -228,7 +228,7 @@ def _plain(value: Any, known: dict[int, Any]) -> Any:
         return value.detach()
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return value.item()
-    if not isinstance(value, (dict, list, tuple)):
+    if not isinstance(value, (dict, list, tuple)) or is_state(value):
         raise TypeError(f"{type(value).__name__} is no plain data")
     if id(value) not in known:
         known[id(value)] = None

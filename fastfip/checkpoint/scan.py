@@ -1,7 +1,8 @@
 """What a pickle would do, found out by following its instructions on stand-ins: nothing is imported, called, allocated.
 
-torch.load(weights_only=True) already refuses code. What it does not do is to compare what the tensors claim with what
-the file holds, or to say in one line what is wrong; and it allocates before it knows. So a file is followed here first.
+torch.load(weights_only=True) already refuses code. But it inflates compressed entries, makes a tensor of a million values
+of one that is stored, allocates what an old file asks for before it has looked whether it is there, and does not say
+in one line which tensor is wrong. So a file is followed here first.
 """
 
 from __future__ import annotations
@@ -210,10 +211,10 @@ class _Machine:
                 raise CheckpointError(f"has a dict key that is no plain value ({type(key).__name__})")
             target[key] = value
 
-    def _persistent(self, ident: Any) -> Storage | Opaque | Odd:
+    def _persistent(self, ident: Any) -> Any:
         if isinstance(ident, tuple) and ident and _text(ident[0]) == "module":
             self.out.modules[_shown(ident[1])] = None
-            return Opaque(ident[1])
+            return ident[1]
         if not isinstance(ident, tuple) or len(ident) not in (5, 6) or _text(ident[0]) != "storage":
             raise ValueError("unknown kind of persistent object")
         _, of, key, location, numel, *rest = ident
@@ -222,9 +223,9 @@ class _Machine:
         if kind not in _STORAGE_BYTES or of.module.split(".")[0] != "torch" or type(numel) is not int or numel < 0:
             raise ValueError(f"unknown storage {_shown(of)} of {_shown(numel)} values")
         if location == "meta":
-            return self._odd("a meta tensor, which has no values")
+            return Odd("a meta tensor, which has no values")
         if kind.startswith("Q"):
-            return self._odd("quantised")
+            return Odd("quantised")
         storage = Storage(key, kind, _STORAGE_BYTES[kind], numel)
         known = self.out.storages.setdefault(key, storage)
         if known != storage:
@@ -243,7 +244,7 @@ class _Machine:
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> Claim | Odd:
         if isinstance(storage, Odd):
-            return storage
+            return self._odd(storage.what)
         numbers = (offset, *size, *stride)
         if not isinstance(storage, Storage) or not all(type(v) is int for v in numbers):
             raise ValueError("a tensor is built of something that is no storage")
