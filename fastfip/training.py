@@ -56,7 +56,7 @@ def fit(
         The history: one dict for each epoch (epoch, step, lr, seconds, the means of what the method logged, the score).
 
     Raises:
-        ModelError: no step had a finite loss, or the method tunes nothing.
+        ModelError: the loss is never finite, or the method tunes nothing.
     """
     watchers = as_callbacks(callbacks, progress, method.name)
     history: list[Record] = []
@@ -155,6 +155,7 @@ class _Loop:
         self.best_score = math.inf
         self.since_best = 0
         self.bad_in_a_row = 0
+        self.moved = False
         config = run.config
         self.smallest = 2 if config.bn_mode == "train" and run.batchnorms else 1
         per_epoch = len(run.clean.order(config.batch_size, smallest=self.smallest))
@@ -185,6 +186,8 @@ class _Loop:
                 watcher.on_end(run)
         if self.best is not None:
             self.tuned.restore(self.best)
+        elif self.history and not math.isfinite(self.history[-1].get("score", 0.0)):
+            raise ModelError(f"no epoch ends with a finite held-out loss: {self.remedy()}")
 
     def kept(self) -> str:
         if run_best := self.run.best_epoch:
@@ -211,10 +214,10 @@ class _Loop:
                     if stop or run.step >= run.total_steps:
                         break
         record: Record = {
+            **run.take_log(),
             "epoch": run.epoch,
             "step": run.step,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **run.take_log(),
         }
         last = stop or run.step >= run.total_steps
         if run.epoch % self.score_every == 0 or last:
@@ -246,7 +249,7 @@ class _Loop:
                 run.scaler.step(optimizer)
             self.method.after_step(run)
             run.log(**values)
-            self.bad_in_a_row = 0
+            self.bad_in_a_row, self.moved = 0, True
         else:
             self.bad()
         if run.scaler is not None:
@@ -276,17 +279,18 @@ class _Loop:
         if self.bad_in_a_row < PATIENCE_NONFINITE:
             return
         if self.best is None:
-            raise ModelError(
-                f"the loss is not finite in {self.bad_in_a_row} steps in a row: lower lr (now {run.config.lr:g}), set "
-                "grad_clip, or check that the clean images are scaled as the model expects"
-            )
+            raise ModelError(f"the loss is not finite in {self.bad_in_a_row} steps in a row: {self.remedy()}")
         raise _Stop(f"stopped in epoch {run.epoch}: the loss is not finite in {self.bad_in_a_row} steps in a row")
+
+    def remedy(self) -> str:
+        lr = self.run.config.lr
+        return f"lower lr (now {lr:g}), set grad_clip, or check that the clean images are scaled as the model expects"
 
     def score(self, record: Record) -> None:
         run = self.run
         figures = self.method.score(run)
         record.update(figures)
-        candidate = bool(self.method.is_candidate(run)) and math.isfinite(figures["score"])
+        candidate = self.moved and bool(self.method.is_candidate(run)) and math.isfinite(figures["score"])
         record["candidate"] = candidate
         if not candidate:
             return
