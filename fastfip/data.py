@@ -89,6 +89,14 @@ class Task:
             return batch[0]
         raise DataError(f"a batch must be (x, y) or a dict, not {_describe(batch)}: pass forward= (and loss=)")
 
+    def replace_inputs(self, batch: Batch, x: Tensor) -> Batch:
+        """Return the batch with its input replaced by `x`; the given batch is left as it is."""
+        self.inputs(batch)
+        if isinstance(batch, Mapping):
+            key = next(k for k in INPUT_KEYS + NAMED_INPUT_KEYS if isinstance(batch.get(k), Tensor))
+            return {**batch, key: x}
+        return (x, *batch[1:])
+
     def labels(self, batch: Batch) -> Tensor:
         """Return the labels of a batch as int64 [N] (as they are, if `loss=` is given and they are no class indices).
 

@@ -1,0 +1,149 @@
+"""Universal perturbations of the input: for every class the small change that sends most clean samples there.
+
+A backdoor is a shortcut: one small change of the input that moves every sample to one class. Without the trigger it can
+still be looked for, on clean data alone, as the smallest universal perturbation for each class (Neural Cleanse, Wang et
+al., S&P 2019; universal adversarial perturbations, Moosavi-Dezfooli et al., CVPR 2017). Purification uses what is found
+as the inputs at which the Fisher information of the net is largest; an audit reports it.
+
+Index letters: `n` sample, `c` class. A perturbation has the shape of one input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Task
+from .errors import DataError
+
+__all__ = ["Perturbations", "perturbable"]
+
+
+def perturbable(task: Task, batch: Batch) -> bool:
+    """Return whether the inputs of a batch are real numbers of one shape for each sample, so that they can be moved."""
+    try:
+        x = task.inputs(batch)
+    except DataError:
+        return False
+    return x.is_floating_point() and x.dim() >= 2
+
+
+@dataclass
+class Perturbations:
+    """One universal perturbation for each class, of bounded L2 norm, improved by normalised gradient steps.
+
+    Attributes:
+        delta: [C, *input], on the device of the inputs.
+        low, high: per-channel range of the clean inputs [1, ch, 1, ...]: perturbed inputs stay in it, so nothing needs
+            to be known of how the user scales images.
+        unit: the norm of typical inputs, sqrt(d) times their standard deviation. The radius is a multiple of it.
+        radius: L2 bound of each perturbation, in the inputs' own units.
+        success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
+    """
+
+    delta: Tensor
+    low: Tensor
+    high: Tensor
+    unit: float
+    radius: float
+    generator: torch.Generator
+    success: Tensor
+    history: list[tuple[float, list[float]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, x: Tensor, classes: int, generator: torch.Generator, radius: float = 0.02) -> Perturbations:
+        """Start from tiny noise.
+
+        Args:
+            x: clean inputs [N, ch, ...] as the model takes them.
+            classes: C.
+            generator: CPU generator; nothing else is drawn from.
+            radius: of the first bound, in units of `unit`.
+        """
+        axes = [0, *range(2, x.dim())]
+        x = x.detach().float()
+        unit = float(x.std(unbiased=False)) * math.sqrt(x[0].numel()) or 1.0
+        delta = torch.randn(classes, *x.shape[1:], generator=generator).to(x.device)
+        delta *= 1e-3 * radius * unit / _norms(delta)
+        return cls(
+            delta,
+            x.amin(axes, keepdim=True),
+            x.amax(axes, keepdim=True),
+            unit,
+            radius * unit,
+            generator,
+            torch.zeros(classes, device=x.device),
+        )
+
+    @property
+    def relative_radius(self) -> float:
+        """Return the bound in units of the norm of a typical input."""
+        return self.radius / self.unit
+
+    def apply(self, x: Tensor, c: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Return inputs [N, ...] moved by the perturbation of their class `c` [N], within the clean inputs' range."""
+        moved = x + (self.delta if delta is None else delta)[c].to(x.dtype)
+        return torch.minimum(torch.maximum(moved, self.low.to(x.dtype)), self.high.to(x.dtype))
+
+    def draw(self, y: Tensor, sharpness: float) -> Tensor:
+        """Return for each sample a class other than its own, the likelier the better its perturbation works.
+
+        Args:
+            y: [N] int64, true classes.
+            sharpness: probabilities are proportional to `success ** sharpness`; 0: uniform.
+        """
+        weight = self.success.clamp_min(0.01).cpu() ** sharpness
+        table = weight.expand(len(y), -1).clone()
+        table[torch.arange(len(y)), y.cpu()] = 0
+        return torch.multinomial(table, 1, generator=self.generator)[:, 0].to(y.device)
+
+    def improve(self, model: nn.Module, task: Task, batch: Batch, c: Tensor, step: float = 0.3) -> Tensor:
+        """Take one step of the perturbations of the classes `c` [N] towards sending the batch there.
+
+        The model's parameters get no gradient. Each class moves by `step` radii along its own normalised gradient of the
+        cross-entropy towards c, then back into the ball.
+
+        Returns:
+            the share of samples that went to their c, as a scalar.
+        """
+        x = task.inputs(batch)
+        used = self.delta.detach()[c].to(x.dtype).requires_grad_(True)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(False)
+            moved = torch.minimum(torch.maximum(x + used, self.low.to(x.dtype)), self.high.to(x.dtype))
+            logits = task.forward(model, task.replace_inputs(batch, moved)).float()
+            loss = nn.functional.cross_entropy(logits, c, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, used)
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+        with torch.no_grad():
+            total = torch.zeros_like(self.delta).index_add_(0, c, gradient.to(self.delta.dtype))
+            size = _norms(total)
+            self.delta -= step * self.radius * total / size.clamp_min(1e-20)
+            self.delta *= (self.radius / _norms(self.delta).clamp_min(1e-20)).clamp(max=1)
+            hit = (logits.argmax(1) == c).float()
+            self._count(c, hit)
+        return hit.mean()
+
+    def _count(self, c: Tensor, hit: Tensor) -> None:
+        """Running mean of the success: a sample counts a tenth, so about ten samples are remembered."""
+        seen = torch.zeros_like(self.success).index_add_(0, c, torch.ones_like(hit))
+        hits = torch.zeros_like(self.success).index_add_(0, c, hit)
+        keep = 0.9**seen
+        self.success = keep * self.success + (1 - keep) * hits / seen.clamp_min(1)
+
+    def grow(self, factor: float) -> None:
+        """Widen the bound; the perturbations themselves stay where they are."""
+        self.history.append((self.relative_radius, self.success.tolist()))
+        self.radius *= factor
+
+
+def _norms(delta: Tensor) -> Tensor:
+    """L2 norm of each row, [C, 1, ...]."""
+    return torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.dim())), keepdim=True)
