@@ -67,6 +67,14 @@ struct Pack {
         }
     }
 
+    template <int Count, class S>
+    static void copy(const S* x, int64_t stride_t, int64_t positions, int64_t width, R* to) {
+        for (int64_t t = 0; t < positions; ++t, x += stride_t, to += width) {
+#pragma GCC unroll 8
+            for (int f = 0; f < Count; ++f) to[f] = load(x + f);
+        }
+    }
+
     // to[t * width + f] = x[t, f] for f < count, zero for count <= f < width.
     template <class S>
     static void pack(const S* x, int64_t stride_t, int64_t stride_f, int64_t positions, int64_t count, int64_t width, R* to) {
@@ -74,6 +82,15 @@ struct Pack {
             for (int64_t t = 0; t < positions; ++t)
                 for (int64_t f = count; f < width; ++f) to[t * width + f] = 0;
         if (stride_f == 1) {
+            switch (count) {  // of a size known to the compiler, few features are a few moves
+                case 1: return copy<1>(x, stride_t, positions, width, to);
+                case 2: return copy<2>(x, stride_t, positions, width, to);
+                case 3: return copy<3>(x, stride_t, positions, width, to);
+                case 4: return copy<4>(x, stride_t, positions, width, to);
+                case 5: return copy<5>(x, stride_t, positions, width, to);
+                case 6: return copy<6>(x, stride_t, positions, width, to);
+                case 7: return copy<7>(x, stride_t, positions, width, to);
+            }
             for (int64_t t = 0; t < positions; ++t) {
                 const S* from = x + t * stride_t;
                 for (int64_t f = 0; f < count; ++f) to[t * width + f] = load(from + f);

@@ -13,7 +13,7 @@ template <class R, int W>
 struct Grouped {
     typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
     static constexpr int kMaxK = 9;
-    static constexpr int64_t kBlock = 512;  // bounds rounding errors, as in Kernel
+    static constexpr int64_t kBlock = 128;  // bounds rounding errors, as in Kernel
 
     // sum[k] = sum_t g[t] map[offset[t] + kernel[k]], W groups at once.
     template <int K>

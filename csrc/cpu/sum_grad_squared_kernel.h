@@ -25,7 +25,7 @@ struct Kernel {
     // As many accumulators as registers allow beside kMaxNV lanes and one broadcast.
     static constexpr int kMaxRows = kRegisters >= 32 ? 7 : 6;
     // Positions summed before they are added to the total: bounds the growth of rounding errors in long sums.
-    static constexpr int64_t kBlock = 512;
+    static constexpr int64_t kBlock = 128;
     static constexpr int64_t kPositions = 1024, kPackedBytes = int64_t(8) << 20;
 
     struct Tile {
