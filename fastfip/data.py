@@ -163,6 +163,11 @@ class Task:
                 continue
             if value.dim() > 0:
                 return value.shape[0]
+        # With both hooks the fields may have any names; what they share is the first dimension.
+        fields = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+        for value in fields:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
         raise DataError(f"cannot tell how many samples are in {_describe(batch)}")
 
 

@@ -31,6 +31,8 @@ class WorkCopy:
         _check(model)
         self.inplace = inplace
         if inplace:
+            if any(p.is_inference() for p in model.parameters()):
+                raise ModelError("the weights were made in inference_mode and cannot be changed: use inplace=False")
             self.model = model
         else:
             try:
@@ -140,7 +142,7 @@ def _check(model: nn.Module) -> None:
         raise ModelError("the model is on the meta device, without weights: load them first")
     if not any(p.is_floating_point() for _, p in parameters):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
-    bad = next((name for name, p in parameters if p.is_floating_point() and not bool(torch.isfinite(p).all())), None)
+    bad = next((name for name, p in parameters if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all())), None)
     if bad is not None:
         raise ModelError(f"the weight {bad} holds NaN or Inf: the checkpoint is broken")
 

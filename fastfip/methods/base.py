@@ -121,7 +121,8 @@ def register(cls: M) -> M:
 def _scan() -> None:
     package = importlib.import_module(__package__ or "fastfip.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+        if not module.name.startswith("_"):  # shared by methods, none itself
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def names() -> list[str]:

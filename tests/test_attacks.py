@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from fastfip import attacks
+from fastfip.attacks import attack_labels
+from fastfip.attacks.badnets import BadNets
+from fastfip.attacks.blend import Blend
+from fastfip.errors import ConfigError, DataError
+
+
+def images(n=20, size=8):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.arange(20) % 4
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_every_attack(name):
+    attack = attacks.get(name)()
+    assert attack.name == name and attack.summary
+    x = images()
+    kept = x.clone()
+    out = attack.trigger(x)
+    assert torch.equal(x, kept) and out.shape == x.shape and out.dtype == x.dtype
+    assert float(out.min()) >= 0 and float(out.max()) <= 1
+    assert bool((out != x).flatten(1).any(1).all())
+    assert torch.equal(attack.trigger(x[3:5]), out[3:5])
+    poisoned, y, index = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x, kept) and len(index) == 5 and not bool((LABELS[index] == 1).any())
+    rest = torch.tensor([i for i in range(20) if i not in index.tolist()])
+    assert torch.equal(poisoned[index], out[index]) and torch.equal(poisoned[rest], x[rest])
+    assert bool((y[index] == 1).all()) and torch.equal(y[rest], LABELS[rest])
+    again = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(0))[2]
+    other = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(1))[2]
+    assert torch.equal(index, again) and not torch.equal(index, other)
+    triggered, wanted, true = attack.asr_set(x, LABELS, target=1)
+    keep = LABELS != 1
+    assert torch.equal(triggered, out[keep]) and torch.equal(true, LABELS[keep]) and wanted.tolist() == [1] * 15
+    triggered, wanted, true = attack.asr_set(x, LABELS, target="next")
+    assert len(true) == 20 and torch.equal(wanted, (LABELS + 1) % 4)
+
+
+def test_badnets_writes_its_patch_where_it_says():
+    x = images(2)
+    out = BadNets(size=2, margin=1).trigger(x)
+    changed = (out != x).any(1).any(0)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[5:7, 5:7] = True
+    assert torch.equal(changed, expected) and bool((out[..., 5:7, 5:7] == 1).all())
+    half = BadNets(size=2, margin=1, alpha=0.5).trigger(x)
+    assert torch.allclose(half[..., 5:7, 5:7], 0.5 * x[..., 5:7, 5:7] + 0.5)
+    assert BadNets(pattern="checker").patch().tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert BadNets(pattern="grid").patch().tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+
+
+def test_blend_mixes_one_picture():
+    x = images(2)
+    picture = torch.full((3, 8, 8), 0.5)
+    assert torch.allclose(Blend(alpha=0.2, picture=picture).trigger(x), 0.8 * x + 0.1)
+    noise = Blend(seed=1).trigger(x) - 0.8 * x
+    assert torch.allclose(noise[0], noise[1]) and float(noise[0].std()) > 0.01
+    assert not torch.equal(Blend(seed=2).trigger(x), Blend(seed=1).trigger(x))
+    with pytest.raises(DataError, match="resize"):
+        Blend(picture=picture).trigger(images(2, size=6))
+
+
+def test_labels_of_the_attack():
+    assert attack_labels(LABELS[:4], 2).tolist() == [2] * 4
+    assert attack_labels(LABELS[:4], "next").tolist() == [1, 2, 3, 0]
+    assert attack_labels(LABELS[:4], "next", classes=9).tolist() == [1, 2, 3, 4]
+    for bad in (-1, 9, "all", 1.5):
+        with pytest.raises(DataError, match="target="):
+            attack_labels(LABELS, bad, classes=4)
+
+
+def test_what_cannot_be_poisoned():
+    attack = BadNets()
+    with pytest.raises(DataError, match="uint8"):
+        attack.poison((images() * 255).to(torch.uint8), LABELS, 0.1)
+    with pytest.raises(DataError, match="before normalising"):
+        attack.asr_set(images() * 2 - 1, LABELS)
+    with pytest.raises(DataError, match="rate=1.5"):
+        attack.poison(images(), LABELS, 1.5)
+    with pytest.raises(DataError, match="15 are not of the target class"):
+        attack.poison(images(), LABELS, 1.0)
+    with pytest.raises(DataError, match="does not fit"):
+        BadNets(size=9).trigger(images())
+
+
+def test_settings_are_checked():
+    for bad in ({"size": 0}, {"alpha": 0.0}, {"margin": -1}, {"pattern": "stripes"}, {"pattern": "grid", "size": 4}):
+        with pytest.raises(ConfigError, match="BadNets"):
+            BadNets(**bad)
+    with pytest.raises(ConfigError, match="alpha"):
+        Blend(alpha=2.0)
+    with pytest.raises(ConfigError, match="did you mean 'badnets'"):
+        attacks.get("badnet")
