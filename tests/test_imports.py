@@ -18,6 +18,7 @@ LAYER = {
     "spectral": 4,
     "metrics": 4,
     "checkpoint": 4,
+    "datasets": 4,
     "curvature": 5,
     "config": 4,
     "process": 4,
@@ -36,6 +37,7 @@ LAYER = {
     "testing": 9,
     "demo": 10,
     "cli": 11,
+    "__main__": 12,
 }
 LEAVES = {"attacks": {"demo", "cli", "testing"}, "report": {"demo", "cli"}, "testing": set()}
 ALSO: dict[str, set[str]] = {}
