@@ -6,7 +6,9 @@ g [N, T, O] is the gradient of each sample's own loss at the output of a linear 
 may be 1; N and T may be 0. float64 is summed in float64, every other dtype in float32. The convolution form takes
 feature maps and never needs more of the windows than a few samples at a time.
 
-`out` and `grad`, where given, are added to: a pass over a data set accumulates in place, in one buffer for each.
+`out` and `grad`, where given, are added to: a pass over a data set accumulates in place, in one buffer for each, and is
+no part of an autograd graph. Without them the op is differentiable and can be traced and transformed (`torch.compile`,
+`torch.func`): sum_grad_squared_autograd.py.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from fastfip.kernels.native import sum_grad_squared as kernel
 
 from .registry import Backend, Op
 from .scratch import CHUNK, Scratch, accumulation_dtype
+from .sum_grad_squared_autograd import define, differentiable
 from .unfold import ConvShape, columns
 
 
@@ -126,6 +129,31 @@ SUM_GRAD_SQUARED_CONV = Op(
 )
 
 
+def _run(backend: str, g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None) -> None:
+    SUM_GRAD_SQUARED[backend].run(g, a, out, grad, Scratch())
+
+
+define(_run)
+
+
+def sum_grad_squared_and_grad(
+    g: Tensor,  # [N, T, O]
+    a: Tensor,  # [N, T, I]
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return out[o, i] of :func:`sum_grad_squared` and, from the same products, sum_n sum_t g[n, t, o] a[n, t, i].
+
+    Differentiable any number of times.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        BackendError: the backend asked for cannot run here.
+    """
+    _check(g, a)
+    return differentiable(g, a, True, SUM_GRAD_SQUARED.choose(backend, g, a, g, None).name)
+
+
 def sum_grad_squared(
     g: Tensor,  # [N, T, O]
     a: Tensor,  # [N, T, I]
@@ -151,8 +179,10 @@ def sum_grad_squared(
 
     Source: kernels.md 1 of the project; the definition of the empirical Fisher's diagonal.
     """
-    if g.dim() != 3 or a.dim() != 3 or g.shape[:2] != a.shape[:2]:
-        raise ValueError(f"sum_grad_squared needs g [N, T, O] and a [N, T, I], not {list(g.shape)} and {list(a.shape)}")
+    _check(g, a)
+    if out is None and grad is None and scratch is None:
+        return differentiable(g, a, False, SUM_GRAD_SQUARED.choose(backend, g, a, g, None).name)[0]
+    g, a = g.detach(), a.detach()
     out = _target(out, (g.shape[2], a.shape[2]), g)
     _check_grad(grad, out)
     chosen = SUM_GRAD_SQUARED.choose(backend, g, a, out, grad)
@@ -176,6 +206,9 @@ def sum_grad_squared_conv(
     `samples` is N where several frames F of one sample lie one after the other in the batch; None: F = 1.
     For a transposed convolution exchange the roles: `g` its input, `x` the gradient at its output.
 
+    Differentiable any number of times if neither `out` nor `grad` is given; then, and only then, the windows of all
+    samples are stored.
+
     Raises:
         ValueError: the shapes do not fit each other.
         BackendError: the backend asked for cannot run here.
@@ -185,11 +218,33 @@ def sum_grad_squared_conv(
         raise ValueError(f"g {list(g.shape)} and x {list(x.shape)} are no maps of {samples} samples")
     if x.shape[1] % shape.groups or g.shape[1] % shape.groups:
         raise ValueError(f"{x.shape[1]} and {g.shape[1]} channels cannot be {shape.groups} groups")
+    if out is None and grad is None and torch.is_grad_enabled() and (g.requires_grad or x.requires_grad):
+        return _differentiable_conv(g, x, shape, samples, backend)
+    g, x = g.detach(), x.detach()
     out = _target(out, (g.shape[1], x.shape[1] // shape.groups, *shape.kernel), g)
     _check_grad(grad, out)
     chosen = SUM_GRAD_SQUARED_CONV.choose(backend, g, x, shape, samples, out, grad)
     chosen.run(g, x, shape, samples, out, grad, scratch or Scratch())
     return out
+
+
+def _differentiable_conv(g: Tensor, x: Tensor, shape: ConvShape, samples: int, backend: str) -> Tensor:
+    cols = columns(x, shape, tuple(g.shape[2:]))  # [N*F, groups, I, T]
+    left = g.reshape(g.shape[0], shape.groups, g.shape[1] // shape.groups, cols.shape[3])
+    frames = g.shape[0] // max(1, samples)
+    chosen = SUM_GRAD_SQUARED.choose(backend, g, x, g, None).name
+    each = [
+        differentiable(
+            *(y[:, k].unflatten(0, (samples, frames)).mT.flatten(1, 2) for y in (left, cols)), False, chosen
+        )[0]
+        for k in range(shape.groups)
+    ]
+    return torch.cat(each).view(g.shape[1], x.shape[1] // shape.groups, *shape.kernel)
+
+
+def _check(g: Tensor, a: Tensor) -> None:
+    if g.dim() != 3 or a.dim() != 3 or g.shape[:2] != a.shape[:2]:
+        raise ValueError(f"sum_grad_squared needs g [N, T, O] and a [N, T, I], not {list(g.shape)} and {list(a.shape)}")
 
 
 def _target(out: Tensor | None, size: tuple[int, ...], like: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from fastfip.errors import BackendError
 
 
@@ -31,6 +33,7 @@ def available() -> bool:
     return _load()[0] is not None
 
 
+@torch.compiler.assume_constant_result
 def reason() -> str:
     """Why it cannot be used; empty when it can."""
     return _load()[1]
