@@ -233,12 +233,8 @@ def _differentiable_conv(g: Tensor, x: Tensor, shape: ConvShape, samples: int, b
     left = g.reshape(g.shape[0], shape.groups, g.shape[1] // shape.groups, cols.shape[3])
     frames = g.shape[0] // max(1, samples)
     chosen = SUM_GRAD_SQUARED.choose(backend, g, x, g, None).name
-    each = [
-        differentiable(
-            *(y[:, k].unflatten(0, (samples, frames)).mT.flatten(1, 2) for y in (left, cols)), False, chosen
-        )[0]
-        for k in range(shape.groups)
-    ]
+    left, cols = (y.unflatten(0, (samples, frames)).permute(2, 0, 1, 4, 3).flatten(2, 3) for y in (left, cols))
+    each = [differentiable(g1, a1, False, chosen)[0] for g1, a1 in zip(left, cols)]  # [N, F*T, O/groups], [N, F*T, I]
     return torch.cat(each).view(g.shape[1], x.shape[1] // shape.groups, *shape.kernel)
 
 

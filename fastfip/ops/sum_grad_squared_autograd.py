@@ -137,6 +137,6 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(g: Tensor, a: Tensor, gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """Return out [O, I] and grad [O, I] (empty unless `gradient`) of g [N, T, O] and a [N, T, I], by the backend named."""
+    """Return out [O, I] and grad [O, I] (empty unless `gradient`) of g [N, T, O] and a [N, T, I], by that backend."""
     out, grad = _Forward.apply(g, a, gradient, backend)
     return out, grad
