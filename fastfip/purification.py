@@ -15,7 +15,7 @@ import fastfip
 from .callbacks import Callback
 from .cleanset import CleanSet
 from .data import Batch, Forward, Loss, Task, looks_like_probabilities
-from .errors import ConfigError, DataError, ModelError
+from .errors import ConfigError, FastFIPError, ModelError
 from .methods import Method, MethodConfig, get
 from .metrics import Evaluation, evaluate
 from .process import PeakMemory, seeded
@@ -242,7 +242,7 @@ def _probe(
         with torch.no_grad():
             logits = task.forward(model, batch)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, (DataError, ModelError)):
+        if isinstance(error, FastFIPError):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"the model fails on a batch of the clean data ({type(error).__name__}: {reason})") from error

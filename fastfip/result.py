@@ -142,15 +142,7 @@ class PurifyResult:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         course, bars = figure.subplots(1, 2, width_ratios=(3, 2))
         self.draw_history(course)
-        shown = [name for name in ("acc", "asr", "ra") if getattr(self.after, name) is not None]
-        for shift, side, word in ((-0.2, self.before, "before"), (0.2, self.after, "after")):
-            heights = [100 * getattr(side, name) for name in shown]
-            drawn = bars.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word)
-            bars.bar_label(drawn, fmt="%.1f", fontsize=8)
-        bars.set_xticks(range(len(shown)), [name.upper() for name in shown])
-        bars.set_ylim(0, 110)
-        bars.set_ylabel("%")
-        bars.legend(fontsize=8)
+        self.draw_bars(bars)
         figure.suptitle(self.title, fontsize=10)
         if path is not None:
             figure.savefig(path, dpi=120)
@@ -168,6 +160,18 @@ class PurifyResult:
         axes.set_xlabel("epoch")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
+
+    def draw_bars(self, axes: Any) -> None:
+        """Draw ACC, ASR and RA before and after on matplotlib axes."""
+        shown = [name for name in ("acc", "asr", "ra") if getattr(self.after, name) is not None]
+        for shift, side, word in ((-0.2, self.before, "before"), (0.2, self.after, "after")):
+            heights = [100 * getattr(side, name) for name in shown]
+            drawn = axes.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word)
+            axes.bar_label(drawn, fmt="%.1f", fontsize=8)
+        axes.set_xticks(range(len(shown)), [name.upper() for name in shown])
+        axes.set_ylim(0, 110)
+        axes.set_ylabel("%")
+        axes.legend(fontsize=8)
 
 
 def _show(value: float | None, percent: bool) -> str:

@@ -40,10 +40,10 @@ def fit(
     Kept is the candidate epoch with the lowest held-out clean score (`config.select="best"`), or the last candidate.
     The state before the first step is never a candidate: the backdoored net may well fit clean data best.
 
-    Ctrl-C: the best candidate so far is kept, or the end of the last whole epoch; `run.interrupted` is set.
+    Ctrl-C: the best candidate so far is kept, or the end of the last scored epoch; `run.interrupted` is set.
 
     A loss or gradient that is not finite: the step is left out and, if numbers in the model are not finite either, the
-    model goes back to the end of the last epoch. Ten such steps in a row end the loop: with the best candidate so far
+    model goes back to the end of the last scored epoch. Ten such steps in a row end the loop: with the best candidate so far
     and a note or, if there is none, with an error.
 
     Args:
@@ -162,7 +162,7 @@ class _Loop:
         run.total_steps = config.steps if config.steps is not None else (config.epochs or 1) * per_epoch
         run.epochs = math.ceil(run.total_steps / per_epoch)
         self.score_every = max(1, run.epochs // MOST_SCORES)
-        self.good = tuned.save()
+        self.good, self.good_epoch = tuned.save(), 0
 
     def go(self) -> None:
         run = self.run
@@ -190,11 +190,8 @@ class _Loop:
             raise ModelError(f"no epoch ends with a finite held-out loss: {self.remedy()}")
 
     def kept(self) -> str:
-        if run_best := self.run.best_epoch:
-            return f"the state of epoch {run_best} is kept"
-        if self.history:
-            return f"the state of epoch {self.history[-1]['epoch']} is kept"
-        return "no epoch was complete, the model is as it was given"
+        epoch = self.run.best_epoch or self.good_epoch
+        return f"the state of epoch {epoch} is kept" if epoch else "no epoch was scored, the model is as it was given"
 
     def epoch(self) -> None:
         run, config, start = self.run, self.run.config, time.perf_counter()
@@ -222,10 +219,12 @@ class _Loop:
         last = stop or run.step >= run.total_steps
         if run.epoch % self.score_every == 0 or last:
             with run.timed("score"):
-                self.score(record)
+                better = self.score(record)
+            if self.tuned.finite():
+                self.good, self.good_epoch = self.tuned.save(), run.epoch
+                if better:
+                    self.best, run.best_epoch = self.good, run.epoch
         record["seconds"] = time.perf_counter() - start
-        if self.tuned.finite():
-            self.good = self.tuned.save()
         self.history.append(record)
         for watcher in self.watchers:
             stop = bool(watcher.on_epoch(run, record)) or stop
@@ -286,16 +285,16 @@ class _Loop:
         lr = self.run.config.lr
         return f"lower lr (now {lr:g}), set grad_clip, or check that the clean images are scaled as the model expects"
 
-    def score(self, record: Record) -> None:
+    def score(self, record: Record) -> bool:
+        """Score the present state; whether it is the one to keep so far."""
         run = self.run
         figures = self.method.score(run)
         record.update(figures)
         candidate = self.moved and bool(self.method.is_candidate(run)) and math.isfinite(figures["score"])
         record["candidate"] = candidate
         if not candidate:
-            return
+            return False
         better = figures["score"] < self.best_score
         self.since_best = 0 if better else self.since_best + 1
-        if better or run.config.select == "last":
-            self.best_score = min(self.best_score, figures["score"])
-            self.best, run.best_epoch = self.tuned.save(), run.epoch
+        self.best_score = min(self.best_score, figures["score"])
+        return better or run.config.select == "last"

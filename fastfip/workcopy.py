@@ -70,8 +70,8 @@ class WorkCopy:
         return any(dtype in _LOW for _, dtype in self.homes.values())
 
     def to(self, device: torch.device) -> None:
-        """Move the net; a net that is spread over several devices stays as it is."""
-        if {d for d, _ in self.homes.values()} != {device}:
+        """Move the net; one that is spread over several devices stays as it is."""
+        if len({d for d, _ in self.homes.values()}) == 1 and self.home != device:
             self.model.to(device)
 
     def to_float32(self) -> None:

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+import torch
+
+from fastfip import demo, methods
+from fastfip.metrics import evaluate
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+def test_the_net_is_good_and_backdoored():
+    x, y, test_x, test_y = demo.digits(0)
+    assert (x.shape, test_x.shape) == ((1400, 1, 8, 8), (397, 1, 8, 8)) and 0 <= float(x.min()) < float(x.max()) <= 1
+    attack = demo.BadNets(size=2)
+    state = torch.get_rng_state()
+    model = demo.train_backdoored(x, y, attack, 0, epochs=5)
+    assert torch.equal(state, torch.get_rng_state()) and not model.training
+    found = evaluate(model, [(test_x, test_y)], [attack.asr_set(test_x, test_y, 0)])
+    assert found.acc > 0.95 and found.asr > 0.95
+
+
+def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    monkeypatch.setattr(demo, "train_backdoored", lambda *args: demo.digit_net())
+    found = demo.run_demo(tmp_path / "out", method="fine_tune", epochs=1, progress=False)
+    assert [path.name for path in found.files] == ["demo.png", "demo.json"]
+    assert found.files[0].stat().st_size > 20_000
+    values = json.loads(found.files[1].read_text())
+    assert values["settings"]["clean_samples"] == 70 and values["after"]["asr"] is not None
+    assert all(value > 0 for value in found.lambda_max) and values["lambda_max"] == list(found.lambda_max)
+    console = Console(width=100, record=True, file=(tmp_path / "log").open("w"))
+    console.print(found)
+    text = console.export_text()
+    for word in ("ACC", "ASR", "RA", "lambda_max", "peak memory", "demo.png"):
+        assert word in text
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("fast_fip" not in methods.names(), reason="fast_fip is not there")
+def test_fast_fip_removes_the_backdoor(tmp_path):
+    found = demo.run_demo(tmp_path, progress=False)
+    assert found.result.before.asr > 0.95
+    assert found.result.after.asr < 0.05 and found.result.after.acc > found.result.before.acc - 0.02
