@@ -142,9 +142,9 @@ def _check(model: nn.Module) -> None:
         raise ModelError("the model is on the meta device, without weights: load them first")
     if not any(p.is_floating_point() for _, p in parameters):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
-    bad = next((name for name, p in parameters if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all())), None)
-    if bad is not None:
-        raise ModelError(f"the weight {bad} holds NaN or Inf: the checkpoint is broken")
+    for name, p in parameters:
+        if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all()):
+            raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
 
 
 def _form(value: Any) -> Any:
