@@ -88,7 +88,11 @@ def dense_rows(gradient: bool, repeat: int) -> list[dict[str, object]]:
                     print(f"{name}: {backend.name} cannot run: {why}")
                     continue
                 error = relative_error(sum_grad_squared(g[part], a[part], backend=backend.name), exact)
-                assert error < 1e3 * torch.finfo(dtype).eps, (name, backend.name, error)
+                assert error < (1e3 * torch.finfo(dtype).eps if backend.automatic else 1e-2), (
+                    name,
+                    backend.name,
+                    error,
+                )
                 call = functools.partial(sum_grad_squared, g, a, out=out, grad=grad, backend=backend.name)
                 seconds = cpu_time(call, repeat)
                 rows.append(row(name, f"{n}x{t}x{o}x{i}", dtype, backend.name, seconds, 2 * n * t * o * i, rate, error))
@@ -132,7 +136,7 @@ def conv_rows(gradient: bool, repeat: int) -> list[dict[str, object]]:
                 print(f"{name}: {backend.name} cannot run: {why}")
                 continue
             error = relative_error(sum_grad_squared_conv(g[part], x[part], shape, backend=backend.name), exact)
-            assert error < 1e3 * torch.finfo(dtype).eps, (name, backend.name, error)
+            assert error < (1e3 * torch.finfo(dtype).eps if backend.automatic else 1e-2), (name, backend.name, error)
             call = functools.partial(sum_grad_squared_conv, g, x, shape, out=out, grad=grad, backend=backend.name)
             seconds = cpu_time(call, repeat)
             work = 2 * g.numel() * (c // groups) * k * k

@@ -32,14 +32,15 @@ fastfip::Matrix matrix_of(const MatrixArgument& x) {
     return {pointer<const void>(std::get<0>(x)), type_of(std::get<1>(x)), stride[0], stride[1], stride[2]};
 }
 
-fastfip::Options options_of(bool is_double, int threads, int isa) {
+fastfip::Options options_of(bool is_double, bool bf16, int threads, int isa) {
     if (isa < 0 || isa > static_cast<int>(fastfip::Isa::avx512_bf16)) throw std::invalid_argument("unknown instruction set");
-    return {is_double, threads < 1 ? 1 : threads, static_cast<fastfip::Isa>(isa)};
+    if (is_double && bf16) throw std::invalid_argument("bfloat16 products are summed in float32");
+    return {is_double, bf16, threads < 1 ? 1 : threads, static_cast<fastfip::Isa>(isa)};
 }
 
 void sum_grad_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t samples, int64_t positions, int64_t outputs,
-                      int64_t inputs, uintptr_t out, uintptr_t grad, bool is_double, int threads, int isa) {
-    const auto options = options_of(is_double, threads, isa);
+                      int64_t inputs, uintptr_t out, uintptr_t grad, bool is_double, bool bf16, int threads, int isa) {
+    const auto options = options_of(is_double, bf16, threads, isa);
     const auto g_matrix = matrix_of(g), a_matrix = matrix_of(a);
     py::gil_scoped_release release;
     fastfip::sum_grad_squared(g_matrix, a_matrix, samples, positions, outputs, inputs, pointer(out), pointer(grad), options);
@@ -48,9 +49,9 @@ void sum_grad_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t 
 void sum_grad_squared_windows(const MatrixArgument& g, uintptr_t map, int map_type, const std::array<int64_t, 5>& map_stride,
                               int64_t channels, const std::array<std::vector<int64_t>, 3>& source, const Three& kernel,
                               const Three& step, const Three& dilation, const Three& positions, int64_t samples,
-                              int64_t outputs, int64_t groups, uintptr_t out, uintptr_t grad, bool is_double, int threads,
-                              int isa) {
-    const auto options = options_of(is_double, threads, isa);
+                              int64_t outputs, int64_t groups, uintptr_t out, uintptr_t grad, bool is_double, bool bf16,
+                              int threads, int isa) {
+    const auto options = options_of(is_double, bf16, threads, isa);
     const auto g_matrix = matrix_of(g);
     fastfip::Windows w = {};
     w.data = pointer<const void>(map);
@@ -85,14 +86,19 @@ PYBIND11_MODULE(_native, m) {
         .value("avx512", fastfip::Isa::avx512)
         .value("avx512_bf16", fastfip::Isa::avx512_bf16);
 
+#ifdef FASTFIP_BF16
+    m.attr("has_bf16") = fastfip::best_isa() >= fastfip::Isa::avx512_bf16;
+#else
+    m.attr("has_bf16") = false;
+#endif
     m.def("best_isa", &fastfip::best_isa, "Best instruction set of this CPU.");
 
     m.def("sum_grad_squared", &sum_grad_squared, py::arg("g"), py::arg("a"), py::arg("samples"), py::arg("positions"),
-          py::arg("outputs"), py::arg("inputs"), py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("threads"),
-          py::arg("isa"), "Add to out (and grad, unless 0); see fastfip.h.");
+          py::arg("outputs"), py::arg("inputs"), py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("bf16"),
+          py::arg("threads"), py::arg("isa"), "Add to out (and grad, unless 0); see fastfip.h.");
     m.def("sum_grad_squared_windows", &sum_grad_squared_windows, py::arg("g"), py::arg("map"), py::arg("map_type"),
           py::arg("map_stride"), py::arg("channels"), py::arg("source"), py::arg("kernel"), py::arg("step"),
           py::arg("dilation"), py::arg("positions"), py::arg("samples"), py::arg("outputs"), py::arg("groups"),
-          py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("threads"), py::arg("isa"),
+          py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("bf16"), py::arg("threads"), py::arg("isa"),
           "The same for a convolution's feature map; see fastfip.h.");
 }

@@ -38,6 +38,7 @@ struct Windows {
 // best_isa(). Threads split the result, so the numbers do not depend on how many there are.
 struct Options {
     bool is_double;
+    bool bf16;  // round the operands to bfloat16 (AVX512_BF16 only; not where groups are lanes); sums and squares stay float
     int threads;
     Isa isa;
 };

@@ -14,6 +14,10 @@ namespace {
 
 Backend backend(const Options& options, bool grouped = false) {
     if (options.isa > best_isa()) throw std::invalid_argument("this CPU lacks the instruction set that was asked for");
+#if defined(FASTFIP_BF16)
+    if (options.bf16 && !grouped && options.isa >= Isa::avx512_bf16) return sum_grad_squared_bf16();
+#endif
+    if (options.bf16 && !grouped) throw std::invalid_argument("bfloat16 products need a CPU and a compiler with AVX512_BF16");
 #if defined(__x86_64__)
     if (options.isa >= Isa::avx512) return sum_grad_squared_avx512(options.is_double, grouped);
     if (options.isa == Isa::avx2) return sum_grad_squared_avx2(options.is_double, grouped);
@@ -117,7 +121,7 @@ void sum_grad_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t
     const bool lanes_are_inputs = waste_i < waste_o || (waste_i == waste_o && inputs >= outputs);
     Problem p = {};
     p.samples = samples;
-    p.positions = positions;
+    p.positions = p.line = positions;
     p.out = out;
     p.grad = grad;
     p.lanes = lanes_are_inputs ? a : g;
@@ -136,6 +140,7 @@ void sum_grad_squared_windows(const Matrix& g, const Windows& a, int64_t samples
     Problem p = {};
     p.samples = samples;
     p.positions = positions;
+    p.line = a.positions[2];
     p.out = out;
     p.grad = grad;
     p.lanes = g;

@@ -10,6 +10,7 @@ namespace fastfip {
 // One call with the roles dealt out: which operand is broadcast by rows, which is packed into lanes.
 struct Problem {
     int64_t samples, positions;
+    int64_t line;  // positions that follow each other at equal distances: all, or one row of a convolution's output
     Matrix lanes, rows;
     const Windows* windows;  // null: `rows` is a matrix; otherwise rows are (channel, kernel position) of this map
     void *out, *grad;        // grad may be null
@@ -35,6 +36,7 @@ struct Backend {
 Backend sum_grad_squared_portable(bool is_double, bool grouped);
 Backend sum_grad_squared_avx2(bool is_double, bool grouped);
 Backend sum_grad_squared_avx512(bool is_double, bool grouped);
+Backend sum_grad_squared_bf16();
 
 namespace {
 
@@ -48,12 +50,15 @@ inline int64_t kernel_offset(const Windows& w, int64_t k) {
     return (z * w.dilation[0] * w.padded[1] + y * w.dilation[1]) * w.padded[2] + x * w.dilation[2];
 }
 
-// Offset of each output position's window in the padded map of a channel.
+// Offset of an output position's window in the padded map of a channel.
+inline int64_t position_offset(const Windows& w, int64_t z, int64_t y, int64_t x) {
+    return (z * w.step[0] * w.padded[1] + y * w.step[1]) * w.padded[2] + x * w.step[2];
+}
+
 inline void position_offsets(const Windows& w, int64_t* to) {
     for (int64_t z = 0; z < w.positions[0]; ++z)
         for (int64_t y = 0; y < w.positions[1]; ++y)
-            for (int64_t x = 0; x < w.positions[2]; ++x)
-                *to++ = (z * w.step[0] * w.padded[1] + y * w.step[1]) * w.padded[2] + x * w.step[2];
+            for (int64_t x = 0; x < w.positions[2]; ++x) *to++ = position_offset(w, z, y, x);
 }
 
 }  // namespace

@@ -13,49 +13,70 @@
 
 #include "cpu/pack.h"
 #include "cpu/sum_grad_squared.h"
+
 namespace fastfip {
 namespace {
 
-template <class R, int W>
+// How operands are stored and multiplied: as they are. (sum_grad_squared_bf16.cpp has the other way.) One step is one position.
+template <class R>
+struct Exact {
+    typedef R Element;
+    static constexpr bool kInPlace = true;  // an operand of type R may be read where it lies
+
+    static int64_t steps(const Problem& p) { return p.positions; }
+    static void offsets(const Windows& w, int64_t* to) { position_offsets(w, to); }
+
+    static void pack(const Problem& p, const Matrix& m, int64_t n, int64_t first, int64_t count, int64_t width, R* to) {
+        Pack<R>::pack(m, n, first, p.positions, count, width, to);
+    }
+    static void pad(const Windows& w, int64_t n, int64_t channel, R* to, R*) { Pack<R>::pad(w, n, channel, to); }
+
+    template <class Vec>
+    static inline __attribute__((always_inline)) Vec multiply_add(R row, Vec lane, Vec sum) { return sum + row * lane; }
+};
+
+template <class R, int W, class Operand = Exact<R>>
 struct Kernel {
+    typedef typename Operand::Element Element;  // of the size of R
     typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
+    typedef Element Lane __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
 
     static constexpr int kRegisters = FASTFIP_VECTOR_REGISTERS;
     static constexpr int kMaxNV = kRegisters >= 32 ? 4 : 2;
     // As many accumulators as registers allow beside kMaxNV lanes and one broadcast.
     static constexpr int kMaxRows = kRegisters >= 32 ? 7 : 6;
-    // Positions summed before they are added to the total: bounds the growth of rounding errors in long sums.
+    // Steps summed before they are added to the total: bounds the growth of rounding errors in long sums.
     static constexpr int64_t kBlock = 128;
-    static constexpr int64_t kPositions = 1024, kPackedBytes = int64_t(8) << 20;
+    static constexpr int64_t kSteps = 1024, kPackedBytes = int64_t(8) << 20;
 
     struct Tile {
-        int64_t samples, positions;
-        const R* rows[kMaxRows];
+        int64_t samples, steps;
+        const Element* rows[kMaxRows];
         int64_t row_sample;                // distance from one sample's rows to the next one's
-        const int64_t* position_offset;    // null: packed rows, position t is at t * MR
-        const R* lanes;
-        int64_t lane_sample, lane_step;    // from one sample to the next, from one position to the next
+        const int64_t* offset;             // null: packed rows, step t is at t * MR
+        const Element* lanes;
+        int64_t lane_sample, lane_step;    // from one sample to the next, from one step to the next
         R* out;
         R* grad;                           // null: not wanted
     };
 
     template <int MR, int NV, bool Indexed>
     static inline __attribute__((always_inline)) void multiply(
-        Vec (&acc)[MR][NV], const R* const* rows, const int64_t* offset, const R* lanes, int64_t lane_step,
+        Vec (&acc)[MR][NV], const Element* const* rows, const int64_t* offset, const Element* lanes, int64_t lane_step,
         int64_t count) {
-        const R* row[MR];
+        const Element* row[MR];
 #pragma GCC unroll 8
         for (int r = 0; r < MR; ++r) row[r] = rows[r];
         for (int64_t t = 0; t < count; ++t) {
-            Vec lane[NV];
+            Lane lane[NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) lane[v] = *reinterpret_cast<const Vec*>(lanes + v * W);
+            for (int v = 0; v < NV; ++v) lane[v] = *reinterpret_cast<const Lane*>(lanes + v * W);
             const int64_t at = Indexed ? offset[t] : 0;
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r) {
-                const R value = Indexed ? row[r][at] : row[0][r];
+                const Element value = Indexed ? row[r][at] : row[0][r];
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) acc[r][v] += value * lane[v];
+                for (int v = 0; v < NV; ++v) acc[r][v] = Operand::multiply_add(value, lane[v], acc[r][v]);
             }
             lanes += lane_step;
             if (!Indexed) row[0] += MR;
@@ -67,15 +88,15 @@ struct Kernel {
         Vec* out = reinterpret_cast<Vec*>(job.out);
         Vec* grad = reinterpret_cast<Vec*>(job.grad);
         for (int64_t n = 0; n < job.samples; ++n) {
-            const R* rows[MR];
+            const Element* rows[MR];
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r) rows[r] = job.rows[r] + n * job.row_sample;
-            const R* lanes = job.lanes + n * job.lane_sample;
+            const Element* lanes = job.lanes + n * job.lane_sample;
             Vec acc[MR][NV] = {};
-            int64_t left = job.positions;
+            int64_t left = job.steps;
             if (left > kBlock) {
                 Vec total[MR][NV] = {};
-                const int64_t* offset = job.position_offset;
+                const int64_t* offset = job.offset;
                 for (; left > 0; left -= kBlock) {
                     const int64_t count = left < kBlock ? left : kBlock;
                     Vec part[MR][NV] = {};
@@ -92,7 +113,7 @@ struct Kernel {
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) acc[r][v] = total[r][v];
             } else {
-                multiply<MR, NV, Indexed>(acc, rows, job.position_offset, lanes, job.lane_step, left);
+                multiply<MR, NV, Indexed>(acc, rows, job.offset, lanes, job.lane_step, left);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r)
@@ -149,25 +170,26 @@ struct Kernel {
 
     // Where the parts of a slice's scratch memory begin, in elements of R.
     struct Layout {
-        int64_t chunk;                    // samples packed at a time
+        int64_t chunk, steps;             // samples packed at a time, steps of a sample
         int64_t lanes, rows;              // elements of one sample: packed lanes; packed rows or padded channels
         int64_t tiles;                    // elements of the running tiles: all of them, or one if there is one chunk only
-        int64_t at_rows, at_out, at_grad, at_offset, size;
+        int64_t at_rows, at_out, at_grad, at_plain, at_offset, size;
     };
 
     static Layout layout(const Problem& p, const Slice& s) {
         Layout l = {};
         const int64_t rows = s.row_end - s.row_begin, lanes = (s.lane_end - s.lane_begin + W - 1) / W * W;
-        l.lanes = p.positions * lanes;
+        l.steps = Operand::steps(p);
+        l.lanes = l.steps * lanes;
         if (p.windows) {
             const int64_t k = kernel_size(*p.windows);
             l.rows = ((s.row_end - 1) / k - s.row_begin / k + 1) * padded_size(*p.windows);
         } else {
-            l.rows = p.positions * rows;
+            l.rows = l.steps * rows;
         }
-        // So many positions at a time amortise reading and writing the running tiles; more than the caches hold is of no use.
+        // So many steps at a time amortise reading and writing the running tiles; more than the caches hold is of no use.
         const int64_t most = kPackedBytes / int64_t(sizeof(R)) / (l.lanes + l.rows) + 1;
-        l.chunk = (kPositions + p.positions - 1) / p.positions;
+        l.chunk = (kSteps + l.steps - 1) / l.steps;
         if (l.chunk > most) l.chunk = most;
         if (l.chunk > p.samples) l.chunk = p.samples;
         l.tiles = l.chunk < p.samples ? rows * lanes : kMaxRows * kMaxNV * W;
@@ -175,8 +197,9 @@ struct Kernel {
         l.at_rows = l.chunk * l.lanes;
         l.at_out = l.at_rows + up(l.chunk * l.rows);
         l.at_grad = l.at_out + l.tiles;
-        l.at_offset = l.at_grad + (p.grad ? l.tiles : 0);
-        l.size = l.at_offset + (p.windows ? p.positions * int64_t(sizeof(int64_t) / sizeof(R)) : 0);
+        l.at_plain = l.at_grad + (p.grad ? l.tiles : 0);
+        l.at_offset = l.at_plain + (p.windows && !Operand::kInPlace ? up(padded_size(*p.windows)) : 0);
+        l.size = l.at_offset + (p.windows ? l.steps * int64_t(sizeof(int64_t) / sizeof(R)) : 0);
         return l;
     }
 
@@ -184,16 +207,15 @@ struct Kernel {
 
     static void run(const Problem& p, const Slice& s, void* scratch) {
         const Layout l = layout(p, s);
-        R* const packed_lanes = static_cast<R*>(scratch);
-        R *const packed_rows = packed_lanes + l.at_rows, *const out = packed_lanes + l.at_out;
-        R* const grad = packed_lanes + l.at_grad;
-        int64_t* const offset = reinterpret_cast<int64_t*>(packed_lanes + l.at_offset);
-        if (p.windows) position_offsets(*p.windows, offset);
+        R *const base = static_cast<R*>(scratch), *const out = base + l.at_out, *const grad = base + l.at_grad;
+        Element *const packed_lanes = static_cast<Element*>(scratch), *const packed_rows = packed_lanes + l.at_rows;
+        int64_t* const offset = reinterpret_cast<int64_t*>(base + l.at_offset);
+        if (p.windows) Operand::offsets(*p.windows, offset);
         for (int64_t n0 = 0; n0 < p.samples; n0 += l.chunk) {
             const int64_t count = p.samples - n0 < l.chunk ? p.samples - n0 : l.chunk;
             const bool first = n0 == 0, last = n0 + count == p.samples;
-            pack_rows(p, s, n0, count, packed_rows);
-            const Lanes lanes = pack_lanes(p, s, n0, count, packed_lanes);
+            pack_rows(p, s, n0, count, l.steps, packed_rows, base + l.at_plain);
+            const Lanes lanes = pack_lanes(p, s, n0, count, l.steps, packed_lanes);
             const int64_t rows = s.row_end - s.row_begin, width_all = s.lane_end - s.lane_begin;
             int64_t at = 0;  // of the running tile
             for (int64_t start = 0, width; start < width_all; start += width) {
@@ -201,7 +223,7 @@ struct Kernel {
                 width = nv * W;
                 Tile job;
                 job.samples = count;
-                job.positions = p.positions;
+                job.steps = l.steps;
                 lanes.panel(start, width, job);
                 for (int64_t index = 0; index < row_panels(rows); ++index) {
                     int64_t row;
@@ -215,12 +237,12 @@ struct Kernel {
                     }
                     if (p.windows) {
                         window_rows(p, s, row, height, count, packed_rows, job);
-                        job.position_offset = offset;
+                        job.offset = offset;
                         tile_of<true>(height, nv, job);
                     } else {
-                        for (int r = 0; r < height; ++r) job.rows[r] = packed_rows + row * count * p.positions;
-                        job.row_sample = height * p.positions;
-                        job.position_offset = nullptr;
+                        for (int r = 0; r < height; ++r) job.rows[r] = packed_rows + row * count * l.steps;
+                        job.row_sample = height * l.steps;
+                        job.offset = nullptr;
                         tile_of<false>(height, nv, job);
                     }
                     if (last) {
@@ -236,24 +258,24 @@ struct Kernel {
 
     // Lanes as they were packed, or where they lie if that serves as well.
     struct Lanes {
-        const R *packed, *direct;
-        int64_t direct_count, count, positions, sample, step;
+        const Element *packed, *direct;
+        int64_t direct_count, count, steps, sample, step;
 
         void panel(int64_t start, int64_t width, Tile& job) const {
             const bool in_place = start + width <= direct_count;
-            job.lanes = in_place ? direct + start : packed + start * count * positions;
-            job.lane_sample = in_place ? sample : width * positions;
+            job.lanes = in_place ? direct + start : packed + start * count * steps;
+            job.lane_sample = in_place ? sample : width * steps;
             job.lane_step = in_place ? step : width;
         }
     };
 
-    static Lanes pack_lanes(const Problem& p, const Slice& s, int64_t n0, int64_t count, R* to) {
+    static Lanes pack_lanes(const Problem& p, const Slice& s, int64_t n0, int64_t count, int64_t steps, Element* to) {
         const int64_t all = s.lane_end - s.lane_begin;
-        Lanes lanes = {to, nullptr, 0, count, p.positions, p.lanes.stride_n, p.lanes.stride_t};
+        Lanes lanes = {to, nullptr, 0, count, steps, p.lanes.stride_n, p.lanes.stride_t};
         // Few rows read each lane only once or twice: not worth a copy.
         const Type own = sizeof(R) == sizeof(double) ? Type::f64 : Type::f32;
-        if (p.lanes.type == own && p.lanes.stride_f == 1 && row_panels(s.row_end - s.row_begin) <= 2) {
-            lanes.direct = static_cast<const R*>(p.lanes.data) + n0 * p.lanes.stride_n + s.lane_first;
+        if (Operand::kInPlace && p.lanes.type == own && p.lanes.stride_f == 1 && row_panels(s.row_end - s.row_begin) <= 2) {
+            lanes.direct = static_cast<const Element*>(p.lanes.data) + n0 * p.lanes.stride_n + s.lane_first;
             lanes.direct_count = all / W * W;
         }
         for (int64_t start = 0, width; start < all; start += width) {
@@ -261,19 +283,19 @@ struct Kernel {
             if (start + width <= lanes.direct_count) continue;
             const int64_t used = all - start < width ? all - start : width;
             for (int64_t n = 0; n < count; ++n)
-                Pack<R>::pack(p.lanes, n0 + n, s.lane_first + start, p.positions, used, width,
-                     to + (start * count + n * width) * p.positions);
+                Operand::pack(p, p.lanes, n0 + n, s.lane_first + start, used, width,
+                     to + (start * count + n * width) * steps);
         }
         return lanes;
     }
 
     // A matrix: panels, each [n][t][rows]. A map: its padded channels, each [n][z][y][x].
-    static void pack_rows(const Problem& p, const Slice& s, int64_t n0, int64_t count, R* to) {
+    static void pack_rows(const Problem& p, const Slice& s, int64_t n0, int64_t count, int64_t steps, Element* to, R* plain) {
         if (p.windows) {
             const int64_t size = padded_size(*p.windows), kernel = kernel_size(*p.windows);
             for (int64_t c = s.row_begin / kernel; c <= (s.row_end - 1) / kernel; ++c)
                 for (int64_t n = 0; n < count; ++n, to += size)
-                    Pack<R>::pad(*p.windows, n0 + n, s.channel_first + c, to);
+                    Operand::pad(*p.windows, n0 + n, s.channel_first + c, to, plain);
             return;
         }
         const int64_t rows = s.row_end - s.row_begin;
@@ -282,12 +304,13 @@ struct Kernel {
             int height;
             row_panel(rows, index, first, height);
             for (int64_t n = 0; n < count; ++n)
-                Pack<R>::pack(p.rows, n0 + n, s.row_begin + first, p.positions, height, height,
-                     to + (first * count + n * height) * p.positions);
+                Operand::pack(p, p.rows, n0 + n, s.row_begin + first, height, height,
+                     to + (first * count + n * height) * steps);
         }
     }
 
-    static void window_rows(const Problem& p, const Slice& s, int64_t first, int height, int64_t count, const R* maps, Tile& job) {
+    static void window_rows(const Problem& p, const Slice& s, int64_t first, int height, int64_t count, const Element* maps,
+                            Tile& job) {
         const int64_t size = padded_size(*p.windows), kernel = kernel_size(*p.windows);
         for (int r = 0; r < height; ++r) {
             const int64_t row = s.row_begin + first + r, channel = row / kernel - s.row_begin / kernel;

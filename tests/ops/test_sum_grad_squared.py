@@ -14,9 +14,11 @@ from fastfip.ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
 from fastfip.ops.unfold import ConvShape
 
 X3, X4 = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1)
-BACKENDS = [b.name for b in OPS["sum_grad_squared"].backends if not b.refuses(X3, X3, X3[0], None)]
+BACKENDS = [b.name for b in OPS["sum_grad_squared"].backends if b.automatic and not b.refuses(X3, X3, X3[0], None)]
 SHAPE = ConvShape((1, 1), (1, 1), (0, 0), (1, 1))
-BACKENDS_CONV = [b.name for b in OPS["sum_grad_squared_conv"].backends if not b.refuses(X4, X4, SHAPE, 1, X4, None)]
+BACKENDS_CONV = [
+    b.name for b in OPS["sum_grad_squared_conv"].backends if b.automatic and not b.refuses(X4, X4, SHAPE, 1, X4, None)
+]
 SIZES = [
     (1, 1, 1, 1),
     (3, 1, 5, 7),
@@ -179,3 +181,42 @@ def test_shapes_that_do_not_fit(call):
 
 def test_chunk_bounds_the_memory():
     assert scratch_module.CHUNK * 8 <= 1 << 24
+
+
+BF16 = OPS["sum_grad_squared"]["native_bf16"].refuses(X3, X3, X3[0], None)
+
+
+@pytest.mark.skipif(bool(BF16), reason=BF16)
+@pytest.mark.parametrize("size", [(3, 1, 5, 7), (4, 33, 65, 70), (5, 64, 7, 300), (0, 3, 4, 5), (2, 300, 20, 33)])
+def test_bf16_products_have_the_error_of_their_operands_and_no_more(size, nan_empty):
+    """Against the definition on operands that were rounded before: what is left are float32 sums."""
+    n, t, o, i = size
+    g, a = torch.randn(n, t, o), torch.randn(n, t, i)
+    grad = torch.zeros(o, i)
+    out = sum_grad_squared(g, a, grad=grad, backend="native_bf16")
+    rounded = (x.bfloat16() for x in (g, a)) if t > 1 else (g, a)  # T = 1 is a product of squares, and stays exact
+    squares, total = definition(*rounded)
+    close(out, squares, torch.float32)
+    close(grad, total, torch.float32)
+    if n and t > 1:
+        exact = definition(g, a)[0]
+        assert 0 < (out.double() - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.skipif(bool(BF16), reason=BF16)
+@pytest.mark.parametrize("case", CONVS)
+def test_bf16_convolutions(case, nan_empty):
+    x, shape, weight, forward = conv_problem(case, 3, torch.float32)
+    g = torch.randn_like(forward(x)).detach()
+    out = sum_grad_squared_conv(g, x, shape, backend="native_bf16")
+    if shape.groups < 4:  # where groups are lanes, loads are the limit and nothing is rounded
+        g, x = g.bfloat16(), x.bfloat16()
+    want = sum_grad_squared_conv(g.double(), x.double(), shape, backend="reference")
+    close(out, want, torch.float32)
+
+
+def test_bf16_is_never_chosen_by_itself_and_refused_for_float64():
+    x = X3.double()
+    assert OPS["sum_grad_squared"].choose("auto", X3, X3, X3[0], None).name != "native_bf16"
+    with pytest.raises(BackendError, match="native_bf16 cannot run"):
+        sum_grad_squared(x, x, backend="native_bf16")

@@ -50,3 +50,9 @@ def module() -> ModuleType:
 def isa() -> str:
     """Instruction set that the native kernels use on this CPU: portable, avx2, avx512 or avx512_bf16."""
     return str(module().best_isa().name)
+
+
+@torch.compiler.assume_constant_result
+def has_bf16() -> bool:
+    """Whether this CPU (and the compiler of the module) can multiply bfloat16 numbers."""
+    return bool(module().has_bf16)

@@ -14,8 +14,13 @@ from fastfip.kernels import native
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def refuses(*tensors: Tensor) -> str:
+def refuses(*tensors: Tensor, bf16: bool = False) -> str:
     """Why these tensors cannot be given to the kernels, or ""."""
+    if bf16:
+        if any(x.dtype == torch.float64 for x in tensors):
+            return "bfloat16 products are not for float64"
+        if native.available() and not native.has_bf16():
+            return f"bfloat16 products need AVX512_BF16, this CPU has {native.isa()}"
     for x in tensors:
         if x.device.type != "cpu":
             return f"it runs on the CPU, not on {x.device.type}"
@@ -30,13 +35,14 @@ def sum_grad_squared(
     out: Tensor,  # [O, I], added to
     grad: Tensor | None = None,  # [O, I], added to
     *,
+    bf16: bool = False,
     threads: int | None = None,
     isa: str | None = None,
 ) -> None:
     """Add the sum of squared per-sample gradients to out, and the gradient to grad.
 
     Any strides; out and grad are float64 (and so are the sums) or float32. `threads` None: as many as torch uses.
-    `isa` None: the best instruction set of this CPU.
+    `isa` None: the best instruction set of this CPU. `bf16`: operands are rounded to bfloat16, sums stay float32.
     """
     samples, positions, outputs = g.shape
     with _Results(out, grad) as (out_address, grad_address):
@@ -50,6 +56,7 @@ def sum_grad_squared(
             out_address,
             grad_address,
             out.dtype == torch.float64,
+            bf16,
             torch.get_num_threads() if threads is None else threads,
             _isa(isa),
         )
@@ -67,6 +74,7 @@ def sum_grad_squared_conv(
     mode: str = "zeros",  # any padding_mode of torch.nn.Conv2d
     *,
     frames: int = 1,  # F maps of one sample lie one after the other; 1- and 2-d only
+    bf16: bool = False,
     threads: int | None = None,
     isa: str | None = None,
 ) -> None:
@@ -98,6 +106,7 @@ def sum_grad_squared_conv(
             out_address,
             grad_address,
             out.dtype == torch.float64,
+            bf16,
             torch.get_num_threads() if threads is None else threads,
             _isa(isa),
         )
