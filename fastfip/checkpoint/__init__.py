@@ -2,6 +2,6 @@
 
 from .arch import load_arch
 from .load import Checkpoint, load_checkpoint
-from .save import replacing, save_checkpoint
+from .save import check_suffix, replacing, save_checkpoint
 
-__all__ = ["Checkpoint", "load_arch", "load_checkpoint", "replacing", "save_checkpoint"]
+__all__ = ["Checkpoint", "check_suffix", "load_arch", "load_checkpoint", "replacing", "save_checkpoint"]

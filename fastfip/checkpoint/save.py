@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .align import align, is_extra
 from .load import Checkpoint, check_tensor, load_checkpoint
 
-__all__ = ["replacing", "save_checkpoint"]
+__all__ = ["check_suffix", "replacing", "save_checkpoint"]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl")
 
@@ -46,10 +46,7 @@ def save_checkpoint(
             disk refuses. A file that was there before is then still there, unchanged.
     """
     where = Path(path)
-    suffix = where.suffix.lower()
-    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
-        known = " ".join((".safetensors", *_TORCH_SUFFIXES))
-        raise CheckpointError(f"{where}: the format is told by the suffix, one of {known}")
+    suffix = check_suffix(where)
     source = weights.state_dict() if isinstance(weights, nn.Module) else weights
     try:
         if like is not None and not isinstance(like, Checkpoint):
@@ -68,6 +65,19 @@ def save_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be written: {error.strerror or error}") from None
     return where
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a file to write.
+
+    Raises:
+        CheckpointError: it names no known format.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
+        known = " ".join((".safetensors", *_TORCH_SUFFIXES))
+        raise CheckpointError(f"{os.fspath(path)}: the format is told by the suffix, one of {known}")
+    return suffix
 
 
 def _like(source: Mapping[str, Any], like: Checkpoint) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What a pickle would do, found out by following its instructions on stand-ins: nothing is imported, called, allocated.
+"""What a pickle would do, found out by following it on stand-ins: nothing is imported, called or allocated.
 
-torch.load(weights_only=True) already refuses code. But it inflates compressed entries, makes a tensor of a million values
-of one stored one, allocates what an old file asks for before it has looked whether it is there, and does not say
-in one line which tensor is wrong. So a file is followed here first.
+torch.load(weights_only=True) already refuses code. But it inflates compressed entries, makes a tensor of a million
+values of one that is stored, allocates what an old file asks for before it has looked whether it is there, and does not
+say in one line which tensor is wrong. So a file is followed here first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""The command line: `fastfip purify | evaluate | sharpness | methods | env | demo`. docs/cli.md describes it.
+
+Nothing heavy is imported before a command needs it, so that `fastfip --help` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .errors import guarded, run
+from .evaluate import evaluate, sharpness
+from .info import demo, env, methods
+from .purify import purify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command, summary in (
+    (purify, "Clean a backdoored network with a few clean images"),
+    (evaluate, "Measure ACC, ASR and RA of a checkpoint"),
+    (sharpness, "Measure lambda_max, Tr(H) and Tr(F) of a checkpoint"),
+    (methods, "List the methods, or the settings of one"),
+    (env, "Show versions, processor, backends; for bug reports"),
+    (demo, "Show all of it on handwritten digits"),
+):
+    app.command(short_help=summary)(guarded(command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"fastfip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fastfip(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Clean backdoored networks with a few clean samples."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line (None: that of the process) and return its exit code."""
+    return run(typer.main.get_command(app), arguments)

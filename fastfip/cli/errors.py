@@ -1,0 +1,106 @@
+"""How a command ends: exit codes, one line on stderr, and a traceback only where it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+__all__ = ["CODES", "Interrupted", "fail", "guarded", "run"]
+
+#: Exit code -> what it means. docs/cli.md shows them.
+CODES = {
+    0: "done",
+    1: "unexpected error (a defect: --debug shows where)",
+    2: "wrong usage: unknown option, missing argument, an output that exists already",
+    3: "data that cannot be used",
+    4: "a checkpoint that is refused, does not fit the model, or cannot be written",
+    5: "a model, method or setting that cannot be used",
+    6: "a device or backend that cannot run here",
+    130: "interrupted; where purification had completed an epoch, its last good state was written",
+}
+
+# typer carries its own click or uses the installed one, by its version; both have these classes as ancestors.
+_USAGE: Any = typer.BadParameter.__mro__[1]
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the text says what was written."""
+
+
+def _code(error: BaseException) -> int:
+    from ..errors import BackendError, CheckpointError, ConfigError, DataError, ModelError
+
+    for kind, code in ((DataError, 3), (CheckpointError, 4), ((ModelError, ConfigError), 5), (BackendError, 6)):
+        if isinstance(error, kind):
+            return code
+    return 1
+
+
+def fail(text: str) -> Any:
+    """Return the exception for wrong usage."""
+    return typer.BadParameter(text)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with what typer would handle in its own way, differently in each version, handled here."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
+        except BrokenPipeError:
+            _nobody_reads()
+
+    return call
+
+
+def _nobody_reads() -> None:
+    """`fastfip methods | head`: whoever reads has had enough, which is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(command: Any, arguments: list[str] | None) -> int:
+    """Run the command line; return its exit code. Every error is one line on stderr."""
+    arguments = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+    debug = bool(os.environ.get("FASTFIP_DEBUG")) or "--debug" in arguments
+    try:
+        result = command.main(args=arguments, prog_name="fastfip", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except Interrupted as error:
+        _say(str(error))
+        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        _nobody_reads()
+        return 0
+    except _USAGE as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "fastfip")
+        text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
+        _say(f"{text} (see {path} --help)")
+        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code = _code(error)
+        text = " ".join(str(error).split())
+        if code == 1:
+            text = f"unexpected {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)")
+        _say(text)
+        return code
+
+
+def _say(text: str) -> None:
+    print(f"fastfip: {text}", file=sys.stderr)

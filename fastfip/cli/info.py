@@ -1,0 +1,64 @@
+"""`fastfip methods`, `fastfip env`, `fastfip demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="show the settings of this method")] = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """List the methods, or the settings of one with their defaults."""
+    from .. import methods as registry
+    from ..report import methods_sheet, settings_sheet, show, to_json
+
+    if name is None:
+        known = [registry.get(one) for one in registry.names()]
+        if as_json:
+            print(to_json({one.name: one.summary for one in known}))
+        else:
+            show(methods_sheet(known))
+    elif as_json:
+        print(to_json(registry.get(name).Config().to_dict()))
+    else:
+        show(settings_sheet(registry.get(name)))
+
+
+def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
+    """Show versions, processor and backends, and for a backend that is missing the reason. For bug reports."""
+    from ..env import collect
+    from ..report import mapping_sheet, show, to_json
+
+    values = collect()
+    if as_json:
+        print(to_json(values))
+    else:
+        show(mapping_sheet(values))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where the picture and the nets go")] = Path(
+        "fastfip-demo"
+    ),
+    seed: o.Seed = 0,
+    debug: o.Debug = False,
+) -> None:
+    """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
+    from ..demo import run_demo
+    from ..errors import BackendError
+    from ..report import Sheet, show
+
+    try:
+        shown = run_demo(out, seed=seed)
+    except ModuleNotFoundError as error:
+        raise BackendError(str(error)) from None
+    title = f"Handwritten digits with a BadNets trigger, purified by {shown.result.title}"
+    lines = [*shown.result.footer(), *(f"wrote {path}" for path in shown.files)]
+    show(Sheet(title, ("", "before>", "after>"), shown.rows(), lines))

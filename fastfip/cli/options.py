@@ -1,0 +1,213 @@
+"""The options that commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import fail
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..checkpoint import Checkpoint
+    from ..datasets import ImageSet, Pixels
+
+In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
+Arch = Annotated[
+    str,
+    typer.Option(
+        "--arch", metavar="MODULE:FACTORY", help="what builds the model, e.g. nets:resnet18 for resnet18 in ./nets.py"
+    ),
+]
+ArchArgs = Annotated[
+    str | None, typer.Option("--arch-args", metavar="JSON", help="""its arguments, e.g. '{"num_classes": 43}'""")
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="NAME", help="entry of IN with the weights, if not a usual one"),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="DIR|NPZ", help="clean images: a folder of class folders, or FILE.npz[:images,labels]"
+    ),
+]
+TestData = Annotated[
+    str | None, typer.Option("--test-data", metavar="DIR|NPZ", help="clean test images; they only score")
+]
+AsrData = Annotated[
+    str | None,
+    typer.Option(
+        "--asr-data",
+        metavar="DIR|NPZ",
+        help="triggered images, with their true labels (and --target, or attack_y in the .npz) or the attack's",
+    ),
+]
+AttackSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--attack",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="put this trigger on the test images, e.g. badnets:size=4,margin=1 (with --target)",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", metavar="CLASS|next", help="class that the attacker wants; next: the label plus one"),
+]
+Mean = Annotated[str | None, typer.Option("--mean", metavar="M[,M,M]", help="subtracted from pixels in [0, 1]")]
+Std = Annotated[str | None, typer.Option("--std", metavar="S[,S,S]", help="what they are then divided by")]
+Size = Annotated[str | None, typer.Option("--size", metavar="H[,W]", help="resize images")]
+Channels = Annotated[int | None, typer.Option("--channels", metavar="1|3", help="read image files as grey or colour")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images a batch")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="use N clean images, picked by --seed")]
+PerClass = Annotated[int | None, typer.Option("--per-class", metavar="N", help="use at most N clean images a class")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything random")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def build(arch: str, arch_args: str | None) -> nn.Module:
+    """Return the model of `--arch` and `--arch-args`."""
+    from ..checkpoint import load_arch
+
+    arguments: Any = {}
+    if arch_args is not None:
+        try:
+            arguments = json.loads(arch_args)
+        except json.JSONDecodeError as error:
+            raise fail(f"--arch-args is no JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise fail("--arch-args must be a JSON object, e.g. '{\"num_classes\": 43}'")
+    return load_arch(arch, arguments)
+
+
+def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tuple[nn.Module, Checkpoint]:
+    """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
+    from ..checkpoint import load_checkpoint
+
+    model = build(arch, arch_args)
+    return model.eval(), load_checkpoint(path, model, key=key)
+
+
+def pixels(mean: str | None, std: str | None, size: str | None, channels: int | None) -> Pixels:
+    """Return how images become inputs."""
+    from ..datasets import Pixels
+
+    sides = tuple(int(v) for v in _numbers("--size", size))
+    if len(sides) > 2 or sides != _numbers("--size", size):
+        raise fail("--size is H or H,W")
+    both = None if not sides else (sides[0], sides[-1])
+    return Pixels(_numbers("--mean", mean), _numbers("--std", std), both, channels)
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise fail(f"{name}={text}: give numbers with commas between them") from None
+
+
+def device(name: str) -> str:
+    """Check that a device is there.
+
+    Raises:
+        ConfigError: no such kind of device.
+        BackendError: it is not here.
+    """
+    import torch
+
+    from ..errors import BackendError, ConfigError
+
+    try:
+        torch.empty(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        if "Expected one of" in reason or "Invalid device string" in reason:
+            raise ConfigError(f"device {name!r}: give cpu, cuda, cuda:1, mps ...") from None
+        raise BackendError(f"device {name!r} cannot be used here: {reason}") from None
+    return name
+
+
+def triggered(
+    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: Pixels
+) -> ImageSet | None:
+    """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given."""
+    if asr_data is not None and attack is not None:
+        raise fail("--asr-data and --attack: give one of them")
+    if asr_data is None and attack is None:
+        if target is not None:
+            raise fail("--target needs --asr-data or --attack")
+        return None
+    if asr_data is not None:
+        return _from_data(asr_data, target, how)
+    if test is None:
+        raise fail("--attack puts a trigger on test images: give --test-data")
+    if target is None:
+        raise fail("--attack needs --target: the class that the attacker wants")
+    return test.triggered(make_attack(str(attack)).trigger, _attack_labels(test, target))
+
+
+def _from_data(spec: str, target: str | None, how: Pixels) -> ImageSet:
+    from ..datasets import load
+    from ..errors import DataError
+
+    images = load(spec, "triggered", how)
+    if images.attack is not None:
+        if target is not None:
+            raise fail("--target: the .npz of --asr-data has attack_y already")
+        return images
+    if target is not None:
+        return images.with_attack(_attack_labels(images, target))
+    if len(images.labels.unique()) > 1:
+        raise DataError(
+            f"{spec}: labels of several classes: give --target if they are the true ones, or attack_y in the .npz"
+        )
+    return images
+
+
+def _attack_labels(images: ImageSet, target: str) -> Any:
+    from .. import attacks
+
+    if target != "next" and not target.isdigit():
+        raise fail(f"--target={target}: give a class number, or next")
+    return attacks.attack_labels(images.labels, "next" if target == "next" else int(target))
+
+
+def make_attack(spec: str) -> Any:
+    """Return the attack of `NAME[:KEY=VALUE,...]`; a picture is given by its file."""
+    import dataclasses
+
+    from .. import attacks
+    from ..datasets import read_image
+    from ..errors import ConfigError
+
+    name, _, rest = spec.partition(":")
+    kind: Any = attacks.get(name)
+    fields = [item.name for item in dataclasses.fields(kind)]
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in fields:
+            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields)}")
+        options[key] = read_image(value) if key == "picture" else _value(value)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"attack {spec!r}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

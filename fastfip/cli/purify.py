@@ -1,0 +1,167 @@
+"""`fastfip purify IN OUT`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .errors import Interrupted, fail
+
+if TYPE_CHECKING:
+    from ..methods import MethodConfig
+
+
+def purify(
+    source: o.In,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="file to write, .safetensors or .pth")],
+    arch: o.Arch,
+    data: o.Data,
+    arch_args: o.ArchArgs = None,
+    key: o.Key = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_fip",
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="one setting of the method; may be given several times"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="passes over the clean images")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="steps, instead of epochs")] = None,
+    limit: o.Limit = None,
+    per_class: o.PerClass = None,
+    test_data: o.TestData = None,
+    asr_data: o.AsrData = None,
+    attack: o.AttackSpec = None,
+    target: o.Target = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    channels: o.Channels = None,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    amp: Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")] = "off",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar, also on a terminal")] = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
+    _check_outputs(source, out, report, force)
+    if amp not in ("off", "bf16", "fp16"):
+        raise fail(f"--amp={amp}: must be off, bf16 or fp16")
+    if epochs is not None and steps is not None:
+        raise fail("--epochs and --steps: give one of them")
+
+    from ..checkpoint import save_checkpoint
+    from ..datasets import load, loader, same_classes
+    from ..purification import purify as clean_up
+    from ..report import show
+
+    chosen = _config(method, config, settings or [])
+    where, how = o.device(device), o.pixels(mean, std, size, channels)
+    model, checkpoint = o.restore(source, arch, arch_args, key)
+    clean = load(data, "clean", how).sample(limit, per_class, seed)
+    test = load(test_data, "test", how) if test_data is not None else None
+    if test is not None:
+        same_classes(clean, test)
+    asr = o.triggered(asr_data, attack, target, test, how)
+    result = clean_up(
+        model,
+        loader(clean, batch_size),
+        method,
+        config=chosen,
+        epochs=epochs,
+        steps=steps,
+        seed=seed,
+        device=where,
+        amp=False if amp == "off" else amp,
+        progress=False if quiet else None,
+        test_loader=None if test is None else loader(test, batch_size),
+        asr_loader=None if asr is None else loader(asr, batch_size),
+        inplace=True,
+    )
+    if result.interrupted and not result.history:
+        raise Interrupted("interrupted before the first epoch was complete: nothing written")
+    save_checkpoint(result.model, out, like=checkpoint)
+    if checkpoint.left_out:
+        result.notes.append(
+            f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
+        )
+    if report is not None:
+        _write_report(report, result)
+    if as_json:
+        print(result.to_json())
+    else:
+        show(result)
+    if result.interrupted:
+        raise Interrupted(f"interrupted: {out} holds the last good state")
+
+
+def _check_outputs(source: Path, out: Path, report: Path | None, force: bool) -> None:
+    """Find out before the work what could not be written after it."""
+    from ..checkpoint import check_suffix
+
+    check_suffix(out)
+    for name, path in (("OUT", out), ("--report", report)):
+        if path is None:
+            continue
+        if _same(path, source):
+            raise fail(f"{name} {path} is IN: IN is never changed, give another file")
+        if path.is_dir():
+            raise fail(f"{name} {path} is a folder")
+        if path.exists() and not force:
+            raise fail(f"{name} {path} exists: --force replaces it")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise fail(f"{name} {path}: the folder {folder} does not exist")
+        if not os.access(folder, os.W_OK):
+            raise fail(f"{name} {path}: the folder {folder} cannot be written")
+    if report is not None and _same(report, out):
+        raise fail(f"OUT and --report are both {out}")
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
+def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig:
+    from ..methods import get
+
+    kind: Any = get(method).Config
+    chosen: MethodConfig = kind() if path is None else kind.load(path)
+    if not settings:
+        return chosen
+    changes: dict[str, str] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise fail(f"--set {text}: give KEY=VALUE, e.g. --set lr=0.01")
+        changes[name.strip()] = value.strip()
+    values = chosen.to_dict()
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in changes and other not in changes:
+            values[other] = None
+    return kind.from_dict({**values, **changes})
+
+
+def _write_report(path: Path, result: Any) -> None:
+    from ..checkpoint import replacing
+
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(result.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"fastfip: the report {path} cannot be written: {error.strerror}", file=sys.stderr)

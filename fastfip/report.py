@@ -1,0 +1,122 @@
+"""What commands print: a table for a terminal, the same as plain text where there is none, or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+__all__ = ["Sheet", "evaluation_sheet", "mapping_sheet", "methods_sheet", "settings_sheet", "show", "to_json"]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table with a title above it and lines below. Columns whose name ends in ">" are aligned to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = field(default=())
+
+    def __str__(self) -> str:
+        names = [name.rstrip(">") for name in self.columns]
+        shown = [names, *self.rows] if any(names) else list(self.rows)
+        widths = [max([len(row[i]) for row in shown], default=0) for i in range(len(names))]
+        out = [self.title] if self.title else []
+        for row in shown:
+            cells = [
+                cell.rjust(width) if name.endswith(">") else cell.ljust(width)
+                for cell, width, name in zip(row, widths, self.columns)
+            ]
+            out.append("  ".join(cells).rstrip())
+        return "\n".join([*out, *self.lines])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(show_header=any(name.rstrip(">") for name in self.columns))
+        for name in self.columns:
+            table.add_column(Text(name.rstrip(">")), justify="right" if name.endswith(">") else "left")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        title = [Text(self.title, style="bold")] if self.title else []
+        return Group(*title, table, *(Text(line) for line in self.lines))
+
+
+def evaluation_sheet(evaluation: Any, title: str) -> Sheet:
+    """Return the table of a `metrics.Evaluation`."""
+    rows = []
+    for name, word in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+        value = getattr(evaluation, name)
+        if value is not None:
+            count = evaluation.n if name == "acc" else evaluation.n_triggered
+            rows.append((word, f"{100 * value:.2f} %", f"{count}"))
+    if evaluation.loss is not None:
+        rows.append(("loss", f"{evaluation.loss:.4g}", f"{evaluation.n}"))
+    return Sheet(title, ("", "value>", "images>"), rows, [f"note: {note}" for note in evaluation.notes])
+
+
+def mapping_sheet(values: Mapping[str, Any], title: str = "", lines: Sequence[str] = ()) -> Sheet:
+    """Return a table of names and values."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        rows.append((str(name), "-" if value is None else str(value)))
+    return Sheet(title, ("", ""), rows, lines)
+
+
+def methods_sheet(methods: Sequence[Any]) -> Sheet:
+    """Return the table of the methods, given their classes."""
+    rows = [(method.name, method.summary) for method in methods]
+    return Sheet("", ("method", "what it does"), rows, ["fastfip methods NAME shows the settings of one"])
+
+
+def settings_sheet(method: Any) -> Sheet:
+    """Return the table of a method's settings: name, default, type and range, meaning."""
+    import dataclasses
+
+    rows = []
+    for item in dataclasses.fields(method.Config):
+        default = "none" if item.default is None else str(item.default)
+        rule = item.metadata
+        bounds = [f"{sign} {rule[name]:g}" for name, sign in _BOUNDS if rule.get(name) is not None]
+        kind = str(item.type).replace("Literal[", "").replace("]", "").replace(" | None", "")
+        rows.append((item.name, default, ", ".join([kind, *bounds]), str(rule.get("help", ""))))
+    return Sheet(f"{method.name}: {method.summary}", ("setting", "default", "values", "meaning"), rows)
+
+
+_BOUNDS = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
+
+
+def show(what: Any, stream: TextIO | None = None) -> None:
+    """Print a sheet or a result: with lines and colour on a terminal, as plain text elsewhere."""
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty():
+        from rich.console import Console
+
+        Console(file=stream).print(what)
+    else:
+        print(what, file=stream)
+
+
+def to_json(values: Any) -> str:
+    """Return JSON text; numbers that are not finite become null, what JSON does not know becomes text."""
+    return json.dumps(_plain(values), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
