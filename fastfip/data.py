@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import DataError
 
-__all__ = ["Task", "check_labels", "iter_batches", "looks_like_probabilities", "move_to", "to_tensors"]
+__all__ = ["Task", "check_labels", "iter_batches", "looks_like_probabilities", "move_to", "pick", "to_tensors"]
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Tensor]
@@ -220,6 +220,17 @@ def to_tensors(batch: Batch) -> Batch:
             return torch.as_tensor(batch)
         except (TypeError, ValueError):
             return batch
+    return batch
+
+
+def pick(batch: Batch, n: int, samples: int) -> Batch:
+    """Return sample n of a batch as a batch of one: every tensor whose first dimension is `samples` is cut."""
+    if isinstance(batch, Tensor):
+        return batch[n : n + 1] if batch.dim() > 0 and batch.shape[0] == samples else batch
+    if isinstance(batch, Mapping):
+        return {k: pick(v, n, samples) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(pick(v, n, samples) for v in batch)
     return batch
 
 

@@ -1,0 +1,18 @@
+"""Exact Fisher quantities of any model: the diagonal by one backward pass, the trace with its own gradient."""
+
+from __future__ import annotations
+
+from .diagonal import FisherDiagonal, draw_labels, fisher_diagonal
+from .modes import eval_mode
+from .trace import TraceOutput, fisher_trace, squared_norms, trace_and_logits
+
+__all__ = [
+    "FisherDiagonal",
+    "TraceOutput",
+    "draw_labels",
+    "eval_mode",
+    "fisher_diagonal",
+    "fisher_trace",
+    "squared_norms",
+    "trace_and_logits",
+]

@@ -1,0 +1,239 @@
+"""The diagonal of the Fisher information: the mean over samples of squared per-sample gradients of log p(y|x)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, Task, iter_batches, pick
+from ..errors import ConfigError, DataError
+from ..ops.scratch import Scratch, accumulation_dtype
+from .capture import Group, Plan, selected
+from .forms import Form
+from .modes import check_modes, readable
+from .verify import Cache, cache_of, plan_for
+
+Kind = Literal["empirical", "mc", "exact"]
+
+
+class FisherDiagonal(dict[str, Tensor]):
+    """Parameter name -> diagonal of its block of the Fisher, in the parameter's shape.
+
+    float64 for float64 parameters and float32 otherwise, on the parameter's device.
+
+    Attributes:
+        coverage: for every name, how it was found: the operations whose rules applied, or the slower exact path.
+        n: number of samples.
+        kind: where the labels came from.
+    """
+
+    coverage: dict[str, str]
+    n: int
+    kind: str
+
+    def __init__(self, values: Mapping[str, Tensor], coverage: Mapping[str, str], n: int, kind: str) -> None:
+        super().__init__(values)
+        self.coverage, self.n, self.kind = dict(coverage), n, kind
+
+    def trace(self) -> Tensor:
+        """Return the trace of the Fisher: the sum over all parameters, float64."""
+        return torch.stack([v.double().sum().cpu() for v in self.values()]).sum()
+
+
+class SquaredSum:
+    """Sums of squared per-sample gradients (`with_grad`: of the gradients too), over as many batches as are added."""
+
+    def __init__(self, params: Mapping[str, Tensor], with_grad: bool = False) -> None:
+        self.params = dict(params)
+        self.out = {k: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)).detach() for k, p in params.items()}
+        self.grad = {k: torch.zeros_like(v) for k, v in self.out.items()} if with_grad else None
+        self.coverage: dict[str, str] = {}
+        self.scratch = Scratch()
+
+    def add(self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False) -> None:
+        """Add what the plan covers (all but `plan.loop`), every sample's loss multiplied by its weight first."""
+
+        def take(group: Group, form: Form) -> None:
+            name, view = group.chain.param, group.chain.view
+            grad = None if self.grad is None else view(self.grad[name])
+            form.add_squares(view(self.out[name]), grad, self.scratch)
+
+        with torch.no_grad():
+            kept = plan.forms(take, weights, retain_graph)
+            for n in range(plan.samples) if plan.pulled else ():
+                self.add_one(plan.pull(n, kept))
+        self.coverage.update({name: plan.coverage(name) for name in self.params})
+
+    def add_one(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the square of one sample's gradients."""
+        for name, g in gradients.items():
+            g = g.detach().to(self.out[name].dtype)
+            self.out[name].addcmul_(g, g)
+            if self.grad is not None:
+                self.grad[name].add_(g)
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data: Iterable[Batch],
+    kind: Kind = "empirical",
+    *,
+    loss: Callable[[Tensor, Batch], Tensor] | None = None,
+    forward: Callable[[nn.Module, Batch], Tensor] | None = None,
+    params: Iterable[str] | Mapping[str, Tensor] | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> FisherDiagonal:
+    """Return the diagonal of the Fisher information, exact for every parameter: mean_n (d log p(y_n|x_n) / d theta)^2.
+
+    One forward and one backward pass over the data; no weight gradient is computed besides, and no per-sample gradient
+    stored. A parameter that no rule covers gets its exact value by a slower path, which `coverage` names. The model is
+    not changed in any way: no hook, no flag, no gradient.
+
+    Args:
+        model: any module that classifies, in eval mode.
+        data: batches `(x, y)`, a dataset, one such pair, or anything with `forward=` and `loss=`.
+        kind: where the labels come from: "empirical" from the data; "mc" drawn from the model, one for each sample;
+            "exact" the expectation over all classes of the model's own distribution (a backward pass for each class).
+        loss: `loss(logits, batch) -> [N]`, the negative log-likelihood of each sample; None: cross-entropy.
+        forward: `forward(model, batch) -> logits`.
+        params: names of parameters (or name -> leaf tensor); None: all that require a gradient.
+        top_k: with kind="exact", only each sample's k likeliest classes (the sum is cut off, not rescaled).
+        temperature: logits are divided by it, in the loss and where labels are drawn.
+        label_smoothing: of the cross-entropy; for kind="empirical" without `loss=`.
+        seed: of the labels drawn.
+        device: where the batches go; None: where the model is.
+        progress: show a bar.
+
+    Raises:
+        ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
+            model.
+        DataError: data that cannot be used.
+        ConfigError: an unknown kind, or options that exclude each other.
+
+    Source: methods.md 1.1 and 1.3 of the project; the Fisher by labels drawn from the model: Kunstner et al. 2019
+    (arXiv 1905.12558).
+    """
+    if kind not in ("empirical", "mc", "exact"):
+        raise ConfigError(f"kind must be 'empirical', 'mc' or 'exact', not {kind!r}")
+    if temperature <= 0 or not 0 <= label_smoothing < 1:
+        raise ConfigError("temperature must be positive, and label_smoothing at least 0 and below 1")
+    if label_smoothing and (loss is not None or kind != "empirical"):
+        raise ConfigError("label_smoothing belongs to the cross-entropy with labels from the data (kind='empirical')")
+    if top_k is not None and (kind != "exact" or top_k < 1):
+        raise ConfigError("top_k is a positive number of classes, for kind='exact'")
+    check_modes(model)
+    chosen = selected(model, params)
+    task = smoothed(Task.of(forward, loss), label_smoothing)
+    total, count = SquaredSum(chosen), 0
+    place = next(iter(chosen.values())).device if device is None else device
+    generator = torch.Generator().manual_seed(seed)
+    measure = _Measure(model, task, temperature, chosen, cache_of(model), total)
+    for batch in _bar(iter_batches(data, task, place), data, progress):
+        with torch.enable_grad(), readable(model):
+            logits = task.forward(model, batch) / temperature
+        for labelled, weights, last in _labellings(task, batch, logits, kind, top_k, generator):
+            losses = task.loss(logits, labelled)
+            measure.add(losses, labelled, weights, retain_graph=not last)
+        count += losses.shape[0]
+    for value in total.out.values():
+        value.div_(count)
+    return FisherDiagonal(total.out, total.coverage, count, kind)
+
+
+class _Measure:
+    """One batch's contribution, with the slow path for what the plan leaves over."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        temperature: float,
+        params: dict[str, Tensor],
+        cache: Cache,
+        total: SquaredSum,
+    ) -> None:
+        self.model, self.task, self.temperature = model, task, temperature
+        self.params, self.cache, self.total = params, cache, total
+
+    def add(self, losses: Tensor, batch: Batch, weights: Tensor | None, retain_graph: bool) -> None:
+        with torch.enable_grad():
+            plan = plan_for(losses, self.params, self.cache)
+        if plan.loop:
+            self._loop(losses, batch, weights, {name: self.params[name] for name in self.params if name in plan.loop})
+        self.total.add(plan, weights, retain_graph)
+
+    def _loop(self, losses: Tensor, batch: Batch, weights: Tensor | None, params: dict[str, Tensor]) -> None:
+        """One backward for each sample: through a forward pass of its own, where batches can be cut."""
+        samples, alone = losses.shape[0], True
+        for n in range(samples):
+            mine = self._single(batch, n, samples) if alone else None
+            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=1e-3, atol=1e-6):
+                alone, mine = False, losses[n]
+            got = torch.autograd.grad(mine, list(params.values()), retain_graph=not alone, allow_unused=True)
+            root = 1.0 if weights is None else weights[n]
+            self.total.add_one({name: g * root for name, g in zip(params, got) if g is not None})
+
+    def _single(self, batch: Batch, n: int, samples: int) -> Tensor | None:
+        try:
+            one = pick(batch, n, samples)
+            with torch.enable_grad(), readable(self.model):
+                losses = self.task.loss(self.task.forward(self.model, one) / self.temperature, one)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        return losses[0] if losses.shape[0] == 1 and losses.grad_fn is not None else None
+
+
+def smoothed(task: Task, label_smoothing: float) -> Task:
+    """Return the task with a cross-entropy of smoothed labels."""
+    if not label_smoothing:
+        return task
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(
+            logits, task.labels(batch), reduction="none", label_smoothing=label_smoothing
+        )
+
+    return Task.of(task.forward_hook, loss)
+
+
+def draw_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return labels drawn from softmax(logits) over the last dimension, [...]; on the CPU, so that seeds carry over."""
+    p = logits.detach().double().cpu().softmax(-1)
+    drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
+    return drawn.reshape(p.shape[:-1]).to(logits.device)
+
+
+def _labellings(
+    task: Task, batch: Batch, logits: Tensor, kind: str, top_k: int | None, generator: torch.Generator
+) -> Iterable[tuple[Batch, Tensor | None, bool]]:
+    """Yield (batch with its labels, weights of the losses, whether it is the last one)."""
+    if kind == "empirical":
+        yield batch, None, True
+    elif kind == "mc":
+        yield task.relabel(batch, draw_labels(logits, generator)), None, True
+    else:
+        if logits.dim() != 2:
+            raise DataError(f"kind='exact' needs logits [N, C], not {list(logits.shape)}: use kind='mc'")
+        p = logits.detach().softmax(1)
+        classes = p.shape[1] if top_k is None else min(top_k, p.shape[1])
+        p, y = p.topk(classes, 1) if top_k is not None else (p, torch.arange(classes, device=p.device).expand_as(p))
+        for c in range(classes):
+            # The gradient is multiplied by sqrt(p), so its square by p.
+            yield task.relabel(batch, y[:, c].contiguous()), p[:, c].sqrt(), c == classes - 1
+
+
+def _bar(batches: Iterable[Batch], data: Any, show: bool) -> Iterable[Batch]:
+    if not show:
+        return batches
+    from rich.progress import track
+
+    total = len(data) if hasattr(data, "__len__") and not isinstance(data, (tuple, dict)) else None
+    return track(batches, description="Fisher diagonal", total=total, transient=True)

@@ -1,0 +1,226 @@
+"""What per-sample gradients can look like. A rule brings every use of a parameter to one of these; they compute.
+
+Index letters: sample n, position t, output o, input i. Every form stands for gradients G_n of one tensor, and can add
+the sum of their squares (and their sum) to a buffer, give their squared norms (differentiable), or give one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.grad_norm_squared import grad_norm_squared, grad_norm_squared_conv
+from ..ops.scratch import Scratch, accumulation_dtype
+from ..ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
+from ..ops.unfold import ConvShape, columns
+
+
+class Form:
+    """Per-sample gradients of one tensor."""
+
+    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+        """Add sum_n G_n^2 to `out` and, if there is one, sum_n G_n to `grad`; both have the tensor's shape."""
+        raise NotImplementedError
+
+    def norms(self) -> Tensor:
+        """Squared norm of each G_n, [N]; differentiable."""
+        raise NotImplementedError
+
+    def one(self, n: int) -> Tensor:
+        """G_n, differentiable."""
+        raise NotImplementedError
+
+    def scale(self, n: int) -> Tensor:
+        """A number that rounding errors of G_n are small against, even where G_n itself cancels."""
+        raise NotImplementedError
+
+    @staticmethod
+    def join(forms: Sequence[Form]) -> Form:
+        """The sum of several forms of one tensor as one form; they are of one kind, and of one that JOINED names."""
+        if len(forms) == 1:
+            return forms[0]
+        return type(forms[0])._join(forms)
+
+    @classmethod
+    def _join(cls, forms: Sequence[Any]) -> Form:
+        raise NotImplementedError
+
+
+@dataclass
+class Dense(Form):
+    """G_n = sum_t g[n, t] a[n, t]^T of a tensor [O, I], or its transpose of a tensor [I, O] if `flip`."""
+
+    g: Tensor  # [N, T, O]
+    a: Tensor  # [N, T, I]
+    flip: bool = False
+
+    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+        """See :meth:`Form.add_squares`."""
+        g, a = (self.a, self.g) if self.flip else (self.g, self.a)
+        if not out.is_contiguous() and out.t().is_contiguous():
+            g, a, out, grad = a, g, out.t(), None if grad is None else grad.t()
+        sum_grad_squared(g, a, out=out, grad=grad, scratch=scratch)
+
+    def norms(self) -> Tensor:
+        """See :meth:`Form.norms`."""
+        return grad_norm_squared(self.g, self.a)
+
+    def one(self, n: int) -> Tensor:
+        """See :meth:`Form.one`."""
+        acc = accumulation_dtype(self.g.dtype)
+        product = self.g[n].to(acc).t() @ self.a[n].to(acc)
+        return product.t() if self.flip else product
+
+    def scale(self, n: int) -> Tensor:
+        """See :meth:`Form.scale`."""
+        return self.g[n].double().norm() * self.a[n].double().norm()
+
+    @classmethod
+    def _join(cls, forms: Sequence[Dense]) -> Form:
+        turned = [(f.a, f.g) if f.flip else (f.g, f.a) for f in forms]
+        return Dense(torch.cat([g for g, _ in turned], 1), torch.cat([a for _, a in turned], 1))
+
+
+@dataclass
+class Conv(Form):
+    """Gradients of a convolution's weight; for a transposed one `g` is its input and `x` the gradient at its output."""
+
+    g: Tensor  # [N*F, O, *out]
+    x: Tensor  # [N*F, C, *in]
+    shape: ConvShape
+    samples: int
+
+    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+        """See :meth:`Form.add_squares`."""
+        sum_grad_squared_conv(self.g, self.x, self.shape, samples=self.samples, out=out, grad=grad, scratch=scratch)
+
+    def norms(self) -> Tensor:
+        """See :meth:`Form.norms`."""
+        return grad_norm_squared_conv(self.g, self.x, self.shape, samples=self.samples)
+
+    def _of(self, n: int) -> tuple[Tensor, Tensor]:
+        frames = self.g.shape[0] // self.samples
+        part = slice(n * frames, (n + 1) * frames)
+        acc = accumulation_dtype(self.g.dtype)
+        return self.g[part].to(acc), self.x[part].to(acc)
+
+    def one(self, n: int) -> Tensor:
+        """See :meth:`Form.one`."""
+        g, x = self._of(n)
+        cols = columns(x, self.shape, tuple(g.shape[2:]))  # [F, groups, I, T]
+        left = g.reshape(*cols.shape[:2], -1, cols.shape[3])
+        product = (left @ cols.transpose(2, 3)).sum(0)
+        return product.reshape(g.shape[1], x.shape[1] // self.shape.groups, *self.shape.kernel)
+
+    def scale(self, n: int) -> Tensor:
+        """See :meth:`Form.scale`."""
+        g, x = self._of(n)
+        return g.double().norm() * x.double().norm() * self.shape.taps**0.5
+
+
+@dataclass
+class Sum(Form):
+    """Gradients that are at hand: h[n] is G_n (biases, norm affine parameters, tokens)."""
+
+    h: Tensor  # [N, *shape]
+    parts: Tensor | None = None  # [N, ...] what was added up
+
+    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+        """See :meth:`Form.add_squares`."""
+        out.add_(self.h.square().sum(0))
+        if grad is not None:
+            grad.add_(self.h.sum(0))
+
+    def norms(self) -> Tensor:
+        """See :meth:`Form.norms`."""
+        return self.h.reshape(self.h.shape[0], -1).square().sum(1)
+
+    def one(self, n: int) -> Tensor:
+        """See :meth:`Form.one`."""
+        return self.h[n]
+
+    def scale(self, n: int) -> Tensor:
+        """See :meth:`Form.scale`."""
+        return (self.h if self.parts is None else self.parts)[n].double().norm()
+
+    @classmethod
+    def _join(cls, forms: Sequence[Sum]) -> Form:
+        total = forms[0].h
+        for form in forms[1:]:
+            total = total + form.h
+        return Sum(total)
+
+
+@dataclass
+class Rows(Form):
+    """Gradients of a table [V, *row]: position t of sample n adds g[n, t] to row `index[n, t]` (-1: to none)."""
+
+    g: Tensor  # [N, T, *row]
+    index: Tensor  # [N, T]
+    size: int
+
+    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are not zero, summed over the positions of a sample: the sample, the row, the sum."""
+        n = self.index.shape[0]
+        acc = accumulation_dtype(self.g.dtype)
+        index = self.index.long()
+        key = torch.arange(n, device=index.device)[:, None] * self.size + index
+        kept = (index >= 0).reshape(-1)
+        rows = self.g.reshape(kept.shape[0], -1)[kept].to(acc)
+        keys, where = key.reshape(-1)[kept].unique(return_inverse=True)
+        total = rows.new_zeros(keys.shape[0], rows.shape[1]).index_add(0, where, rows)
+        return keys // self.size, keys % self.size, total
+
+    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+        """See :meth:`Form.add_squares`."""
+        _, row, total = self._summed()
+        if grad is not None:
+            grad.view(self.size, -1).index_add_(0, row, total)
+        out.view(self.size, -1).index_add_(0, row, total.square())
+
+    def norms(self) -> Tensor:
+        """See :meth:`Form.norms`."""
+        sample, _, total = self._summed()
+        return total.new_zeros(self.index.shape[0]).index_add(0, sample, total.square().sum(1))
+
+    def one(self, n: int) -> Tensor:
+        """See :meth:`Form.one`."""
+        kept = self.index[n] >= 0
+        rows = self.g[n].to(accumulation_dtype(self.g.dtype))[kept]
+        return rows.new_zeros(self.size, *rows.shape[1:]).index_add(0, self.index[n][kept].long(), rows)
+
+    def scale(self, n: int) -> Tensor:
+        """See :meth:`Form.scale`."""
+        return self.g[n].double().norm()
+
+    @classmethod
+    def _join(cls, forms: Sequence[Rows]) -> Form:
+        return Rows(torch.cat([f.g for f in forms], 1), torch.cat([f.index for f in forms], 1), forms[0].size)
+
+
+@dataclass
+class Opaque(Form):
+    """Gradients through an operation that no rule knows: its own backward, fed with one sample's part at a time."""
+
+    node: Any  # the autograd node
+    slot: int
+    g: Tensor
+    owner: Tensor  # of g's shape: the sample that each element belongs to
+
+    def one(self, n: int) -> Tensor:
+        """See :meth:`Form.one`."""
+        call = self.node if callable(self.node) else self.node.apply
+        found = call(self.g * (self.owner == n))
+        return found[self.slot] if isinstance(found, tuple) else found
+
+    def scale(self, n: int) -> Tensor:
+        """See :meth:`Form.scale`."""
+        return self.g.new_zeros((), dtype=torch.float64)
+
+
+#: Forms whose sums are forms of the same kind.
+JOINED = (Dense, Sum, Rows)

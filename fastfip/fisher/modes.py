@@ -1,0 +1,76 @@
+"""The state in which Fisher terms are taken: what is refused, and what is switched for the length of a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+
+def check_modes(model: nn.Module) -> None:
+    """Refuse a model that has no per-sample gradients as it stands.
+
+    Raises:
+        ModelError: a BatchNorm that uses the statistics of the batch, or active dropout; with the remedy.
+    """
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not _is_instance_norm(m):
+            if m.training:
+                raise ModelError(
+                    f"BatchNorm {name!r} is in train mode: it couples the samples of a batch, there are no per-sample"
+                    " gradients; call model.eval() (Fisher terms use the running statistics)"
+                )
+            if m.running_mean is None:
+                raise ModelError(
+                    f"BatchNorm {name!r} keeps no running statistics and so couples the samples of a batch in eval mode"
+                    " too: there are no per-sample gradients; give it track_running_stats=True"
+                )
+        elif isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0:
+            raise ModelError(
+                f"dropout {name!r} is active: the Fisher of a random subnet is not the model's; call model.eval()"
+            )
+
+
+def _is_instance_norm(m: nn.Module) -> bool:
+    return isinstance(m, nn.modules.instancenorm._InstanceNorm)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the model in eval mode for a while; every module's own flag is as before afterwards."""
+    flags = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+@contextlib.contextmanager
+def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
+    """Make a forward pass leave a graph that rules can read, and with `twice` one that has second derivatives.
+
+    Recurrent layers are computed step by step rather than by one opaque call, compiled models run eagerly, and fused
+    attention, which has no second derivative, gives way to the mathematical form.
+    """
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if any(type(m).__name__ == "OptimizedModule" or hasattr(m, "_compiled_call_impl") for m in model.modules()):
+            stack.enter_context(_eager())
+        if twice:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def _eager() -> contextlib.AbstractContextManager[None]:
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

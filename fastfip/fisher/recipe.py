@@ -1,0 +1,115 @@
+"""What a rule returns, the table of rules, and what is done where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from .forms import Form, Opaque
+from .graph import Edge, inputs_of
+from .layout import Layout, candidates
+
+Slots = dict[int, Edge]
+Builder = Callable[[Tensor, Layout, int], Form]  # (natural gradient, layout, N)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make forms of one node's gradient."""
+
+    kind: str  # for the coverage: "linear", "convolution" ...
+    shape: torch.Size  # of the natural gradient
+    layouts: tuple[Layout, ...]
+    edges: Slots  # the parameter-side inputs; the forms are gradients of them
+    builders: Mapping[int, Builder]
+    makes: Mapping[int, type[Form]]  # which form each builder returns
+    params: frozenset[str] = frozenset()
+    natural: Callable[[Tensor], Tensor] | None = None  # from the gradient of output 0 to the one the layouts speak of
+    opaque: bool = False
+
+
+Rule = Callable[[Any, Slots, int], "Recipe | None"]
+RULES: dict[str, Rule] = {}
+#: Operations whose output differs between samples although no input that is differentiated does (they read indices, or
+#: repeat a parameter for every sample): asked even where nothing but parameters comes in.
+ALONE = frozenset({"EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0", "ExpandBackward0"})
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for autograd nodes of these names."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozenset[str]], samples: int) -> Recipe | None:
+    """Return the recipe for a node whose inputs in `slots` are made of selected parameters.
+
+    `data` says whether other differentiable inputs come in. None: nothing can be separated here.
+    """
+    name = node.name()
+    bare = any(edge is None for edge in inputs_of(node))  # an input without gradient: data, or a constant
+    if not (data or bare or name in ALONE):
+        return None
+    recipe = RULES[name](node, slots, samples) if name in RULES else None
+    if recipe is not None and not recipe.layouts:
+        recipe = None
+    if recipe is None and (data or name not in RULES):
+        recipe = _opaque(node, slots, data, samples)
+    if recipe is None:
+        return None
+    params = frozenset().union(*(below[edge[0]] for edge in recipe.edges.values()))
+    return Recipe(**{**recipe.__dict__, "params": params})
+
+
+def refuse_batch_statistics(node: Any) -> None:
+    """Refuse an operation that normalises samples together; instance norm ([1, N*C, ...] to torch) is no such case.
+
+    Raises:
+        ModelError: per-sample gradients do not exist below it.
+    """
+    if getattr(node, "_saved_training", True) and node._input_metadata[0].shape[0] != 1:
+        raise ModelError(
+            "a BatchNorm used the statistics of the batch: its samples are coupled and have no gradients of their own;"
+            " call model.eval() before the forward pass"
+        )
+
+
+def output_shape(node: Any) -> torch.Size:
+    """Shape of the first output of an operation."""
+    return torch.Size(node._input_metadata[0].shape)
+
+
+def _opaque(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
+    """An operation with one output that no rule knows: its own backward, once for each sample."""
+    if len(node._input_metadata) != 1 or not callable(node) or node.name() in ("CopySlices",):
+        return None
+    z = output_shape(node)
+    dims = range(len(z)) if data else range(min(2, len(z)))
+
+    def builder(slot: int) -> Builder:
+        def build(g: Tensor, layout: Layout, samples: int) -> Form:
+            owner = layout.owner(g.shape, samples, torch.arange(g.numel(), device=g.device)).view(g.shape)
+            return Opaque(node, slot, g, owner)
+
+        return build
+
+    builders = {slot: builder(slot) for slot in slots}
+    return Recipe(
+        f"{node.name()} once for each sample",
+        z,
+        candidates(dims, z, samples),
+        slots,
+        builders,
+        dict.fromkeys(slots, Opaque),
+        opaque=True,
+    )

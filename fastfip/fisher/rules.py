@@ -1,0 +1,349 @@
+"""One rule for each kind of operation: how its gradient and what it has saved become per-sample gradients (forms.py).
+
+A rule looks at an autograd node and at those of its inputs that come from parameters, and returns a recipe, or None
+where it does not apply. It does not compute: layers and backends do not multiply. What an operation has saved is read
+from its node (`_saved_...`, as torch documents), with its own history, so every form can be differentiated again.
+
+To add a rule: write a function, register it under the node's name; `tests/fisher/test_rules.py` walks the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.unfold import ConvShape
+from .forms import Conv, Dense, Form, Rows, Sum
+from .graph import inputs_of, shape_of
+from .layout import Layout, candidates
+from .recipe import Builder, Recipe, Slots, output_shape, rule
+
+# ------------------------------------------------------------------------------------------------- matrix products
+
+
+def _dense(side: Tensor | None, flip: bool, factor: float = 1.0) -> Builder:
+    """The gradient of a matrix in z = a W (g natural [M, O]); `side` is a [M, I]."""
+
+    def build(g: Tensor, layout: Layout, samples: int) -> Form:
+        assert side is not None
+        g, a = layout.split(g, samples), layout.split(side, samples)
+        return Dense(g if factor == 1 else g * factor, a, flip)
+
+    return build
+
+
+def _scaled(value: Any) -> float:
+    return float(value) if value is not None else 1.0
+
+
+def _matmul(node: Any, slots: Slots, samples: int, first: int, saved: tuple[str, str]) -> Recipe | None:
+    """Products z = mat1 @ mat2, with mat1 in slot `first`; the parameter is one of them, or the bias."""
+    z = output_shape(node)
+    alpha, beta = _scaled(getattr(node, "_saved_alpha", None)), _scaled(getattr(node, "_saved_beta", None))
+    if first in slots:  # W a: the samples are columns
+        if set(slots) != {first}:
+            return None
+        side = getattr(node, saved[1])
+        shape = torch.Size((z[1], z[0]))
+        build = {first: _dense(None if side is None else side.t(), False, alpha)}
+        return Recipe("linear", shape, candidates((0,), shape, samples), slots, build, {first: Dense}, natural=torch.t)
+    builders: dict[int, Builder] = {}
+    if first + 1 in slots:  # a W, the end has the shape [I, O]
+        builders[first + 1] = _late(lambda: _dense(getattr(node, saved[0]), True, alpha))
+    if first == 1 and 0 in slots:
+        ending = shape_of(slots[0])
+        if len(ending) > 1 and ending[0] != 1:
+            return None
+        builders[0] = _elementwise(lambda g: g if beta == 1 else g * beta, ending)
+    makes = {slot: Sum if slot < first else Dense for slot in builders}
+    return Recipe("linear", z, candidates((0,), z, samples), slots, builders, makes)
+
+
+def _late(make: Callable[[], Builder]) -> Builder:
+    """Saved tensors are read when the gradient is there, not when the graph is."""
+    return lambda g, layout, samples: make()(g, layout, samples)
+
+
+@rule("AddmmBackward0")
+def _addmm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    return _matmul(node, slots, samples, 1, ("_saved_mat1", "_saved_mat2"))
+
+
+@rule("MmBackward0")
+def _mm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    return _matmul(node, slots, samples, 0, ("_saved_self", "_saved_mat2"))
+
+
+# --------------------------------------------------------------------------------------------------- convolutions
+
+
+def _one_after_another(t: Tensor, layout: Layout, samples: int) -> Tensor:
+    """Bring a batch [k*N, ...] into the order in which the frames of a sample follow each other."""
+    if layout.major or t.shape[0] == samples:
+        return t
+    return layout.split(t, samples).flatten(0, 1)
+
+
+@rule("ConvolutionBackward0", "ConvolutionOverrideableBackward0")
+def _convolution(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    z = output_shape(node)
+    if 0 in slots:
+        return None
+    dims = len(z) - 2
+    builders: dict[int, Builder] = {}
+    if 1 in slots:
+        kernel = tuple(shape_of(slots[1])[2:])
+        options = (getattr(node, f"_saved_{k}") for k in ("stride", "padding", "dilation"))
+        stride, padding, dilation = (_spatial(option, dims) for option in options)
+        shape = ConvShape(kernel, stride, padding, dilation, node._saved_groups)
+        transposed = node._saved_transposed
+
+        def weight(g: Tensor, layout: Layout, samples: int) -> Form:
+            g, x = (_one_after_another(t, layout, samples) for t in (g, node._saved_input))
+            return Conv(x, g, shape, samples) if transposed else Conv(g, x, shape, samples)
+
+        builders[1] = weight
+    if 2 in slots:
+        builders[2] = _elementwise(lambda g: g, shape_of(slots[2]), after=dims)
+    return Recipe("convolution", z, candidates((0,), z, samples), slots, builders, {1: Conv, 2: Sum})
+
+
+def _spatial(value: Any, dims: int) -> tuple[int, ...]:
+    value = tuple(int(v) for v in value)
+    return value * dims if len(value) == 1 else value
+
+
+# --------------------------------------------------------------------------------------------------- elementwise
+
+
+def _reduced(h: Tensor, layout: Layout, samples: int, ending: torch.Size, after: int) -> Sum:
+    """Sum contributions h to a parameter-side tensor of shape `ending` that is broadcast (`after` more dimensions)."""
+    size = tuple(ending) + (1,) * after
+    size = (1,) * (h.dim() - len(size)) + size
+    per = layout.split(h, samples)
+    gone = [d + 1 for d in range(h.dim()) if size[d] == 1 and per.shape[d + 1] != 1]
+    if per.dtype in (torch.float16, torch.bfloat16):
+        per = per.float()
+    total = per.sum(gone) if gone else per
+    return Sum(total.reshape(samples, *ending), per)
+
+
+def _elementwise(contribution: Callable[[Tensor], Tensor], ending: torch.Size, after: int = 0) -> Builder:
+    return lambda g, layout, samples: _reduced(contribution(g), layout, samples, ending, after)
+
+
+def _broadcast_dims(z: torch.Size, endings: list[torch.Size]) -> tuple[int, ...]:
+    """Dimensions of z in which none of the parameter-side tensors differs: where the samples may lie."""
+    dims = []
+    for d in range(len(z)):
+        back = len(z) - d  # counted from the end, as broadcasting does
+        if all(len(ending) < back or ending[len(ending) - back] == 1 for ending in endings):
+            dims.append(d)
+    return tuple(dims)
+
+
+def _pointwise(
+    kind: str, node: Any, slots: Slots, samples: int, parts: Mapping[int, Callable[[Tensor], Tensor]]
+) -> Recipe | None:
+    if not set(slots) <= set(parts):
+        return None
+    z = output_shape(node)
+    endings = {slot: shape_of(edge) for slot, edge in slots.items()}
+    dims = _broadcast_dims(z, list(endings.values()))
+    builders = {slot: _elementwise(parts[slot], endings[slot]) for slot in slots}
+    return Recipe(kind, z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, Sum))
+
+
+@rule("AddBackward0")
+def _add(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    alpha = float(node._saved_alpha)
+    return _pointwise("added", node, slots, samples, {0: lambda g: g, 1: lambda g: g if alpha == 1 else g * alpha})
+
+
+@rule("SubBackward0")
+def _sub(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    alpha = float(node._saved_alpha)
+    return _pointwise("added", node, slots, samples, {0: lambda g: g, 1: lambda g: g * -alpha})
+
+
+@rule("MulBackward0")
+def _mul(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    if len(slots) > 1:
+        return None
+    parts = {0: lambda g: g * node._saved_other, 1: lambda g: g * node._saved_self}
+    return _pointwise("multiplied", node, slots, samples, parts)
+
+
+@rule("DivBackward0")
+def _div(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    if len(slots) > 1:
+        return None
+    parts = {
+        0: lambda g: g / node._saved_other,
+        1: lambda g: -g * node._saved_self / node._saved_other.square(),
+    }
+    return _pointwise("multiplied", node, slots, samples, parts)
+
+
+@rule("PreluKernelBackward0")
+def _prelu(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    return _pointwise("elementwise", node, slots, samples, {1: lambda g: g * node._saved_self.clamp(max=0)})
+
+
+@rule("ExpandBackward0")
+def _expand(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    return _pointwise("token", node, slots, samples, {0: lambda g: g})
+
+
+# --------------------------------------------------------------------------------------------------- normalisation
+
+
+def _norm(
+    node: Any, slots: Slots, samples: int, x_hat: Callable[[], Tensor], dims: tuple[int, ...], after: int
+) -> Recipe | None:
+    """Norms z = x_hat * weight + bias, with weight in slot 1 and bias in slot 2."""
+    if 0 in slots:
+        return None
+    z = output_shape(node)
+    parts = {1: lambda g: g * x_hat(), 2: lambda g: g}
+    builders = {slot: _elementwise(parts[slot], shape_of(edge), after) for slot, edge in slots.items()}
+    return Recipe("norm", z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, Sum))
+
+
+def _channelwise(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(1, -1, *(1,) * (like.dim() - 2))
+
+
+@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    z = output_shape(node)
+    if getattr(node, "_saved_training", True):
+        return _instance_norm(node, slots, samples)
+
+    def x_hat() -> Tensor:
+        x = node._saved_input
+        scale = (node._saved_running_var + node._saved_eps).rsqrt()
+        return (x - _channelwise(node._saved_running_mean, x)) * _channelwise(scale, x)
+
+    return _norm(node, slots, samples, x_hat, (0,), len(z) - 2)
+
+
+def _instance_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    """Instance norm: torch writes it as batch norm of [1, N*C, ...], with the parameters repeated N times."""
+    z = output_shape(node)
+    if z[0] != 1 or any(edge[0].name() != "RepeatBackward0" for edge in slots.values()):
+        return None
+    times = {tuple(edge[0]._saved_repeats) for edge in slots.values()}  # type: ignore[attr-defined]
+    if len(times) != 1 or len(next(iter(times))) != 1:
+        return None
+    repeats = next(iter(times))[0]
+    natural = torch.Size((repeats, z[1] // repeats, *z[2:]))
+    inner = {slot: inputs_of(edge[0])[0] for slot, edge in slots.items()}
+
+    def x_hat() -> Tensor:
+        x = node._saved_input
+        dims = tuple(range(2, x.dim()))
+        centred = x - x.mean(dims, keepdim=True)
+        variance = centred.square().mean(dims, keepdim=True)
+        return (centred * (variance + node._saved_eps).rsqrt()).reshape(natural)
+
+    parts = {1: lambda g: g * x_hat(), 2: lambda g: g}
+    edges = {slot: edge for slot, edge in inner.items() if edge is not None}
+    builders = {slot: _elementwise(parts[slot], shape_of(edge), len(z) - 2) for slot, edge in edges.items()}
+    layouts, makes = candidates((0,), natural, samples), dict.fromkeys(slots, Sum)
+    return Recipe("norm", natural, layouts, edges, builders, makes, natural=lambda g: g.reshape(natural))
+
+
+def _standardised(x: Tensor, dims: tuple[int, ...], rstd: Tensor, centre: bool) -> Tensor:
+    """x_hat as the operation computed it, with the right derivatives; what it added to the variance is in `rstd`."""
+    x = x.to(rstd.dtype)
+    centred = x - x.mean(dims, keepdim=True) if centre else x
+    variance = centred.square().mean(dims, keepdim=True)
+    added = rstd.detach().pow(-2) - variance.detach()
+    return centred * (variance + added).rsqrt()
+
+
+@rule("NativeLayerNormBackward0")
+def _layer_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    z = output_shape(node)
+    own = len(node._saved_normalized_shape)
+    last = tuple(range(-own, 0))
+
+    def x_hat() -> Tensor:
+        return _standardised(node._saved_input, last, node._saved_result2, centre=True)
+
+    return _norm(node, slots, samples, x_hat, tuple(range(len(z) - own)), 0)
+
+
+@rule("FusedRmsNormBackward0")
+def _rms_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    z = output_shape(node)
+    own = len(node._saved_normalized_shape)
+    last = tuple(range(-own, 0))
+
+    def x_hat() -> Tensor:
+        return _standardised(node._saved_input, last, node._saved_result1, centre=False)
+
+    return _norm(node, slots, samples, x_hat, tuple(range(len(z) - own)), 0)
+
+
+@rule("NativeGroupNormBackward0")
+def _group_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    z = output_shape(node)
+
+    def x_hat() -> Tensor:
+        x = node._saved_input
+        grouped = x.reshape(x.shape[0], node._saved_group, -1)
+        centred = grouped - grouped.mean(2, keepdim=True)
+        scale = (centred.square().mean(2, keepdim=True) + node._saved_eps).rsqrt()
+        return (centred * scale).reshape(x.shape)
+
+    return _norm(node, slots, samples, x_hat, (0,), len(z) - 2)
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def _table(node: Any, slots: Slots, samples: int, index: Callable[[], Tensor], lead: int) -> Recipe | None:
+    """Tables z[p] = W[index[p]], with `lead` dimensions of positions."""
+    z = output_shape(node)
+    size = shape_of(slots[0])
+
+    def build(g: Tensor, layout: Layout, samples: int) -> Form:
+        where = layout.split(index(), samples)
+        where = where.reshape(samples, -1)
+        g = layout.split(g, samples)
+        return Rows(g.reshape(samples, where.shape[1], *size[1:]), where, size[0])
+
+    return Recipe("embedding", z, candidates(range(lead), z, samples), slots, {0: build}, {0: Rows})
+
+
+@rule("EmbeddingBackward0")
+def _embedding(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    if node._saved_scale_grad_by_freq:  # counts over the whole batch: not a gradient of single samples
+        return None
+    padding = node._saved_padding_idx
+    padding = padding - (1 << 64) if padding >= 1 << 63 else padding
+
+    def index() -> Tensor:
+        found = node._saved_indices
+        return found if padding < 0 else found.masked_fill(found == padding, -1)
+
+    return _table(node, slots, samples, index, len(output_shape(node)) - 1)
+
+
+@rule("IndexBackward0")
+def _index(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    indices = node._saved_indices
+    if len(indices) != 1 or indices[0] is None or indices[0].dtype not in (torch.int64, torch.int32):
+        return None
+    size = shape_of(slots[0])[0]
+    return _table(node, slots, samples, lambda: node._saved_indices[0].remainder(size), indices[0].dim())
+
+
+@rule("IndexSelectBackward0")
+def _index_select(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    return _table(node, slots, samples, lambda: node._saved_index, 1) if node._saved_dim == 0 else None

@@ -1,0 +1,154 @@
+"""The trace of the empirical Fisher, mean_n ||grad log p(y_n|x_n)||^2, with an exact gradient of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, Task
+from .capture import Group, Plan, selected
+from .forms import Form
+from .modes import check_modes, readable
+from .verify import Cache, cache_of, plan_for
+
+Params = Iterable[str] | Mapping[str, Tensor] | None
+
+
+class TraceOutput(NamedTuple):
+    """What one forward pass gives."""
+
+    trace: Tensor  # scalar
+    losses: Tensor  # [N]
+    logits: Tensor
+
+
+def squared_norms(
+    losses: Tensor, params: Mapping[str, Tensor], *, cache: Cache | None = None, create_graph: bool = True
+) -> Tensor:
+    """Return || d losses[n] / d params ||^2 for every sample, [N], from the graph of `losses` [N].
+
+    With `create_graph` the result can be differentiated, exactly (a double backward through ghost norms: no per-sample
+    gradient is stored where a layer's rule applies). The graph of `losses` is kept in any case. For a second derivative
+    the forward pass must not have used fused attention: see :func:`fastfip.fisher.modes.readable`.
+    """
+    with torch.enable_grad():
+        plan = plan_for(losses, params, cache)
+    return _norms_with_graph(plan) if create_graph else _norms(plan)
+
+
+def _norms(plan: Plan) -> Tensor:
+    """The values alone: one backward pass, forms dropped as soon as they are used."""
+    total = torch.zeros(plan.samples, dtype=torch.float64, device=plan.losses.device)
+
+    def take(group: Group, form: Form) -> None:
+        total.add_(form.norms())
+
+    with torch.no_grad():
+        kept = plan.forms(take, retain_graph=True)
+        for n in range(plan.samples) if plan.pulled or plan.loop else ():
+            for g in (*plan.pull(n, kept).values(), *_looped(plan, n, create_graph=False)):
+                total[n] += g.double().square().sum()
+    return total.to(plan.losses.dtype)
+
+
+def _norms_with_graph(plan: Plan) -> Tensor:
+    """The same as a differentiable function of everything that the losses depend on."""
+    with torch.enable_grad():
+        gradients = plan.gradients()
+        forms: dict[tuple[int, int], Form] = {}
+
+        def form(site: int, slot: int) -> Form | None:
+            g = gradients[site]
+            if g is None:
+                return None
+            return forms.setdefault((site, slot), plan.form(site, slot, g))
+
+        parts: list[Tensor] = []
+        for groups in plan.groups.values():
+            for group in groups:
+                made = [found for use in group.uses if (found := form(use.site, use.slot)) is not None]
+                if made:
+                    parts.append(Form.join(made).norms())
+        if plan.pulled or plan.loop:
+            kept = {use: found for use in plan.pulled_uses() if (found := form(*use)) is not None}
+            each = []
+            for n in range(plan.samples):
+                mine = (*plan.pull(n, kept, create_graph=True).values(), *_looped(plan, n, create_graph=True))
+                squares = [g.square().sum() for g in mine]
+                each.append(torch.stack(squares).sum() if squares else plan.losses.new_zeros(()))
+            parts.append(torch.stack(each))
+        if not parts:
+            return torch.zeros_like(plan.losses)
+        return torch.stack([part.to(parts[0].dtype) for part in parts]).sum(0)
+
+
+def _looped(plan: Plan, n: int, create_graph: bool) -> list[Tensor]:
+    """Sample n's gradients of the parameters that only a backward pass of its own can give."""
+    params = [plan.params[name] for name in plan.params if name in plan.loop]
+    if not params:
+        return []
+    with torch.enable_grad():
+        got = torch.autograd.grad(
+            plan.losses[n], params, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    return [g for g in got if g is not None]
+
+
+def trace_and_logits(
+    model: nn.Module, batch: Batch, task: Task | None = None, *, params: Params = None, create_graph: bool | None = None
+) -> TraceOutput:
+    """Return the trace with the losses [N] and logits of the same forward pass, for use inside a training loop.
+
+    `losses.mean() + eta * trace` is the FIP objective of a batch in one forward pass. Arguments and errors as for
+    :func:`fisher_trace`; labels are the batch's.
+    """
+    check_modes(model)
+    task = Task() if task is None else task
+    create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
+    chosen = selected(model, params)
+    with torch.enable_grad():
+        with readable(model, twice=create_graph):
+            logits = task.forward(model, batch)
+        losses = task.loss(logits, batch)
+    norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)
+    return TraceOutput(norms.mean(), losses, logits)
+
+
+def fisher_trace(
+    model: nn.Module,
+    x: Batch,
+    y: Tensor | None = None,
+    *,
+    loss: Callable[[Tensor, Batch], Tensor] | None = None,
+    forward: Callable[[nn.Module, Batch], Tensor] | None = None,
+    params: Params = None,
+    create_graph: bool | None = None,
+) -> Tensor:
+    """Return Tr(F) of a batch, mean_n ||grad log p(y_n|x_n)||^2 over the parameters: a differentiable scalar.
+
+    Its gradient with respect to the parameters (and x) is exact: a double backward through the norms of per-sample
+    gradients, none of which is stored where a rule applies. It is not the norm of the mean gradient, which vanishes
+    wherever the loss is stationary. Fused attention, which has no second derivative, is replaced by its mathematical
+    form for the length of the call.
+
+    Args:
+        model: any module that classifies, in eval mode (or at least with BatchNorm and dropout in eval mode).
+        x: the inputs; with `y=None` a whole batch (a tuple or dict).
+        y: labels [N]; to take the Fisher of the model's own distribution draw them with `fisher.draw_labels`.
+        loss: `loss(logits, batch) -> [N]`; None: cross-entropy.
+        forward: `forward(model, batch) -> logits`, with batch = (x, y).
+        params: names of parameters (or name -> leaf tensor); None: all that require a gradient.
+        create_graph: whether the result is to be differentiated; None: if gradients are enabled.
+
+    Raises:
+        ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
+            model.
+        DataError: the batch cannot be used.
+
+    Source: methods.md 1.1 and kernels.md 3 ("exact") of the project.
+    """
+    batch = x if y is None else (x, y)
+    return trace_and_logits(model, batch, Task.of(forward, loss), params=params, create_graph=create_graph).trace

@@ -1,0 +1,187 @@
+"""Verification of a plan, on the first batch of a graph: a wrong guess must not pass silently.
+
+Two backward passes, one with weighted losses, show which elements belong to which sample at every site (layout.py). A
+third, of a single sample's loss through the whole graph, is compared with that sample's gradients by the plan.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, ModelError
+from .capture import Plan, read_graph
+from .forms import Form
+from .graph import Chain, Reading, Site, inputs_of
+from .layout import Layout, Probe, weights_for
+
+_ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
+_TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a verification found out about a graph; good for every later batch with the same graph."""
+
+    shared: frozenset[int]  # positions of nodes that look like sites and give every sample the same
+    layouts: tuple[tuple[Layout, ...], ...]
+    stuck: frozenset[str]  # parameters for the slow path
+    settled: bool  # False: there was too little to see, look again at the next batch
+    tries: int
+
+
+Cache = MutableMapping[Any, Known]
+_CACHES: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
+
+
+def cache_of(model: nn.Module) -> Cache:
+    """What is known about the graphs of this model."""
+    return _CACHES.setdefault(model, {})
+
+
+def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None = None) -> Plan:
+    """Read the graph of `losses` [N]; verify what is not yet known about it.
+
+    Raises:
+        DataError: `losses` is not one number for each sample.
+        ModelError: no graph, or BatchNorm statistics of the batch.
+    """
+    if losses.dim() != 1 or losses.shape[0] == 0:
+        raise DataError(f"losses must have the shape [N], one number for each sample, not {list(losses.shape)}")
+    if losses.grad_fn is None:
+        raise ModelError("the losses have no graph: a frozen model, or a forward pass under no_grad")
+    cache, params = {} if cache is None else cache, dict(params)
+    reading = read_graph(losses, params)
+    if losses.shape[0] == 1:  # everything belongs to the one sample
+        first = [site.recipe.layouts[0] for site in reading.sites]
+        return Plan(losses, params, reading, first, reading.at_root).routed()
+    key = (tuple(params), len(reading.nodes), tuple(_signature(site) for site in reading.sites))
+    known = cache.get(key)
+    if known is not None and known.settled:
+        if known.shared:
+            reading = read_graph(losses, params, known.shared)
+        found = _resolved(known, reading, losses.shape[0])
+        if found is not None:
+            return Plan(losses, params, reading, found, known.stuck | reading.at_root).routed()
+    plan, cache[key] = _verified(losses, params, reading, tries=0 if known is None else known.tries)
+    return plan
+
+
+def _signature(site: Site) -> tuple[Any, ...]:
+    return site.node.name(), site.position, tuple(sorted(site.recipe.edges)), tuple(sorted(site.params))
+
+
+def _resolved(known: Known, reading: Reading, samples: int) -> list[Layout] | None:
+    """The layouts for this batch, or None if what is known leaves more than one possibility."""
+    if len(known.layouts) != len(reading.sites):
+        return None
+    found = []
+    for site, layouts in zip(reading.sites, known.layouts):
+        fits = [one for one in layouts if one.fits(site.recipe.shape, samples)]
+        if not fits or any(not fits[0].same(one, site.recipe.shape, samples) for one in fits[1:]):
+            return None
+        found.append(fits[0])
+    return found
+
+
+def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries: int) -> tuple[Plan, Known]:
+    """Return the verified plan for the graph of `losses` [N > 1], and what to remember of it."""
+    shared, stuck, found = frozenset[int](), frozenset[str](), list[tuple[Layout, ...]]()
+    evidence = True
+    for attempt in range(_ROUNDS + 1):
+        first = [site.recipe.layouts[0] for site in reading.sites]
+        plan = Plan(losses, params, reading, first, reading.at_root)
+        found, evidence = _sample_axes(plan)
+        wrong = [i for i, layouts in enumerate(found) if not layouts]
+        if not wrong:
+            break
+        # No layout, and nothing but parameters goes in: the same for all samples, so the cut lies further up.
+        moved = {plan.sites[i].position for i in wrong if not _has_data(plan, i)}
+        if attempt == _ROUNDS or not moved:
+            stuck = frozenset().union(*(plan.sites[i].params for i in wrong))
+            break
+        shared |= moved
+        reading = read_graph(losses, params, shared)
+    layouts = tuple(good or site.recipe.layouts for good, site in zip(found, plan.sites))
+    plan = Plan(losses, params, reading, [good[0] for good in layouts], stuck | reading.at_root).routed()
+    refuted, seen = _refuted_by_one_sample(plan)
+    if refuted:
+        stuck |= refuted
+        plan = Plan(losses, params, reading, plan.layouts, stuck | reading.at_root).routed()
+    settled = seen and (evidence or tries + 1 >= _TRIES)
+    return plan, Known(shared, layouts, stuck, settled, tries + 1)
+
+
+def _sample_axes(plan: Plan) -> tuple[list[tuple[Layout, ...]], bool]:
+    """Return the layouts that each site's gradient agrees with, and whether every site had a gradient to judge by."""
+    probes: dict[int, Probe] = {}
+    verdicts: dict[int, tuple[tuple[Layout, ...], bool]] = {}
+    weights = weights_for(plan.samples, plan.losses, seed=plan.samples)
+    plan.stream(torch.ones_like(plan.losses), lambda i, g: probes.update({i: Probe.of(g)}), retain_graph=True)
+
+    def judge(i: int, g: Tensor) -> None:
+        verdicts[i] = probes[i].verdict(g, weights, plan.sites[i].recipe.layouts)
+
+    plan.stream(weights, judge, retain_graph=True)
+    nothing = [(site.recipe.layouts, False) for site in plan.sites]
+    results = [verdicts.get(i, nothing[i]) for i in range(len(plan.sites))]
+    return [layouts for layouts, _ in results], all(evidence for _, evidence in results)
+
+
+def _has_data(plan: Plan, i: int) -> bool:
+    return any(edge is not None and edge[0] not in plan.reading.below for edge in inputs_of(plan.sites[i].node))
+
+
+def _refuted_by_one_sample(plan: Plan) -> tuple[frozenset[str], bool]:
+    """Compare the gradients of the sample with the largest loss with its own backward pass through the whole graph.
+
+    Returns the parameters for which they differ, and whether the sample had any gradient to compare.
+    """
+    names = [name for name in plan.params if name not in plan.loop]
+    if not names:
+        return frozenset(), True
+    m = int(plan.losses.detach().nan_to_num().argmax())
+    inputs = [plan.params[name] for name in names]
+    truth = torch.autograd.grad(plan.losses[m], inputs, retain_graph=True, allow_unused=True)
+    found: dict[str, Tensor] = {}
+    scale: dict[str, Tensor] = {}
+    forms: dict[tuple[int, int], Form] = {}
+    pulled = plan.pulled_uses()
+    direct: dict[int, list[tuple[int, str, Chain]]] = {}
+    for name, groups in plan.groups.items():
+        for group in groups:
+            for use in group.uses:
+                direct.setdefault(use.site, []).append((use.slot, name, use.chain or group.chain))
+
+    def handle(i: int, g: Tensor) -> None:
+        for slot, name, chain in direct.get(i, ()):
+            form = plan.form(i, slot, g)
+            value = form.one(m)
+            total = found.setdefault(name, value.new_zeros(plan.params[name].shape))
+            chain.view(total).add_(value)
+            scale[name] = scale.get(name, 0) + form.scale(m)
+        for slot in plan.sites[i].recipe.edges:
+            if (i, slot) in pulled:
+                forms[i, slot] = plan.form(i, slot, g)
+
+    plan.stream(torch.ones_like(plan.losses), handle, retain_graph=True)
+    if plan.pulled:
+        found.update(plan.pull(m, forms))
+    wrong, seen = set(), False
+    for name, p, true in zip(names, inputs, truth):
+        mine = found.get(name)
+        if true is None and mine is None:
+            continue
+        true = (torch.zeros_like(p) if true is None else true.detach()).double()
+        mine = torch.zeros_like(true) if mine is None else mine.detach().double()
+        seen = seen or bool(true.any())
+        noise = 1e3 * torch.finfo(p.dtype).eps * float(scale.get(name, 0.0))
+        if not (mine - true).norm() <= _TOLERANCE.get(p.dtype, 1e-2) * true.norm() + noise:
+            wrong.add(name)
+    return frozenset(wrong), seen
