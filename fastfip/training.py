@@ -43,8 +43,8 @@ def fit(
     Ctrl-C: the best candidate so far is kept, or the end of the last scored epoch; `run.interrupted` is set.
 
     A loss or gradient that is not finite: the step is left out and, if numbers in the model are not finite either, the
-    model goes back to the end of the last scored epoch. Ten such steps in a row end the loop: with the best candidate so
-    far and a note or, if there is none, with an error.
+    model goes back to the end of the last scored epoch. Ten such steps in a row end the loop: with the best candidate
+    so far and a note or, if there is none, with an error.
 
     Args:
         run: made by `fastfip.purify`; its model is changed in place.

@@ -350,6 +350,25 @@ def test_what_is_measured_and_what_is_said(method):
     assert "no test_loader: ACC and loss are of the 2 held-out clean samples" in result.notes
 
 
+def trace_by_a_loop(model, x, y):
+    total = 0.0
+    for i in range(len(y)):
+        loss = nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        total += sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters())))
+    return total / len(y)
+
+
+def test_the_fisher_trace_before_and_after(method):
+    x, y = data(24)
+    frozen = net().requires_grad_(False)
+    result = run(frozen, (x, y), method, holdout=0.0)
+    for side, model in ((result.before, net()), (result.after, result.model)):
+        assert side.fisher_trace == pytest.approx(trace_by_a_loop(model.eval().requires_grad_(True), x, y), rel=1e-4)
+    half = run(net(plain_net).half(), (x.half(), y), method, holdout=0.0)
+    rounded = net(plain_net).half().float()
+    assert half.before.fisher_trace == pytest.approx(trace_by_a_loop(rounded, x.half().float(), y), rel=1e-4)
+
+
 def test_autocast(method):
     result = run(net(), loader(), method, amp="bf16", epochs=1)
     assert finite(result) and result.settings["amp"] == "bf16"
@@ -382,7 +401,12 @@ def test_models_that_cannot_be_used(method):
         broken[6].weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"6\.weight holds NaN"):
         run(broken, loader(), method)
-    assert finite(run(Uncopiable(), loader(), method, inplace=True))
+    model = Uncopiable()
+    before = values(model)
+    try:
+        assert finite(run(model, loader(), method, inplace=True))
+    except ModelError as error:  # a method may need the net as it was beside the one it changes
+        assert "cannot be copied" in str(error) and same(values(model), before)
 
 
 def test_a_loader_with_a_transform_of_another_dtype(method):
