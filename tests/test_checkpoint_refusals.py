@@ -1,5 +1,6 @@
 """Every file that load_checkpoint refuses: one clear line, nothing run, nothing loaded."""
 
+import io
 import json
 import os
 import pickle
@@ -476,6 +477,12 @@ def test_wrong_kinds_of_numbers(tmp_path):
     refused(save(state, tmp_path / "m.pth"), r"fc\.weight is int8 in the file and float32 in the model")
 
 
+def test_names_in_the_file_do_nothing_to_the_terminal(tmp_path):
+    state = {"a\n\x1b[2J\x07b": torch.tensor([float("nan")])}
+    refused(save(state, tmp_path / "m.pth"), r"a\?\?\[2J\?b holds NaN")
+    refused(save({"x" * 10**5: torch.tensor([float("nan")])}, tmp_path / "m.pth"), r"xxx\.\.\.$")
+
+
 def test_entries_that_are_no_tensors(tmp_path):
     refused(save({"net": {**small_state(), "lr": 0.1}}, tmp_path / "m.pth"), "entry lr among its weights .*float")
     refused(save({**small_state(), "epoch": 3}, tmp_path / "m.pth"), "entry epoch among its weights .*int")
@@ -542,6 +549,30 @@ def test_damage_at_random_is_refused_or_harmless(tmp_path, kind):
         else:
             assert all(torch.isfinite(v.double()).all() for v in loaded.values())
     assert refusals > 30
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_pickles_are_refused_or_harmless(tmp_path, seed):
+    """The same inside a sound zip, where no checksum helps."""
+    with zipfile.ZipFile(io.BytesIO(torch_bytes({"net": small_state(), "acc": 0.5}))) as archive:
+        entries = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+    storages = {name[5:]: value for name, value in entries.items() if name.startswith("data/")}
+    path, rng = tmp_path / "m.pth", random.Random(seed)
+    refusals = 0
+    for _ in range(60):
+        data = bytearray(entries["data.pkl"])
+        for _ in range(rng.choice((1, 1, 3))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        write_zip(path, None, storages, data=bytes(data))
+        try:
+            loaded = load_checkpoint(path)
+        except FastFIPError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        else:
+            assert all(torch.isfinite(v.double()).all() for v in loaded.values())
+    assert refusals > 20
 
 
 def nested(op: bytes, depth: int = 60) -> bytes:

@@ -87,19 +87,7 @@ def test_purify(work, capsys):
 
 def test_purify_is_reproducible_and_picks_images_by_the_seed(work, capsys):
     def weights(name, *more):
-        arguments = [
-            "purify",
-            "in.pth",
-            name,
-            *NET,
-            "--data",
-            "data.npz",
-            "--method",
-            "fine_tune",
-            "--steps",
-            "2",
-            *more,
-        ]
+        arguments = ["purify", "in.pth", name, *PURIFY[3:], "--steps", "2", *more]
         assert main([*arguments, "--json"]) == 0
         return load_checkpoint(name)["4.weight"], json.loads(capsys.readouterr().out)
 

@@ -77,7 +77,13 @@ def load_checkpoint(
     try:
         return _load(path, model, key, strict)
     except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+        raise CheckpointError(f"{os.fspath(path)}: {_one_line(str(error))}") from None
+
+
+def _one_line(text: str) -> str:
+    """Return a text that may hold names from the file as one line that does nothing to a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 600 else f"{text[:597]}..."
 
 
 def _load(path: str | os.PathLike[str], model: nn.Module | None, key: str | None, strict: bool) -> Checkpoint:

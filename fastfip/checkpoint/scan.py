@@ -7,6 +7,7 @@ say in one line which tensor is wrong. So a file is followed here first.
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -108,7 +109,7 @@ def scan(file: BinaryIO) -> Scan:
     """
     machine = _Machine()
     try:
-        for code, arg, _ in pickletools.genops(file):
+        for code, arg, _ in pickletools.genops(_Bounded(file)):  # type: ignore[arg-type]
             machine.step(code.name, arg)
         machine.out.root = machine.stack.pop()
     except CheckpointError:
@@ -116,6 +117,19 @@ def scan(file: BinaryIO) -> Scan:
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, EOFError) as error:
         raise CheckpointError(f"is truncated or damaged: its pickle cannot be followed ({error})") from None
     return machine.out
+
+
+class _Bounded:
+    """A file that is never asked for more than it has: its read(n) would allocate n bytes first."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        here = file.tell()
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(here)
+        self.file, self.tell, self.readline = file, file.tell, file.readline
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(min(count, self.size) if count > 64 else count)
 
 
 class _Machine:
