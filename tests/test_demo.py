@@ -12,7 +12,9 @@ pytest.importorskip("matplotlib")
 
 def test_the_net_is_good_and_backdoored():
     x, y, test_x, test_y = demo.digits(0)
-    assert (x.shape, test_x.shape) == ((1400, 1, 8, 8), (397, 1, 8, 8)) and 0 <= float(x.min()) < float(x.max()) <= 1
+    assert (x.shape, test_x.shape) == ((1400, 1, 16, 16), (397, 1, 16, 16)) and 0 <= float(x.min()) < float(
+        x.max()
+    ) <= 1
     attack = demo.BadNets(size=2)
     state = torch.get_rng_state()
     model = demo.train_backdoored(x, y, attack, 0, epochs=5)
@@ -23,6 +25,8 @@ def test_the_net_is_good_and_backdoored():
 
 def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     from rich.console import Console
+
+    threads = torch.get_num_threads()
 
     monkeypatch.setattr(demo, "train_backdoored", lambda *args: demo.digit_net())
     found = demo.run_demo(tmp_path / "out", method="fine_tune", epochs=1, progress=False)
@@ -37,6 +41,7 @@ def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     for word in ("ACC", "ASR", "RA", "lambda_max", "peak memory", "demo.png"):
         assert word in text
     assert capsys.readouterr() == ("", "")
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
