@@ -208,8 +208,12 @@ def _purify(
         history = fit(run, recipe(), progress, callbacks)
         work.to_own_dtype()
         run.task = task
-    with seeded(seed, device):
-        after = scorer.measure()
+    try:
+        with seeded(seed, device):
+            after = scorer.measure()
+    except KeyboardInterrupt:  # what was tuned must not be lost with the figures
+        run.interrupted = True
+        after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
     run.notes += [note for note in after.notes if note not in run.notes]
     return run, history, before, after
 

@@ -62,7 +62,12 @@ def fit(
     history: list[Record] = []
     run.model.eval()
     try:
-        method.setup(run)
+        try:
+            method.setup(run)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            run.note("interrupted before the first step: the model is as it was given")
+            return history
         with _Tuned(run, method) as tuned:
             _Loop(run, method, tuned, watchers, history).go()
     finally:

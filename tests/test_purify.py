@@ -312,6 +312,28 @@ def test_ctrl_c_keeps_the_last_good_state(method):
     assert any("interrupted in epoch 2 of 4" in note for note in result.notes)
 
 
+def test_ctrl_c_while_measuring_loses_only_the_figures(method):
+    calls = []
+
+    def forward(model, batch):
+        calls.append(model.training)
+        if len(calls) > 2 and tuned:
+            raise KeyboardInterrupt
+        return model(batch[0])
+
+    tuned = []
+    result = run(
+        net(),
+        loader(),
+        method,
+        forward=forward,
+        callbacks=[lambda run, record: tuned.append(1) if record["epoch"] == 2 else None],
+    )
+    assert result.interrupted and result.after.acc is None and finite(result)
+    assert same(result.state_dict(), run(net(), loader(), method).state_dict())
+    assert "interrupted while measuring the purified model" in result.notes and str(result)
+
+
 def test_steps_epochs_and_settings(method):
     result = run(net(), loader(), method, epochs=None, steps=4, lr=0.125, batch_size=7)
     assert result.settings["steps"] == 4 and result.settings["config"]["lr"] == 0.125

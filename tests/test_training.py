@@ -350,6 +350,17 @@ def test_ctrl_c_within_a_step_never_leaves_half_a_step():
     assert "as it was given" in run.notes[0]
 
 
+def test_ctrl_c_during_the_set_up():
+    class Slow(Plain):
+        def setup(self, run):
+            raise KeyboardInterrupt
+
+    run = make_run()
+    before = values(run.model)
+    assert fit(run, Slow()) == [] and run.interrupted and same(values(run.model), before)
+    assert run.notes == ["interrupted before the first step: the model is as it was given"]
+
+
 def test_callbacks_see_everything_and_may_stop():
     calls = []
 
