@@ -150,6 +150,8 @@ class Plan:
                 if (site, slot) in pulled:
                     kept[site, slot] = self.form(site, slot, g)
 
+        if not at and not pulled:
+            return kept
         weights = torch.ones_like(self.losses) if weights is None else weights.detach()
         self.stream(weights, handle, retain_graph or self.needs_graph)
         for group, mine in parts.values():  # no gradient came to the rest of the uses

@@ -140,7 +140,8 @@ def fisher_diagonal(
         with torch.enable_grad(), readable(model):
             logits = task.forward(model, batch) / temperature
         for labelled, weights, last in _labellings(task, batch, logits, kind, top_k, generator):
-            losses = task.loss(logits, labelled)
+            with torch.enable_grad():
+                losses = task.loss(logits, labelled)
             measure.add(losses, labelled, weights, retain_graph=not last)
         count += losses.shape[0]
     for value in total.out.values():

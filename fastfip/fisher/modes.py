@@ -59,7 +59,7 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if any(type(m).__name__ == "OptimizedModule" or hasattr(m, "_compiled_call_impl") for m in model.modules()):
             stack.enter_context(_eager())
@@ -68,6 +68,16 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
 
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    before = torch._C._get_mkldnn_enabled()  # its flags() warns about devices that are not there
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _eager() -> contextlib.AbstractContextManager[None]:

@@ -65,7 +65,7 @@ def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozense
         recipe = None
     if recipe is None and (data or name not in RULES):
         recipe = _opaque(node, slots, data, samples)
-    if recipe is None:
+    if recipe is None or not recipe.layouts:
         return None
     params = frozenset().union(*(below[edge[0]] for edge in recipe.edges.values()))
     return Recipe(**{**recipe.__dict__, "params": params})
@@ -91,7 +91,7 @@ def output_shape(node: Any) -> torch.Size:
 
 def _opaque(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
     """An operation with one output that no rule knows: its own backward, once for each sample."""
-    if len(node._input_metadata) != 1 or not callable(node) or node.name() in ("CopySlices",):
+    if len(node._input_metadata) != 1 or not (callable(node) or hasattr(node, "apply")):
         return None
     z = output_shape(node)
     dims = range(len(z)) if data else range(min(2, len(z)))

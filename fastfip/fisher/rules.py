@@ -220,22 +220,23 @@ def _channelwise(t: Tensor, like: Tensor) -> Tensor:
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
     z = output_shape(node)
-    if getattr(node, "_saved_training", True):
-        return _instance_norm(node, slots, samples)
-
-    def x_hat() -> Tensor:
-        x = node._saved_input
-        scale = (node._saved_running_var + node._saved_eps).rsqrt()
-        return (x - _channelwise(node._saved_running_mean, x)) * _channelwise(scale, x)
-
-    return _norm(node, slots, samples, x_hat, (0,), len(z) - 2)
+    batch_statistics = getattr(node, "_saved_training", True)
+    if z[0] == 1 and all(edge[0].name() == "RepeatBackward0" for edge in slots.values()):
+        return _instance_norm(node, slots, samples, batch_statistics)
+    if batch_statistics:
+        return None
+    return _norm(node, slots, samples, lambda: _running_x_hat(node), (0,), len(z) - 2)
 
 
-def _instance_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
+def _running_x_hat(node: Any) -> Tensor:
+    x = node._saved_input
+    scale = (node._saved_running_var + node._saved_eps).rsqrt()
+    return (x - _channelwise(node._saved_running_mean, x)) * _channelwise(scale, x)
+
+
+def _instance_norm(node: Any, slots: Slots, samples: int, own_statistics: bool) -> Recipe | None:
     """Instance norm: torch writes it as batch norm of [1, N*C, ...], with the parameters repeated N times."""
     z = output_shape(node)
-    if z[0] != 1 or any(edge[0].name() != "RepeatBackward0" for edge in slots.values()):
-        return None
     times = {tuple(edge[0]._saved_repeats) for edge in slots.values()}  # type: ignore[attr-defined]
     if len(times) != 1 or len(next(iter(times))) != 1:
         return None
@@ -245,6 +246,8 @@ def _instance_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
 
     def x_hat() -> Tensor:
         x = node._saved_input
+        if not own_statistics:
+            return _running_x_hat(node).reshape(natural)
         dims = tuple(range(2, x.dim()))
         centred = x - x.mean(dims, keepdim=True)
         variance = centred.square().mean(dims, keepdim=True)

@@ -113,8 +113,8 @@ def trace_and_logits(
         with readable(model, twice=create_graph):
             logits = task.forward(model, batch)
         losses = task.loss(logits, batch)
-    norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)
-    return TraceOutput(norms.mean(), losses, logits)
+        norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)
+        return TraceOutput(norms.mean(), losses, logits)
 
 
 def fisher_trace(

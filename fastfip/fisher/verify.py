@@ -6,6 +6,7 @@ third, of a single sample's loss through the whole graph, is compared with that 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ..errors import DataError, ModelError
 from .capture import Plan, read_graph
@@ -58,10 +60,7 @@ def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None =
         raise ModelError("the losses have no graph: a frozen model, or a forward pass under no_grad")
     cache, params = {} if cache is None else cache, dict(params)
     reading = read_graph(losses, params)
-    if losses.shape[0] == 1:  # everything belongs to the one sample
-        first = [site.recipe.layouts[0] for site in reading.sites]
-        return Plan(losses, params, reading, first, reading.at_root).routed()
-    key = (tuple(params), len(reading.nodes), tuple(_signature(site) for site in reading.sites))
+    key = (losses.shape[0] == 1, tuple(params), len(reading.nodes), tuple(_signature(site) for site in reading.sites))
     known = cache.get(key)
     if known is not None and known.settled:
         if known.shared:
@@ -69,7 +68,12 @@ def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None =
         found = _resolved(known, reading, losses.shape[0])
         if found is not None:
             return Plan(losses, params, reading, found, known.stuck | reading.at_root).routed()
-    plan, cache[key] = _verified(losses, params, reading, tries=0 if known is None else known.tries)
+    try:
+        plan, cache[key] = _verified(losses, params, reading, tries=0 if known is None else known.tries)
+    except CheckpointError:  # what it keeps can be read once, and torch reads it itself
+        first = [site.recipe.layouts for site in reading.sites]
+        plan = Plan(losses, params, reading, [layouts[0] for layouts in first], frozenset(params))
+        cache[key] = Known(frozenset(), tuple(layouts[:1] for layouts in first), frozenset(params), True, 1)
     return plan
 
 
@@ -91,23 +95,24 @@ def _resolved(known: Known, reading: Reading, samples: int) -> list[Layout] | No
 
 
 def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries: int) -> tuple[Plan, Known]:
-    """Return the verified plan for the graph of `losses` [N > 1], and what to remember of it."""
-    shared, stuck, found = frozenset[int](), frozenset[str](), list[tuple[Layout, ...]]()
-    evidence = True
-    for attempt in range(_ROUNDS + 1):
-        first = [site.recipe.layouts[0] for site in reading.sites]
-        plan = Plan(losses, params, reading, first, reading.at_root)
+    """Return the verified plan for the graph of `losses` [N], and what to remember of it."""
+    moved: dict[int, frozenset[str]] = {}  # positions of sites that were none, and their parameters
+    stuck, at_first = frozenset[str](), reading.at_root
+    for rounds in itertools.count():
+        plan = Plan(losses, params, reading, [site.recipe.layouts[0] for site in reading.sites], reading.at_root)
         found, evidence = _sample_axes(plan)
-        wrong = [i for i, layouts in enumerate(found) if not layouts]
-        if not wrong:
-            break
+        wrong = [i for i, layouts in enumerate(found) if not layouts and not plan.sites[i].params <= stuck]
         # No layout, and nothing but parameters goes in: the same for all samples, so the cut lies further up.
-        moved = {plan.sites[i].position for i in wrong if not _has_data(plan, i)}
-        if attempt == _ROUNDS or not moved:
-            stuck = frozenset().union(*(plan.sites[i].params for i in wrong))
+        up = [] if rounds == _ROUNDS else [i for i in wrong if not _has_data(plan, i)]
+        stuck |= frozenset().union(*(plan.sites[i].params for i in wrong if i not in up))
+        if not up:
             break
-        shared |= moved
-        reading = read_graph(losses, params, shared)
+        moved.update({plan.sites[i].position: plan.sites[i].params for i in up})
+        reading = read_graph(losses, params, frozenset(moved))
+        lost = [i for i, theirs in moved.items() if theirs & (reading.at_root - at_first)]
+        if lost:  # data after all (samples that see each other): what lies above must not go the slow way with it
+            stuck |= frozenset().union(*(moved.pop(i) for i in lost))
+            reading = read_graph(losses, params, frozenset(moved))
     layouts = tuple(good or site.recipe.layouts for good, site in zip(found, plan.sites))
     plan = Plan(losses, params, reading, [good[0] for good in layouts], stuck | reading.at_root).routed()
     refuted, seen = _refuted_by_one_sample(plan)
@@ -115,11 +120,13 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
         stuck |= refuted
         plan = Plan(losses, params, reading, plan.layouts, stuck | reading.at_root).routed()
     settled = seen and (evidence or tries + 1 >= _TRIES)
-    return plan, Known(shared, layouts, stuck, settled, tries + 1)
+    return plan, Known(frozenset(moved), layouts, stuck, settled, tries + 1)
 
 
 def _sample_axes(plan: Plan) -> tuple[list[tuple[Layout, ...]], bool]:
     """Return the layouts that each site's gradient agrees with, and whether every site had a gradient to judge by."""
+    if plan.samples == 1:  # everything belongs to the one sample
+        return [site.recipe.layouts for site in plan.sites], True
     probes: dict[int, Probe] = {}
     verdicts: dict[int, tuple[tuple[Layout, ...], bool]] = {}
     weights = weights_for(plan.samples, plan.losses, seed=plan.samples)
