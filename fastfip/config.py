@@ -98,16 +98,20 @@ class MethodConfig:
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """Return the defaults with `values` in place; text is read as the field's type (YAML 1.1 takes 1e-3 for text).
+        """Return the defaults with `values` in place; see :meth:`read`."""
+        return cls().read(values)
+
+    def read(self: C, values: Mapping[str, Any]) -> C:
+        """Return a copy with `values` in place; text is read as the field's type (YAML 1.1 takes 1e-3 for text).
 
         Raises:
             ConfigError: an unknown name (the nearest is named), a wrong type, a value out of its range.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a config is a mapping of settings to values, not {type(values).__name__}")
-        _known(cls, values)
-        hints = _hints(cls)
-        return cls().replace(**{name: _read(value, hints[name]) for name, value in values.items()})
+        _known(type(self), values)
+        hints = _hints(type(self))
+        return self.replace(**{name: _read(value, hints[name]) for name, value in values.items()})
 
     def to_json(self) -> str:
         """Return the settings as JSON text."""

@@ -79,6 +79,8 @@ def test_text_is_read_as_the_type_of_the_field():
     config = Own.from_dict({"lr": "1e-3", "dropout": "yes", "grad_clip": "none", "epochs": "4", "rank": "0.5"})
     assert (config.lr, config.dropout, config.grad_clip, config.epochs, config.rank) == (1e-3, True, None, 4, 0.5)
     assert Own.from_dict({"rank": "5"}).rank == 5
+    changed = Own(eta=0.25).read({"steps": "7"})
+    assert (changed.eta, changed.steps, changed.epochs) == (0.25, 7, None)
     assert Own.from_yaml("lr: 1e-3\n").lr == 1e-3  # YAML 1.1 reads this as text
     assert Own.from_yaml("") == Own()
 

@@ -150,11 +150,7 @@ def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig
         if not equals:
             raise fail(f"--set {text}: give KEY=VALUE, e.g. --set lr=0.01")
         changes[name.strip()] = value.strip()
-    values = chosen.to_dict()
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in changes and other not in changes:
-            values[other] = None
-    return kind.from_dict({**values, **changes})
+    return chosen.read(changes)
 
 
 def _write_report(path: Path, result: Any) -> None:
