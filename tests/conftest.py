@@ -11,6 +11,12 @@ import torch
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same numbers in every run and every order of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def nan_empty(monkeypatch):
     """Fill what torch.empty and its kind return with NaN (integers: the largest value): an unwritten element shows."""

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastfip.kernels import triton
 from fastfip.kernels.native import sum_grad_squared as kernel
 
 from .registry import Backend, Op
@@ -131,13 +132,37 @@ def _native_conv_refuses(
     return kernel.refuses(g, x, out, bf16=bf16)
 
 
+def _triton(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    if g.shape[1] == 1:
+        return reference(g, a, out, grad, scratch)
+    from fastfip.kernels.triton.sum_grad_squared import sum_grad_squared as run  # imports triton
+
+    run(g, a, out, grad)
+
+
+def _triton_conv(
+    g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None, scratch: Scratch
+) -> None:
+    from fastfip.kernels.triton.sum_grad_squared import sum_grad_squared_conv as run
+
+    run(g, x, out, grad, shape.stride, shape.padding, shape.dilation, shape.groups)
+
+
+def _triton_conv_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None) -> str:
+    if samples and g.shape[0] != samples:
+        return "it has no form for several frames of one sample"
+    return triton.refuses(g, x, out)
+
+
 # native_bf16: operands rounded to bfloat16, products summed and squared in float32; up to twice as fast on CPUs with
 # AVX512_BF16, for an error of 2e-3 to 3e-3 (benchmarks/results/sum_grad_squared.csv). Runs only when it is asked for.
+# triton: not chosen by itself before its tests have passed on a GPU.
 SUM_GRAD_SQUARED = Op(
     "sum_grad_squared",
     (
         Backend("native", _native, _native_refuses),
         Backend("native_bf16", partial(_native, bf16=True), partial(_native_refuses, bf16=True), automatic=False),
+        Backend("triton", _triton, lambda g, a, out, grad: triton.refuses(g, a, out), automatic=False),
         Backend("reference", reference),
     ),
 )
@@ -148,6 +173,7 @@ SUM_GRAD_SQUARED_CONV = Op(
         Backend(
             "native_bf16", partial(_native_conv, bf16=True), partial(_native_conv_refuses, bf16=True), automatic=False
         ),
+        Backend("triton", _triton_conv, _triton_conv_refuses, automatic=False),
         Backend("reference", reference_conv),
     ),
 )

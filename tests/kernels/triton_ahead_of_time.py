@@ -1,0 +1,56 @@
+"""Compile every Triton kernel and configuration for sm_80 and sm_90, without a GPU. Prints one line each:
+kernel, type, architecture, configuration, registers, bytes of stack (spills), tensor core instructions.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastfip.kernels.triton import sum_grad_squared as kernels
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+OPERANDS = ("g_ptr", "a_ptr", "x_ptr")
+
+
+def compile_one(kernel, constants, dtype, architecture, config):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = f"*{dtype}" if name in OPERANDS else "*fp32" if name.endswith("_ptr") else "i32"
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in signature if name.endswith("_ptr")
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    tensor_core = len(re.findall(r"wgmma\.mma|mma\.sync", done.asm["ptx"]))
+    print(kernel.fn.__name__, dtype, f"sm_{architecture}", *config, registers, stack, tensor_core, flush=True)
+
+
+for (_, half), config in kernels.CONFIGS.items():
+    constants = {
+        "GRADIENT": True,
+        "INTERPRET": False,
+        "PRECISION": "tf32x3",
+        "BLOCK_O": config.block_o,
+        "BLOCK_I": config.block_i,
+        "BLOCK_T": config.block_t,
+    }
+    window = {f"{name}_{axis}": 1 for name in ("STEP", "PAD", "DILATION") for axis in "ZYX"}
+    window.update(KERNEL_Z=1, KERNEL_Y=3, KERNEL_X=3, DIMS=2)
+    for architecture in (80, 90):
+        for dtype in ("bf16",) if half else ("fp32",):
+            compile_one(kernels.dense_kernel, constants, dtype, architecture, config)
+            compile_one(kernels.conv_kernel, constants | window, dtype, architecture, config)

@@ -1,0 +1,55 @@
+"""Triton kernels interpreted. Run by test_triton.py in a process of its own: the interpreter is chosen at import."""
+
+import pytest
+import torch
+
+from fastfip.kernels.triton import interpreted
+from fastfip.ops import sum_grad_squared, sum_grad_squared_conv
+from fastfip.ops.sum_grad_squared import sum_grad_squared_and_grad
+from tests.ops.test_sum_grad_squared import CONVS, conv_problem, definition
+
+assert interpreted(), "run with TRITON_INTERPRET=1"
+SIZES = [(1, 1, 1, 1), (3, 2, 5, 7), (2, 40, 33, 65), (5, 17, 70, 130), (9, 3, 1, 40), (0, 3, 4, 5), (3, 0, 4, 5)]
+
+
+def close(got, want):
+    assert torch.isfinite(got).all()
+    assert (got.double() - want).norm() <= 2e-6 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_definition(size, dtype, nan_empty):
+    n, t, o, i = size
+    g, a = torch.randn(n, t, o).to(dtype), torch.randn(n, t, i).to(dtype)
+    out, grad = sum_grad_squared_and_grad(g, a, backend="triton")
+    squares, total = definition(g, a)
+    close(out, squares)
+    close(grad, total)
+    close(sum_grad_squared(g, a, out=torch.ones(o, i), backend="triton"), squares + 1)
+
+
+def test_strides_and_mixed_dtypes():
+    g = torch.randn(9, 30, 50).permute(1, 2, 0)[::3, ::2, 1:]
+    a = torch.randn(25, 10, 40).transpose(0, 1)[..., ::2].bfloat16()
+    close(sum_grad_squared(g, a, backend="triton"), definition(g, a)[0])
+
+
+@pytest.mark.parametrize("case", CONVS)
+def test_convolutions(case, nan_empty):
+    x, shape, weight, forward = conv_problem(case, 3, torch.float32)
+    g = torch.randn_like(forward(x)).detach()
+    grad = torch.zeros_like(weight).detach()
+    out = sum_grad_squared_conv(g, x, shape, grad=grad, backend="triton")
+    wide = torch.zeros_like(grad).double()
+    close(out, sum_grad_squared_conv(g.double(), x.double(), shape, grad=wide, backend="reference"))
+    close(grad, wide)
+
+
+def test_derivatives():
+    g, a = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 2, requires_grad=True)
+    for x, y in zip(
+        torch.autograd.grad(sum_grad_squared(g, a, backend="triton").sum(), (g, a)),
+        torch.autograd.grad(sum_grad_squared(g, a, backend="reference").sum(), (g, a)),
+    ):
+        close(x, y.double())
