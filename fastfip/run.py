@@ -118,7 +118,9 @@ class Run:
         """Return the autocast context that `amp=` asked for (none: does nothing). Fisher terms stay outside of it."""
         if self.amp is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp)
+        # No cache: it is emptied at the end of the outermost block only, so that inside another one (`purify` shuts out
+        # the caller's) the casts of tuned biases would go stale after the first step.
+        return torch.autocast(self.device.type, dtype=self.amp, cache_enabled=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, with BatchNorm and dropout as the model is set now."""

@@ -103,7 +103,8 @@ class Perturbations:
     def improve(self, model: nn.Module, task: Task, batch: Batch, c: Tensor, step: float = 0.3) -> Tensor:
         """Take one step of the perturbations of the classes `c` [N] towards sending the batch there.
 
-        The model's parameters get no gradient. Each class moves by `step` radii along its own normalised gradient of the
+        The model's parameters get no gradient. Each class moves by `step` radii along its own normalised gradient of
+        the
         cross-entropy towards c, then back into the ball.
 
         Returns:

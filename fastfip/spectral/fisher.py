@@ -63,7 +63,11 @@ def delta_gradients(shifts: SpectralShifts, record: Record, losses: Tensor, crea
     """
     uses = [(k, use) for k, entries in record.uses.items() for use in entries]
     gradients = torch.autograd.grad(
-        losses.sum(), [output for _, (_, _, output) in uses], create_graph=create_graph, retain_graph=True, allow_unused=True
+        losses.sum(),
+        [output for _, (_, _, output) in uses],
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
     )
     n = losses.shape[0]
     out: list[Tensor | None] = [None] * len(shifts)

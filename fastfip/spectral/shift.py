@@ -2,11 +2,13 @@
 
     W(delta) = U diag(relu(sigma + delta)) V^T,    delta [R], zero at the start      (FIP, arXiv 2409.00863, Fast FIP)
 
-It is computed as W + U diag(relu(sigma + delta) - sigma) V^T, which is the same matrix with the rounding of the SVD left
+It is computed as W + U diag(relu(sigma + delta) - sigma) V^T, which is the same matrix with the rounding of the SVD
+left
 out: delta = 0 gives back W bit by bit, and a weight of low precision is added to, not rebuilt. relu has no gradient at
 and below zero, so a direction whose sigma + delta has reached zero stays gone, and one with sigma = 0 never moves.
 
-A Linear weight is its matrix [O, I]. A convolution's is [O, I * kernel], one matrix for each group [G, O/G, I/G * kernel];
+A Linear weight is its matrix [O, I]. A convolution's is [O, I * kernel], one matrix for each group [G, O/G, I/G *
+kernel];
 a transposed convolution's is [I, O * kernel] likewise. Tied weights (one tensor in several places) share one delta.
 
 Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min(O, I) of each group.
@@ -14,6 +16,7 @@ Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,8 +76,10 @@ class Shift:
 class SpectralShifts:
     """The spectral shifts of a model's Linear and convolution weights.
 
-    While `installed`, the model computes with W(delta): `refresh` puts fresh tensors in the weights' places before a step,
-    `collect` turns the gradients that arrived there into gradients of the deltas. Several forward and backward passes may
+    While `installed`, the model computes with W(delta): `refresh` puts fresh tensors in the weights' places before a
+    step,
+    `collect` turns the gradients that arrived there into gradients of the deltas. Several forward and backward passes
+    may
     lie between the two. `fold` writes W(delta) into the weights, `remove` only takes the tensors out again.
     """
 
@@ -137,6 +142,18 @@ class SpectralShifts:
             leaf.grad = None
             shift.delta.grad = gradient if shift.delta.grad is None else shift.delta.grad + gradient
 
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Put W(delta) in place as a function of delta for a block, so that autograd itself goes through it."""
+        self.remove()
+        try:
+            for shift in self.shifts:
+                self._put(shift, shift.recompose())
+            self.installed = True
+            yield
+        finally:
+            self.remove()
+
     def remove(self) -> None:
         """Take W(delta) out again: the model computes with its own weights."""
         if not self.installed:
@@ -144,7 +161,10 @@ class SpectralShifts:
         for shift in self.shifts:
             for place in shift.places:
                 place.__dict__.pop("weight", None)
-                place._parameters["weight"] = shift.weight
+                # Put first again, as Linear and convolution layers have it: the state dict keeps its order.
+                rest = dict(place._parameters)
+                place._parameters.clear()
+                place._parameters.update({"weight": shift.weight, **rest})
         self._leaves = []
         self.installed = False
 

@@ -1,0 +1,252 @@
+"""What FIP and Fast FIP minimise: the published objective, and the one at worst-case inputs that is the default.
+
+Published (FIP, arXiv 2409.00863, eq. as restated in the docs):
+
+    L(theta) + eta_f * Tr F(theta) + (eta_r / 2) * sum_i F_ii (theta_i - theta_i^0)^2
+
+The empirical Fisher vanishes where the labels are fitted, so on a net that fits its clean data the middle term has no
+force. A backdoor shows as sharpness at other inputs: at those that a small universal change makes. The default
+objective
+therefore takes the same three terms where the Fisher is not zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import Batch
+from ..worst_case import Perturbations, perturbable
+from ._space import Space, frozen_copy
+from .base import Run
+
+if TYPE_CHECKING:
+    from .fip import FIPConfig
+
+__all__ = ["Objective", "Paper", "WorstCase", "retainer"]
+
+
+def retainer(tensors: list[Tensor], anchor: list[Tensor], diagonal: list[Tensor]) -> Tensor:
+    """Return sum_i F_ii (theta_i - theta_i^0)^2 / 2, the anchor at the received weights (FIP; EWC's form)."""
+    total = sum(
+        ((d * (t - t0).pow(2)).sum() for t, t0, d in zip(tensors, anchor, diagonal)),
+        start=torch.zeros((), device=tensors[0].device),
+    )
+    return total / 2
+
+
+class Objective(ABC):
+    """One way to put the terms together."""
+
+    def __init__(self, run: Run, space: Space, config: FIPConfig) -> None:
+        self.run, self.space, self.config = run, space, config
+        self.anchor: list[Tensor] = []
+        self.diagonal: list[Tensor] = []
+
+    def setup(self) -> None:
+        """Take the Fisher diagonal of the received net once, if the retainer needs it."""
+        if self.config.eta_r > 0 or self.config.trust:
+            with self.run.timed("fisher"):
+                self.diagonal = [d.detach() for d in self.space.diagonal(self.run, self.config.fisher)]
+        if self.config.eta_r > 0:
+            self.anchor = [t.detach().clone() for t in self.space.tensors]
+
+    @abstractmethod
+    def backward(self, batch: Batch) -> dict[str, float | Tensor]:
+        """Add the gradient of one step; return what the history shows."""
+
+    def is_candidate(self) -> bool:
+        """Return whether the present state may be kept."""
+        return True
+
+    def remember(self) -> None:
+        """Keep where the tensors are before the optimiser's step."""
+        if self.config.trust:
+            self.previous = [t.detach().clone() for t in self.space.tensors]
+
+    def shorten(self) -> None:
+        """Scale the step just taken, coordinate by coordinate, by min(1, trust / (lr_i sqrt(F_ii))).
+
+        With Adam a step is about lr_i, so after this it costs at most trust^2 / 2 of KL(p_received || p) in the
+        Fisher's
+        diagonal approximation, however flat or sharp the net is.
+        """
+        if not self.config.trust:
+            return
+        for t, before, d, lr in zip(self.space.tensors, self.previous, self.diagonal, self.space.steps(self.run)):
+            factor = (self.config.trust / (lr * d.sqrt()).clamp_min(1e-20)).clamp(max=1)
+            t.data.copy_(before + (t.detach() - before) * factor)
+
+    def add_retainer(self, values: dict[str, float | Tensor]) -> None:
+        """Back-propagate the anchor."""
+        if self.anchor:
+            term = retainer(self.space.tensors, self.anchor, self.diagonal)
+            self.run.backward(self.config.eta_r * term)
+            values["retainer"] = term.detach()
+
+    def add_trace(self, batch: Batch, values: dict[str, float | Tensor]) -> None:
+        """Back-propagate Tr(F), every `trace_every` steps."""
+        if self.config.eta_f > 0 and self.run.step % self.config.trace_every == 0:
+            with torch.autocast(self.run.device.type, enabled=False):
+                trace, _ = self.space.trace(self.run, batch)
+            self.run.backward(self.config.eta_f * trace)
+            values["fisher_trace"] = trace.detach()
+
+
+class Paper(Objective):
+    """The published objective: exact Tr(F) by double backward, the retainer with the true diagonal."""
+
+    def backward(self, batch: Batch) -> dict[str, float | Tensor]:
+        """Add the gradients of the three terms."""
+        run = self.run
+        self.space.begin()
+        with run.autocast():
+            loss = run.loss(run.forward(batch), batch).mean()
+        run.backward(loss)
+        values: dict[str, float | Tensor] = {"loss": loss.detach()}
+        self.space.end()
+        self.add_trace(batch, values)
+        self.add_retainer(values)
+        return values
+
+
+class WorstCase(Objective):
+    """Unlearn the worst-case inputs, then recover; the received net's own clean answers are the anchor throughout.
+
+    1. Search: universal perturbations for every class, the radius grown until the most susceptible class is reached
+    from
+       `reach` of the clean samples. So the radius is the net's own, and a backdoor, being the easiest to reach, sets
+       it.
+    2. Unlearn (the first `unlearn` of the steps): at perturbed inputs, drawn the more often the better they work, the
+    loss
+       towards the true label, whose gradient is what the Fisher information at those inputs is made of; the
+       perturbations
+       go on improving against the net as it changes.
+    3. Recover (the rest): clean terms only, the step size falling to zero.
+
+    The clean terms: the loss, and KL(p_received || p) on clean inputs and mixtures of them. To second order the KL is
+    the
+    quadratic form of the full Fisher at the received weights, of which the published retainer keeps the diagonal.
+    """
+
+    perturbations: Perturbations | None = None
+
+    def setup(self) -> None:
+        """Copy the received net and look for the perturbations."""
+        super().setup()
+        run, config = self.run, self.config
+        self.teacher = frozen_copy(run.model) if config.kl > 0 else None
+        pool = self._batches()
+        first = next(pool)
+        self.mixable = perturbable(run.task, first)
+        if run.classes is None or not self.mixable:
+            what = "loss= takes outputs of another form" if run.classes is None else "the inputs are no real numbers"
+            run.note(f"no worst-case inputs were looked for ({what}): only the clean terms of the objective are left")
+            return
+        x = torch.cat([run.task.inputs(b) for b in run.clean.batches(device=run.device)][:64])
+        self.perturbations = Perturbations.of(x, run.classes, run.generator)
+        with run.timed("search"):
+            self._search(pool)
+
+    def _search(self, pool: Any) -> None:
+        run, config, found = self.run, self.config, self.perturbations
+        assert found is not None
+        for _ in range(config.search_rounds):
+            for _ in range(config.search_steps):
+                batch = self._at_least(next(pool), config.search_batch)
+                y = run.task.labels(batch)
+                found.improve(run.model, run.task, batch, found.draw(y, 0.0), config.search_step)
+            if float(found.success.max()) >= config.reach:
+                break
+            found.grow(config.search_growth)
+        found.grow(config.radius_factor)
+        run.log(radius=found.relative_radius)
+
+    def backward(self, batch: Batch) -> dict[str, float | Tensor]:
+        """Add the gradients of the terms that belong to this part of the course."""
+        run, config, found = self.run, self.config, self.perturbations
+        self.space.begin()
+        values = self._clean(batch)
+        if found is not None and run.progress < config.unlearn:
+            batch = self._at_least(batch, config.search_batch)
+            y = run.task.labels(batch)
+            c = found.draw(y, config.focus)
+            with run.bn("eval"):
+                moved = run.task.replace_inputs(batch, found.apply(run.task.inputs(batch), c))
+                with run.autocast():
+                    loss = run.loss(run.forward(moved), moved).mean()
+                run.backward(config.weight * loss)
+                with run.autocast():
+                    reached = found.improve(run.model, run.task, batch, c, config.search_step)
+            values.update(worst_case_loss=loss.detach(), reached=reached)
+        self.space.end()
+        if found is not None and run.progress < config.unlearn:
+            self.add_trace(moved, values)
+        self.add_retainer(values)
+        return values
+
+    def _clean(self, batch: Batch) -> dict[str, float | Tensor]:
+        run, config = self.run, self.config
+        values: dict[str, float | Tensor] = {}
+        n = run.task.size(batch)
+        if self.teacher is None:
+            with run.autocast():
+                loss = run.loss(run.forward(batch), batch).mean()
+            run.backward(loss)
+            return {"loss": loss.detach()}
+        mixed = self._mix(batch, n)
+        with torch.no_grad(), run.autocast():
+            target = run.task.forward(self.teacher, mixed)
+        with run.autocast():
+            loss = run.loss(run.forward(batch), batch).mean()
+            answer = run.forward(mixed)
+        divergence = (
+            F.kl_div(answer.float().log_softmax(-1), target.float().log_softmax(-1), reduction="none", log_target=True)
+            .sum(-1)
+            .mean()
+        )
+        run.backward((1 - config.kl) * loss + config.kl * divergence)
+        values.update(loss=loss.detach(), kl=divergence.detach())
+        return values
+
+    def _mix(self, batch: Batch, n: int) -> Batch:
+        """Mixtures of the batch's inputs, each at least half of its own: more points to hold the net to its answers."""
+        if not self.mixable or n < 2:
+            return batch
+        x = self.run.task.inputs(batch)
+        share = 0.5 + 0.5 * float(torch.rand((), generator=self.run.generator))
+        other = torch.randperm(n, generator=self.run.generator).to(x.device)
+        return self.run.task.replace_inputs(batch, share * x + (1 - share) * x[other])
+
+    def _batches(self) -> Any:
+        run = self.run
+        while True:
+            yield from run.clean.batches(
+                run.config.batch_size, shuffle=True, generator=run.generator, device=run.device
+            )
+
+    def _at_least(self, batch: Batch, size: int) -> Batch:
+        """A small batch repeated, so that with few clean samples every class is tried all the same."""
+        n = self.run.task.size(batch)
+        if n >= size:
+            return batch
+        index = torch.arange(n).repeat(-(-size // n))[:size]
+        return _take(batch, index, n)
+
+    def is_candidate(self) -> bool:
+        """Only states from the last part of the recovery: earlier ones are still moving."""
+        return self.run.progress >= 1 - self.config.settle * (1 - self.config.unlearn)
+
+
+def _take(value: Any, index: Tensor, n: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() > 0 and value.shape[0] == n else value
+    if isinstance(value, dict):
+        return {k: _take(v, index, n) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_take(v, index, n) for v in value)
+    return value

@@ -1,0 +1,209 @@
+"""What FIP and Fast FIP tune: the weights themselves, or their spectral shifts.
+
+Both give an objective the same things: tensors that are tuned, their Fisher diagonal, and the Fisher trace of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..errors import ModelError
+from ..fisher import draw_labels, fisher_diagonal, squared_norms, trace_and_logits
+from ..fisher.modes import readable
+from ..spectral import SpectralShifts
+from ..spectral.fisher import delta_gradients, recording
+from .base import Groups, Run
+
+__all__ = ["Space", "Spectral", "Weights"]
+
+#: Clean samples that the Fisher diagonal of the received net is taken over; more change it by less than its own spread.
+FISHER_SAMPLES = 512
+
+
+class Space(ABC):
+    """The coordinates in which a method moves. `tensors` are the leaves that are tuned."""
+
+    tensors: list[Tensor]
+
+    @abstractmethod
+    def groups(self, run: Run) -> Groups:
+        """Return the optimiser's parameter groups."""
+
+    def begin(self) -> None:  # noqa: B027
+        """Do what comes before the forward passes of a step."""
+
+    def end(self) -> None:  # noqa: B027
+        """Do what comes after the backward passes of a step."""
+
+    @abstractmethod
+    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+        """Return the Fisher diagonal of the clean set for each of `tensors`, BatchNorm in eval mode."""
+
+    @abstractmethod
+    def trace(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return Tr(F) of a batch, differentiable with respect to `tensors`, and the logits; BatchNorm in eval mode."""
+
+    def as_function(self) -> contextlib.AbstractContextManager[None]:
+        """Make the model's outputs differentiable functions of `tensors`, more than once, for a block."""
+        return contextlib.nullcontext()
+
+    def leave(self, fold: bool) -> None:  # noqa: B027
+        """Give the model its own weights back: the tuned ones (`fold`) or those from before."""
+
+
+class Weights(Space):
+    """Every parameter."""
+
+    def __init__(self, run: Run) -> None:
+        self.names = [name for name, p in run.model.named_parameters() if p.is_floating_point()]
+        self.tensors = [p for p in run.model.parameters() if p.is_floating_point()]
+
+    def groups(self, run: Run) -> Groups:
+        """All of them at the same step size."""
+        return [{"params": self.tensors}]
+
+    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+        """Return the diagonal of the Fisher of the weights."""
+        found = _diagonal(run, kind, self.names)
+        return [found[name] for name in self.names]
+
+    def trace(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the exact trace by per-sample gradient norms (kernels.md 2), differentiable once more."""
+        with run.eval_mode():
+            found = trace_and_logits(run.model, batch, run.task, params=self.names)
+        return found.trace, found.logits
+
+
+class Spectral(Space):
+    """The spectral shift of every Linear and convolution weight; with `affine` also biases and norm layers' affine.
+
+    The step size of a shift is relative to the mean singular value of its weight, that of an affine tensor to the mean
+    size of its entries: one setting then fits nets of any scale.
+    """
+
+    def __init__(self, run: Run, affine: bool) -> None:
+        with run.timed("svd"):
+            self.shifts = SpectralShifts.of(run.model)
+        shifted = {id(w) for w in self.shifts.weights}
+        named = dict(run.model.named_parameters())
+        self.affine = [
+            name
+            for name, p in named.items()
+            if affine and p.is_floating_point() and p.dim() <= 1 and id(p) not in shifted
+        ]
+        self.affine_tensors: list[Tensor] = [named[name] for name in self.affine]
+        self.tensors = [*self.shifts.deltas, *self.affine_tensors]
+
+    def groups(self, run: Run) -> Groups:
+        """All of them at the same step size; `trust` shortens it where the Fisher is large."""
+        return [{"params": self.tensors}]
+
+    def steps(self, run: Run) -> list[float]:
+        """Return the step size of each of `tensors`, the schedule left out."""
+        return [run.config.lr] * len(self.tensors)
+
+    def begin(self) -> None:
+        """Put W(delta) in place."""
+        self.shifts.refresh()
+
+    def end(self) -> None:
+        """Turn the gradients of W(delta) into those of delta; leave W(delta) of the old delta for nobody to see."""
+        self.shifts.collect()
+        self.shifts.remove()
+
+    def as_function(self) -> contextlib.AbstractContextManager[None]:
+        """Put W(delta) in place as a function of delta."""
+        return self.shifts.differentiable()
+
+    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+        """Return the mean square of the per-sample gradients of the shifts, and the affine part's Fisher diagonal."""
+        sums = [torch.zeros_like(delta) for delta in self.shifts.deltas]
+        count = 0
+        with run.eval_mode(), asking(run.model):
+            for batch in _first(run):
+                with recording(self.shifts) as record, readable(run.model):
+                    logits = run.task.forward(run.model, batch)
+                    if kind == "mc":
+                        batch = run.task.relabel(batch, draw_labels(logits, run.generator))
+                    losses = run.task.loss(logits, batch)
+                for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
+                    total += each.detach().pow(2).sum(0).to(total.dtype)
+                count += len(losses)
+        found = [total / count for total in sums]
+        if self.affine:
+            diagonal = _diagonal(run, kind, self.affine)
+            found += [diagonal[name] for name in self.affine]
+        return found
+
+    def trace(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the trace of the Fisher of the shifts: N x R numbers, no gradient of a whole weight is formed."""
+        # W(delta) must be a function of delta here, so the leaves of `begin` do not serve.
+        with run.eval_mode(), self.shifts.differentiable(), recording(self.shifts) as record:
+            with readable(run.model, twice=True):
+                logits = run.task.forward(run.model, batch)
+            losses = run.task.loss(logits, batch)
+            each = delta_gradients(self.shifts, record, losses, create_graph=True)
+            total = sum((d.pow(2).flatten(1).sum(1) for d in each), start=torch.zeros_like(losses))
+            if self.affine_tensors:
+                total = total + squared_norms(losses, dict(zip(self.affine, self.affine_tensors)))
+        return total.mean(), logits
+
+    def leave(self, fold: bool) -> None:
+        """Fold W(delta) into the weights, or only take it out."""
+        if fold:
+            self.shifts.fold()
+        else:
+            self.shifts.remove()
+
+
+@contextlib.contextmanager
+def asking(model: nn.Module) -> Iterator[None]:
+    """Let every parameter ask for a gradient for a block: a net that was loaded frozen has a Fisher all the same."""
+    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _first(run: Run) -> Iterator[Batch]:
+    count = 0
+    for batch in run.clean.batches(shuffle=True, generator=torch.Generator().manual_seed(run.seed), device=run.device):
+        yield batch
+        count += run.task.size(batch)
+        if count >= FISHER_SAMPLES:
+            return
+
+
+def _diagonal(run: Run, kind: str, names: list[str]) -> dict[str, Tensor]:
+    with run.eval_mode(), asking(run.model):
+        return fisher_diagonal(
+            run.model,
+            _first(run),
+            kind=kind,
+            forward=run.task.forward_hook,
+            loss=run.task.loss_hook,
+            params=names,
+            seed=run.seed,
+        )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode without hooks' side effects on the original: the net as it was received."""
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:  # what a user's module raises when copied can be anything
+        raise ModelError(f"the model cannot be copied ({type(error).__name__}), which this method needs") from error
+    for p in twin.parameters():
+        p.requires_grad_(False)
+    return twin.eval()

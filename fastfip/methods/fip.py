@@ -1,0 +1,155 @@
+"""Fisher Information guided Purification (FIP, arXiv 2409.00863): tune every weight towards a smooth minimum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from ..errors import ConfigError
+from ._objective import Objective, Paper, WorstCase
+from ._released import Released
+from ._space import Space, Weights
+from .base import Groups, Method, MethodConfig, Run, register, setting
+
+__all__ = ["FIP", "FIPConfig"]
+
+VARIANTS: dict[str, type[Objective]] = {"worst_case": WorstCase, "paper": Paper, "released": Released}
+
+
+@dataclass(frozen=True)
+class FIPConfig(MethodConfig):
+    """Settings of FIP. What stands as None is set by the variant (see `PRESETS`); giving a value overrides that.
+
+    Variants: "worst_case", the default of this package (see `docs/purification.md` for why); "paper", the published
+    objective with the exact trace and the true diagonal; "released", the semantics of the code that was released with
+    the paper, for comparison (its trace term is a random surrogate, see `_released.py`).
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "worst_case": {
+            "epochs": None, "steps": 180, "batch_size": 128, "lr": 0.01, "momentum": 0.9, "schedule": "cosine",
+            "warmup": 0.05, "grad_clip": 5.0, "eta_f": 0.0, "eta_r": 0.0, "trace_every": 5,
+        },
+        "paper": {
+            "epochs": 100, "steps": None, "batch_size": 128, "lr": 0.01, "momentum": 0.95, "schedule": "constant",
+            "warmup": 0.0, "grad_clip": None, "eta_f": 1e-3, "eta_r": 5.0, "trace_every": 1,
+        },
+        "released": {
+            "epochs": None, "steps": 2000, "batch_size": 128, "lr": 0.005, "momentum": 0.95, "schedule": "constant",
+            "warmup": 0.0, "grad_clip": None, "eta_f": 0.5, "eta_r": 0.0, "trace_every": 5,
+        },
+    }  # fmt: skip
+
+    variant: Literal["worst_case", "paper", "released"] = setting("worst_case", "which objective")
+    epochs: int | None = setting(None, "passes over the clean set", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
+    batch_size: int | None = setting(None, "samples a step", low=1)
+    lr: float | None = setting(None, "step size", above=0)  # type: ignore[assignment]
+    momentum: float | None = setting(None, "momentum of SGD", low=0, below=1)  # type: ignore[assignment]
+    schedule: Literal["constant", "cosine"] | None = setting(None, "course of the step size")  # type: ignore[assignment]
+    warmup: float | None = setting(None, "share of the steps with rising step size", low=0, below=1)  # type: ignore[assignment]
+    grad_clip: float | None = setting(None, "largest norm of the gradient", above=0)
+    eta_f: float | None = setting(None, "weight of the Fisher trace", low=0)
+    eta_r: float | None = setting(None, "weight of the retainer", low=0)
+    trace_every: int | None = setting(None, "the trace term is added every so many steps", low=1)
+    probes: int = setting(20, "Gaussian vectors of the released surrogate", low=1)
+    fisher: Literal["empirical", "mc"] = setting("empirical", "labels of the retainer's Fisher: the data's, or drawn")
+    trust: float | None = setting(
+        None,
+        "largest step of a coordinate in units of 1/sqrt(F_ii): a step costs at most trust^2/2 nats of KL",
+        above=0,
+    )
+    kl: float = setting(0.5, "share of the KL to the received net in the clean terms", low=0, high=1)
+    weight: float = setting(0.5, "weight of the loss at worst-case inputs", low=0)
+    unlearn: float = setting(0.4, "share of the steps that unlearn; the rest recovers", low=0, high=1)
+    settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
+    focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
+    reach: float = setting(0.9, "success at which the search stops to widen the radius", above=0, high=1)
+    radius_factor: float = setting(1.25, "radius while unlearning, over the one found", above=0)
+    search_rounds: int = setting(16, "most radii that the search tries", low=1)
+    search_steps: int = setting(10, "steps of the search at each radius", low=1)
+    search_growth: float = setting(1.3, "from one radius to the next", above=1)
+    search_step: float = setting(0.3, "step of a perturbation, in radii", above=0)
+    search_batch: int = setting(64, "samples of a perturbed batch, at least", low=1)
+
+    def __post_init__(self) -> None:
+        preset = self.PRESETS.get(self.variant)
+        if preset is None:
+            raise ConfigError(f"variant={self.variant!r}: must be one of {', '.join(self.PRESETS)}")
+        length_given = self.epochs is not None or self.steps is not None
+        for name, value in preset.items():
+            if getattr(self, name) is None and not (name in ("epochs", "steps") and length_given):
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    def replace(self, **changes: Any) -> FIPConfig:  # type: ignore[override]
+        """Return a copy with some settings changed; a change of the variant brings that variant's presets along."""
+        other = changes.get("variant", self.variant)
+        if other != self.variant and other in self.PRESETS:
+            mine = self.PRESETS[self.variant]
+            if changes.get("steps") is not None or changes.get("epochs") is not None:  # the length is given already
+                changes = {"steps": None, "epochs": None, **changes}
+            for item in fields(self):
+                if item.name in mine and item.name not in changes and getattr(self, item.name) == mine[item.name]:
+                    changes[item.name] = self.PRESETS[other][item.name]
+            if changes.get("epochs") is not None and changes.get("steps") is not None:
+                raise ConfigError("give epochs or steps, not both")
+        return super().replace(**changes)
+
+
+@register
+class FIP(Method):
+    """Tune every parameter; the Fisher says where the net is sharp and what clean data needs."""
+
+    name = "fip"
+    summary = "Fisher Information guided Purification: every weight, towards a smooth minimum"
+    Config = FIPConfig
+
+    objective: Objective
+
+    def setup(self, run: Run) -> None:
+        """Take the Fisher diagonal, look for worst-case inputs (by variant)."""
+        self.space = self.make_space(run)
+        config = run.config
+        assert isinstance(config, FIPConfig)
+        self.objective = VARIANTS[config.variant](run, self.space, config)
+        self.objective.setup()
+
+    def make_space(self, run: Run) -> Space:
+        """Return what is tuned."""
+        return Weights(run)
+
+    def parameter_groups(self, run: Run) -> Groups:
+        """What the space says."""
+        return self.space.groups(run)
+
+    def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
+        """Return the config's optimiser; Adam forgets in a hundred steps, for gradients fall in the recovery."""
+        if run.config.optimizer == "adam":
+            return torch.optim.Adam(groups, lr=run.config.lr, betas=(0.9, 0.99), weight_decay=run.config.weight_decay)
+        return super().make_optimizer(run, groups)
+
+    def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
+        """One step of the objective."""
+        values = self.objective.backward(batch)
+        self.objective.remember()
+        return values
+
+    def is_candidate(self, run: Run) -> bool:
+        """What the objective says."""
+        return self.objective.is_candidate()
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        """Shorten the steps of the coordinates that clean data needs (trust)."""
+        self.objective.shorten()
+
+    @torch.no_grad()
+    def fold(self, run: Run) -> None:
+        """Give the model plain weights again."""
+        if hasattr(self, "space"):
+            self.space.leave(fold=True)

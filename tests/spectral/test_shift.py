@@ -1,0 +1,160 @@
+"""The spectral shift: what W(delta) is, its gradient, per-sample gradients, and that folding leaves plain weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastfip.errors import ModelError
+from fastfip.spectral import SpectralShifts
+from fastfip.spectral.fisher import delta_gradients, recording
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 7), (3, 5)),
+    "linear over positions": (lambda: nn.Linear(5, 3), (3, 4, 5)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 3, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 3, padding=1), (3, 3, 6, 7)),
+    "conv2d same dilated": (lambda: nn.Conv2d(2, 3, (3, 2), padding="same", dilation=2), (2, 2, 7, 6)),
+    "conv2d circular": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", stride=2), (3, 2, 7, 5)),
+    "conv2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding="valid"), (3, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 4, 5)),
+    "transposed groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 4, 4)),
+}
+
+
+def per_sample(layer: nn.Module, shifts: SpectralShifts, x: Tensor) -> list[Tensor]:
+    """The definition: one backward pass for each sample through W(delta) as a function of delta."""
+    out = []
+    for n in range(len(x)):
+        with shifts.differentiable():
+            loss = layer(x[n : n + 1]).pow(3).sum()
+            out.append(torch.autograd.grad(loss, shifts.deltas)[0])
+    return out
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_per_sample_gradients_are_those_of_a_loop(name: str) -> None:
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    shifts = SpectralShifts.of(layer)
+    with torch.no_grad():
+        shifts.deltas[0].uniform_(-0.2, 0.2)
+        shifts.deltas[0][0, 0] = -2 * shifts.shifts[0].sigma[0, 0]  # a direction that is gone
+    expected = per_sample(layer, shifts, x)
+    with shifts.differentiable(), recording(shifts) as record:
+        losses = layer(x).pow(3).flatten(1).sum(1)
+        (found,) = delta_gradients(shifts, record, losses)
+    assert found.shape == (len(x), *shifts.deltas[0].shape)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-10)
+    assert found[:, 0, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_collected_gradient_is_the_one_of_autograd(name: str) -> None:
+    make, shape = LAYERS[name]
+    torch.manual_seed(1)
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    shifts = SpectralShifts.of(layer)
+    with torch.no_grad():
+        shifts.deltas[0].uniform_(-0.2, 0.2)
+    expected = torch.stack(per_sample(layer, shifts, x)).sum(0)
+    shifts.refresh()
+    layer(x[:1]).pow(3).sum().backward()
+    layer(x[1:]).pow(3).sum().backward()  # two passes between refresh and collect
+    shifts.collect()
+    shifts.remove()
+    assert shifts.deltas[0].grad is not None
+    torch.testing.assert_close(shifts.deltas[0].grad, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_trace_is_differentiable_once_more() -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
+    x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 3, 1])
+    shifts = SpectralShifts.of(net)
+
+    def trace(*deltas: Tensor) -> Tensor:
+        for shift, delta in zip(shifts.shifts, deltas):
+            shift.delta = delta
+        with shifts.differentiable(), recording(shifts) as record:
+            losses = nn.functional.cross_entropy(net(x), y, reduction="none")
+            each = delta_gradients(shifts, record, losses, create_graph=True)
+            return torch.stack([g.pow(2).sum() for g in each]).sum()
+
+    start = [(0.1 * torch.rand_like(d)).requires_grad_(True) for d in shifts.deltas]
+    assert torch.autograd.gradcheck(trace, start)
+
+
+def test_zero_shift_changes_no_bit_and_fold_is_exact() -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
+    before = copy.deepcopy(net.state_dict())
+    shifts = SpectralShifts.of(net)
+    shifts.refresh()
+    x = torch.randn(2, 3, 6, 6)
+    during = net(x)
+    shifts.fold()
+    assert list(net.state_dict()) == list(before)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(during, net(x))
+
+
+def test_shift_is_the_formula_of_the_paper() -> None:
+    torch.manual_seed(4)
+    layer = nn.Linear(6, 4, bias=False).double()
+    u, sigma, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    delta = torch.tensor([0.5, -0.1, -10.0, 0.2], dtype=torch.float64)
+    shifts = SpectralShifts.of(layer)
+    with torch.no_grad():
+        shifts.deltas[0].copy_(delta)
+    shifts.fold()
+    torch.testing.assert_close(layer.weight.detach(), u @ torch.diag(torch.relu(sigma + delta)) @ vh)
+
+
+def test_tied_weights_share_one_shift_and_stay_tied() -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    own = net[0].weight
+    shifts = SpectralShifts.of(net)
+    assert len(shifts) == 1 and shifts.shifts[0].names == ["0.weight", "2.weight"]
+    x = torch.randn(3, 4)
+    shifts.refresh()
+    net(x).pow(2).sum().backward()
+    shifts.collect()
+    expected = None
+    with shifts.differentiable():
+        (expected,) = torch.autograd.grad(net(x).pow(2).sum(), shifts.deltas)
+    torch.testing.assert_close(shifts.deltas[0].grad, expected)
+    with torch.no_grad():
+        shifts.deltas[0].add_(0.1)
+    shifts.fold()
+    assert net[0].weight is own and net[2].weight is own
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_keep_their_dtype(dtype: torch.dtype) -> None:
+    layer = nn.Linear(6, 4).to(dtype)
+    before = layer.weight.detach().clone()
+    shifts = SpectralShifts.of(layer)
+    assert shifts.shifts[0].sigma.dtype == torch.float32
+    shifts.fold()
+    assert layer.weight.dtype == dtype and torch.equal(layer.weight, before)
+    assert layer.weight.requires_grad and isinstance(layer.weight, nn.Parameter)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ModelError, match="no Linear or convolution"):
+        SpectralShifts.of(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)))
+    bad = nn.Linear(2, 2)
+    with torch.no_grad():
+        bad.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="NaN or Inf"):
+        SpectralShifts.of(bad)
