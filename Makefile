@@ -3,11 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.ready
+TRITON := .venv/.triton
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format real bench clean
+.PHONY: setup demo test lint format real bench triton gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,19 @@ real: $(STAMP)
 
 bench: $(STAMP)
 	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+
+# Triton is a large download: its kernels are checked on request.
+$(TRITON): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[triton]"
+	touch $@
+
+triton: $(TRITON)
+	$(BIN)/python -m pytest -q tests/kernels/test_triton.py $(ARGS)
+
+# On a machine with a GPU (TORCH may name a CUDA build of torch).
+gpu: $(TRITON)
+	$(BIN)/python -m pytest -q tests/kernels/triton_kernels.py $(ARGS)
+	$(BIN)/python -m pytest -q -m gpu $(ARGS) || test $$? -eq 5
 
 clean:
 	rm -rf .venv build dist *.egg-info fastfip/_native*

@@ -27,7 +27,7 @@ def run(*command: str, **variables: str) -> str:
 @needs_triton
 def test_in_the_interpreter():
     printed = run(
-        "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests/kernels/triton_interpreted.py",
+        "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests/kernels/triton_kernels.py",
         TRITON_INTERPRET="1",
     )  # fmt: skip
     assert " passed" in printed and "skipped" not in printed
