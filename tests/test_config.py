@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -27,6 +28,15 @@ def test_every_config_survives_json_and_yaml(config):
     changed = default.replace(lr=0.125, steps=7)
     assert changed.steps == 7 and changed.epochs is None
     assert config.from_dict(changed.to_dict()) == changed != default
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_variant_survives_too_and_brings_its_presets(config):
+    hints = typing.get_type_hints(config)
+    for variant in typing.get_args(hints.get("variant")):
+        chosen = config(variant=variant)
+        assert config.from_json(chosen.to_json()) == chosen == config().replace(variant=variant)
+        assert config.from_dict({"variant": variant, "steps": 7}).steps == 7
 
 
 @pytest.mark.parametrize("config", CONFIGS)
