@@ -1,4 +1,4 @@
-"""Builds bad checkpoint files: an assembler for pickles, and zips as torch.save writes them with one thing changed."""
+"""Builds checkpoint files, bad ones too: an assembler for pickles, and zips as torch.save writes them but for one thing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
+
+from fastfip.checkpoint import load_checkpoint
+from fastfip.errors import CheckpointError
 
 
 @dataclass
@@ -117,3 +122,54 @@ def small_state() -> OrderedDict[str, torch.Tensor]:
             "bn.num_batches_tracked": torch.tensor(7),
         }
     )
+
+
+class Net(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.fc = nn.Linear(4, classes)
+        self.bn = nn.BatchNorm1d(classes, affine=False)
+        del self.bn.running_mean, self.bn.running_var
+
+
+def bare():
+    net = Net()
+    assert list(net.state_dict()) == list(small_state())
+    return net
+
+
+def refused(path, match, model=None, **kwargs):
+    """The file is refused with one line that names it and matches; a model is left as it was."""
+    model = bare() if model is None else model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for net in (None, model):
+        if net is None and "model" in match:
+            continue
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load_checkpoint(path, net, **kwargs)
+        text = str(caught.value)
+        assert text.startswith(str(path)) and "\n" not in text and len(text) < 700
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def save(value, path, **kwargs):
+    torch.save(value, path, **kwargs)
+    return path
+
+
+def make_net():
+    return nn.Sequential(OrderedDict(fc=nn.Linear(4, 3), bn=nn.BatchNorm1d(3)))
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def write(value, path, how="zip"):
+    if how == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(value, path)
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=how == "zip")
+    return path
