@@ -1,4 +1,4 @@
-"""Builds checkpoint files, bad ones too: an assembler for pickles, and zips as torch.save writes them but for one thing."""
+"""Builds checkpoint files, bad ones too: an assembler for pickles, and zips as torch.save writes them bar one thing."""
 
 from __future__ import annotations
 

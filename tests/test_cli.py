@@ -22,6 +22,8 @@ ARCH = """
 from torch import nn
 def net(classes=3, channels=3):
     return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes))
+def probabilities():
+    return nn.Sequential(*net(), nn.Softmax(1))
 def nothing():
     return None
 """
@@ -206,6 +208,20 @@ def test_evaluate(work, capsys):
     assert main(["evaluate", "in.pth", *NET, "--test-data", "data.npz", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["asr"] is None and f"{100 * figures['acc']:.2f}" == lines[2][1]
+
+
+def test_a_softmax_inside_the_net_is_taken_out_of_the_loss(work, capsys):
+    pair = []
+    for arch in ("tiny_arch:net", "tiny_arch:probabilities"):
+        arguments = ["in.pth", "--arch", arch, "--json"]
+        assert main(["evaluate", *arguments, "--test-data", "data.npz", "--batch-size", "8"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert main(["sharpness", *arguments, "--data", "data.npz", "--limit", "20"]) == 0
+        sharp = json.loads(capsys.readouterr().out)
+        said = any("softmax" in note for note in figures["notes"]) and "softmax" in str(sharp["notes"])
+        assert said == (arch != "tiny_arch:net")
+        pair.append([figures["loss"], figures["acc"], sharp["trace_fisher"], sharp["lambda_max"]])
+    np.testing.assert_allclose(*pair, rtol=1e-3)
 
 
 def test_triggered_images_from_a_file(work, capsys):

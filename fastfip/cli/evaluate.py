@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -40,12 +41,10 @@ def evaluate(
     model, _ = o.restore(source, arch, arch_args, key)
     test = load(test_data, "test", how) if test_data is not None else None
     asr = o.triggered(asr_data, attack, target, test, how)
-    found = measure(
-        model,
-        None if test is None else loader(test, batch_size),
-        None if asr is None else loader(asr, batch_size),
-        device=where,
-    )
+    loaders = [None if images is None else loader(images, batch_size) for images in (test, asr)]
+    forward, notes = o.as_logits(model, loaders[0] or loaders[1])
+    found = measure(model, *loaders, forward=forward, device=where)
+    found = replace(found, notes=(*notes, *found.notes))
     if as_json:
         print(to_json({"checkpoint": str(source), **found.to_dict()}))
     else:
@@ -77,9 +76,10 @@ def sharpness(
     where, how = o.device(device), o.pixels(mean, std, size, channels)
     model, _ = o.restore(source, arch, arch_args, key)
     images = load(data, "clean", how).sample(limit, None, seed)
-    found = measure(model.to(where), loader(images, batch_size))
-    values = found if isinstance(found, dict) else found.to_dict()
+    batches = loader(images, batch_size)
+    forward, notes = o.as_logits(model, batches)
+    values = measure(model.to(where), batches, forward=forward, seed=seed).to_dict()
     if as_json:
-        print(to_json({"checkpoint": str(source), **values}))
+        print(to_json({"checkpoint": str(source), **values, "notes": notes}))
     else:
-        show(mapping_sheet(values, f"{source} on {len(images)} images"))
+        show(mapping_sheet(values, f"{source} on {len(images)} images", [f"note: {note}" for note in notes]))
