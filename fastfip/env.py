@@ -50,6 +50,15 @@ def _native() -> str:
     return f"yes ({native.isa()})" if native.available() else f"no: {native.reason()}"
 
 
+def _backend() -> str:
+    """Which implementation of the ops runs by itself, and why it is not the fastest one."""
+    from fastfip.kernels import native
+
+    if native.available():
+        return "native on the CPU, reference elsewhere"
+    return f"reference; native kernels are {native.reason()}"
+
+
 def _cuda() -> str:
     """Asks NVML, not the CUDA runtime: a CUDA context would make a later fork of this process fail."""
     import torch
@@ -94,6 +103,7 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "backend": _backend(),
         "native": _native(),
         "triton": _triton(),
         "cuda": _cuda(),

@@ -1,5 +1,5 @@
-"""What a Triton kernel must do: interpreted (by test_triton.py, in a process of its own, as the interpreter is chosen at
-import), or on a GPU (`make gpu`).
+"""What Triton kernels must do: interpreted (by test_triton.py, in a process of its own, since the interpreter is chosen
+at import), or on a GPU (`make gpu`).
 """
 
 import pytest
