@@ -24,6 +24,7 @@ LAYER = {
     "process": 4,
     "stores": 4,
     "workcopy": 4,
+    "worst_case": 4,
     "cleanset": 5,
     "run": 6,
     "callbacks": 7,
