@@ -20,6 +20,7 @@ from .forms import Conv, Dense, Form, Rows, Sum
 from .graph import inputs_of, shape_of
 from .layout import Layout, candidates
 from .recipe import Builder, Recipe, Slots, output_shape, rule
+from .sums import centred_sums
 
 # ------------------------------------------------------------------------------------------------- matrix products
 
@@ -225,7 +226,25 @@ def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
         return _instance_norm(node, slots, samples, batch_statistics)
     if batch_statistics:
         return None
-    return _norm(node, slots, samples, lambda: _running_x_hat(node), (0,), len(z) - 2)
+    if 0 in slots:
+        return None
+    last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # weight and bias come from the same sums
+
+    def builder(slot: int) -> Builder:
+        def build(g: Tensor, layout: Layout, samples: int) -> Form:
+            if last and last[0][0] is g:
+                sums = last.pop()[1]
+            else:
+                sums = centred_sums(g, node._saved_input, node._saved_running_mean)
+                last[:] = [(g, sums)] if len(slots) > 1 else []
+            scale = (node._saved_running_var + node._saved_eps).rsqrt()
+            total = sums[0] * scale.to(sums[0].dtype) if slot == 1 else sums[1]
+            return Sum(layout.split(total, samples).sum(1), layout.split(g, samples))
+
+        return build
+
+    builders = {slot: builder(slot) for slot in slots}
+    return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, Sum))
 
 
 def _running_x_hat(node: Any) -> Tensor:
