@@ -1,6 +1,10 @@
 """The native kernels by themselves: instruction sets, threads, tails of the tiles, strides, convolution options."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +238,14 @@ def test_refusals_have_reasons():
         sum_grad_squared_conv(
             torch.zeros(1, 1, 9), torch.zeros(1, 1, 9), torch.zeros(1, 1, 3), None, [1], [(0, 0)], [1]
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made as on Linux")
+def test_nothing_beyond_an_operand_is_touched():
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "tests/kernels/guarded_memory.py"], cwd=root, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-2000:]}"
+    assert "no access beyond" in done.stdout
