@@ -50,6 +50,7 @@ class WorkCopy:
         self.requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self.grads = {name: p.grad for name, p in self.parameters.items()}
         self.homes = {name: (t.device, t.dtype) for name, t in self._tensors()}
+        self.contiguous = {name: p.is_contiguous() for name, p in self.parameters.items()}
         self.order = {name: (list(m._parameters), list(m._buffers)) for name, m in self.model.named_modules()}
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
         self.saved = {name: t.detach().clone() for name, t in self._tensors()} if inplace else {}
@@ -73,6 +74,9 @@ class WorkCopy:
         """Move the net; one that is spread over several devices stays as it is."""
         if len({d for d, _ in self.homes.values()}) == 1 and self.home != device:
             self.model.to(device)
+        if device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
+            # Convolutions on CPUs are a third faster in this layout; the values are the same.
+            self.model.to(memory_format=torch.channels_last)
 
     def to_float32(self) -> None:
         """Tune float16 and bfloat16 weights in float32: their own steps would round small changes away."""
@@ -122,6 +126,8 @@ class WorkCopy:
             module.training = self.flags.get(name, module.training)
         for name, p in self.model.named_parameters(remove_duplicate=False):
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
+            if self.contiguous.get(name):
+                p.data = p.data.contiguous()
             p.grad = self.grads.get(name)
 
     def _reorder(self) -> None:

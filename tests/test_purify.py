@@ -435,3 +435,12 @@ def test_a_loader_with_a_transform_of_another_dtype(method):
     x, y = data(12)
     result = run(net(plain_net).double(), DataLoader(TensorDataset(x.double(), y.int()), batch_size=5), method)
     assert finite(result) and next(result.model.parameters()).dtype is torch.float64
+
+
+def test_weights_keep_their_memory_layout(method):
+    x, y = data()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = conv_net().to(memory_format=layout)
+        result = fastfip.purify(model, (x, y), method, steps=2, progress=False)
+        for name, p in result.model.named_parameters():
+            assert p.stride() == dict(model.named_parameters())[name].stride(), name

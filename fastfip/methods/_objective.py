@@ -50,8 +50,10 @@ class Objective(ABC):
     def setup(self) -> None:
         """Take the Fisher diagonal of the received net once, if the retainer needs it."""
         if self.config.eta_r > 0 or self.config.trust:
+            # Labels can be drawn only where the loss is the cross-entropy of class labels.
+            kind = "empirical" if self.run.task.loss_hook is not None else self.config.fisher or "mc"
             with self.run.timed("fisher"):
-                self.diagonal = [d.detach() for d in self.space.diagonal(self.run, self.config.fisher)]
+                self.diagonal = [d.detach() for d in self.space.diagonal(self.run, kind)]
         if self.config.eta_r > 0:
             self.anchor = [t.detach().clone() for t in self.space.tensors]
 
@@ -69,17 +71,16 @@ class Objective(ABC):
             self.previous = [t.detach().clone() for t in self.space.tensors]
 
     def shorten(self) -> None:
-        """Scale the step just taken, coordinate by coordinate, by min(1, trust / (lr_i sqrt(F_ii))).
+        """Cut the step just taken, coordinate by coordinate, to at most trust / sqrt(F_ii).
 
-        With Adam a step is about lr_i, so after this it costs at most trust^2 / 2 of KL(p_received || p) in the
-        Fisher's
-        diagonal approximation, however flat or sharp the net is.
+        In the Fisher's diagonal approximation no coordinate's step then costs more than trust^2 / 2 of
+        KL(p_received || p) on clean data, however flat or sharp the net is.
         """
         if not self.config.trust:
             return
-        for t, before, d, lr in zip(self.space.tensors, self.previous, self.diagonal, self.space.steps(self.run)):
-            factor = (self.config.trust / (lr * d.sqrt()).clamp_min(1e-20)).clamp(max=1)
-            t.data.copy_(before + (t.detach() - before) * factor)
+        for t, before, d in zip(self.space.tensors, self.previous, self.diagonal):
+            limit = self.config.trust / d.sqrt().clamp_min(1e-20)
+            t.data.copy_(before + torch.minimum(torch.maximum(t.detach() - before, -limit), limit))
 
     def add_retainer(self, values: dict[str, float | Tensor]) -> None:
         """Back-propagate the anchor."""
@@ -179,7 +180,8 @@ class WorstCase(Objective):
                 moved = run.task.replace_inputs(batch, found.apply(run.task.inputs(batch), c))
                 with run.autocast():
                     loss = run.loss(run.forward(moved), moved).mean()
-                run.backward(config.weight * loss)
+                pull = config.weight * self._room(values)
+                run.backward(pull * loss)
                 with run.autocast():
                     reached = found.improve(run.model, run.task, batch, c, config.search_step)
             values.update(worst_case_loss=loss.detach(), reached=reached)
@@ -188,6 +190,16 @@ class WorstCase(Objective):
             self.add_trace(moved, values)
         self.add_retainer(values)
         return values
+
+    def _room(self, values: dict[str, float | Tensor]) -> float:
+        """Return how much of the unlearning the clean answers leave room for: 1 within the budget, 0 at twice of it.
+
+        The constraint KL(p_received || p) <= budget as a weight: how far a net can be moved differs by orders of
+        magnitude from net to net, and no step size fits all.
+        """
+        if "kl" not in values:
+            return 1.0
+        return min(1.0, max(0.0, 2.0 - float(values["kl"]) / self.config.budget))
 
     def _clean(self, batch: Batch) -> dict[str, float | Tensor]:
         run, config = self.run, self.config

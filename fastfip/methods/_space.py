@@ -105,10 +105,6 @@ class Spectral(Space):
         """All of them at the same step size; `trust` shortens it where the Fisher is large."""
         return [{"params": self.tensors}]
 
-    def steps(self, run: Run) -> list[float]:
-        """Return the step size of each of `tensors`, the schedule left out."""
-        return [run.config.lr] * len(self.tensors)
-
     def begin(self) -> None:
         """Put W(delta) in place."""
         self.shifts.refresh()

@@ -19,7 +19,13 @@ class FastFIPConfig(FIPConfig):
     """Settings of Fast FIP: those of FIP, in the space of spectral shifts."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "worst_case": {**FIPConfig.PRESETS["worst_case"], "lr": 0.05, "affine": True},
+        "worst_case": {
+            **FIPConfig.PRESETS["worst_case"],
+            "lr": 0.1,
+            "affine": True,
+            "trust": 0.005,
+            "radius_factor": 1.6,
+        },
         "paper": {**FIPConfig.PRESETS["paper"], "affine": False},
         "released": {**FIPConfig.PRESETS["released"], "affine": True},
     }

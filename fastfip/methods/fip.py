@@ -31,16 +31,19 @@ class FIPConfig(MethodConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "worst_case": {
-            "epochs": None, "steps": 180, "batch_size": 128, "lr": 0.01, "momentum": 0.9, "schedule": "cosine",
+            "epochs": None, "steps": 180, "batch_size": 64, "lr": 0.01, "momentum": 0.9, "schedule": "cosine",
             "warmup": 0.05, "grad_clip": 5.0, "eta_f": 0.0, "eta_r": 0.0, "trace_every": 5,
+            "fisher": "mc", "radius_factor": 1.25,
         },
         "paper": {
             "epochs": 100, "steps": None, "batch_size": 128, "lr": 0.01, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 1e-3, "eta_r": 5.0, "trace_every": 1,
+            "fisher": "empirical", "radius_factor": 1.25,
         },
         "released": {
             "epochs": None, "steps": 2000, "batch_size": 128, "lr": 0.005, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 0.5, "eta_r": 0.0, "trace_every": 5,
+            "fisher": "empirical", "radius_factor": 1.25,
         },
     }  # fmt: skip
 
@@ -57,19 +60,22 @@ class FIPConfig(MethodConfig):
     eta_r: float | None = setting(None, "weight of the retainer", low=0)
     trace_every: int | None = setting(None, "the trace term is added every so many steps", low=1)
     probes: int = setting(20, "Gaussian vectors of the released surrogate", low=1)
-    fisher: Literal["empirical", "mc"] = setting("empirical", "labels of the retainer's Fisher: the data's, or drawn")
+    fisher: Literal["empirical", "mc"] | None = setting(
+        None, "labels of the Fisher diagonal: the data's, or drawn from the received net"
+    )
     trust: float | None = setting(
         None,
-        "largest step of a coordinate in units of 1/sqrt(F_ii): a step costs at most trust^2/2 nats of KL",
+        "longest step of a coordinate, in units of 1/sqrt(F_ii); None: no bound",
         above=0,
     )
     kl: float = setting(0.5, "share of the KL to the received net in the clean terms", low=0, high=1)
+    budget: float = setting(0.5, "KL to the received net, in nats, above which the unlearning gives way", above=0)
     weight: float = setting(0.5, "weight of the loss at worst-case inputs", low=0)
     unlearn: float = setting(0.4, "share of the steps that unlearn; the rest recovers", low=0, high=1)
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
     reach: float = setting(0.9, "success at which the search stops to widen the radius", above=0, high=1)
-    radius_factor: float = setting(1.25, "radius while unlearning, over the one found", above=0)
+    radius_factor: float | None = setting(None, "radius while unlearning, over the one found", above=0)
     search_rounds: int = setting(16, "most radii that the search tries", low=1)
     search_steps: int = setting(10, "steps of the search at each radius", low=1)
     search_growth: float = setting(1.3, "from one radius to the next", above=1)
@@ -94,8 +100,9 @@ class FIPConfig(MethodConfig):
             if changes.get("steps") is not None or changes.get("epochs") is not None:  # the length is given already
                 changes = {"steps": None, "epochs": None, **changes}
             for item in fields(self):
-                if item.name in mine and item.name not in changes and getattr(self, item.name) == mine[item.name]:
-                    changes[item.name] = self.PRESETS[other][item.name]
+                own = item.name in mine or item.name in self.PRESETS[other]
+                if own and item.name not in changes and getattr(self, item.name) == mine.get(item.name):
+                    changes[item.name] = self.PRESETS[other].get(item.name)
             if changes.get("epochs") is not None and changes.get("steps") is not None:
                 raise ConfigError("give epochs or steps, not both")
         return super().replace(**changes)
