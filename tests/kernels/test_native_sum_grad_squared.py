@@ -249,3 +249,19 @@ def test_nothing_beyond_an_operand_is_touched():
     )
     assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-2000:]}"
     assert "no access beyond" in done.stdout
+
+
+def test_samples_more_than_two_to_the_31_elements_apart():
+    try:
+        memory = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # only the pages that are touched take memory
+    except RuntimeError:
+        pytest.skip("no 4 GiB of address space")
+    g = memory.as_strided((2, 3, 5), (2**31, 5, 1)).copy_(torch.randn(2, 3, 5))
+    x = memory.as_strided((2, 2, 6), (2**31 + 64, 6, 1), 1024).copy_(torch.randn(2, 2, 6))
+    out, grad = results(5, 5)
+    sum_grad_squared(g, g, out, grad)
+    check(out, grad, *exact(g, g), g, g)
+    gc = torch.randn(2, 3, 4)
+    out, grad = results(3, 2, 3)
+    sum_grad_squared_conv(gc, x, out, grad, [1], [(0, 0)], [1])
+    check(out, grad, *conv_exact(gc, x, (3,), (1,), ((0, 0),), (1,), 1, "zeros"), None, None)
