@@ -64,12 +64,13 @@ def machine() -> str:
 def run(name: str, method: str, fraction: float, seed: int, first: dict[str, str] | None = None) -> dict[str, Any]:
     """Purify one net once and score it."""
     real = real_data.load_real(name)
+    real.model.to(memory_format=torch.channels_last)
     x, y = real.clean_set(round(fraction * real.train_size), seed, PER_CLASS.get(name))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=128, shuffle=True)
     old = {k: float(first[f"{k}_before"]) for k in ("acc", "asr", "ra") if first[f"{k}_before"]} if first else None
     old = real_data.score(real) if old is None else old
     result = fastfip.purify(real.model, loader, method, seed=seed, amp=AMP, progress=False)
-    new = real_data.score(real, result.model)
+    new = real_data.score(real, result.model.to(memory_format=torch.channels_last))
     row: dict[str, Any] = {
         "net": name,
         "method": method,
@@ -138,7 +139,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             return f"{mean(values):.{digits}f}{spread}"
 
         lines.append(
-            f"| {net} | {found[0]['clean_images']} ({float(fraction):.0%}) | {method} | {show('acc_before')} | {show('acc')} "
+            f"| {net} | {found[0]['clean_images']} ({float(fraction):.0%}) | {method} | {show('acc_before')} "
+            f"| {show('acc')} "
             f"| {show('asr_before')} | {show('asr')} | {show('ra')} | {show('der')} | {show('seconds', digits=0)} "
             f"| {show('peak_memory_mb', digits=0)} |"
         )
