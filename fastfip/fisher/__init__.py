@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .backward import backward_with_fisher
 from .diagonal import FisherDiagonal, draw_labels, fisher_diagonal
 from .modes import eval_mode
 from .trace import TraceOutput, fisher_trace, squared_norms, trace_and_logits
@@ -9,6 +10,7 @@ from .trace import TraceOutput, fisher_trace, squared_norms, trace_and_logits
 __all__ = [
     "FisherDiagonal",
     "TraceOutput",
+    "backward_with_fisher",
     "draw_labels",
     "eval_mode",
     "fisher_diagonal",

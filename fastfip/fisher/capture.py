@@ -102,34 +102,56 @@ class Plan:
                 return None
         return list(groups.values())
 
-    def stream(self, weights: Tensor, handle: Callable[[int, Tensor], None], retain_graph: bool = False) -> None:
+    def stream(
+        self,
+        weights: Tensor,
+        handle: Callable[[int, Tensor], None],
+        retain_graph: bool = False,
+        leaves: Sequence[Tensor] = (),
+    ) -> list[Tensor | None]:
         """Walk backward once and call `handle(site index, gradient)` at each site as soon as its gradient is there.
 
-        `weights` [N] multiply the losses. Weight gradients are not computed. Sites that nothing flows to are left out.
+        `weights` [N] multiply the losses. Weight gradients are not computed, but for those of `leaves`, which are
+        returned. Sites that nothing flows to are left out.
         """
         last = [i for i, site in enumerate(self.sites) if site.terminal]
-        if not last:
-            return
-        hooks = []
+        if not last and not leaves:
+            return []
+        hooks, done = [], set[int]()
+
+        def pass_on(i: int, grads: Sequence[Tensor | None]) -> None:
+            done.add(i)
+            if grads[0] is not None:
+                with torch.no_grad():
+                    handle(i, _natural(self.sites[i], grads[0]))
+
         try:
             for i, site in enumerate(self.sites):
-                if not site.terminal:
-                    hooks.append(site.node.register_prehook(functools.partial(_hand_over, handle, i, site)))
-            edges = [gradient_edge((self.sites[i].node, 0)) for i in last]
+                if leaves or not site.terminal:  # with leaves below it a terminal site is passed through as well
+                    hooks.append(site.node.register_prehook(functools.partial(pass_on, i)))
+            wanted: list[Any] = [gradient_edge((self.sites[i].node, 0)) for i in last]
             weights = weights.to(self.losses.dtype)
-            found = torch.autograd.grad(self.losses, edges, weights, retain_graph=retain_graph, allow_unused=True)
+            found = torch.autograd.grad(
+                self.losses, [*wanted, *leaves], weights, retain_graph=retain_graph, allow_unused=True
+            )
         finally:
             for hook in hooks:
                 hook.remove()
         for i, g in zip(last, found):
-            _hand_over(handle, i, self.sites[i], (g,))
+            if i not in done:
+                pass_on(i, (g,))
+        return list(found[len(last) :])
 
     def forms(
-        self, take: Callable[[Group, Form], None], weights: Tensor | None = None, retain_graph: bool = False
-    ) -> dict[tuple[int, int], Form]:
+        self,
+        take: Callable[[Group, Form], None],
+        weights: Tensor | None = None,
+        retain_graph: bool = False,
+        leaves: Sequence[Tensor] = (),
+    ) -> tuple[dict[tuple[int, int], Form], list[Tensor | None]]:
         """Walk backward once and call `take(group, form)` for every group, as soon as its form is complete.
 
-        Returns the forms by (site, slot) that `pull` needs.
+        Returns the forms by (site, slot) that `pull` needs, and the ordinary gradients of `leaves`.
         """
         at: dict[int, list[tuple[int, int, Group]]] = {}
         for groups in self.groups.values():
@@ -150,13 +172,13 @@ class Plan:
                 if (site, slot) in pulled:
                     kept[site, slot] = self.form(site, slot, g)
 
-        if not at and not pulled:
-            return kept
+        if not (at or pulled or leaves):
+            return kept, []
         weights = torch.ones_like(self.losses) if weights is None else weights.detach()
-        self.stream(weights, handle, retain_graph or self.needs_graph)
+        found = self.stream(weights, handle, retain_graph or self.needs_graph, leaves)
         for group, mine in parts.values():  # no gradient came to the rest of the uses
             take(group, Form.join(mine))
-        return kept
+        return kept, found
 
     def gradients(self) -> list[Tensor | None]:
         """Return the gradient of the summed losses at every site, with a graph of its own."""
@@ -237,12 +259,6 @@ def read_graph(losses: Tensor, params: Mapping[str, Tensor], shared: frozenset[i
         if "BatchNormBackward" in node.name():
             refuse_batch_statistics(node)
     return reading
-
-
-def _hand_over(handle: Callable[[int, Tensor], None], i: int, site: Site, grads: Sequence[Tensor | None]) -> None:
-    if grads[0] is not None:
-        with torch.no_grad():
-            handle(i, _natural(site, grads[0]))
 
 
 def _natural(site: Site, g: Tensor) -> Tensor:

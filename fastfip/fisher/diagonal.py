@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,8 +53,13 @@ class SquaredSum:
         self.coverage: dict[str, str] = {}
         self.scratch = Scratch()
 
-    def add(self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False) -> None:
-        """Add what the plan covers (all but `plan.loop`), every sample's loss multiplied by its weight first."""
+    def add(
+        self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False, leaves: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """Add what the plan covers (all but `plan.loop`), every sample's loss multiplied by its weight first.
+
+        Returns the ordinary gradients of `leaves`, from the same pass.
+        """
 
         def take(group: Group, form: Form) -> None:
             name, view = group.chain.param, group.chain.view
@@ -62,10 +67,11 @@ class SquaredSum:
             form.add_squares(view(self.out[name]), grad, self.scratch)
 
         with torch.no_grad():
-            kept = plan.forms(take, weights, retain_graph)
+            kept, found = plan.forms(take, weights, retain_graph, leaves)
             for n in range(plan.samples) if plan.pulled else ():
                 self.add_one(plan.pull(n, kept))
         self.coverage.update({name: plan.coverage(name) for name in self.params})
+        return found
 
     def add_one(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the square of one sample's gradients."""

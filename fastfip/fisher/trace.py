@@ -47,7 +47,7 @@ def _norms(plan: Plan) -> Tensor:
         total.add_(form.norms())
 
     with torch.no_grad():
-        kept = plan.forms(take, retain_graph=True)
+        kept, _ = plan.forms(take, retain_graph=True)
         for n in range(plan.samples) if plan.pulled or plan.loop else ():
             for g in (*plan.pull(n, kept).values(), *_looped(plan, n, create_graph=False)):
                 total[n] += g.double().square().sum()

@@ -1,0 +1,72 @@
+"""A backward pass that leaves the Fisher diagonal of its batch beside the gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .capture import selected
+from .diagonal import FisherDiagonal, SquaredSum
+from .graph import is_leaf, variable_of
+from .modes import check_modes
+from .trace import Params
+from .verify import cache_of, plan_for
+
+
+def backward_with_fisher(
+    losses: Tensor,  # [N]
+    model: nn.Module,
+    *,
+    params: Params = None,
+    reduction: str = "mean",
+    retain_graph: bool = False,
+) -> FisherDiagonal:
+    """Do what `losses.mean().backward()` does, and return the Fisher diagonal of the batch from the same pass.
+
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        fisher = fastfip.backward_with_fisher(losses, model)
+        optimizer.step()
+
+    The gradients are sums of the same products whose squares are the diagonal, so the pass costs about what a backward
+    pass costs. Gradients are added to `.grad`, of every leaf that the losses depend on. Hooks that a wrapper hangs on
+    the accumulation of gradients (DistributedDataParallel) do not run: reduce the gradients yourself.
+
+    Args:
+        losses: one loss for each sample, with its graph; BatchNorm and dropout in eval mode.
+        model: whose parameters they are.
+        params: names of the parameters to return the diagonal of; None: all that require a gradient.
+        reduction: "mean" or "sum", of the losses, for the gradients; the diagonal is always a mean over samples.
+        retain_graph: keep the graph for another pass.
+
+    Raises:
+        ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
+            model, losses without a graph.
+        DataError: `losses` is not of the shape [N].
+        ConfigError: an unknown reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    check_modes(model)
+    chosen = selected(model, params)
+    plan = plan_for(losses, chosen, cache_of(model))
+    total = SquaredSum(chosen, with_grad=True)
+    assert total.grad is not None
+    slow = {name: p for name, p in chosen.items() if name in plan.loop}
+    for loss in losses if slow else ():
+        got = torch.autograd.grad(loss, list(slow.values()), retain_graph=True, allow_unused=True)
+        total.add_one({name: g for name, g in zip(slow, got) if g is not None})
+    ours = {id(p) for p in chosen.values()}
+    leaves = [variable_of(node) for node in plan.reading.nodes if is_leaf(node)]
+    rest = [leaf for leaf in leaves if id(leaf) not in ours]
+    found = total.add(plan, retain_graph=retain_graph, leaves=rest)
+    share = 1 / losses.shape[0]
+    with torch.no_grad():
+        reached = {id(leaf) for leaf in leaves}
+        pairs = [(p, total.grad[name]) for name, p in chosen.items() if id(p) in reached]
+        for leaf, g in [*pairs, *((leaf, g) for leaf, g in zip(rest, found) if g is not None)]:
+            g = (g.mul_(share) if reduction == "mean" else g).to(leaf.dtype)
+            leaf.grad = g if leaf.grad is None else leaf.grad.add_(g)
+        for value in total.out.values():
+            value.mul_(share)
+    return FisherDiagonal(total.out, total.coverage, losses.shape[0], "empirical")
