@@ -16,6 +16,7 @@ _WHERE = {
     "purify": "fastfip.purification",
     "purify_": "fastfip.purification",
     "PurifyResult": "fastfip.result",
+    "backward_with_fisher": "fastfip.fisher",
     "fisher_diagonal": "fastfip.fisher",
     "fisher_trace": "fastfip.fisher",
     "sharpness": "fastfip.curvature",
