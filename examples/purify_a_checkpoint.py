@@ -1,6 +1,6 @@
 """Purify a network of your own: a stand-in is trained and backdoored here, so that the script runs as it is.
 
-    python examples/purify_a_checkpoint.py
+python examples/purify_a_checkpoint.py
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class WorkCopy:
             self.model.to(device)
         if device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             # Convolutions on CPUs are a third faster in this layout; the values are the same.
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it, its stubs do not
 
     def to_float32(self) -> None:
         """Tune float16 and bfloat16 weights in float32: their own steps would round small changes away."""

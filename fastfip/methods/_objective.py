@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Batch
+from ..fisher.diagonal import Kind
 from ..worst_case import Perturbations, perturbable
 from ._space import Space, frozen_copy
 from .base import Run
@@ -51,7 +52,7 @@ class Objective(ABC):
         """Take the Fisher diagonal of the received net once, if the retainer needs it."""
         if self.config.eta_r > 0 or self.config.trust:
             # Labels can be drawn only where the loss is the cross-entropy of class labels.
-            kind = "empirical" if self.run.task.loss_hook is not None else self.config.fisher or "mc"
+            kind: Kind = "empirical" if self.run.task.loss_hook is not None else self.config.fisher
             with self.run.timed("fisher"):
                 self.diagonal = [d.detach() for d in self.space.diagonal(self.run, kind)]
         if self.config.eta_r > 0:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import ModelError
 from ..fisher import draw_labels, fisher_diagonal, squared_norms, trace_and_logits
+from ..fisher.diagonal import Kind
 from ..fisher.modes import readable
 from ..spectral import SpectralShifts
 from ..spectral.fisher import delta_gradients, recording
@@ -43,7 +44,7 @@ class Space(ABC):
         """Do what comes after the backward passes of a step."""
 
     @abstractmethod
-    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+    def diagonal(self, run: Run, kind: Kind) -> list[Tensor]:
         """Return the Fisher diagonal of the clean set for each of `tensors`, BatchNorm in eval mode."""
 
     @abstractmethod
@@ -69,7 +70,7 @@ class Weights(Space):
         """All of them at the same step size."""
         return [{"params": self.tensors}]
 
-    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+    def diagonal(self, run: Run, kind: Kind) -> list[Tensor]:
         """Return the diagonal of the Fisher of the weights."""
         found = _diagonal(run, kind, self.names)
         return [found[name] for name in self.names]
@@ -118,7 +119,7 @@ class Spectral(Space):
         """Put W(delta) in place as a function of delta."""
         return self.shifts.differentiable()
 
-    def diagonal(self, run: Run, kind: str) -> list[Tensor]:
+    def diagonal(self, run: Run, kind: Kind) -> list[Tensor]:
         """Return the mean square of the per-sample gradients of the shifts, and the affine part's Fisher diagonal."""
         sums = [torch.zeros_like(delta) for delta in self.shifts.deltas]
         count = 0
@@ -181,7 +182,7 @@ def _first(run: Run) -> Iterator[Batch]:
             return
 
 
-def _diagonal(run: Run, kind: str, names: list[str]) -> dict[str, Tensor]:
+def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
     with run.eval_mode(), asking(run.model):
         return fisher_diagonal(
             run.model,

@@ -32,7 +32,7 @@ class FastFIPConfig(FIPConfig):
 
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     bn_mode: Literal["train", "eval", "freeze"] = setting("eval", "BatchNorm; eval keeps the running statistics")
-    affine: bool | None = setting(None, "whether biases and the affine part of norm layers are tuned as well")
+    affine: bool = setting(None, "whether biases and the affine part of norm layers are tuned as well")
 
 
 @register
@@ -45,7 +45,7 @@ class FastFIP(FIP):
 
     def make_space(self, run: Run) -> Space:
         """Return the spectral shifts."""
-        return Spectral(run, bool(run.config.affine))  # type: ignore[attr-defined]
+        return Spectral(run, run.config.affine)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def score(self, run: Run) -> dict[str, float]:

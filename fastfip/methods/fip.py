@@ -51,16 +51,16 @@ class FIPConfig(MethodConfig):
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
     batch_size: int | None = setting(None, "samples a step", low=1)
-    lr: float | None = setting(None, "step size", above=0)  # type: ignore[assignment]
-    momentum: float | None = setting(None, "momentum of SGD", low=0, below=1)  # type: ignore[assignment]
-    schedule: Literal["constant", "cosine"] | None = setting(None, "course of the step size")  # type: ignore[assignment]
-    warmup: float | None = setting(None, "share of the steps with rising step size", low=0, below=1)  # type: ignore[assignment]
+    lr: float = setting(None, "step size", above=0)
+    momentum: float = setting(None, "momentum of SGD", low=0, below=1)
+    schedule: Literal["constant", "cosine"] = setting(None, "course of the step size")
+    warmup: float = setting(None, "share of the steps with rising step size", low=0, below=1)
     grad_clip: float | None = setting(None, "largest norm of the gradient", above=0)
-    eta_f: float | None = setting(None, "weight of the Fisher trace", low=0)
-    eta_r: float | None = setting(None, "weight of the retainer", low=0)
-    trace_every: int | None = setting(None, "the trace term is added every so many steps", low=1)
+    eta_f: float = setting(None, "weight of the Fisher trace", low=0)
+    eta_r: float = setting(None, "weight of the retainer", low=0)
+    trace_every: int = setting(None, "the trace term is added every so many steps", low=1)
     probes: int = setting(20, "Gaussian vectors of the released surrogate", low=1)
-    fisher: Literal["empirical", "mc"] | None = setting(
+    fisher: Literal["empirical", "mc"] = setting(
         None, "labels of the Fisher diagonal: the data's, or drawn from the received net"
     )
     trust: float | None = setting(
@@ -75,7 +75,7 @@ class FIPConfig(MethodConfig):
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
     reach: float = setting(0.9, "success at which the search stops to widen the radius", above=0, high=1)
-    radius_factor: float | None = setting(None, "radius while unlearning, over the one found", above=0)
+    radius_factor: float = setting(None, "radius while unlearning, over the one found", above=0)
     search_rounds: int = setting(16, "most radii that the search tries", low=1)
     search_steps: int = setting(10, "steps of the search at each radius", low=1)
     search_growth: float = setting(1.3, "from one radius to the next", above=1)
@@ -92,7 +92,7 @@ class FIPConfig(MethodConfig):
                 object.__setattr__(self, name, value)
         super().__post_init__()
 
-    def replace(self, **changes: Any) -> FIPConfig:  # type: ignore[override]
+    def replace(self, **changes: Any) -> FIPConfig:
         """Return a copy with some settings changed; a change of the variant brings that variant's presets along."""
         other = changes.get("variant", self.variant)
         if other != self.variant and other in self.PRESETS:
