@@ -29,6 +29,9 @@ TRAIN = 1_400
 CLEAN = 70  # 5 % of the training set
 EPOCHS = 15
 BATCH = 64
+#: A net this small, held by 63 images, wants smaller steps than the default: at lr 0.1 accuracy falls by 1.0 to 4.3
+#: points over six seeds, at 0.05 by 0.5 to 3.0; ASR is below 2 % in all of them.
+OPTIONS: dict[str, dict[str, Any]] = {"fast_fip": {"lr": 0.05}}
 
 
 @dataclass
@@ -116,7 +119,7 @@ def run_demo(
         seed: of everything random.
         progress: whether bars are shown; None: where stderr is a terminal.
         method: what purifies.
-        **options: for `fastfip.purify`.
+        **options: for `fastfip.purify`, over those of `OPTIONS`.
 
     Returns:
         the result; printed by rich, it is the table.
@@ -153,7 +156,7 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
         progress=progress,
         test_loader=[(test_x, test_y)],
         asr_loader=[triggered],
-        **options,
+        **{**OPTIONS.get(method, {}), **options},
     )
     sample = (x[:CLEAN], y[:CLEAN])
     lambda_max = (_lambda_max(model, sample), _lambda_max(result.model, sample))
