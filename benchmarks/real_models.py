@@ -147,6 +147,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def to_readme(text: str) -> None:
+    """Put the table between its markers in the README."""
+    path = Path(__file__).resolve().parent.parent / "README.md"
+    head, rest = path.read_text(encoding="utf-8").split("<!-- real:begin -->")
+    _, tail = rest.split("<!-- real:end -->")
+    path.write_text(f"{head}<!-- real:begin -->\n{text}\n<!-- real:end -->{tail}", encoding="utf-8")
+
+
 def main() -> None:
     """Run what is missing, write the CSV after every row, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,10 +165,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="purifications at a time, one thread each")
     parser.add_argument("--again", action="store_true", help="replace rows that are there")
     parser.add_argument("--table", action="store_true", help="only print what the CSV holds")
+    parser.add_argument("--readme", action="store_true", help="put what the CSV holds into the README")
     parser.add_argument("--one", nargs=4, metavar=("NET", "METHOD", "FRACTION", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.table:
+    if args.table or args.readme:
         print(table(read()))
+        if args.readme:
+            to_readme(table(read()))
         return
     if not real_data.available():
         sys.exit(f"skipped: no real networks in {real_data.data_dir()} (set FASTFIP_DATA)")
