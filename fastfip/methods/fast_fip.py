@@ -25,6 +25,7 @@ class FastFIPConfig(FIPConfig):
             "affine": True,
             "trust": 0.005,
             "radius_factor": 1.6,
+            "weight": 0.5,
         },
         "paper": {**FIPConfig.PRESETS["paper"], "affine": False},
         "released": {**FIPConfig.PRESETS["released"], "affine": True},

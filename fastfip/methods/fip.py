@@ -33,17 +33,17 @@ class FIPConfig(MethodConfig):
         "worst_case": {
             "epochs": None, "steps": 180, "batch_size": 64, "lr": 0.01, "momentum": 0.9, "schedule": "cosine",
             "warmup": 0.05, "grad_clip": 5.0, "eta_f": 0.0, "eta_r": 0.0, "trace_every": 5,
-            "fisher": "mc", "radius_factor": 1.25,
+            "fisher": "mc", "radius_factor": 1.0, "weight": 0.25,
         },
         "paper": {
             "epochs": 100, "steps": None, "batch_size": 128, "lr": 0.01, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 1e-3, "eta_r": 5.0, "trace_every": 1,
-            "fisher": "empirical", "radius_factor": 1.25,
+            "fisher": "empirical", "radius_factor": 1.0, "weight": 0.25,
         },
         "released": {
             "epochs": None, "steps": 2000, "batch_size": 128, "lr": 0.005, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 0.5, "eta_r": 0.0, "trace_every": 5,
-            "fisher": "empirical", "radius_factor": 1.25,
+            "fisher": "empirical", "radius_factor": 1.0, "weight": 0.25,
         },
     }  # fmt: skip
 
@@ -70,7 +70,7 @@ class FIPConfig(MethodConfig):
     )
     kl: float = setting(0.5, "share of the KL to the received net in the clean terms", low=0, high=1)
     budget: float = setting(0.5, "KL to the received net, in nats, above which the unlearning gives way", above=0)
-    weight: float = setting(0.5, "weight of the loss at worst-case inputs", low=0)
+    weight: float = setting(None, "weight of the loss at worst-case inputs", low=0)
     unlearn: float = setting(0.4, "share of the steps that unlearn; the rest recovers", low=0, high=1)
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
