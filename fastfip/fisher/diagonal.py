@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..data import Batch, Task, iter_batches, pick
 from ..errors import ConfigError, DataError
-from ..ops.scratch import Scratch, accumulation_dtype
+from ..ops.scratch import accumulation_dtype
 from .capture import Group, Plan, selected
-from .forms import Form
+from .forms import Form, Work
 from .modes import check_modes, readable
 from .verify import Cache, cache_of, plan_for
 
@@ -46,12 +46,12 @@ class FisherDiagonal(dict[str, Tensor]):
 class SquaredSum:
     """Sums of squared per-sample gradients (`with_grad`: of the gradients too), over as many batches as are added."""
 
-    def __init__(self, params: Mapping[str, Tensor], with_grad: bool = False) -> None:
+    def __init__(self, params: Mapping[str, Tensor], with_grad: bool = False, backend: str = "auto") -> None:
         self.params = dict(params)
         self.out = {k: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)).detach() for k, p in params.items()}
         self.grad = {k: torch.zeros_like(v) for k, v in self.out.items()} if with_grad else None
         self.coverage: dict[str, str] = {}
-        self.scratch = Scratch()
+        self.work = Work(backend=backend)
 
     def add(
         self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False, leaves: Sequence[Tensor] = ()
@@ -64,7 +64,7 @@ class SquaredSum:
         def take(group: Group, form: Form) -> None:
             name, view = group.chain.param, group.chain.view
             grad = None if self.grad is None else view(self.grad[name])
-            form.add_squares(view(self.out[name]), grad, self.scratch)
+            form.add_squares(view(self.out[name]), grad, self.work)
 
         with torch.no_grad():
             kept, found = plan.forms(take, weights, retain_graph, leaves)
@@ -96,6 +96,7 @@ def fisher_diagonal(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
+    backend: str = "auto",
 ) -> FisherDiagonal:
     """Return the diagonal of the Fisher information, exact for every parameter: mean_n (d log p(y_n|x_n) / d theta)^2.
 
@@ -117,12 +118,14 @@ def fisher_diagonal(
         seed: of the labels drawn.
         device: where the batches go; None: where the model is.
         progress: show a bar.
+        backend: of the products (`fastfip.ops`): "auto", or the name of one.
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
             model.
         DataError: data that cannot be used.
         ConfigError: an unknown kind, or options that exclude each other.
+        BackendError: the backend asked for cannot run here.
 
     Source: methods.md 1.1 and 1.3 of the project; the Fisher by labels drawn from the model: Kunstner et al. 2019
     (arXiv 1905.12558).
@@ -138,7 +141,7 @@ def fisher_diagonal(
     check_modes(model)
     chosen = selected(model, params)
     task = smoothed(Task.of(forward, loss), label_smoothing)
-    total, count = SquaredSum(chosen), 0
+    total, count = SquaredSum(chosen, backend=backend), 0
     place = next(iter(chosen.values())).device if device is None else device
     generator = torch.Generator().manual_seed(seed)
     measure = _Measure(model, task, temperature, chosen, cache_of(model), total)

@@ -7,7 +7,7 @@ the sum of their squares (and their sum) to a buffer, give their squared norms (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,18 @@ from ..ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
 from ..ops.unfold import ConvShape, columns
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a pass over the data uses for its products."""
+
+    scratch: Scratch = field(default_factory=Scratch)
+    backend: str = "auto"
+
+
 class Form:
     """Per-sample gradients of one tensor."""
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
         """Add sum_n G_n^2 to `out` and, if there is one, sum_n G_n to `grad`; both have the tensor's shape."""
         raise NotImplementedError
 
@@ -58,12 +66,12 @@ class Dense(Form):
     a: Tensor  # [N, T, I]
     flip: bool = False
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
         """See :meth:`Form.add_squares`."""
         g, a = (self.a, self.g) if self.flip else (self.g, self.a)
         if not out.is_contiguous() and out.t().is_contiguous():
             g, a, out, grad = a, g, out.t(), None if grad is None else grad.t()
-        sum_grad_squared(g, a, out=out, grad=grad, scratch=scratch)
+        sum_grad_squared(g, a, out=out, grad=grad, scratch=work.scratch, backend=work.backend)
 
     def norms(self) -> Tensor:
         """See :meth:`Form.norms`."""
@@ -94,9 +102,18 @@ class Conv(Form):
     shape: ConvShape
     samples: int
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
         """See :meth:`Form.add_squares`."""
-        sum_grad_squared_conv(self.g, self.x, self.shape, samples=self.samples, out=out, grad=grad, scratch=scratch)
+        sum_grad_squared_conv(
+            self.g,
+            self.x,
+            self.shape,
+            samples=self.samples,
+            out=out,
+            grad=grad,
+            scratch=work.scratch,
+            backend=work.backend,
+        )
 
     def norms(self) -> Tensor:
         """See :meth:`Form.norms`."""
@@ -129,7 +146,7 @@ class Sum(Form):
     h: Tensor  # [N, *shape]
     parts: Tensor | None = None  # [N, ...] what was added up
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
         """See :meth:`Form.add_squares`."""
         out.add_(self.h.square().sum(0))
         if grad is not None:
@@ -175,7 +192,7 @@ class Rows(Form):
         total = rows.new_zeros(keys.shape[0], rows.shape[1]).index_add(0, where, rows)
         return keys // self.size, keys % self.size, total
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
         """See :meth:`Form.add_squares`."""
         _, row, total = self._summed()
         if grad is not None:
