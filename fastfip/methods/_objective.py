@@ -13,7 +13,7 @@ therefore takes the same three terms where the Fisher is not zero.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,9 @@ from torch import Tensor
 from ..data import Batch
 from ..fisher.diagonal import Kind
 from ..worst_case import Perturbations, perturbable
+from ._fip_config import FIPConfig
 from ._space import Space, frozen_copy
 from .base import Run
-
-if TYPE_CHECKING:
-    from .fip import FIPConfig
 
 __all__ = ["Objective", "Paper", "WorstCase", "retainer"]
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ._fip_config import FIPConfig
 from ._space import Space, Spectral
 from .base import Run, register, setting
-from .fip import FIP, FIPConfig
+from .fip import FIP
 
 __all__ = ["FastFIP", "FastFIPConfig"]
 
