@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import platform
 import time
@@ -17,7 +18,7 @@ import fastfip
 from .callbacks import Callback
 from .cleanset import CleanSet
 from .data import Batch, Forward, Loss, Task, looks_like_probabilities
-from .errors import ConfigError, FastFIPError, ModelError
+from .errors import BackendError, ConfigError, FastFIPError, ModelError
 from .methods import Method, MethodConfig, get
 from .metrics import Evaluation, evaluate
 from .process import PeakMemory, seeded
@@ -86,6 +87,7 @@ def purify(
         DataError: clean data that cannot be used: empty, uint8 images, labels out of range or no class indices.
         ModelError: a model that cannot be used, or a loss that is never finite.
         ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
+        BackendError: a device that is not here.
     """
     start = time.perf_counter()
     recipe = get(method) if isinstance(method, str) else method
@@ -95,10 +97,11 @@ def purify(
     if amp not in (False, True, "bf16", "fp16"):
         raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
     task = Task.of(forward, loss)
+    chosen = None if device is None else _device(device)
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad():
         work = WorkCopy(model, inplace)
-        where = work.home if device is None else torch.device(device)
+        where = work.home if chosen is None else chosen
         try:
             with PeakMemory(where) as memory:
                 run, history, before, after = _purify(
@@ -202,7 +205,7 @@ def _purify(
     with seeded(seed, device):
         before = scorer.measure()
     # Seeded anew, so that the weights do not depend on whether anything was measured.
-    with seeded(seed, device), torch.autocast(device.type, enabled=False):
+    with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
             _full_precision(work, run)
         history = fit(run, recipe(), progress, callbacks)
@@ -216,6 +219,28 @@ def _purify(
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
     run.notes += [note for note in after.notes if note not in run.notes]
     return run, history, before, after
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        where = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name!r}: give cpu, cuda, cuda:1, mps ...") from None
+    if where.type == "meta":
+        raise ConfigError("device='meta' has no numbers to compute with")
+    try:
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise BackendError(f"device={str(where)!r} cannot be used here: {reason}") from None
+    return where
+
+
+def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    # cuDNN's recurrent layers have no backward pass in eval mode, in which all but BatchNorm and dropout is tuned.
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return contextlib.nullcontext()
 
 
 def _config(
@@ -259,6 +284,7 @@ def _probe(
         )
     if task.loss_hook is not None:
         plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
+        plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it
         return task, logits.shape[1] if plain else None
     if task.forward_hook is None and looks_like_probabilities(logits):
         notes.append("the model gives probabilities (a softmax inside it): their logarithm is taken as logits")

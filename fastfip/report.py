@@ -84,8 +84,10 @@ def settings_sheet(method: Any) -> Sheet:
     import dataclasses
 
     rows = []
+    values = method.Config()  # a setting whose default depends on another has it here, not in its field
     for item in dataclasses.fields(method.Config):
-        default = "none" if item.default is None else str(item.default)
+        default = getattr(values, item.name)
+        default = "none" if default is None else str(default)
         rule = item.metadata
         bounds = [f"{sign} {rule[name]:g}" for name, sign in _BOUNDS if rule.get(name) is not None]
         kind = str(item.type).replace("Literal[", "").replace("]", "").replace(" | None", "")

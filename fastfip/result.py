@@ -25,8 +25,8 @@ class PurifyResult:
         method: its name. settings: the method's config, seed, device, sizes of the clean set and so on.
         before, after: ACC, ASR, RA, loss and Fisher trace (None: not measured); `.on` says on which data.
         history: one dict for each epoch.
-        seconds: by purpose, no second counted twice: "fisher", "svd", "train", "score" (held-out clean scores),
-            "evaluation" (`before` and `after`), and "total", which has the rest as well.
+        seconds: by purpose, no second counted twice: "fisher", "svd", "search", "train", "score" (held-out clean
+            scores), "evaluation" (`before` and `after`), and "total", which has the rest as well.
         peak_memory: bytes. On CUDA the most that tensors took on the device during the call; on a CPU the largest
             resident memory of the whole process during the call (where the system cannot say that, since it began).
         versions: of fastfip, torch, Python. notes: what could not be known, and what was unusual.

@@ -251,13 +251,12 @@ class _Loop:
                 optimizer.step()
             else:
                 run.scaler.step(optimizer)
+                run.scaler.update()
             self.method.after_step(run)
             run.log(**values)
             self.bad_in_a_row, self.moved = 0, True
         else:
             self.bad()
-        if run.scaler is not None:
-            run.scaler.update()
         run.step += 1
         wishes = [bool(watcher.on_step(run, values)) for watcher in self.watchers]  # every one of them sees the step
         return any(wishes)

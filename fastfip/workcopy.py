@@ -141,6 +141,8 @@ class WorkCopy:
 
 
 def _check(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
     parameters = list(model.named_parameters())
     if any(isinstance(p, nn.parameter.UninitializedParameter) for _, p in parameters):
         raise ModelError("the model has lazy layers without weights: run one batch through it first")

@@ -66,7 +66,7 @@ class Perturbations:
         axes = [0, *range(2, x.dim())]
         x = x.detach().float()
         unit = float(x.std(unbiased=False)) * math.sqrt(x[0].numel()) or 1.0
-        delta = torch.randn(classes, *x.shape[1:], generator=generator).to(x.device)
+        delta = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu").to(x.device)
         delta *= 1e-3 * radius * unit / _norms(delta)
         return cls(
             delta,
@@ -97,7 +97,7 @@ class Perturbations:
         """
         weight = self.success.clamp_min(0.01).cpu() ** sharpness
         table = weight.expand(len(y), -1).clone()
-        table[torch.arange(len(y)), y.cpu()] = 0
+        table[torch.arange(len(y), device="cpu"), y.cpu()] = 0
         return torch.multinomial(table, 1, generator=self.generator)[:, 0].to(y.device)
 
     def improve(self, model: nn.Module, task: Task, batch: Batch, c: Tensor, step: float = 0.3) -> Tensor:

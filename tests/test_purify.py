@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastfip
 from fastfip import methods
 from fastfip.config import MethodConfig
-from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
+from fastfip.errors import BackendError, ConfigError, DataError, FastFIPError, ModelError
 
 METHODS = methods.names()
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -407,8 +407,45 @@ class Uncopiable(nn.Module):
         return self.inner(x)
 
 
+def test_devices_that_cannot_be_used(method):
+    model = net()
+    before = values(model)
+    for device, error, words in (("gpu", ConfigError, "give cpu"), ("meta", ConfigError, "no numbers")):
+        with pytest.raises(error, match=words):
+            run(model, loader(), method, device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="cannot be used here"):
+            run(model, loader(), method, device="cuda")
+    assert same(values(model), before)
+
+
+def test_images_of_several_sizes_and_labels_that_only_the_loss_understands(method):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    x, y = data(12)
+    assert finite(run(model, [(x, y), (torch.rand(6, 2, 8, 8), y[:6])], method))
+    shifted = run(
+        model, [(x, y + 5)], method, loss=lambda out, b: nn.functional.cross_entropy(out, b[1] - 5, reduction="none")
+    )
+    assert finite(shifted)
+
+
+def test_one_output_for_each_sample(method):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    x, y = data(12)
+    result = run(
+        model,
+        [(x, y.float())],
+        method,
+        forward=lambda net, batch: net(batch[0])[:, 0],
+        loss=lambda out, batch: (out - batch[1]).pow(2),
+    )
+    assert finite(result)
+    assert method == "fine_tune" or any("not held" in note for note in result.notes)
+
+
 def test_models_that_cannot_be_used(method):
     for bad, words in (
+        (torch.jit.trace(net().eval(), data(2)[0]), "TorchScript"),
         (3, "must be a torch.nn.Module"),
         (nn.Flatten(), "no floating-point parameters"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "lazy layers"),

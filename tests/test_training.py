@@ -280,6 +280,14 @@ def test_a_step_without_a_finite_loss_is_left_out():
     assert not same(values(run.model), values(clean.model))
 
 
+def test_a_step_without_a_finite_loss_is_left_out_where_losses_are_scaled():
+    run = make_run()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    fit(run, Poisoned({0, 1}))
+    assert all(bool(torch.isfinite(v).all()) for v in values(run.model).values())
+    assert any("not finite" in note for note in run.notes)
+
+
 def test_running_statistics_that_are_no_longer_finite_are_taken_back():
     run = make_run(epochs=2)
     history = fit(run, Poisoned({4}, through_model=True))

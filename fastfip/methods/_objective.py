@@ -12,6 +12,7 @@ therefore takes the same three terms where the Fisher is not zero.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -143,12 +144,20 @@ class WorstCase(Objective):
         pool = self._batches()
         first = next(pool)
         self.mixable = perturbable(run.task, first)
-        if run.classes is None or not self.mixable:
-            what = "loss= takes outputs of another form" if run.classes is None else "the inputs are no real numbers"
-            run.note(f"no worst-case inputs were looked for ({what}): only the clean terms of the objective are left")
+        sample = list(itertools.islice(run.clean.batches(device=run.device), 64)) if self.mixable else []
+        inputs = [run.task.inputs(b) for b in sample]
+        if len({x.shape[1:] for x in inputs}) > 1:
+            why_not = "the inputs differ in shape"
+        elif not self.mixable:
+            why_not = "no input of real numbers under a name that is known, such as x or image"
+        else:
+            why_not = "loss= takes outputs or labels of another form" if run.classes is None else ""
+        if why_not or run.classes is None:
+            run.note(
+                f"no worst-case inputs were looked for ({why_not}): only the clean terms of the objective are left"
+            )
             return
-        x = torch.cat([run.task.inputs(b) for b in run.clean.batches(device=run.device)][:64])
-        self.perturbations = Perturbations.of(x, run.classes, run.generator)
+        self.perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
         with run.timed("search"):
             self._search(pool)
 
@@ -212,6 +221,10 @@ class WorstCase(Objective):
         mixed = self._mix(batch, n)
         with torch.no_grad(), run.autocast():
             target = run.task.forward(self.teacher, mixed)
+        if target.dim() != 2 or target.shape[1] < 2:
+            run.note("the outputs are not logits [N, C]: they are not held to the received net's by a KL")
+            self.teacher = None
+            return self._clean(batch)
         with run.autocast():
             loss = run.loss(run.forward(batch), batch).mean()
             answer = run.forward(mixed)
@@ -229,8 +242,8 @@ class WorstCase(Objective):
         if not self.mixable or n < 2:
             return batch
         x = self.run.task.inputs(batch)
-        share = 0.5 + 0.5 * float(torch.rand((), generator=self.run.generator))
-        other = torch.randperm(n, generator=self.run.generator).to(x.device)
+        share = 0.5 + 0.5 * float(torch.rand((), generator=self.run.generator, device="cpu"))
+        other = torch.randperm(n, generator=self.run.generator, device="cpu").to(x.device)
         return self.run.task.replace_inputs(batch, share * x + (1 - share) * x[other])
 
     def _batches(self) -> Any:
@@ -245,7 +258,7 @@ class WorstCase(Objective):
         n = self.run.task.size(batch)
         if n >= size:
             return batch
-        index = torch.arange(n).repeat(-(-size // n))[:size]
+        index = torch.arange(n, device="cpu").repeat(-(-size // n))[:size]
         return _take(batch, index, n)
 
     def is_candidate(self) -> bool:

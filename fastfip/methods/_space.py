@@ -85,8 +85,7 @@ class Weights(Space):
 class Spectral(Space):
     """The spectral shift of every Linear and convolution weight; with `affine` also biases and norm layers' affine.
 
-    The step size of a shift is relative to the mean singular value of its weight, that of an affine tensor to the mean
-    size of its entries: one setting then fits nets of any scale.
+    All of them have one step size; `trust` shortens the steps of the coordinates that the clean Fisher needs.
     """
 
     def __init__(self, run: Run, affine: bool) -> None:
