@@ -95,7 +95,8 @@ class Perturbations:
             y: [N] int64, true classes.
             sharpness: probabilities are proportional to `success ** sharpness`; 0: uniform.
         """
-        weight = self.success.clamp_min(0.01).cpu() ** sharpness
+        weight = self.success.clamp_min(0.01).cpu()
+        weight = (weight / weight.max()).pow(sharpness).clamp_min(1e-12)
         table = weight.expand(len(y), -1).clone()
         table[torch.arange(len(y), device="cpu"), y.cpu()] = 0
         return torch.multinomial(table, 1, generator=self.generator)[:, 0].to(y.device)

@@ -190,7 +190,8 @@ class WorstCase(Objective):
                     loss = run.loss(run.forward(moved), moved).mean()
                 pull = config.weight * self._room(values)
                 run.backward(pull * loss)
-                with run.autocast():
+                # In float16 the gradient of an input underflows without the scaler, so that this pass stays in float32.
+                with run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
                     reached = found.improve(run.model, run.task, batch, c, config.search_step)
             values.update(worst_case_loss=loss.detach(), reached=reached)
         self.space.end()
