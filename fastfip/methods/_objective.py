@@ -13,6 +13,7 @@ therefore takes the same three terms where the Fisher is not zero.
 from __future__ import annotations
 
 import itertools
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any
 
