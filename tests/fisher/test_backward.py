@@ -13,8 +13,8 @@ from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal
 from fastfip.testing import worst_error
 from tests.fisher.problems import N, build
-from tests.fisher.test_nets import NETS
-from tests.fisher.test_nets import problem as whole_net
+from tests.fisher.test_whole_nets import NETS
+from tests.fisher.test_whole_nets import problem as whole_net
 from tests.fisher.uses import USES
 
 
