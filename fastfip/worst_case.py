@@ -105,8 +105,7 @@ class Perturbations:
         """Take one step of the perturbations of the classes `c` [N] towards sending the batch there.
 
         The model's parameters get no gradient. Each class moves by `step` radii along its own normalised gradient of
-        the
-        cross-entropy towards c, then back into the ball.
+        the cross-entropy towards c, then back into the ball.
 
         Returns:
             the share of samples that went to their c, as a scalar.

@@ -6,14 +6,13 @@ Published (FIP, arXiv 2409.00863, eq. as restated in the docs):
 
 The empirical Fisher vanishes where the labels are fitted, so on a net that fits its clean data the middle term has no
 force. A backdoor shows as sharpness at other inputs: at those that a small universal change makes. The default
-objective
-therefore takes the same three terms where the Fisher is not zero.
+objective therefore takes the same three terms where the Fisher is not zero.
 """
 
 from __future__ import annotations
 
-import itertools
 import contextlib
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -120,19 +119,15 @@ class WorstCase(Objective):
     """Unlearn the worst-case inputs, then recover; the received net's own clean answers are the anchor throughout.
 
     1. Search: universal perturbations for every class, the radius grown until the most susceptible class is reached
-    from
-       `reach` of the clean samples. So the radius is the net's own, and a backdoor, being the easiest to reach, sets
-       it.
+       from `reach` of the clean samples. So the radius is the net's own, and a backdoor, being the easiest to reach,
+       sets it.
     2. Unlearn (the first `unlearn` of the steps): at perturbed inputs, drawn the more often the better they work, the
-    loss
-       towards the true label, whose gradient is what the Fisher information at those inputs is made of; the
-       perturbations
-       go on improving against the net as it changes.
+       loss towards the true label, whose gradient is what the Fisher information at those inputs is made of; the
+       perturbations go on improving against the net as it changes.
     3. Recover (the rest): clean terms only, the step size falling to zero.
 
     The clean terms: the loss, and KL(p_received || p) on clean inputs and mixtures of them. To second order the KL is
-    the
-    quadratic form of the full Fisher at the received weights, of which the published retainer keeps the diagonal.
+    the quadratic form of the full Fisher at the received weights, of which the published retainer keeps the diagonal.
     """
 
     perturbations: Perturbations | None = None
