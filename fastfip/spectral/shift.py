@@ -3,11 +3,13 @@
     W(delta) = U diag(relu(sigma + delta)) V^T,    delta [R], zero at the start      (FIP, arXiv 2409.00863, Fast FIP)
 
 It is computed as W + U diag(relu(sigma + delta) - sigma) V^T, which is the same matrix with the rounding of the SVD
-left out: delta = 0 gives back W bit by bit, and a weight of low precision is added to, not rebuilt. relu has no gradient at
-and below zero, so a direction whose sigma + delta has reached zero stays gone, and one with sigma = 0 never moves.
+left out: delta = 0 gives back W bit by bit, and a weight of low precision is added to, not rebuilt. relu has no
+gradient at and below zero, so a direction whose sigma + delta has reached zero stays gone, and one with sigma = 0
+never moves.
 
 A Linear weight is its matrix [O, I]. A convolution's is [O, I * kernel], one matrix for each group [G, O/G, I/G *
-kernel]; a transposed convolution's is [I, O * kernel] likewise. Tied weights (one tensor in several places) share one delta.
+kernel]; a transposed convolution's is [I, O * kernel] likewise. Tied weights (one tensor in several places) share one
+delta.
 
 Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min(O, I) of each group.
 """
@@ -75,8 +77,9 @@ class SpectralShifts:
     """The spectral shifts of a model's Linear and convolution weights.
 
     While `installed`, the model computes with W(delta): `refresh` puts fresh tensors in the weights' places before a
-    step, `collect` turns the gradients that arrived there into gradients of the deltas. Several forward and backward passes
-    may lie between the two. `fold` writes W(delta) into the weights, `remove` only takes the tensors out again.
+    step, `collect` turns the gradients that arrived there into gradients of the deltas. Several forward and backward
+    passes may lie between the two. `fold` writes W(delta) into the weights, `remove` only takes the tensors out
+    again.
     """
 
     def __init__(self, shifts: list[Shift]) -> None:
