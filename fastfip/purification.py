@@ -31,6 +31,8 @@ __all__ = ["purify", "purify_"]
 
 #: Clean samples on which the Fisher trace before and after is taken, at most.
 TRACE_SAMPLES = 256
+#: A loss of clean accuracy that the result warns of.
+WORRYING_LOSS = 0.05
 
 
 def purify(
@@ -218,6 +220,7 @@ def _purify(
         run.interrupted = True
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
     run.notes += [note for note in after.notes if note not in run.notes]
+    _say_loss(run, before, after)
     return run, history, before, after
 
 
@@ -241,6 +244,15 @@ def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return torch.backends.cudnn.flags(enabled=False)
     return contextlib.nullcontext()
+
+
+def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
+    """A net that was ruined must not pass for a clean one: ASR is low there as well."""
+    if before.acc is not None and after.acc is not None and before.acc - after.acc > WORRYING_LOSS:
+        run.note(
+            f"clean accuracy fell by {100 * (before.acc - after.acc):.1f} points: the net was moved too far, "
+            f"try a smaller lr (now {run.config.lr:g}) or more clean samples"
+        )
 
 
 def _config(

@@ -481,3 +481,15 @@ def test_weights_keep_their_memory_layout(method):
         result = fastfip.purify(model, (x, y), method, steps=2, progress=False)
         for name, p in result.model.named_parameters():
             assert p.stride() == dict(model.named_parameters())[name].stride(), name
+
+
+def test_a_ruined_net_is_said_to_be_one(method):
+    x, y = data(60)
+    good = fastfip.purify(net(), (x, y), "fine_tune", epochs=30, lr=0.05, progress=False).model
+    ruined = fastfip.purify(
+        good, (x, (y + 1) % CLASSES), method, steps=60, lr=0.1, test_loader=[(x, y)], progress=False
+    )
+    kept = fastfip.purify(good, (x, y), method, steps=1, lr=1e-6, test_loader=[(x, y)], progress=False)
+    assert ruined.before.acc - ruined.after.acc > 0.05
+    assert any("clean accuracy fell by" in note for note in ruined.notes)
+    assert not any("clean accuracy fell by" in note for note in kept.notes)
