@@ -139,27 +139,40 @@ def _differentiable_backward(g: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, T
 
 
 class _Conv(torch.autograd.Function):
-    """The convolution form: the windows of a few samples at a time, in the backward again."""
+    """The convolution form: the windows of a few samples at a time.
+
+    Where the direct form is the cheaper one, the backward is a convolution of each sample with its own G_n, and G_n is
+    kept from the forward if that takes not much more memory than the maps themselves.
+    """
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> Tensor:
-        frames, scratch = g.shape[0] // max(1, samples), Scratch()
-        parts = []
+    def forward(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> tuple[Tensor, Tensor]:
+        frames, scratch, acc = g.shape[0] // max(1, samples), Scratch(), accumulation_dtype(g.dtype)
+        direct = _by_convolution(g, x, shape, samples)
+        size = g.shape[1] * (x.shape[1] // shape.groups) * shape.taps
+        keep = direct and size <= 2 * frames * (g[0].numel() + x[0].numel())
+        parts, kept = [], []
         step = _conv_step(g, x, shape, samples)
         for k in range(0, samples, step):
             many = min(step, samples - k)
             left, cols = _conv_chunk(g, x, shape, slice(k * frames, (k + many) * frames), many, scratch)
-            parts.append(_chunk_norms(left, cols).view(many, -1).sum(1))
-        return torch.cat(parts) if parts else g.new_zeros(0, dtype=accumulation_dtype(g.dtype))
+            if keep:
+                kept.append(left @ cols.mT)
+                parts.append(kept[-1].view(many, -1).square().sum(1))
+            else:
+                parts.append(_chunk_norms(left, cols).view(many, -1).sum(1))
+        norms = torch.cat(parts) if parts else g.new_zeros(0, dtype=acc)
+        return norms, torch.cat(kept) if kept else g.new_zeros(0, dtype=acc)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         g, x, ctx.shape, ctx.samples = inputs
-        ctx.save_for_backward(g, x)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(g, x, output[1])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
+    def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, kept = ctx.saved_tensors
         shape, samples = ctx.shape, ctx.samples
         frames, groups, out_size = g.shape[0] // max(1, samples), shape.groups, tuple(g.shape[2:])
         if torch.is_grad_enabled():
@@ -168,19 +181,71 @@ class _Conv(torch.autograd.Function):
             dg = _frames_again(product @ right, frames, groups).reshape(g.shape)
             dcols = _frames_again(product.mT @ left, frames, groups)
             return dg.to(g.dtype), columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size).to(x.dtype), None, None
-        dg, dx = torch.empty_like(g, dtype=v.dtype), None
+        dg = torch.empty_like(g, dtype=v.dtype, memory_format=torch.contiguous_format)
         dx = torch.empty_like(x, dtype=v.dtype) if ctx.needs_input_grad[1] else None
         scratch, step = Scratch(), _conv_step(g, x, shape, samples)
+        by_convolution = _by_convolution(g, x, shape, samples)
+        if kept.numel() and _at_once(g, samples):  # one call, its groups are the samples
+            step = samples
         for k in range(0, samples, step):
             many = min(step, samples - k)
-            part = slice(k * frames, (k + many) * frames)
+            part, mine = slice(k * frames, (k + many) * frames), v[k : k + many].repeat_interleave(groups)
+            if by_convolution:
+                if kept.numel():
+                    product = kept[k * groups : (k + many) * groups]
+                else:
+                    left, cols = _conv_chunk(g, x, shape, part, many, scratch)
+                    product = left @ cols.mT
+                product = product * (2 * mine[:, None, None])
+                _convolve_back(g[part], x[part], product, shape, dg[part], None if dx is None else dx[part])
+                continue
             left, cols = _conv_chunk(g, x, shape, part, many, scratch)
-            one, two = _chunk_backward(left, cols, v[k : k + many].repeat_interleave(groups))
+            one, two = _chunk_backward(left, cols, mine)
             dg[part] = _frames_again(one, frames, groups).reshape(dg[part].shape)
             if dx is not None:
                 dcols = _frames_again(two, frames, groups)
                 dx[part] = columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size)
         return dg.to(g.dtype), None if dx is None else dx.to(x.dtype), None, None
+
+
+def _by_convolution(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> bool:
+    """Whether G_n is formed and the backward written as convolutions with it."""
+    if samples == 0 or shape.pointwise or not g.numel():
+        return False
+    t = g[0, 0].numel() * (g.shape[0] // samples)
+    return not prefers_gram(t, g.shape[1] // shape.groups, x.shape[1] // shape.groups * shape.taps)
+
+
+def _at_once(g: Tensor, samples: int) -> bool:
+    """Whether all samples go into one grouped convolution: many small maps do better so, few large ones do not."""
+    return g.shape[0] == samples and (g.is_cuda or g[0, 0].numel() < 512)
+
+
+def _convolve_back(g: Tensor, x: Tensor, product: Tensor, shape: ConvShape, dg: Tensor, dx: Tensor | None) -> None:
+    """Fill dg with each x convolved with its sample's G_n, and dx with each g brought back through it."""
+    weight = product.view(-1, g.shape[1], x.shape[1] // shape.groups, *shape.kernel)  # [N, O, C/groups, *kernel]
+    samples = weight.shape[0]
+    options = (shape.stride, shape.padding, shape.dilation, False, [0] * len(shape.kernel))
+    aten = torch.ops.aten
+    if _at_once(g, samples) and samples > 1:
+        flat = [t.to(weight.dtype).reshape(1, -1, *t.shape[2:]) for t in (g, x)]
+        many = weight.flatten(0, 1)
+        dg.copy_(aten.convolution(flat[1], many, None, *options, samples * shape.groups).view(dg.shape))
+        if dx is not None:
+            back = aten.convolution_backward(*flat, many, None, *options, samples * shape.groups, [True, False, False])
+            dx.copy_(back[0].view(dx.shape))
+        return
+    for gn, xn, w, dgn, dxn in zip(
+        g.chunk(samples),
+        x.chunk(samples),
+        weight,
+        dg.chunk(samples),
+        [None] * samples if dx is None else dx.chunk(samples),
+    ):
+        gn, xn = gn.to(w.dtype), xn.to(w.dtype)
+        dgn.copy_(aten.convolution(xn, w, None, *options, shape.groups))
+        if dxn is not None:
+            dxn.copy_(aten.convolution_backward(gn, xn, w, None, *options, shape.groups, [True, False, False])[0])
 
 
 def _conv_step(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> int:
@@ -204,8 +269,12 @@ def _conv_chunk(
     return _by_sample(g[part].to(acc).reshape(many, groups, o, t), samples), _by_sample(cols, samples)
 
 
+def _conv_norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> Tensor:
+    return _Conv.apply(g, x, shape, samples)[0]
+
+
 GRAD_NORM_SQUARED = Op("grad_norm_squared", (Backend("reference", _Dense.apply),))
-GRAD_NORM_SQUARED_CONV = Op("grad_norm_squared_conv", (Backend("reference", _Conv.apply),))
+GRAD_NORM_SQUARED_CONV = Op("grad_norm_squared_conv", (Backend("reference", _conv_norms),))
 
 
 def grad_norm_squared(
