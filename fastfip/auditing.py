@@ -15,12 +15,13 @@ from .anomaly import LEVEL, SMALLER, anomaly
 from .audit_result import Audit, NetAudit, Retuning
 from .cleanset import CleanSet
 from .curvature import sharpness as measure_sharpness
-from .data import Batch, Forward, Loss, Task, looks_like_probabilities, take
+from .data import Batch, Forward, Loss, Task, take
 from .errors import ConfigError, DataError, FastFIPError
 from .inversion import FORMS, Inverted, invert
 from .metrics import evaluate
 from .process import seeded
 from .run import autocast_dtype
+from .softmax import logits_task
 from .worst_case import perturbable
 
 __all__ = ["audit"]
@@ -153,9 +154,9 @@ def _logits(net: nn.Module, batch: Batch, task: Task, notes: list[str]) -> tuple
         out = task.forward(net, batch)
     if out.dim() != 2 or out.shape[1] < 2:
         raise DataError(f"an audit needs logits [N, C] with C > 1, not {list(out.shape)}: pass forward=")
-    if task.forward_hook is None and looks_like_probabilities(out):
-        notes.append("the model gives probabilities (a softmax inside it): their logarithm is taken as logits")
-        task = Task.of(lambda model, given: Task().forward(model, given).clamp_min(1e-30).log(), task.loss_hook)
+    task, said = logits_task(net, task, batch, out)
+    if said is not None:
+        notes.append(said)
     return task, out.shape[1]
 
 

@@ -17,13 +17,14 @@ import fastfip
 
 from .callbacks import Callback
 from .cleanset import CleanSet
-from .data import Batch, Forward, Loss, Task, looks_like_probabilities
+from .data import Batch, Forward, Loss, Task
 from .errors import BackendError, ConfigError, FastFIPError, ModelError
 from .methods import Method, MethodConfig, get
 from .metrics import Evaluation, evaluate
 from .process import PeakMemory, seeded
 from .result import PurifyResult
 from .run import Run, autocast_dtype
+from .softmax import logits_task
 from .training import fit
 from .workcopy import WorkCopy
 
@@ -62,7 +63,7 @@ def purify(
     dict are those of the given model. A model whose parameters are all frozen is purified like any other.
 
     Args:
-        model: any net that classifies: logits [N, C], or probabilities, of which the logarithm is taken.
+        model: any net that classifies: logits [N, C], or probabilities (what their softmax is taken of is used).
         clean_loader: clean samples `(x, y, ...)` or dicts: a DataLoader (its dataset, transforms and collate function
             are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
             sample a class is enough for it to run.
@@ -298,15 +299,11 @@ def _probe(
         plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
         plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it
         return task, logits.shape[1] if plain else None
-    if task.forward_hook is None and looks_like_probabilities(logits):
-        notes.append("the model gives probabilities (a softmax inside it): their logarithm is taken as logits")
-        task = Task.of(lambda net, given: _log(Task().forward(net, given)))
+    task, said = logits_task(model, task, batch, logits)
+    if said is not None:
+        notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
     return task, logits.shape[1]
-
-
-def _log(p: Tensor) -> Tensor:
-    return p.clamp_min(1e-30 if p.dtype == torch.float64 else torch.finfo(p.dtype).tiny).log()
 
 
 def _full_precision(work: WorkCopy, run: Run) -> None:

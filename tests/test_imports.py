@@ -22,6 +22,7 @@ LAYER = {
     "curvature": 5,
     "config": 4,
     "process": 4,
+    "softmax": 4,
     "stores": 4,
     "workcopy": 4,
     "worst_case": 4,

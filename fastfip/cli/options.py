@@ -119,19 +119,13 @@ def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
     import torch
 
-    from ..data import Task, looks_like_probabilities
-
-    with torch.no_grad():
-        found = looks_like_probabilities(Task().forward(model, next(iter(batches))))
-    if not found:
-        return None, []
-    return _log_of, ["the model gives probabilities (a softmax inside it): their logarithm is taken as logits"]
-
-
-def _log_of(model: nn.Module, batch: Any) -> Any:
     from ..data import Task
+    from ..softmax import logits_task
 
-    return Task().forward(model, batch).clamp_min(1e-30).log()
+    batch = next(iter(batches))
+    with torch.no_grad():
+        task, said = logits_task(model, Task(), batch, Task().forward(model, batch))
+    return task.forward_hook, [] if said is None else [said]
 
 
 def device(name: str) -> str:

@@ -1,0 +1,91 @@
+"""Logits of nets that end in a softmax.
+
+Cross-entropy would apply a second softmax to probabilities, with hardly any gradient left. Their logarithm is right on
+paper but not in floating point: a class of probability 0 has no gradient, 1/p^2 overflows in second derivatives, and
+bfloat16 rounds every p > 0.998 to one, where the loss is zero. So the softmax of the forward pass is watched and what
+went into it is taken; the logarithm only where none can be seen (compiled or scripted code, arithmetic after it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .data import Batch, Task, looks_like_probabilities
+
+__all__ = ["logits_task"]
+
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+
+
+def logits_task(model: nn.Module, task: Task, batch: Batch, outputs: Tensor) -> tuple[Task, str | None]:
+    """Return a task that gives logits where `model` gives probabilities, and what a result should say about it.
+
+    Args:
+        model: the net; it is not changed.
+        task: how it meets a batch. With a `forward=` of the user's, outputs are what that hook says they are.
+        batch: one batch of clean data.
+        outputs: `task.forward(model, batch)`, in eval mode.
+
+    Returns:
+        the given task and None where outputs are logits; else a task whose `forward` gives logits [N, C], equal to the
+        logarithm of the probabilities up to a constant for each sample.
+    """
+    if task.forward_hook is not None or not looks_like_probabilities(outputs):
+        return task, None
+    given = None
+    if not _is_compiled(model):
+        with torch.no_grad():
+            given = _SoftmaxInput.of(task, model, batch)[1]
+    way, how = (_log, "their logarithm") if given is None else (_watched, "what goes into it")
+    said = f"the model gives probabilities (a softmax inside it): {how} is taken as logits"
+    return replace(task, forward_hook=partial(way, task)), said
+
+
+def _watched(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    outputs, given = _SoftmaxInput.of(task, model, batch)
+    return _log_of(outputs) if given is None else given
+
+
+def _log(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    return _log_of(task.forward(model, batch))
+
+
+def _log_of(p: Tensor) -> Tensor:
+    return p.clamp_min(1e-30 if p.dtype == torch.float64 else torch.finfo(p.dtype).tiny).log()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        isinstance(m, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)) or m._compiled_call_impl is not None
+        for m in model.modules()
+    )
+
+
+class _SoftmaxInput(TorchFunctionMode):
+    """Keeps what goes into the softmax that is called last, and what comes out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Tensor | None = None
+        self.result: Any = None
+
+    @classmethod
+    def of(cls, task: Task, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the outputs of a batch, and what their softmax was taken of; None where they come from elsewhere."""
+        with cls() as watch:
+            outputs = task.forward(model, batch)
+        return outputs, watch.given if watch.result is outputs else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _SOFTMAX:
+            self.given, self.result = args[0] if args else kwargs["input"], result
+        return result
