@@ -30,6 +30,10 @@ class Scratch:
             buffer = self._buffers[key] = torch.empty(numel, dtype=key[1], device=key[2])
         return buffer[:numel].view(shape)
 
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
 
 _KEPT = threading.local()
 

@@ -2,11 +2,13 @@
 
 A Linear or convolution that computes by its class's own forward gets one that goes through `fastfip.ops.spectral`;
 hooks on it go on working. Everything else (a weight that another module reads, attention with a packed projection, a
-forward of the user's own) finds W(delta) itself in the weight's place, as a leaf.
+forward of the user's own, layers so narrow that the gradient of the whole weight costs less) finds W(delta) itself in
+the weight's place, as a leaf, and is torch's own.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops.spectral import spectral_conv, spectral_linear
+from ..ops.spectral import prefers_dense, spectral_conv, spectral_linear
 from ..ops.unfold import ConvShape
 from .place import Place, Recorder, Use
 from .weight import Shift
@@ -31,13 +33,19 @@ _OWN = {
 }
 
 
-def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder) -> None:
-    """Let a layer compute through the spectral ops, if its forward is its class's own; `number` is for the record."""
+def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder) -> bool:
+    """Let a layer compute through the spectral ops, if its forward is its class's own; `number` is for the record.
+
+    Returns:
+        whether it does.
+    """
     module = place.module
-    if place.replaced or place.attribute != "weight" or type(module).forward not in _OWN:
-        return
-    if "forward" in module.__dict__ or module.__dict__.get("weight") is None:
-        return  # somebody else replaced it already
+    if place.replaced:
+        return True
+    if place.attribute != "weight" or type(module).forward not in _OWN:
+        return False
+    if "forward" in module.__dict__ or module._parameters.get("weight") is None:
+        return False  # somebody else replaced it already
     compute: Any
     if isinstance(module, _ConvTransposeNd):
         compute = _transposed
@@ -47,17 +55,19 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
         compute = _linear
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            # The compiler would trace the op's autograd by rules of its own: W(delta) itself takes the gradient.
+        # A compiler would trace the op's autograd by rules of its own.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return type(module).forward(module, x, *args, **kwargs)
         dtype = _product_dtype(x, shift.weight)
+        if recorder.current is None and _dense(module, shift, x, dtype):
+            return type(module).forward(module, x, *args, **kwargs)
         own = module._parameters.get("bias")
         bias = None if own is None else own.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if recorder.current is None:
-                return compute(module, shift, x.to(dtype), bias, False, *args, **kwargs)[0]
+                return compute(module, shift, x.to(dtype), bias, *args, **kwargs)[0]
             # The bias is added where the autograd graph shows it: its per-sample gradients are read from there.
-            y, known, shape = compute(module, shift, x.to(dtype), None, True, *args, **kwargs)
+            y, known, shape = compute(module, shift, x.to(dtype), None, *args, **kwargs)
             recorder.current.uses.setdefault(number, []).append(Use(module, known, y, shape))
             if bias is None:
                 return y
@@ -65,6 +75,18 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
 
     module.__dict__["forward"] = forward
     place.replaced = True
+    return True
+
+
+def _dense(module: Any, shift: Shift, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's own layer with the gradient of the whole weight is the cheaper one."""
+    factors = shift.directions(dtype)[1]
+    if isinstance(module, _ConvTransposeNd):
+        return False
+    if not isinstance(module, _ConvNd):
+        return prefers_dense(factors, None, x.numel() // max(1, x.shape[-1]))
+    positions = x.numel() // max(1, x.shape[-len(module.kernel_size) - 1] * math.prod(module.stride))
+    return prefers_dense(factors, math.prod(module.kernel_size), positions)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -76,15 +98,15 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return x.dtype
 
 
-Computed = tuple[Tensor, Tensor | None, ConvShape | None]
+Computed = tuple[Tensor, Tensor, ConvShape | None]
 
 
-def _linear(module: nn.Linear, shift: Shift, x: Tensor, bias: Tensor | None, project: bool) -> Computed:
-    weight, factors = shift.directions(x.dtype)
-    return *spectral_linear(x, weight, factors, shift.delta, bias, project=project, asked=shift.asked), None
+def _linear(module: nn.Linear, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed:
+    weight, factors, scratch = shift.directions(x.dtype)
+    return *spectral_linear(x, weight, factors, shift.delta, bias, scratch=scratch, asked=shift.asked), None
 
 
-def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None, project: bool) -> Computed:
+def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed:
     dims = len(module.kernel_size)
     batched = x.dim() == dims + 2
     x = x if batched else x.unsqueeze(0)
@@ -98,8 +120,8 @@ def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None, project: bo
     else:
         pads = tuple(module.padding)
     shape = ConvShape(module.kernel_size, module.stride, pads, module.dilation, module.groups)
-    weight, factors = shift.directions(x.dtype)
-    y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, project=project, asked=shift.asked)
+    weight, factors, scratch = shift.directions(x.dtype)
+    y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, scratch=scratch, asked=shift.asked)
     return (y if batched else y[0]), p, shape
 
 
@@ -108,7 +130,6 @@ def _transposed(
     shift: Shift,
     x: Tensor,
     bias: Tensor | None,
-    project: bool,
     output_size: list[int] | None = None,
 ) -> Computed:
     dims = len(module.kernel_size)
@@ -126,7 +147,8 @@ def _transposed(
         )
     ]
     shape = ConvShape(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-    weight, factors = shift.directions(x.dtype)
+    weight, factors, scratch = shift.directions(x.dtype)
     full = (x.shape[0], module.out_channels, *size)
-    y, q = spectral_conv(x, weight, factors, shift.delta, shape, bias, transposed_to=full, asked=shift.asked)
+    options: dict[str, Any] = {"transposed_to": full, "scratch": scratch, "asked": shift.asked}
+    y, q = spectral_conv(x, weight, factors, shift.delta, shape, bias, **options)
     return (y if batched else y[0]), q, shape

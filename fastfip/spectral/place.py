@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..ops.unfold import ConvShape
 
 __all__ = ["Place", "Record", "Recorder", "Use"]
+
+
+_MAKER = "_makes_"
 
 
 @dataclass
@@ -20,19 +24,35 @@ class Place:
     attribute: str
     replaced: bool = False
     order: list[str] | None = None
+    own: type[nn.Module] | None = None
 
     def put(self, value: Tensor) -> None:
         """Let the module compute with a tensor that is no parameter."""
         # A parameter cannot be a computed tensor, so its place in the module is taken by a plain attribute meanwhile.
+        self._take_parameter()
+        self.module.__dict__[self.attribute] = value
+
+    def put_made(self, make: Callable[[], Tensor]) -> None:
+        """Let the module find a tensor that is made when it is read: who never reads it needs no memory for it."""
+        self._take_parameter()
+        if self.own is None:
+            self.own = type(self.module)
+            self.module.__class__ = _made_on_reading(self.own, self.attribute)
+        self.module.__dict__[_MAKER + self.attribute] = make
+
+    def _take_parameter(self) -> None:
         if self.attribute in self.module._parameters:
             self.order = list(self.module._parameters) if self.order is None else self.order
             del self.module._parameters[self.attribute]
-        self.module.__dict__[self.attribute] = value
 
     def restore(self, weight: nn.Parameter) -> None:
         """Give the module its parameter and its forward back, if they were taken."""
         if self.order is None:
             return
+        if self.own is not None:
+            self.module.__class__ = self.own
+            self.own = None
+        self.module.__dict__.pop(_MAKER + self.attribute, None)
         self.module.__dict__.pop(self.attribute, None)
         if self.replaced:
             del self.module.__dict__["forward"]
@@ -41,6 +61,22 @@ class Place:
         order = [*(name for name in self.order if name in rest), *(name for name in rest if name not in self.order)]
         self.module._parameters.clear()
         self.module._parameters.update({name: rest[name] for name in order})
+
+
+_MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def _made_on_reading(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
+    """Return the class with a property in an attribute's place."""
+    if (cls, attribute) not in _MADE:
+
+        def made(module: nn.Module) -> Any:
+            return module.__dict__[_MAKER + attribute]()
+
+        names = {attribute: property(made), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        meta: Any = type(cls)
+        _MADE[cls, attribute] = meta(cls.__name__, (cls,), names)
+    return _MADE[cls, attribute]
 
 
 class Use(NamedTuple):

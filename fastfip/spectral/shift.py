@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import ModelError
+from ..ops.scratch import Scratch
 from .decompose import Rank, check_rank, decompose
 from .layers import replaced_forward
 from .norms import FrozenNorms
@@ -39,6 +40,7 @@ class SpectralShifts:
     While `installed`, the model computes with W(delta): `refresh` puts it in the weights' places before a step, and the
     gradients of the deltas arrive in their `.grad` without a gradient of a whole weight, through the op of
     `fastfip.ops.spectral`, where a layer computes by its own class's forward; `collect` adds those of all other uses.
+    W(delta) as a whole exists only for those, made when it is read.
     BatchNorm that is frozen altogether computes as a scale and an offset meanwhile.
     Several forward and backward passes may lie between the two. `fold` writes W(delta) into the weights, `remove` only
     takes the tensors out again.
@@ -98,10 +100,12 @@ class SpectralShifts:
         """Put W(delta) of the present deltas in the weights' places."""
         self.installed = True  # first: what an interruption leaves half done is then taken out again
         for number, shift in enumerate(self.shifts):
-            value = shift.refresh()
+            shift.refresh()
             for place in shift.places:
-                place.put(value)
-                replaced_forward(number, shift, place, self.recorder)
+                if replaced_forward(number, shift, place, self.recorder):
+                    place.put_made(shift.read)
+                else:
+                    place.put(shift.leaf())
         self.norms.put()
 
     def collect(self) -> None:
@@ -115,7 +119,7 @@ class SpectralShifts:
 
     @contextlib.contextmanager
     def inputs_only(self) -> Iterator[None]:
-        """Leave the deltas (and the layers' biases) out of the backward passes of a block: they are for inputs."""
+        """Leave the deltas out of the passes of a block: calls of `torch.autograd.grad` for gradients of inputs."""
         for shift in self.shifts:
             shift.asked.deltas = False
         try:
@@ -157,9 +161,7 @@ class SpectralShifts:
         self.remove()
         for shift in self.shifts:
             shift.weight.copy_(shift.recompose())
-            shift.value = None
-            shift.factors.clear()
-            shift.cast.clear()
+            shift.forget()
 
 
 def _weights(module: nn.Module) -> tuple[str, ...]:
@@ -179,8 +181,9 @@ def _shifts(found: list[tuple[nn.Parameter, list[str], list[Place]]], rank: Rank
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         groups = getattr(places[0].module, "groups", 1)
         matrices.append(weight.detach().reshape(groups, weight.shape[0] // groups, -1).to(dtype))
+    scratch = Scratch()
     return [
-        Shift(names, places, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True))
+        Shift(names, places, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True), scratch)
         for (weight, names, places), (u, sigma, v) in zip(found, decompose(matrices, rank))
     ]
 

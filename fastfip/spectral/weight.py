@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops.spectral import Asked, Factors
+from ..ops.scratch import Scratch
+from ..ops.spectral import Asked, Factors, is_even, recompose
 from .place import Place
 
 __all__ = ["Shift"]
+
+#: Numbers of a weight up to which W(delta) is kept from product to product: below a megabyte it is no matter.
+SMALL = 1 << 16
 
 
 @dataclass
@@ -23,8 +27,10 @@ class Shift:
         weight: the parameter itself; it is not changed before `fold`.
         u: [G, O, R]. sigma: [G, R]. v: [G, I, R], in float32, or float64 for a float64 weight.
         delta: [G, R], a leaf that asks for a gradient.
-        value: W(delta) of the last `refresh`, a leaf for the gradients of uses that are no layer of their own.
-        factors: the directions at the present delta, for the layers' own op.
+        scratch: memory in which W(delta) is put together for the length of a product.
+        value: W(delta) as a leaf for the gradients of uses that are no layer of their own, made when it is first read.
+        factors: the directions at the present delta, for the layers' own op. held: W(delta) for its products, where it
+            is kept: small, or in another dtype than the weight's.
     """
 
     names: list[str]
@@ -34,10 +40,14 @@ class Shift:
     sigma: Tensor
     v: Tensor
     delta: Tensor
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
     value: Tensor | None = field(default=None, repr=False)
     asked: Asked = field(default_factory=Asked, repr=False)
     factors: dict[torch.dtype, Factors] = field(default_factory=dict, repr=False)
-    cast: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    held: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _even: dict[torch.dtype, bool] = field(default_factory=dict, repr=False)
+    _fresh: bool = field(default=False, repr=False)
+    _trained: bool = field(default=False, repr=False)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as [G, O, I]."""
@@ -53,28 +63,47 @@ class Shift:
         change = (self.u * self.shift().unsqueeze(-2)) @ self.v.mT
         return self.weight.detach() + change.reshape(self.weight.shape).to(self.weight.dtype)
 
-    @torch.no_grad()
-    def refresh(self) -> Tensor:
-        """Bring `value` and `factors` up to the present delta; the memory of `value` is used again."""
-        if self.value is None:
-            self.value = torch.empty_like(self.weight, memory_format=torch.contiguous_format).requires_grad_(True)
-        scaled = self.u * self.shift().unsqueeze(-2)
-        if self.weight.dtype == self.u.dtype:
-            torch.baddbmm(self.matrix(self.weight), scaled, self.v.mT, out=self.matrix(self.value.data))
-        else:
-            change = (scaled @ self.v.mT).reshape(self.weight.shape)
-            self.value.data.copy_(self.weight + change.to(self.weight.dtype))
+    def refresh(self) -> None:
+        """Forget what belongs to another delta."""
+        if not self._trained:  # only passes without a gradient read it: steps have no need of the memory
+            self.value = None
+        self._fresh = False
         self.factors.clear()
-        self.cast.clear()
+        self.held.clear()
+
+    def leaf(self) -> Tensor:
+        """Return `value` at the present delta; its memory is used again."""
+        self._trained |= torch.is_grad_enabled()
+        with torch.no_grad():
+            if self.value is None:
+                self.value = torch.empty_like(self.weight, memory_format=torch.contiguous_format).requires_grad_(True)
+            if not self._fresh:
+                recompose(self.weight, self.u, self.shift(), self.v, self.scratch, out=self.value.data)
+                self._fresh = True
         return self.value
 
-    def directions(self, dtype: torch.dtype) -> tuple[Tensor, Factors]:
-        """Return W(delta) and its directions for products of a dtype (autocast's may differ from the weight's)."""
-        assert self.value is not None
+    def read(self) -> Tensor:
+        """Return W(delta) for whoever reads the weight: the leaf, or a function of delta to a compiler."""
+        return self.recompose() if torch.compiler.is_compiling() else self.leaf()
+
+    @torch.no_grad()
+    def directions(self, dtype: torch.dtype) -> tuple[Tensor, Factors, Scratch | None]:
+        """Return the op's weight, directions and scratch memory for products of a dtype (autocast's may be another)."""
         if dtype not in self.factors:
-            self.factors[dtype] = Factors.of(self.u, self.v, self.sigma, self.delta.detach(), dtype)
-            self.cast[dtype] = self.value.detach().to(dtype)
-        return self.cast[dtype], self.factors[dtype]
+            if dtype not in self._even:
+                self._even[dtype] = is_even(self.sigma, dtype)
+            delta = self.delta.detach()
+            self.factors[dtype] = Factors.of(self.u, self.v, self.sigma, delta, dtype, self._even[dtype])
+        factors = self.factors[dtype]
+        if self._fresh and dtype == self.weight.dtype:
+            assert self.value is not None
+            return self.value.detach(), factors, None
+        if dtype == self.weight.dtype and self.weight.numel() > SMALL:
+            return self.weight, factors, self.scratch
+        if dtype not in self.held:
+            made = recompose(self.weight, self.u, self.shift(), self.v, self.scratch)
+            self.held[dtype] = made.to(dtype, copy=True)
+        return self.held[dtype], factors, None
 
     def pull(self, gradient: Tensor) -> Tensor:
         """Return the gradient with respect to delta that belongs to a gradient with respect to W(delta).
@@ -84,3 +113,9 @@ class Shift:
         full = self.matrix(gradient).to(self.u.dtype)
         inner = ((full @ self.v) * self.u).sum(-2)
         return inner * (self.sigma + self.delta.detach() > 0)
+
+    def forget(self) -> None:
+        """Give back all memory but that of the directions."""
+        self._trained = False
+        self.refresh()
+        self.scratch.clear()

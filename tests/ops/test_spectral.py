@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.ops.spectral import TINY, Factors, spectral_conv, spectral_linear
+from fastfip.ops.scratch import Scratch
+from fastfip.ops.spectral import Factors, spectral_conv, spectral_linear
+from fastfip.ops.spectral_map import TINY, SpectralMap
 from fastfip.ops.unfold import ConvShape
 
+FORMS = ["held", "recomposed", "factored"]
 SIZES = [(7, 5, 3), (5, 9, 4), (6, 6, 6), (3, 8, 1), (1, 4, 1)]  # O, I, K
 
 
@@ -31,6 +34,24 @@ class Weight:
         with torch.no_grad():
             return self.of(delta), Factors.of(self.u, self.v, self.sigma, delta)
 
+    def given(self, form: str) -> tuple[tuple[Tensor, Factors], Scratch | None]:
+        """The op's weight, directions and scratch memory, which holds NaN."""
+        value, factors = self.now(self.delta)
+        if form == "held":
+            return (value, factors), None
+        scratch = Scratch()
+        for slot in (0, 1):
+            scratch.take(tuple(self.w.shape), self.w, slot=slot).fill_(torch.nan)
+        return (self.w, factors), scratch
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The three forms of a product, one after the other, whatever is the cheapest."""
+    possible = request.param == "factored"
+    monkeypatch.setattr(SpectralMap, "_factored", lambda self, *args, **kwargs: possible and self.f.even)
+    return request.param
+
 
 def both_orders(make, inputs):
     """First derivatives, and the gradient of a function of them, of make(*inputs) -> y."""
@@ -47,7 +68,7 @@ def agree(found, expected):
 
 @pytest.mark.parametrize("special", ["", "gone", "weak", "no input gradient"])
 @pytest.mark.parametrize("o,i,k", SIZES)
-def test_linear(o: int, i: int, k: int, special: str) -> None:
+def test_linear(o: int, i: int, k: int, special: str, form: str) -> None:
     torch.manual_seed(0)
     weight = Weight((o, i), 1, k)
     if special:
@@ -60,14 +81,13 @@ def test_linear(o: int, i: int, k: int, special: str) -> None:
     inputs = [t for t in (x, weight.delta, bias) if t.requires_grad]
 
     def by_op(*args: Tensor) -> Tensor:
-        value, factors = weight.now(weight.delta)
-        assert (factors.weak is not None) == (special == "weak")
-        return spectral_linear(x, value, factors, weight.delta, bias)[0]
+        (value, factors), scratch = weight.given(form)
+        assert (factors.weak is not None) == (special == "weak") and factors.even
+        return spectral_linear(x, value, factors, weight.delta, bias, scratch=scratch)[0]
 
     agree(both_orders(by_op, inputs), both_orders(lambda *args: F.linear(x, weight.of(weight.delta), bias), inputs))
-    value, factors = weight.now(weight.delta)
-    y, p = spectral_linear(x, value, factors, weight.delta, bias, project=True)
-    assert p is not None
+    given, scratch = weight.given(form)
+    y, p = spectral_linear(x, *given, weight.delta, bias, scratch=scratch)
     torch.testing.assert_close(p[..., : k - 1], (x @ weight.v[0])[..., : k - 1], rtol=1e-9, atol=1e-9)
 
 
@@ -84,7 +104,7 @@ CONVS = {
 
 @pytest.mark.parametrize("k", [1, 2, 99])
 @pytest.mark.parametrize("name", CONVS)
-def test_convolution(name: str, k: int) -> None:
+def test_convolution(name: str, k: int, form: str) -> None:
     torch.manual_seed(1)
     size, shape, space = CONVS[name]
     weight = Weight(size, shape.groups, k)
@@ -94,7 +114,8 @@ def test_convolution(name: str, k: int) -> None:
     inputs = [x, weight.delta, bias]
 
     def by_op(*args: Tensor) -> Tensor:
-        return spectral_conv(x, *weight.now(weight.delta), weight.delta, shape, bias)[0]
+        given, scratch = weight.given(form)
+        return spectral_conv(x, *given, weight.delta, shape, bias, scratch=scratch)[0]
 
     def plain(*args: Tensor) -> Tensor:
         return conv(x, weight.of(weight.delta), bias, shape.stride, shape.padding, shape.dilation, shape.groups)
@@ -103,7 +124,7 @@ def test_convolution(name: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 99])
-def test_transposed_convolution(k: int) -> None:
+def test_transposed_convolution(k: int, form: str) -> None:
     torch.manual_seed(2)
     weight = Weight((4, 3, 3, 3), 2, k)
     shape = ConvShape((3, 3), (2, 2), (1, 1), (1, 1), 2)
@@ -117,7 +138,8 @@ def test_transposed_convolution(k: int) -> None:
     size = tuple(plain().shape)
 
     def by_op(*args: Tensor) -> Tensor:
-        return spectral_conv(x, *weight.now(weight.delta), weight.delta, shape, bias, transposed_to=size)[0]
+        given, scratch = weight.given(form)
+        return spectral_conv(x, *given, weight.delta, shape, bias, transposed_to=size, scratch=scratch)[0]
 
     agree(both_orders(by_op, inputs), both_orders(plain, inputs))
 
@@ -166,8 +188,7 @@ def test_the_division_by_s_keeps_the_precision(dtype: torch.dtype) -> None:
     factors = Factors.of(factors.u, factors.v, weight.sigma, weight.delta.detach(), dtype)
     assert factors.weak is not None and 0 < len(factors.weak) < 8
     x = torch.randn(256, 64)
-    p = spectral_linear(x.to(dtype), value.to(dtype), factors, weight.delta, project=True)[1]
-    assert p is not None
+    p = spectral_linear(x.to(dtype), value.to(dtype), factors, weight.delta)[1]
     error = (p.detach().double() - x.to(dtype).double() @ weight.v[0].double()).abs().max() / x.abs().max()
     assert error < 8 * torch.finfo(dtype).eps / TINY[dtype]
 

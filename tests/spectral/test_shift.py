@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.errors import ConfigError, ModelError
-from fastfip.spectral import Rank, SpectralShifts
+from fastfip.ops.spectral_map import SpectralMap
+from fastfip.spectral import Rank, SpectralShifts, layers, weight
 from fastfip.spectral.decompose import decompose
 from fastfip.spectral.fisher import delta_gradients, recording
 
@@ -31,6 +32,15 @@ LAYERS = {
 RANKS = [None, 1, 2, 0.7]
 
 
+@pytest.fixture(params=["as it pays", "always the op"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers as small as a test's are torch's own with W(delta) as a leaf; large ones go through the op."""
+    if request.param != "as it pays":
+        monkeypatch.setattr(layers, "prefers_dense", lambda *args: False)
+        monkeypatch.setattr(weight, "SMALL", 0)
+    return request.param
+
+
 def per_sample(layer: nn.Module, shifts: SpectralShifts, x: Tensor) -> list[Tensor]:
     """The definition: one backward pass for each sample through W(delta) as a function of delta."""
     out = []
@@ -43,7 +53,7 @@ def per_sample(layer: nn.Module, shifts: SpectralShifts, x: Tensor) -> list[Tens
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_per_sample_gradients_are_those_of_a_loop(name: str, rank: Rank) -> None:
+def test_per_sample_gradients_are_those_of_a_loop(name: str, rank: Rank, path: str) -> None:
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -63,7 +73,7 @@ def test_per_sample_gradients_are_those_of_a_loop(name: str, rank: Rank) -> None
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_collected_gradient_is_the_one_of_autograd(name: str, rank: Rank) -> None:
+def test_collected_gradient_is_the_one_of_autograd(name: str, rank: Rank, path: str) -> None:
     make, shape = LAYERS[name]
     torch.manual_seed(1)
     layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -255,7 +265,7 @@ def test_small_singular_values_are_decomposed_exactly() -> None:
         torch.testing.assert_close(v.mT @ v, eye, atol=1e-5, rtol=0)
 
 
-def test_a_pass_for_inputs_leaves_the_deltas_out() -> None:
+def test_a_pass_for_inputs_leaves_the_deltas_out(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(9)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
     x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -263,11 +273,12 @@ def test_a_pass_for_inputs_leaves_the_deltas_out() -> None:
     shifts.refresh()
     loss = net(x).pow(2).sum()
     (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
-    with shifts.inputs_only():
-        loss.backward(retain_graph=True)
-    torch.testing.assert_close(x.grad, plain)
-    assert all(delta.grad is None for delta in shifts.deltas) and net[3].bias.grad is None
+    with monkeypatch.context() as patch, shifts.inputs_only():
+        patch.setattr(SpectralMap, "total", None)  # the sum that delta's gradient is
+        (found,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(found, plain)
     loss.backward()
+    shifts.collect()
     assert all(delta.grad is not None for delta in shifts.deltas) and net[3].bias.grad is not None
 
 
@@ -406,3 +417,58 @@ def test_a_single_vector_goes_through() -> None:
     with shifts.differentiable():
         right = torch.autograd.grad(layer(x).pow(2).sum(), [*shifts.deltas, layer.bias])
     torch.testing.assert_close([shifts.deltas[0].grad, layer.bias.grad], list(right))
+
+
+def test_a_weight_is_there_once() -> None:
+    """Neither refresh nor a step leaves a second weight behind; who reads the attribute finds W(delta) all the same."""
+    torch.manual_seed(16)
+    net = nn.Sequential(nn.Linear(300, 320), nn.Linear(320, 300)).requires_grad_(False)
+    kinds = [type(m) for m in net]
+    shifts = SpectralShifts.of(net, 4)
+    with torch.no_grad():
+        shifts.deltas[0].fill_(0.5)
+    shifts.refresh()
+    net(torch.randn(600, 300)).pow(2).sum().backward()
+    shifts.collect()
+    assert all(shift.value is None and not shift.held for shift in shifts.shifts)
+    assert all(delta.grad is not None for delta in shifts.deltas)
+    torch.testing.assert_close(net[0].weight, shifts.shifts[0].recompose().detach())
+    assert net[0].weight.requires_grad and isinstance(net[0], nn.Linear) and "weight" not in net[0]._parameters
+    net[0].weight.sum().backward()  # a use of the weight itself
+    before = shifts.deltas[0].grad.clone()
+    shifts.collect()
+    pulled = shifts.shifts[0].pull(torch.ones(320, 300))
+    torch.testing.assert_close(shifts.deltas[0].grad, before + pulled)
+    shifts.remove()
+    assert (
+        [type(m) for m in net] == kinds
+        and net[0].weight is shifts.weights[0]
+        and not shifts.deltas[0].grad.isnan().any()
+    )
+
+
+@pytest.mark.parametrize("positions", [3, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_layers_of_any_precision(dtype: torch.dtype, positions: int) -> None:
+    """Few positions and many, the two forms that need no second weight; bfloat16 weights, and autocast."""
+    torch.manual_seed(17)
+    net = nn.Sequential(nn.Linear(300, 320), nn.Conv1d(positions, 230, 300, bias=False)).to(dtype)
+    x = torch.randn(2, positions, 300, dtype=dtype)
+    shifts = SpectralShifts.of(net, 8)
+    with torch.no_grad():
+        for delta in shifts.deltas:
+            delta.uniform_(-0.2, 0.2)
+    with shifts.differentiable():
+        y = net(x)
+        right = torch.autograd.grad(y.float().pow(2).sum(), shifts.deltas)
+    for cast in (False, True) if dtype == torch.float32 else (False,):
+        shifts.refresh()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            found = net(x)
+        found.float().pow(2).sum().backward()
+        shifts.collect()
+        close = 1e-4 if dtype == torch.float32 and not cast else 0.05
+        assert (found - y).norm() < close * y.norm()
+        for delta, expected in zip(shifts.deltas, right):
+            assert (delta.grad - expected).norm() < close * expected.norm()
+            delta.grad = None
