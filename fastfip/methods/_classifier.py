@@ -1,21 +1,20 @@
-"""The classifier of a net, and methods that drive it off the weight it was received with (FST, D3)."""
+"""The layer of a net that makes the logits: found, read and written."""
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ..data import Batch
 from ..errors import ModelError
-from .base import Groups, Method, Run
+from .base import Run
 
-__all__ = ["Classifier", "Departure"]
+__all__ = ["Classifier", "LastLayer", "put", "recorded"]
 
 
 class Classifier:
@@ -38,24 +37,17 @@ class Classifier:
     @classmethod
     def of(cls, run: Run) -> Classifier:
         """Find it by one forward pass of two samples."""
-        called: list[nn.Module] = []
-
-        def note(module: nn.Module, _: Any) -> None:
-            called.append(module)
-
-        layers = [m for m in run.model.modules() if isinstance(m, (nn.Linear, _ConvNd))]
-        hooks = [m.register_forward_pre_hook(note) for m in layers]
-        try:
-            with run.eval_mode(), torch.no_grad():
-                run.forward(next(iter(run.clean.batches(2, device=run.device))))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # A layer whose weight is used without calling it is found by its place.
+        layers: dict[str, nn.Module] = {
+            name: m for name, m in run.model.named_modules() if isinstance(m, (nn.Linear, _ConvNd))
+        }
+        with run.eval_mode(), torch.no_grad(), recorded(layers) as called:
+            run.forward(next(iter(run.clean.batches(2, device=run.device))))
         for kind in (nn.Linear, _ConvNd):
-            found = [m for m in called if isinstance(m, kind)] or [m for m in layers if isinstance(m, kind)]
-            if found:
-                return cls(found[-1])
+            # A layer whose weight is used without calling it is found by its place.
+            for names in (called, layers):
+                found = [layers[name] for name in names if isinstance(layers[name], kind)]
+                if found:
+                    return cls(found[-1])
         raise ModelError("the model has no Linear or convolution layer to take for its classifier: try another method")
 
     @property
@@ -73,7 +65,7 @@ class Classifier:
             values = torch.rand(like.shape, generator=generator, device="cpu") * 2 - 1
             return (spread * values).to(like.device)
 
-        self._put(uniform(self.received))
+        put(self.module, uniform(self.received))
         own = self.module.bias
         if bias and isinstance(own, Tensor):
             own.copy_(uniform(own))
@@ -83,54 +75,143 @@ class Classifier:
     def project(self) -> None:
         """Scale the weight to the received norm."""
         weight = self.weight
-        self._put(weight * (self.norm / torch.linalg.vector_norm(weight).clamp_min(1e-20)))
+        put(self.module, weight * (self.norm / torch.linalg.vector_norm(weight).clamp_min(1e-20)))
 
-    def _put(self, value: Tensor) -> None:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        if not parametrize.is_parametrized(self.module, "weight"):
-            weight.copy_(value)
+
+@dataclass
+class LastLayer:
+    """A Linear or 1x1 convolution with logits = features @ theta^T, theta = [W, b].
+
+    Several positions (a 1x1 convolution before a global mean) have the mean of their inputs as features.
+    """
+
+    name: str
+    layer: nn.Module
+    shape: tuple[int, ...]  # of what the net gives for one sample
+
+    @classmethod
+    def of(cls, run: Run, name: str | None = None) -> LastLayer:
+        """Find the layer that was run last and gives the logits (up to a constant for each sample, as a softmax in the
+        net leaves it), checked on a batch of clean samples.
+
+        Args:
+            run: its model and clean set.
+            name: of the layer, as `named_modules` has it; None: found.
+
+        Raises:
+            ModelError: no such layer, no layer gives the logits, or its weight is used elsewhere as well.
+        """
+        known = {key: module for key, module in run.model.named_modules() if _is_linear(module)}
+        if name is not None and name not in known:
+            some = ", ".join(list(known)[-3:]) or "none"
+            raise ModelError(f"layer={name!r} is no Linear or 1x1 convolution of the model: the last ones are {some}")
+        batch = next(iter(run.clean.batches(min(64, run.clean.batch_size), device=run.device)))
+        with run.eval_mode(), torch.no_grad(), recorded(known) as seen:
+            out = run.forward(batch)
+        for key in reversed(list(seen)):
+            if name is not None and key != name:
+                continue
+            found = cls(key, known[key], tuple(out.shape[1:]))
+            inputs = seen[key]
+            if len(inputs) != 1 or not found.gives(inputs[0], out, run.task.loss_hook is not None):
+                continue
+            found.check(run.model)
+            return found
+        which = f"the layer {name!r} does not give" if name is not None else "no Linear or 1x1 convolution gives"
+        raise ModelError(f"{which} the logits directly: name the classifier with layer=, or take another method")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ModelError if the weight cannot be set, or is also used where the features come from."""
+        weight = self.layer._parameters.get("weight")
+        if weight is None:
+            steps = getattr(getattr(self.layer, "parametrizations", {}), "weight", None)
+            if steps is None or not all(hasattr(step, "right_inverse") for step in steps):
+                raise ModelError(f"the weight of {self.name} is computed and cannot be set: take another method")
             return
-        try:
-            self.module.weight = value.to(weight.dtype)  # through the parametrisation's right_inverse
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            raise ModelError("the classifier's parametrisation cannot be assigned to: fold it in first") from error
+        others = [
+            m for m in model.modules() if m is not self.layer and any(p is weight for p in m._parameters.values())
+        ]
+        if others:
+            raise ModelError(f"the weight of {self.name} is used in other layers too: take another method")
+
+    @torch.no_grad()
+    def theta(self) -> Tensor:
+        """Return a copy of [W, b] ([W] without a bias), [C, m + 1], in float32 at least."""
+        weight = self.layer.weight.detach().flatten(1)  # type: ignore[operator]
+        bias = self.layer.bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        parts = [weight] if bias is None else [weight, bias.detach()[:, None]]  # type: ignore[operator]
+        return torch.cat([part.to(dtype) for part in parts], 1)
+
+    @torch.no_grad()
+    def write(self, theta: Tensor) -> None:
+        """Write [W, b] into the layer."""
+        bias = self.layer.bias
+        weight = theta if bias is None else theta[:, :-1]
+        put(self.layer, weight)
+        if isinstance(bias, Tensor):
+            bias.copy_(theta[:, -1])
+
+    def features(self, h: Tensor) -> Tensor:
+        """Return what theta multiplies, [N, m + 1] ([N, m] without a bias), of the layer's input."""
+        if isinstance(self.layer, _ConvNd):
+            h = h.flatten(2).mean(2)
+        elif h.dim() > 2:
+            h = h.flatten(1, -2).mean(1)
+        h = h.detach().to(torch.promote_types(h.dtype, torch.float32))
+        return h if self.layer.bias is None else torch.cat([h, torch.ones_like(h[:, :1])], 1)
+
+    def gives(self, h: Tensor, out: Tensor, exactly: bool) -> bool:
+        """Return whether the net's outputs are this layer's, up to rounding; not `exactly`: as a softmax sees them."""
+        z = self.features(h) @ self.theta().T
+        if z.numel() != out.numel() or len(z) != len(out):
+            return False
+        eps = torch.finfo(out.dtype).eps
+        z, out = z.double(), out.double().reshape(z.shape)
+        if not exactly:
+            z, out = (t.log_softmax(1).clamp_min(-30) for t in (z, out))
+        room = (100 if eps < 1e-4 else 8) * eps * (1 + float(out.abs().max()))
+        return bool((z - out).abs().max() <= room)
 
 
-class Departure(Method):
-    """Fine-tune everything while the classifier, drawn anew, keeps off its received weight at the received norm."""
+@torch.no_grad()
+def put(layer: nn.Module, value: Tensor) -> None:
+    """Write a layer's weight, in its shape and dtype; of a parametrised one through the `right_inverse`.
 
-    classifier: Classifier
-    #: Spread of the new weight before it is scaled; None: 1 / sqrt(inputs).
-    spread: float | None = None
-    new_bias = True
+    Raises:
+        ModelError: the parametrisation has none.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if not parametrize.is_parametrized(layer, "weight"):
+        weight.copy_(value.reshape(weight.shape))
+        return
+    try:
+        layer.weight = value.reshape(weight.shape).to(weight.dtype)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ModelError("the classifier's parametrisation cannot be assigned to: fold it in first") from error
 
-    def setup(self, run: Run) -> None:
-        """Find the classifier."""
-        self.classifier = Classifier.of(run)
-        self.drawn = False
 
-    def parameter_groups(self, run: Run) -> Groups:
-        """All parameters."""
-        return [{"params": list(run.model.parameters())}]
+@contextlib.contextmanager
+def recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep the inputs of layers for a block: each call's, in the order in which layers were last run."""
+    seen: dict[str, list[Tensor]] = {}
 
-    def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
-        """Draw the classifier before the first step (an interruption before it leaves the net as given); then step."""
-        if not self.drawn:
-            inputs = self.classifier.received[0].numel()
-            spread = 1 / math.sqrt(inputs) if self.spread is None else self.spread
-            self.classifier.draw(run.generator, spread, self.new_bias)
-            self.drawn = True
-        with run.autocast():
-            clean = run.loss(run.forward(batch), batch).mean()
-        loss = self.objective(run, clean)
-        run.backward(loss)
-        return {"loss": loss.detach(), "clean": clean.detach()}
+    def keeper(key: str):  # type: ignore[no-untyped-def]
+        def keep(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen[key] = [*seen.pop(key, []), (args[0] if args else named["input"]).detach()]
 
-    @abstractmethod
-    def objective(self, run: Run, clean: Tensor) -> Tensor:
-        """Return what is minimised, given the mean clean loss."""
+        return keep
 
-    def after_step(self, run: Run) -> None:
-        """Keep the norm."""
-        self.classifier.project()
+    handles = [module.register_forward_pre_hook(keeper(key), with_kwargs=True) for key, module in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, _ConvNd):
+        return module.groups == 1 and not module.transposed and all(k == 1 for k in module.kernel_size)
+    return isinstance(module, nn.Linear)

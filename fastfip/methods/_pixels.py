@@ -12,14 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data import Batch
 from ..errors import ConfigError
 from ..worst_case import perturbable
-from .base import Run
+from .base import MethodConfig, Run, setting
 
-__all__ = ["Bound", "PixelRange"]
+__all__ = ["PixelConfig", "PixelRange"]
 
 #: A bound as a user gives it: one number, or one for each channel; None: inferred from the clean inputs.
 Bound = float | tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class PixelConfig(MethodConfig):
+    """Settings of a method that perturbs images."""
+
+    low: float | tuple[float, ...] | None = setting(
+        None, "black in the inputs' units, or one for each channel; None: from the clean images"
+    )
+    high: float | tuple[float, ...] | None = setting(
+        None, "white in the inputs' units, or one for each channel; None: from the clean images"
+    )
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,15 @@ class PixelRange:
 
     low: Tensor
     high: Tensor
+
+    @classmethod
+    def of_run(cls, run: Run, without: str) -> PixelRange | None:
+        """Return the range of a run whose config is a `PixelConfig`; None and a note, what is done `without` it."""
+        assert isinstance(run.config, PixelConfig)
+        found = cls.of(run, run.config.low, run.config.high)
+        if found is None:
+            run.note(f"inputs that are no real numbers cannot be perturbed: {without}")
+        return found
 
     @classmethod
     def of(cls, run: Run, low: Bound = None, high: Bound = None) -> PixelRange | None:
@@ -66,10 +88,12 @@ class PixelRange:
         """Return high - low: a pixel's [0, 1] in the model's units."""
         return self.high - self.low
 
-    def moved(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Return inputs x [N, ch, ...] moved by delta [1 or N, ch, ...] in pixels, clipped to the range."""
+    def moved(self, run: Run, batch: Batch, delta: Tensor) -> Batch:
+        """Return a batch with its inputs [N, ch, ...] moved by delta [1 or N, ch, ...] in pixels and clipped."""
+        x = run.task.inputs(batch)
         moved = x + (delta * self.span).to(x.dtype)
-        return torch.minimum(torch.maximum(moved, self.low.to(x.dtype)), self.high.to(x.dtype))
+        clipped = torch.minimum(torch.maximum(moved, self.low.to(x.dtype)), self.high.to(x.dtype))
+        return run.task.replace_inputs(batch, clipped)
 
 
 def _given(name: str, bound: Bound, like: Tensor) -> Tensor:

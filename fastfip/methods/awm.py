@@ -14,14 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 from ..data import Batch
 from ..errors import ModelError
 from ._masks import Masks, per_element, weights_of
-from ._pixels import PixelRange
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from ._pixels import PixelConfig, PixelRange
+from .base import Groups, Method, Run, register, setting
 
 __all__ = ["AWM", "AWMConfig"]
 
 
 @dataclass(frozen=True)
-class AWMConfig(MethodConfig):
+class AWMConfig(PixelConfig):
     """Settings of AWM: those of the released code, whose 500 images of batch 128 make 20 rounds of 15 + 15 steps.
 
     With one sample a class or fewer, `alpha` and `tau` are those that its authors give for that case.
@@ -49,12 +49,6 @@ class AWMConfig(MethodConfig):
     gamma: float = setting(1e-8, "weight of the masks' L1 norm", low=0)
     tau: float | None = setting(
         None, "largest L1 norm of the perturbation, in pixels of [0, 1]; None: 1000, one sample a class 100", above=0
-    )
-    low: float | tuple[float, ...] | None = setting(
-        None, "black in the inputs' units, or one for each channel; None: from the clean images"
-    )
-    high: float | tuple[float, ...] | None = setting(
-        None, "white in the inputs' units, or one for each channel; None: from the clean images"
     )
 
     def __post_init__(self) -> None:
@@ -99,11 +93,7 @@ class AWM(Method):
         few = run.classes is not None and run.clean.n <= run.classes
         self.alpha = (0.99 if few else 0.9) if config.alpha is None else config.alpha
         self.tau = (100.0 if few else 1000.0) if config.tau is None else config.tau
-        self.range = PixelRange.of(run, config.low, config.high)
-        if self.range is None:
-            run.note(
-                "inputs that are no real numbers cannot be perturbed: the masks were tuned by the clean loss alone"
-            )
+        self.range = PixelRange.of_run(run, "the masks were tuned by the clean loss alone")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.order: Iterator[Batch] | None = None
 
@@ -124,7 +114,7 @@ class AWM(Method):
             delta = None if self.range is None else self.deltas.get(tuple(run.task.inputs(batch).shape[1:]))
             if delta is not None and self.alpha < 1:
                 assert self.range is not None
-                moved = run.task.replace_inputs(batch, self.range.moved(run.task.inputs(batch), delta))
+                moved = self.range.moved(run, batch, delta)
                 with run.bn("eval"), run.autocast():
                     there = run.loss(run.forward(moved), batch).mean()
                 run.backward((1 - self.alpha) * there)
@@ -155,7 +145,7 @@ class AWM(Method):
         if self.config.labels == "predicted" and run.classes is not None and run.task.loss_hook is None:
             with torch.no_grad(), cast:
                 batch = run.task.relabel(batch, run.forward(batch).argmax(1))
-        moved = run.task.replace_inputs(batch, self.range.moved(run.task.inputs(batch), delta))
+        moved = self.range.moved(run, batch, delta)
         with cast:
             loss = run.task.loss(run.forward(moved), batch).mean()
         (gradient,) = torch.autograd.grad(loss, delta, allow_unused=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._classifier import Departure
+from ._departure import Departure
 from .base import MethodConfig, Run, register, setting
 
 __all__ = ["D3", "D3Config"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._classifier import Departure
+from ._departure import Departure
 from .base import MethodConfig, Run, register, setting
 
 __all__ = ["FST", "FSTConfig"]

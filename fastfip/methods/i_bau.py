@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..data import Batch
 from ..fisher.modes import readable
-from ._pixels import PixelRange
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from ._pixels import PixelConfig, PixelRange
+from .base import Groups, Method, Run, register, setting
 
 __all__ = ["IBAU", "IBAUConfig", "hypergradient"]
 
@@ -97,7 +97,7 @@ def _cg(curvature: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Te
 
 
 @dataclass(frozen=True)
-class IBAUConfig(MethodConfig):
+class IBAUConfig(PixelConfig):
     """Settings of I-BAU: those of the released code, in which an epoch is a round."""
 
     epochs: int | None = setting(5, "rounds: each finds a perturbation, then passes over the clean set", low=1)
@@ -118,12 +118,6 @@ class IBAUConfig(MethodConfig):
     )
     terms: int = setting(5, "terms of the fixed-point series, or iterations of conjugate gradients", low=1)
     inner_step: float = setting(0.1, "step of the fixed-point map", above=0)
-    low: float | tuple[float, ...] | None = setting(
-        None, "black in the inputs' units, or one for each channel; None: from the clean images"
-    )
-    high: float | tuple[float, ...] | None = setting(
-        None, "white in the inputs' units, or one for each channel; None: from the clean images"
-    )
 
 
 @register
@@ -152,9 +146,7 @@ class IBAU(Method):
         config = run.config
         assert isinstance(config, IBAUConfig)
         self.config = config
-        self.range = PixelRange.of(run, config.low, config.high)
-        if self.range is None:
-            run.note("inputs that are no real numbers cannot be perturbed: the net was only fine-tuned")
+        self.range = PixelRange.of_run(run, "the net was only fine-tuned")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.round = 0
 
@@ -195,7 +187,7 @@ class IBAU(Method):
     def at(self, run: Run, batch: Batch, delta: Tensor) -> Tensor:
         """Return the mean loss of a batch moved by delta [1 or N, ch, ...]."""
         assert self.range is not None
-        moved = run.task.replace_inputs(batch, self.range.moved(run.task.inputs(batch), delta))
+        moved = self.range.moved(run, batch, delta)
         # Second derivatives in float16 overflow without a scaler of their own.
         cast = contextlib.nullcontext() if run.amp == torch.float16 else run.autocast()
         with readable(run.model, twice=True), cast:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, Task
-from ._features import FeatureSet, LastLayer
+from ._classifier import LastLayer
+from ._features import FeatureSet
 from ._natural import Exact, Kronecker, Solver
 from .base import Groups, Method, MethodConfig, Run, register, setting
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ._pixels import PixelRange
+from ._pixels import PixelConfig, PixelRange
 from ._space import frozen_copy
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from .base import Groups, Method, Run, register, setting
 
 __all__ = ["SAU", "SAUConfig", "unshared"]
 
@@ -37,7 +37,7 @@ def unshared(logits: Tensor, shared: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SAUConfig(MethodConfig):
+class SAUConfig(PixelConfig):
     """Settings of SAU: those of the released code."""
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
@@ -56,12 +56,6 @@ class SAUConfig(MethodConfig):
     clean_weight: float = setting(1.0, "weight of the clean loss", low=0)
     adversarial_weight: float = setting(0.0, "weight of the loss at perturbed inputs", low=0)
     shared_weight: float = setting(1.0, "weight of unlearning the class that the received net is led to", low=0)
-    low: float | tuple[float, ...] | None = setting(
-        None, "black in the inputs' units, or one for each channel; None: from the clean images"
-    )
-    high: float | tuple[float, ...] | None = setting(
-        None, "white in the inputs' units, or one for each channel; None: from the clean images"
-    )
 
 
 @register
@@ -90,11 +84,9 @@ class SAU(Method):
         assert isinstance(config, SAUConfig)
         self.config = config
         self.received = frozen_copy(run.model)
-        self.range = PixelRange.of(run, config.low, config.high)
+        self.range = PixelRange.of_run(run, "the net was only fine-tuned")
         self.classified = run.classes is not None and run.task.loss_hook is None
-        if self.range is None:
-            run.note("inputs that are no real numbers cannot be perturbed: the net was only fine-tuned")
-        elif not self.classified:
+        if self.range is not None and not self.classified:
             run.note("loss= has no classes to share: perturbed inputs are unlearned towards their own labels")
 
     def parameter_groups(self, run: Run) -> Groups:
@@ -106,7 +98,7 @@ class SAU(Method):
         if self.range is None:
             return super().backward(run, batch)
         config = self.config
-        moved = self.moved(run, batch, self.search(run, batch))
+        moved = self.range.moved(run, batch, self.search(run, batch))
         with run.autocast():
             clean = run.loss(run.forward(batch), batch).mean()
         run.backward(config.clean_weight * clean)
@@ -134,11 +126,6 @@ class SAU(Method):
     def _answers(self, run: Run, batch: Batch) -> Tensor:
         with run.autocast():
             return run.task.forward(self.received, batch).argmax(1)
-
-    def moved(self, run: Run, batch: Batch, delta: Tensor) -> Batch:
-        """Return the batch with its inputs moved by delta, in pixels, and clipped."""
-        assert self.range is not None
-        return run.task.replace_inputs(batch, self.range.moved(run.task.inputs(batch), delta))
 
     def search(self, run: Run, batch: Batch) -> Tensor:
         """Return perturbations [N, ch, ...] in pixels that lead both nets astray, to the same class."""
@@ -175,7 +162,8 @@ class SAU(Method):
 
     def _search_loss(self, run: Run, batch: Batch, delta: Tensor) -> tuple[Tensor, bool]:
         """What the perturbation minimises, and whether a sample is still open."""
-        moved = self.moved(run, batch, delta)
+        assert self.range is not None
+        moved = self.range.moved(run, batch, delta)
         outputs = [run.task.forward(net, moved) for net in (run.model, self.received)]
         losses = [run.task.loss(out, batch) for out in outputs]
         if not self.classified:

@@ -97,7 +97,7 @@ def test_the_perturbation_stays_in_its_ball_and_images_in_their_range(tau: float
     method.ascend(run)
     (delta,) = method.deltas.values()
     assert float(delta.abs().sum()) == pytest.approx(tau, rel=1e-4)  # so large a step reaches the bound
-    moved = method.range.moved((x - MEAN) / STD, delta) * STD + MEAN
+    moved = method.range.moved(run, ((x - MEAN) / STD, y), delta)[0] * STD + MEAN
     assert float(moved.min()) >= -1e-5 and float(moved.max()) <= 1 + 1e-5
     torch.testing.assert_close(moved, (x + delta).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
@@ -110,7 +110,7 @@ def test_the_ascent_leads_away_from_the_nets_own_answers() -> None:
     state = {k: v.clone() for k, v in run.model.state_dict().items()}
     method.ascend(run)
     (delta,) = method.deltas.values()
-    assert float(F.cross_entropy(run.model(method.range.moved(x, delta)), answers)) > 1.02 * float(before)
+    assert float(F.cross_entropy(run.model(method.range.moved(run, (x, y), delta)[0]), answers)) > 1.02 * float(before)
     assert same(run.model.state_dict(), state) and all(p.grad is None for p in run.model.parameters())
 
 
@@ -120,7 +120,7 @@ def test_one_step_of_the_ascent_is_its_formula() -> None:
     method.ascend(run)
     (delta,) = method.deltas.values()
     start = torch.zeros(1, 2, 6, 6, requires_grad=True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(run.model(method.range.moved(x, start)), y), start)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(run.model(method.range.moved(run, (x, y), start)[0]), y), start)
     torch.testing.assert_close(delta, 0.1 * gradient, rtol=1e-5, atol=1e-8)
 
 
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_masks_is_that_of_the_objective() -> None:
     masks = [v.detach().clone().requires_grad_(True) for v in method.masks.values]
     weights = {m.name: m.received * v for m, v in zip(method.masks.masks, masks)}
     clean = F.cross_entropy(torch.func.functional_call(run.model, weights, (x,)), y)
-    moved = method.range.moved(x, delta)
+    moved = method.range.moved(run, (x, y), delta)[0]
     there = F.cross_entropy(torch.func.functional_call(run.model, weights, (moved,)), y)
     assert float(values["perturbed_loss"]) == pytest.approx(there.item())
     total = 0.7 * clean + 0.3 * there + 0.3 * sum(v.abs().sum() for v in masks)

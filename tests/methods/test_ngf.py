@@ -16,7 +16,7 @@ from benchmarks import nets
 from fastfip.cleanset import CleanSet
 from fastfip.data import Task
 from fastfip.errors import ModelError
-from fastfip.methods._features import LastLayer
+from fastfip.methods._classifier import LastLayer
 from fastfip.methods._natural import Exact, Kronecker
 from fastfip.methods.base import Run
 from fastfip.methods.ngf import NGF, NGFConfig
