@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..ops.spectral import prefers_dense, spectral_conv, spectral_linear
 from ..ops.unfold import ConvShape
 from .place import Place, Recorder, Use
+from .relu import keep_signs
 from .weight import Shift
 
 __all__ = ["replaced_forward"]
@@ -65,6 +66,7 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
         bias = None if own is None else own.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if recorder.current is None:
+                keep_signs(x)
                 return compute(module, shift, x.to(dtype), bias, *args, **kwargs)[0]
             # The bias is added where the autograd graph shows it: its per-sample gradients are read from there.
             y, known, shape = compute(module, shift, x.to(dtype), None, *args, **kwargs)
