@@ -23,26 +23,35 @@ from .gram_apply import gram_apply
 from .scratch import accumulation_dtype
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
-LIBRARY.define("grad_norm_squared(Tensor g, Tensor a, str backend) -> Tensor")
-LIBRARY.define("grad_norm_squared_backward(Tensor g, Tensor a, Tensor v) -> (Tensor, Tensor)")
+# With `keep` the second result is what the backward can use again [N, 2, T, T], else it is empty [N, 0, T, T].
+LIBRARY.define("grad_norm_squared(Tensor g, Tensor a, str backend, bool keep=False) -> (Tensor, Tensor)")
+LIBRARY.define("grad_norm_squared_backward(Tensor g, Tensor a, Tensor v, Tensor? kept=None) -> (Tensor, Tensor)")
 
 
 def define(
-    forward: Callable[[Tensor, Tensor, str], Tensor],
-    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    forward: Callable[[Tensor, Tensor, str, bool], tuple[Tensor, Tensor]],
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
 ) -> None:
     """Give the ops their implementations."""
-    LIBRARY.impl("grad_norm_squared", forward, "CompositeExplicitAutograd")
-    LIBRARY.impl("grad_norm_squared_backward", backward, "CompositeExplicitAutograd")
+
+    def with_default(g: Tensor, a: Tensor, backend: str, keep: bool = False) -> tuple[Tensor, Tensor]:
+        return forward(g, a, backend, keep)
+
+    def without_kept(g: Tensor, a: Tensor, v: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return backward(g, a, v, kept)
+
+    LIBRARY.impl("grad_norm_squared", with_default, "CompositeExplicitAutograd")
+    LIBRARY.impl("grad_norm_squared_backward", without_kept, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastfip::grad_norm_squared", lib=LIBRARY)
-def _fake(g: Tensor, a: Tensor, backend: str) -> Tensor:
-    return g.new_empty(g.shape[0], dtype=accumulation_dtype(g.dtype))
+def _fake(g: Tensor, a: Tensor, backend: str, keep: bool = False) -> tuple[Tensor, Tensor]:
+    (n, t), acc = g.shape[:2], accumulation_dtype(g.dtype)
+    return g.new_empty(n, dtype=acc), g.new_empty(n, 2 if keep else 0, t, t, dtype=acc)
 
 
 @torch.library.register_fake("fastfip::grad_norm_squared_backward", lib=LIBRARY)
-def _fake_backward(g: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_backward(g: Tensor, a: Tensor, v: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dg, da = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, a))
     return dg, da
 
@@ -54,16 +63,19 @@ def _more_samples(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Ten
     return [x.flatten(0, 1) for x in moved]
 
 
-def _under_vmap(info: Any, in_dims: tuple[int | None, ...], g: Tensor, a: Tensor, backend: str) -> tuple[Tensor, int]:
-    flat = torch.ops.fastfip.grad_norm_squared(*_more_samples(info, in_dims, (g, a)), backend)
-    return flat.view(info.batch_size, -1) if flat.numel() else flat.new_zeros(info.batch_size, 0), 0
+def _parted(info: Any, *results: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    size = info.batch_size
+    return tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results), (0,) * len(results)
 
 
-def _backward_under_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    both = torch.ops.fastfip.grad_norm_squared_backward(*_more_samples(info, in_dims, inputs))
-    return tuple(x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in both), (0, 0)
+def _under_vmap(
+    info: Any, in_dims: tuple[int | None, ...], g: Tensor, a: Tensor, backend: str, keep: bool = False
+) -> Any:
+    return _parted(info, *torch.ops.fastfip.grad_norm_squared(*_more_samples(info, in_dims, (g, a)), backend, keep))
+
+
+def _backward_under_vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+    return _parted(info, *torch.ops.fastfip.grad_norm_squared_backward(*_more_samples(info, in_dims, inputs)))
 
 
 torch.library.register_vmap("fastfip::grad_norm_squared", _under_vmap, lib=LIBRARY)
@@ -74,12 +86,12 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastfip.grad_norm_squared_backward(g, a, v)
+    def forward(g: Tensor, a: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastfip.grad_norm_squared_backward(g, a, v, kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,26 +103,28 @@ class _Backward(torch.autograd.Function):
         dv = None
         if ctx.needs_input_grad[2]:
             dv = 2 * ((x * gram_apply(a, a, g)).sum((1, 2)) + (y * gram_apply(g, g, a)).sum((1, 2)))
-        return dg.to(saved_g.dtype), da.to(saved_a.dtype), dv
+        return dg.to(saved_g.dtype), da.to(saved_a.dtype), dv, None
 
 
 class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, a: Tensor, backend: str) -> Tensor:
-        return torch.ops.fastfip.grad_norm_squared(g, a, backend)
+    def forward(g: Tensor, a: Tensor, backend: str, keep: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastfip.grad_norm_squared(g, a, backend, keep)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        dg, da = _Backward.apply(*ctx.saved_tensors, v)
-        return dg, da, None
+    def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        g, a, kept = ctx.saved_tensors
+        dg, da = _Backward.apply(g, a, v, kept)
+        return dg, da, None, None
 
 
-def differentiable(g: Tensor, a: Tensor, backend: str) -> Tensor:
-    """Return s [N] of g [N, T, O] and a [N, T, I], by that backend."""
-    return _Forward.apply(g, a, backend)
+def differentiable(g: Tensor, a: Tensor, backend: str, keep: bool = False) -> Tensor:
+    """Return s [N] of g [N, T, O] and a [N, T, I], by that backend; `keep`: see the op."""
+    return _Forward.apply(g, a, backend, keep)[0]

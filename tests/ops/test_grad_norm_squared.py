@@ -8,10 +8,12 @@ import torch
 import torch._dynamo.testing
 from torch.library import opcheck
 
-from fastfip.ops.grad_norm_squared import grad_norm_squared, grad_norm_squared_conv, prefers_gram
+from fastfip.ops import ConvShape, grad_norm_squared, grad_norm_squared_conv
+from fastfip.ops.gram import Lattice, prefers_gram
 from fastfip.ops.registry import OPS
 from tests.ops.test_sum_grad_squared import CONVS, SIZES, close, conv_problem
 
+conv = sys.modules["fastfip.ops.grad_norm_squared_conv"]
 X3 = torch.zeros(1, 1, 1)
 BACKENDS = [b.name for b in OPS["grad_norm_squared"].backends if b.automatic and not b.refuses(X3, X3)]
 BACKENDS_CONV = [b.name for b in OPS["grad_norm_squared_conv"].backends]
@@ -20,7 +22,8 @@ GRAM, DIRECT = (3, 2, 9, 8), (3, 9, 2, 3)
 
 @pytest.fixture(params=[1, 64, 1 << 20], ids="chunk{}".format)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(sys.modules["fastfip.ops.grad_norm_squared"], "CHUNK", request.param)
+    for name in ("grad_norm_squared", "grad_norm_squared_conv"):
+        monkeypatch.setattr(sys.modules[f"fastfip.ops.{name}"], "CHUNK", request.param)
 
 
 def definition(g, a):
@@ -59,11 +62,18 @@ def test_derivatives_of_every_order(backend, size):
     assert torch.autograd.gradgradcheck(op, inputs)
 
 
+WAYS = ["direct", "places", "windows"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS_CONV)
 @pytest.mark.parametrize("case", CONVS)
 @pytest.mark.parametrize("frames", [1, 2])
-def test_convolution_and_gradient(backend, case, frames, chunk):
+@pytest.mark.parametrize("way", WAYS)
+def test_convolution_and_gradient(backend, case, frames, way, chunk, nan_empty, monkeypatch):
     x, shape, weight, forward = conv_problem(case, 3 * frames)
+    if way == "places" and (frames > 1 or not Lattice.serves(shape)):
+        return
+    monkeypatch.setattr(conv, "_way", lambda *arguments: way)
     x.requires_grad_()
     g = torch.randn_like(forward(x)).requires_grad_()
     v = torch.randn(3, dtype=torch.float64)
@@ -75,6 +85,18 @@ def test_convolution_and_gradient(backend, case, frames, chunk):
     close(got, want.detach(), torch.float64)
     for p, q in zip(torch.autograd.grad(got @ v, (g, x)), torch.autograd.grad(want @ v, (g, x))):
         close(p, q, torch.float64)
+
+
+def test_ways_by_cost():
+    def way(c, o, size, kernel, stride=1, padding=1, frames=1):
+        shape = ConvShape((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1))
+        out = (size + 2 * padding - kernel) // stride + 1
+        return conv._way(torch.empty(2 * frames, o, out, out), torch.empty(2 * frames, c, size, size), shape, 2)
+
+    assert way(64, 64, 32, 3) == "direct"  # the layers of a ResNet, from the first to the last
+    assert way(128, 128, 16, 3) == way(256, 256, 8, 3) == way(512, 512, 4, 3) == "places"
+    assert way(128, 256, 16, 3, stride=2) == way(256, 256, 8, 3, frames=2) == "windows"
+    assert way(4, 4, 4, 1, padding=2) != "places"  # positions of which no lattice has room
 
 
 @pytest.mark.parametrize("backend", BACKENDS_CONV)
