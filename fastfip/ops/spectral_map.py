@@ -294,24 +294,23 @@ def recompose(
     return torch.add(weight, wide.to(weight.dtype), out=out)
 
 
-def prefers_dense(factors: Factors, taps: int | None, positions: int) -> bool:
+def prefers_dense(u: Tensor, v: Tensor, taps: int | None, positions: int, weak: Tensor | None = None) -> bool:
     """Return whether the gradient of the whole weight costs less than the two projections, in products a position.
 
     Args:
-        factors: its directions.
+        u, v, weak: as in `Factors`.
         taps: of a convolution's kernel; None for a Linear.
         positions: N T of the layer's output.
     """
-    _, o, k = factors.u.shape
-    i = factors.v.shape[1]
+    _, o, k = u.shape
+    i = v.shape[1]
     narrow = min(o, i) if taps is None else o
-    taps = taps or 1
-    weak = 0 if factors.weak is None else len(factors.weak)
-    if _many(factors.weak, k):
+    taps, weakly = taps or 1, 0 if weak is None else len(weak)
+    if _many(weak, k):
         products, moved = k * (o + i), o + i // taps + 4 * k
     else:
-        products = k * (narrow + min(narrow, o)) + weak * i
-        moved = 2 * narrow + 4 * k + (weak + i // taps if weak else 0)
+        products = k * (narrow + min(narrow, o)) + weakly * i
+        moved = 2 * narrow + 4 * k + (weakly + i // taps if weakly else 0)
     return o * i * (1 + k / max(1, positions)) < products + MOVED * moved
 
 

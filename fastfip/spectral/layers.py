@@ -82,13 +82,17 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
 
 def _dense(module: Any, shift: Shift, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's own layer with the gradient of the whole weight is the cheaper one."""
-    factors = shift.directions(dtype)[1]
     if isinstance(module, _ConvTransposeNd):
         return False
-    if not isinstance(module, _ConvNd):
-        return prefers_dense(factors, None, x.numel() // max(1, x.shape[-1]))
-    positions = x.numel() // max(1, x.shape[-len(module.kernel_size) - 1] * math.prod(module.stride))
-    return prefers_dense(factors, math.prod(module.kernel_size), positions)
+    if isinstance(module, _ConvNd):
+        taps = math.prod(module.kernel_size)
+        positions = x.numel() // max(1, x.shape[-len(module.kernel_size) - 1] * math.prod(module.stride))
+    else:
+        taps, positions = None, x.numel() // max(1, x.shape[-1])
+    # Weak directions are looked for last: they only make the op dearer.
+    return prefers_dense(shift.u, shift.v, taps, positions) or prefers_dense(
+        shift.u, shift.v, taps, positions, shift.directions(dtype)[1].weak
+    )
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
