@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastfip
 
@@ -19,8 +17,9 @@ from .callbacks import Callback
 from .cleanset import CleanSet
 from .data import Batch, Forward, Loss, Task
 from .errors import BackendError, ConfigError, FastFIPError, ModelError
+from .measuring import Scorer, in_float32
 from .methods import Method, MethodConfig, get
-from .metrics import Evaluation, evaluate
+from .metrics import Evaluation
 from .process import PeakMemory, seeded
 from .result import PurifyResult
 from .run import Run, autocast_dtype
@@ -30,8 +29,6 @@ from .workcopy import WorkCopy
 
 __all__ = ["purify", "purify_"]
 
-#: Clean samples on which the Fisher trace before and after is taken, at most.
-TRACE_SAMPLES = 256
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
 
@@ -204,7 +201,7 @@ def _purify(
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
     with run.timed("evaluation"):
-        scorer = _Scorer(run, work, test_loader, asr_loader)
+        scorer = Scorer(run, work, test_loader, asr_loader)
     with seeded(seed, device):
         before = scorer.measure()
     # Seeded anew, so that the weights do not depend on whether anything was measured.
@@ -310,7 +307,7 @@ def _full_precision(work: WorkCopy, run: Run) -> None:
     """Tune float16 and bfloat16 weights in float32, if the net can run so; the result is rounded once, at the end."""
     own = run.task
     work.to_float32()
-    run.task = _in_float32(own)
+    run.task = in_float32(own)
     try:
         with torch.no_grad():
             run.forward(next(iter(run.clean.batches(2, device=run.device))))
@@ -319,81 +316,3 @@ def _full_precision(work: WorkCopy, run: Run) -> None:
         work.to_own_dtype()
         run.task = own
         run.note("the model casts to low precision itself: its weights are tuned in their own dtype")
-
-
-def _in_float32(task: Task) -> Task:
-    return Task.of(lambda model, batch: task.forward(model, _float32(batch)), task.loss_hook)
-
-
-def _float32(batch: Batch) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.float() if batch.dtype in (torch.float16, torch.bfloat16) else batch
-    if isinstance(batch, Mapping):
-        return {k: _float32(v) for k, v in batch.items()}
-    return tuple(_float32(v) for v in batch) if isinstance(batch, (tuple, list)) else batch
-
-
-class _Scorer:
-    """Measures before and after on the same data."""
-
-    def __init__(self, run: Run, work: WorkCopy, test_loader: Iterable[Batch] | None, asr_loader: Any) -> None:
-        self.run, self.work, self.task = run, work, run.task
-        self.test, self.asr = _twice(test_loader), _twice(asr_loader)
-        self.on = "test_loader"
-        if self.test is None:
-            own = run.clean if run.heldout is None else run.heldout
-            what = "clean samples tuned on" if run.heldout is None else "held-out clean samples"
-            self.clean = own.in_memory()
-            self.on = f"{own.n} {what}"
-            run.note(f"no test_loader: ACC and loss are of the {self.on}")
-        given = [name for name, data in (("test_loader", test_loader), ("asr_loader", asr_loader)) if data is not None]
-        if given:
-            run.note(
-                f"{' and '.join(given)} only scored: nothing was selected by {'it' if len(given) == 1 else 'them'}"
-            )
-        order = itertools.islice(run.clean.batches(TRACE_SAMPLES // 4, device=run.device), 4)
-        self.sample = list(order)  # kept, so that augmentation does not change it between before and after
-
-    def measure(self) -> Evaluation:
-        run = self.run
-        with run.timed("evaluation"):
-            found = evaluate(
-                run.model,
-                self.clean.batches() if self.test is None else self.test,
-                self.asr,
-                forward=self.task.forward,
-                loss=self.task.loss_hook,
-            )
-            return replace(found, on=self.on, fisher_trace=self.trace())
-
-    def trace(self) -> float | None:
-        """Tr(F) of the empirical Fisher of all parameters, in eval mode; None and a note where it cannot be taken."""
-        from .fisher import trace_and_logits
-
-        task = self.task
-        flags = [(p, p.requires_grad) for p in self.run.model.parameters()]
-        if self.work.is_low_precision:  # squares of small gradients would underflow
-            self.work.to_float32()
-            task = _in_float32(task)
-        try:
-            for p, _ in flags:
-                p.requires_grad_(p.is_floating_point())
-            with self.run.eval_mode():
-                found = [
-                    (float(trace_and_logits(self.run.model, batch, task, create_graph=False).trace), task.size(batch))
-                    for batch in self.sample
-                ]
-            return sum(trace * n for trace, n in found) / sum(n for _, n in found)
-        except (FastFIPError, RuntimeError, NotImplementedError) as error:
-            self.run.note(f"Fisher trace not measured: {' '.join(str(error).split())[:200]}")
-            return None
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
-            if self.work.is_low_precision:
-                self.work.to_own_dtype()
-
-
-def _twice(data: Any) -> Any:
-    """A generator is kept, so that it can be walked before and after."""
-    return list(data) if isinstance(data, Iterator) else data

@@ -30,6 +30,7 @@ LAYER = {
     "fingerprint": 4,
     "cleanset": 5,
     "run": 6,
+    "measuring": 7,
     "callbacks": 7,
     "methods": 7,
     "training": 8,
