@@ -48,15 +48,21 @@ def _forward(norm: _BatchNorm):  # type: ignore[no-untyped-def]
         if norm.training or tuned or x.dtype not in (torch.float32, torch.float64) or x.dim() < 3:
             return type(norm).forward(norm, x)
         assert norm.running_mean is not None and norm.running_var is not None
+        if torch.compiler.is_compiling():  # versions are not for its eyes
+            return _scaled(x, *_constants(norm, x.dtype))
         parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         state = (x.dtype, *((id(p), None if p is None else p._version) for p in parts))
         if state not in found:
             found.clear()
             found[state] = _constants(norm, x.dtype)
-        scale, offset = (c.view(-1, *[1] * (x.dim() - 2)) for c in found[state])
-        return torch.addcmul(offset, x, scale)
+        return _scaled(x, *found[state])
 
     return forward
+
+
+def _scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    scale, offset = (c.view(-1, *[1] * (x.dim() - 2)) for c in (scale, offset))
+    return torch.addcmul(offset, x, scale)
 
 
 @torch.no_grad()
