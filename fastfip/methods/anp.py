@@ -19,6 +19,8 @@ __all__ = ["ANP", "ANPConfig"]
 
 #: Thresholds that are tried, lowest first: the released code's.
 THRESHOLDS = tuple(k / 20 for k in range(1, 19))
+#: Held-out scores that the choice of neurons may take.
+MOST_SCORES = 200
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class ANP(Method):
     Linear and convolution but the classifier. The adversary starts at random and takes sign steps of eps / inner. At
     the end neurons of low masks lose their w (b stays), all others get theirs back whole.
 
-    Neurons are pruned by their masks, lowest first, through the thresholds 0.05, 0.1 .. 0.9 and then one by one, as far
-    as held-out clean accuracy stays within `tolerance` of the received net's; the released code and BackdoorBench
-    choose by test accuracy and attack success. At least the neuron with the lowest mask goes. Where `loss=` takes other
-    outputs than logits, the mean loss may rise by `tolerance` instead.
+    Neurons are pruned by their masks, lowest first, block by block through the thresholds 0.05, 0.1 .. 0.9, as far as
+    held-out clean accuracy stays within `tolerance` of the received net's; a block that costs more is halved until the
+    neurons that clean images need stand alone, and these are spared. (In a net without BatchNorm a hundred masks may
+    lie at zero, in no order; one channel among them that clean images need would end the pruning.) The released code
+    and BackdoorBench choose by test accuracy and attack success. At least the neuron with the lowest mask goes. Where
+    `loss=` takes other outputs than logits, the mean loss may rise by `tolerance` instead.
 
     The released code never projects: with its random start the change reaches 2 eps. As there, BatchNorm uses batch
     statistics while masks are tuned, and the pruned net has the running statistics of the received one.
@@ -179,33 +183,40 @@ class ANP(Method):
             self._prune(order[:0])
             return
         with run.timed("score"):
-            count = self.choose(run, masks[order], order)
-        self._prune(order[:count])
-        run.note(f"{count} of {len(order)} neurons pruned: masks up to {float(masks[order[count - 1]]):.2g}")
+            gone = self.choose(run, masks[order], order)
+        self._prune(gone)
+        highest = float(masks[gone].max())
+        spared = int((masks <= highest).sum()) - len(gone)
+        left = f", {spared} of them spared" if spared > 0 else ""
+        run.note(f"{len(gone)} of {len(order)} neurons pruned: masks up to {highest:.2g}{left}")
 
-    def choose(self, run: Run, masks: Tensor, order: Tensor) -> int:
-        """Return how many neurons are pruned, given the masks [n], lowest first, and whose they are [n]."""
+    def choose(self, run: Run, masks: Tensor, order: Tensor) -> Tensor:
+        """Return which neurons are pruned [k], given the masks [n], lowest first, and whose they are [n]."""
 
         def up_to(threshold: float) -> int:
             return int((masks <= threshold).sum())
 
         if self.config.threshold is not None:
-            return max(1, up_to(self.config.threshold))
+            return order[: max(1, up_to(self.config.threshold))]
+        self.scored = 0
+        gone, start = order[:0], 0
+        for end in sorted({up_to(t) for t in THRESHOLDS}):
+            gone, start = self._joined(run, gone, order[start:end]), end
+        return gone if len(gone) else order[:1]
 
-        def acceptable(count: int) -> bool:
-            self._prune(order[:count])
-            return self._acceptable(self.score(run))
-
-        good, bad = 0, 0
-        for count in sorted({up_to(t) for t in THRESHOLDS} - {0}):
-            if not acceptable(count):
-                bad = count
-                break
-            good = count
-        while bad - good > 1:  # many masks may lie between two thresholds, or at zero
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if acceptable(middle) else (good, middle)
-        return max(1, good)
+    def _joined(self, run: Run, gone: Tensor, more: Tensor) -> Tensor:
+        """Return `gone` and those of `more` that clean accuracy can do without: halved until the others stand alone."""
+        if not len(more) or self.scored >= MOST_SCORES:
+            return gone
+        both = torch.cat([gone, more])
+        self._prune(both)
+        self.scored += 1
+        if self._acceptable(self.score(run)):
+            return both
+        if len(more) == 1:
+            return gone
+        half = len(more) // 2
+        return self._joined(run, self._joined(run, gone, more[:half]), more[half:])
 
     def _acceptable(self, now: dict[str, float]) -> bool:
         if "heldout_acc" in now:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import fastfip
 from fastfip.errors import ModelError
+from fastfip.methods import anp
 from fastfip.methods.anp import ANP, ANPConfig
 
 
@@ -121,30 +122,70 @@ def test_pruned_neurons_lose_their_weight_and_all_else_is_as_received(norm: bool
     assert all(torch.equal(after[k], again.state_dict()[k]) for k in after)
 
 
-def test_the_threshold_is_the_largest_that_clean_accuracy_allows() -> None:
+def chosen(tolerance: float = 0.05, threshold: float | None = None):
     model, batch = planted(False)
-    run = make_run(ANPConfig(tolerance=0.05), model, batch, heldout=True)
+    run = make_run(ANPConfig(tolerance=tolerance, threshold=threshold), model, batch, heldout=True)
     method = ANP()
     method.setup(run)
     run.step = 1
     total = sum(m.numel() for m in method.masks.values)
-    masks, order = torch.rand(total, generator=torch.Generator().manual_seed(3)).sort()
 
-    def accuracy(count: int) -> float:
-        method._prune(order[:count])
-        assert sum(int((m == 0).sum()) for m in method.masks.values) == count
+    def accuracy(gone: torch.Tensor) -> float:
+        method._prune(gone)
+        assert sum(int((m == 0).sum()) for m in method.masks.values) == len(gone)
         with torch.no_grad():
             return float((model(batch[0]).argmax(1) == batch[1]).float().mean())
 
-    allowed = [accuracy(count) >= accuracy(0) - 0.05 for count in range(total + 1)]
-    found = method.choose(run, masks, order)
-    assert 0 < found < int((masks <= 0.9).sum()) and allowed[found] and not allowed[found + 1]
-    # Many masks at zero, too many for clean accuracy: not all of them go.
-    found = method.choose(run, torch.zeros(total), order)
-    assert 0 < found < total and allowed[found] and not allowed[found + 1]
-    method.config = ANPConfig(threshold=0.2)
-    assert method.choose(run, masks, order) == int((masks <= 0.2).sum())
-    assert method.choose(run, torch.ones(total), order) == 1
+    return run, method, total, accuracy
+
+
+def test_neurons_go_as_far_as_clean_accuracy_allows() -> None:
+    run, method, total, accuracy = chosen()
+    generator = torch.Generator().manual_seed(3)
+    masks, order = torch.rand(total, generator=generator).sort()
+    gone = method.choose(run, masks, order)
+    assert 0 < len(gone) < int((masks <= 0.9).sum()) and len(gone) == len(gone.unique())
+    assert set(gone.tolist()) <= set(order[masks <= 0.9].tolist())
+    assert accuracy(gone) >= accuracy(order[:0]) - 0.05
+    # One neuron between any two thresholds: those that can go on top of the ones before them do.
+    masks = torch.cat([torch.arange(1, 19) / 20 - 0.01, torch.ones(total - 18)])
+    spared = 0
+    for _ in range(5):
+        order, expected = torch.randperm(total, generator=generator), []
+        for neuron in order[:18].tolist():
+            if accuracy(torch.tensor([*expected, neuron])) >= accuracy(order[:0]) - 0.05:
+                expected.append(neuron)
+        assert method.choose(run, masks, order).tolist() == expected
+        spared += 18 - len(expected)
+    assert spared > 0
+
+
+def test_a_neuron_that_clean_images_need_does_not_end_the_pruning() -> None:
+    """Masks at zero are in no order: whichever neuron comes first, the others that can go do."""
+    run, method, total, accuracy = chosen(tolerance=0.02)
+    nothing = torch.arange(0)
+    cost = torch.tensor([accuracy(nothing) - accuracy(torch.tensor([k])) for k in range(total)])
+    assert cost.max() > 0.02
+    order = cost.argsort(descending=True)
+    gone = method.choose(run, torch.zeros(total), order)
+    assert order[0] not in gone and len(gone) >= 5 and accuracy(gone) >= accuracy(nothing) - 0.02
+
+
+def test_the_choice_takes_few_scores(monkeypatch) -> None:
+    run, method, total, _ = chosen()
+    calls = []
+    score = method.score
+    monkeypatch.setattr(method, "score", lambda run: calls.append(1) or score(run))
+    monkeypatch.setattr(anp, "MOST_SCORES", 7)
+    masks = torch.linspace(0, 0.85, total)
+    assert len(method.choose(run, masks, torch.arange(total))) >= 1 and 1 <= len(calls) <= 7
+
+
+def test_a_given_threshold_is_taken() -> None:
+    run, method, total, _ = chosen(threshold=0.2)
+    masks, order = torch.rand(total, generator=torch.Generator().manual_seed(3)).sort()
+    assert torch.equal(method.choose(run, masks, order), order[: int((masks <= 0.2).sum())])
+    assert torch.equal(method.choose(run, torch.ones(total), order), order[:1])
 
 
 def test_pruning_weakens_a_planted_backdoor() -> None:
