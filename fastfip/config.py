@@ -59,6 +59,10 @@ class MethodConfig:
         "BatchNorm: batch statistics, running ones updated (train); running statistics kept and used, affine tuned "
         "(eval); affine kept as well (freeze)",
     )
+    augment: Literal["none", "crop", "crop_flip"] = setting(
+        "none",
+        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+    )
     dropout: bool = setting(False, "whether dropout is active while tuning")
     label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy", low=0, below=1)
     holdout: float = setting(0.1, "share of the clean set that only selects; 0: none", low=0, high=0.5)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .augment import augmented
 from .callbacks import Callback, Record, as_callbacks
 from .errors import ModelError
 from .methods.base import Groups, Method
@@ -212,7 +213,7 @@ class _Loop:
             )
             with contextlib.closing(batches):  # type: ignore[type-var]
                 for batch in batches:
-                    stop = self.step(batch) or stop
+                    stop = self.step(self.augmented(batch)) or stop
                     if stop or run.step >= run.total_steps:
                         break
         record: Record = {
@@ -237,6 +238,15 @@ class _Loop:
             raise _Stop(f"stopped by a callback after epoch {run.epoch}")
         if config.patience is not None and self.since_best >= config.patience:
             raise _Stop(f"stopped after epoch {run.epoch}: no better held-out score in {self.since_best} scored epochs")
+
+    def augmented(self, batch: Any) -> Any:
+        run, how = self.run, self.run.config.augment
+        if how == "none":
+            return batch
+        found = augmented(run.task, batch, how == "crop_flip", run.generator)
+        if found is None:
+            run.note("the inputs are no images [N, channels, height, width]: they were not augmented")
+        return batch if found is None else found
 
     def step(self, batch: Any) -> bool:
         """One step; whether a callback wants to stop."""

@@ -23,6 +23,7 @@ LAYER = {
     "config": 4,
     "process": 4,
     "softmax": 4,
+    "augment": 4,
     "stores": 4,
     "workcopy": 4,
     "worst_case": 4,

@@ -15,10 +15,17 @@ __all__ = ["FST", "FSTConfig"]
 
 @dataclass(frozen=True)
 class FSTConfig(MethodConfig):
-    """Settings of FST: those of the paper (10 epochs, lr 0.01, alpha 0.2 for CIFAR-10), but for nets of large norm."""
+    """Settings of FST: those of the paper (10 epochs, lr 0.01, alpha 0.2 for CIFAR-10), but for nets of large norm.
+
+    The clean images are cropped at random, as in the released code.
+    """
 
     epochs: int | None = setting(10, "passes over the clean set", low=1)
     batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
+    augment: Literal["none", "crop", "crop_flip"] = setting(
+        "crop",
+        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+    )
     select: Literal["best", "last"] = setting("last", "which epoch is kept: the last, or the best by clean score")
     alpha: float | None = setting(
         None, "weight of the inner product with the received classifier; None: 0.2, at most 1 / its squared norm", low=0

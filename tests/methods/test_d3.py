@@ -55,10 +55,10 @@ def test_far_from_the_received_classifier_at_its_norm() -> None:
 
 def test_a_planted_backdoor_goes() -> None:
     model, batch = planted()
-    result = fastfip.purify(model, batch, "d3", epochs=30, batch_size=16, progress=False)
+    result = fastfip.purify(model, batch, "d3", epochs=30, batch_size=16, augment="none", progress=False)
     acc, asr = rows(result.model)
     assert rows(model)[1] > 0.9 and asr < 0.2 and acc > 0.9
-    again = fastfip.purify(model, batch, "d3", epochs=30, batch_size=16, progress=False)
+    again = fastfip.purify(model, batch, "d3", epochs=30, batch_size=16, augment="none", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(result.state_dict().values(), again.state_dict().values()))
 
 

@@ -1,0 +1,60 @@
+"""Augmentation of clean images, a batch at a time, on their device: the crops and flips of the released codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .data import Batch, Task
+from .errors import DataError
+
+__all__ = ["augmented", "shifted"]
+
+#: Share of the height and width that a crop moves by, at most: 4 pixels of 32.
+REACH = 1 / 8
+
+
+def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) -> Batch | None:
+    """Return the batch with each of its images [N, ch, H, W] moved at random, and mirrored if `flip` in half the cases.
+
+    A crop of a padded image moves it: by up to an eighth of its height and width, on a ground of each channel's lowest
+    value in the batch, which is black however images are normalised.
+
+    Args:
+        task: where the images are in the batch.
+        batch: left as it is.
+        flip: whether images may be mirrored.
+        generator: on the CPU.
+
+    Returns:
+        None where inputs are no images.
+    """
+    try:
+        x = task.inputs(batch)
+    except DataError:
+        return None
+    if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
+        return None
+    n, _, height, width = x.shape
+    down, right = (
+        torch.randint(-reach, reach + 1, (n,), generator=generator, device="cpu")
+        for reach in (max(1, round(REACH * height)), max(1, round(REACH * width)))
+    )
+    mirrored = torch.zeros(n, dtype=torch.bool, device="cpu")
+    if flip:
+        mirrored = torch.rand(n, generator=generator, device="cpu") < 0.5
+    return task.replace_inputs(batch, shifted(x, down.to(x.device), right.to(x.device), mirrored.to(x.device)))
+
+
+def shifted(x: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
+    """Return images x [N, ch, H, W], mirrored left to right where `mirrored` [N], moved by `down` and `right` [N]."""
+    n, _, height, width = x.shape
+    rows = torch.arange(height, device=x.device) - down[:, None]
+    columns = torch.arange(width, device=x.device) - right[:, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    sample = torch.arange(n, device=x.device)[:, None, None]
+    moved = x[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    ground = x.detach().amin((0, 2, 3)).reshape(1, -1, 1, 1)
+    return torch.where(inside[:, None], moved, ground)
