@@ -15,6 +15,7 @@ from .errors import guarded, run
 from .evaluate import evaluate, sharpness
 from .fisher import fisher
 from .info import demo, env, methods
+from .options import grouped
 from .purify import purify
 
 __all__ = ["app", "main"]
@@ -36,7 +37,7 @@ for command, summary in (
     (env, "Show versions, processor, backends; for bug reports"),
     (demo, "Show all of it on handwritten digits"),
 ):
-    app.command(short_help=summary)(guarded(command))
+    app.command(short_help=summary)(guarded(grouped(command)))
 
 
 def _version(wanted: bool) -> None:

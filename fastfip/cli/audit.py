@@ -14,7 +14,7 @@ from .errors import fail
 
 def audit(
     source: o.In,
-    arch: o.Arch,
+    net: o.Net,
     data: o.Data,
     purified: Annotated[
         Path | None, typer.Option("--purified", metavar="FILE", help="checkpoint of the same net after purification")
@@ -40,17 +40,9 @@ def audit(
     curvature: Annotated[
         bool, typer.Option("--sharpness/--no-sharpness", help="measure lambda_max, Tr(H) and Tr(F)")
     ] = True,
-    arch_args: o.ArchArgs = None,
-    key: o.Key = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="use at most N clean images")] = 1000,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    channels: o.Channels = None,
-    batch_size: o.BatchSize = 128,
     seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    amp: Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision of the searches")] = "off",
+    amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --picture if it exists")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="do not say what is being done, also on a terminal")] = False,
     as_json: o.Json = False,
@@ -61,29 +53,28 @@ def audit(
     For every class the smallest change is looked for that sends most images to it, and classes that need much less than
     the others are flagged. The exit code does not depend on what is found.
     """
-    if amp not in ("off", "bf16", "fp16"):
-        raise fail(f"--amp={amp}: must be off, bf16 or fp16")
+    mixed = o.precision(amp)
     if (asr_data is not None or target is not None) and poisoned is None:
         raise fail("--asr-data and --target belong to the re-tuning test: give --poisoned")
-    _check_picture(picture, force)
+    o.check_drawing("--picture", picture, force)
     searched = _labels(classes)
 
     from ..auditing import audit as look
-    from ..datasets import load, loader
+    from ..datasets import load
     from ..report import show
 
-    where, how = o.device(device), o.pixels(mean, std, size, channels)
-    model, _ = o.restore(source, arch, arch_args, key)
-    other = None if purified is None else o.restore(purified, arch, arch_args, key)[0]
+    where, how = net.where_and_how()
+    model, _ = net.restore(source)
+    other = None if purified is None else net.restore(purified)[0]
     clean = load(data, "clean", how)
     bad = None if poisoned is None else o.triggered(poisoned, None, target, None, how)
     asr = None if asr_data is None else o.triggered(asr_data, None, target, None, how)
     found = look(
         model,
-        loader(clean, batch_size),
+        net.batches(clean),
         purified=other,
-        poisoned=None if bad is None else [(x, y) for x, y, *_ in loader(bad, batch_size)],
-        asr_loader=None if asr is None else loader(asr, batch_size),
+        poisoned=None if bad is None else [(x, y) for x, y, *_ in net.batches(bad)],
+        asr_loader=net.batches(asr),
         classes=searched,
         reach=reach,
         steps=steps,
@@ -91,7 +82,7 @@ def audit(
         sharpness=curvature,
         seed=seed,
         device=where,
-        amp=False if amp == "off" else amp,
+        amp=mixed,
         progress=_say if sys.stderr.isatty() and not quiet else None,
     )
     if picture is not None:
@@ -113,20 +104,3 @@ def _labels(text: str | None) -> list[int] | None:
     if not all(part.isdigit() for part in parts):
         raise fail(f"--classes={text}: give labels with commas between them")
     return [int(part) for part in parts]
-
-
-def _check_picture(path: Path | None, force: bool) -> None:
-    if path is None:
-        return
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise fail(f"--picture {path}: must end in .png, .svg, .pdf")
-    if path.exists() and not force:
-        raise fail(f"--picture {path} exists: --force replaces it")
-    if not path.resolve().parent.is_dir():
-        raise fail(f"--picture {path}: the folder {path.resolve().parent} does not exist")
-    try:
-        import matplotlib  # noqa: F401 (better now than after the work)
-    except ImportError:
-        from ..errors import BackendError
-
-        raise BackendError("--picture needs matplotlib: pip install 'fastfip[plot]'") from None

@@ -13,8 +13,9 @@ from .errors import Interrupted, fail
 
 def compare(
     source: o.In,
-    arch: o.Arch,
-    data: o.Data,
+    net: o.Net,
+    clean: o.Clean,
+    scores: o.Scores,
     methods: Annotated[
         str | None, typer.Option("--methods", metavar="A,B,...", help="which (see fastfip methods); default: all")
     ] = None,
@@ -30,21 +31,7 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR, .png, .svg or .pdf")
     ] = None,
-    arch_args: o.ArchArgs = None,
-    key: o.Key = None,
-    limit: o.Limit = None,
-    per_class: o.PerClass = None,
-    test_data: o.TestData = None,
-    asr_data: o.AsrData = None,
-    attack: o.AttackSpec = None,
-    target: o.Target = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    channels: o.Channels = None,
-    batch_size: o.BatchSize = 128,
-    device: o.Device = "cpu",
-    amp: Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")] = "off",
+    amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --out and --plot if they exist")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no live table, also on a terminal")] = False,
     as_json: o.Json = False,
@@ -55,33 +42,28 @@ def compare(
     The clean images are picked once (by seed 0), so that all runs have the same.
     """
     drawn = _seeds(seeds)
-    if amp not in ("off", "bf16", "fp16"):
-        raise fail(f"--amp={amp}: must be off, bf16 or fp16")
+    mixed = o.precision(amp)
     _check_outputs(out, plot, resume, force)
 
     from ..comparison import compare as side_by_side
-    from ..datasets import load, loader, same_classes
     from ..report import show
 
     chosen = _choices(methods, settings or [])
-    where, how = o.device(device), o.pixels(mean, std, size, channels)
-    model, _ = o.restore(source, arch, arch_args, key)
-    clean = load(data, "clean", how).sample(limit, per_class, 0)
-    test = load(test_data, "test", how) if test_data is not None else None
-    if test is not None:
-        same_classes(clean, test)
-    asr = o.triggered(asr_data, attack, target, test, how)
+    where, how = net.where_and_how()
+    model, _ = net.restore(source)
+    images = clean.load(how, 0)
+    test, asr = scores.load(how, images)
     found = side_by_side(
         model,
-        loader(clean, batch_size),
+        net.batches(images),
         chosen,
-        test_loader=None if test is None else loader(test, batch_size),
-        asr_loader=None if asr is None else loader(asr, batch_size),
+        test_loader=net.batches(test),
+        asr_loader=net.batches(asr),
         seeds=drawn,
         out=out,
         resume=resume,
         device=where,
-        amp=False if amp == "off" else amp,
+        amp=mixed,
         progress=False if quiet else None,
     )
     if plot is not None:
@@ -111,25 +93,9 @@ def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: boo
     """Find out before the work what could not be written after it."""
     if resume and out is None:
         raise fail("--resume needs --out, the file of the broken run")
-    for name, path, suffixes in (("--out", out, (".csv", ".json")), ("--plot", plot, (".png", ".svg", ".pdf"))):
-        if path is None:
-            continue
-        if path.suffix not in suffixes:
-            raise fail(f"{name} {path}: must end in {', '.join(suffixes)}")
-        if path.is_dir():
-            raise fail(f"{name} {path} is a folder")
-        if path.exists() and not force and not (name == "--out" and resume):
-            also = ", --resume goes on from it" if name == "--out" else ""
-            raise fail(f"{name} {path} exists: --force replaces it{also}")
-        if not path.resolve().parent.is_dir():
-            raise fail(f"{name} {path}: the folder {path.resolve().parent} does not exist")
-    if plot is not None:
-        try:
-            import matplotlib  # noqa: F401 (better now than after the work)
-        except ImportError:
-            from ..errors import BackendError
-
-            raise BackendError("--plot needs matplotlib: pip install 'fastfip[plot]'") from None
+    if out is not None:
+        o.check_file("--out", out, (".csv", ".json"), force or resume, ", --resume goes on from it")
+    o.check_drawing("--plot", plot, force)
 
 
 def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[str, str]]]:

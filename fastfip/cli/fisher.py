@@ -15,10 +15,8 @@ from .purify import check_outputs
 def fisher(
     source: o.In,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="file to write, .safetensors or .pth")],
-    arch: o.Arch,
-    data: o.Data,
-    arch_args: o.ArchArgs = None,
-    key: o.Key = None,
+    net: o.Net,
+    clean: o.Clean,
     kind: Annotated[
         str,
         typer.Option(
@@ -30,15 +28,7 @@ def fisher(
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="K", help="with exact: only each image's K likeliest classes")
     ] = None,
-    limit: o.Limit = None,
-    per_class: o.PerClass = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    channels: o.Channels = None,
-    batch_size: o.BatchSize = 128,
     seed: o.Seed = 0,
-    device: o.Device = "cpu",
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar, also on a terminal")] = False,
     as_json: o.Json = False,
@@ -48,14 +38,12 @@ def fisher(
     check_outputs(source, out, None, force)
 
     from ..checkpoint import save_checkpoint
-    from ..datasets import load, loader
     from ..fisher import fisher_diagonal
     from ..report import Sheet, show, to_json
 
-    where, how = o.device(device), o.pixels(mean, std, size, channels)
-    model, _ = o.restore(source, arch, arch_args, key)
-    images = load(data, "clean", how).sample(limit, per_class, seed)
-    batches = loader(images, batch_size)
+    where, how = net.where_and_how()
+    model, _ = net.restore(source)
+    batches = net.batches(clean.load(how, seed))
     forward, notes = o.as_logits(model, batches)
     kind_: Any = kind
     found = fisher_diagonal(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -68,8 +73,147 @@ Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="use N c
 PerClass = Annotated[int | None, typer.Option("--per-class", metavar="N", help="use at most N clean images a class")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything random")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
+Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+class Group:
+    """Options that several commands have: a dataclass of them, which a command takes as one parameter."""
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command as typer wants it, with the fields of its groups as parameters of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for given in inspect.signature(command).parameters.values():
+        kind = hints[given.name]
+        if not (isinstance(kind, type) and issubclass(kind, Group)):
+            parameters.append(given.replace(annotation=kind, kind=given.KEYWORD_ONLY))
+            continue
+        groups[given.name] = kind
+        own = get_type_hints(kind, include_extras=True)
+        for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+            default = given.empty if item.default is dataclasses.MISSING else item.default
+            parameters.append(
+                inspect.Parameter(item.name, given.KEYWORD_ONLY, default=default, annotation=own[item.name])
+            )
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        made = {
+            name: kind(**{item.name: options.pop(item.name) for item in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**made, **options)
+
+    del call.__wrapped__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {item.name: item.annotation for item in parameters}
+    return call
+
+
+@dataclass
+class Net(Group):
+    """The network, how images become its inputs, and where it runs."""
+
+    arch: Arch
+    arch_args: ArchArgs = None
+    key: Key = None
+    mean: Mean = None
+    std: Std = None
+    size: Size = None
+    channels: Channels = None
+    batch_size: BatchSize = 128
+    device: Device = "cpu"
+
+    def where_and_how(self) -> tuple[str, Pixels]:
+        """Return the device, checked, and how images become inputs."""
+        return device(self.device), pixels(self.mean, self.std, self.size, self.channels)
+
+    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
+        """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
+        return restore(path, self.arch, self.arch_args, self.key)
+
+    def batches(self, images: ImageSet | None) -> Any:
+        """Return a loader of images, None for none."""
+        from ..datasets import loader
+
+        return None if images is None else loader(images, self.batch_size)
+
+
+@dataclass
+class ScoredNet(Net):
+    """The same for a net that is only run forward."""
+
+    batch_size: BatchSize = 256
+
+
+@dataclass
+class Clean(Group):
+    """Clean images, and how many of them."""
+
+    data: Data
+    limit: Limit = None
+    per_class: PerClass = None
+
+    def load(self, how: Pixels, seed: int) -> ImageSet:
+        """Return the images that are used."""
+        from ..datasets import load
+
+        return load(self.data, "clean", how).sample(self.limit, self.per_class, seed)
+
+
+@dataclass
+class Scores(Group):
+    """Test images and triggered ones, which only score."""
+
+    test_data: TestData = None
+    asr_data: AsrData = None
+    attack: AttackSpec = None
+    target: Target = None
+
+    def load(self, how: Pixels, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
+        """Return both, None where not given; `clean` has to have the same classes."""
+        from ..datasets import load, same_classes
+
+        test = load(self.test_data, "test", how) if self.test_data is not None else None
+        if test is not None and clean is not None:
+            same_classes(clean, test)
+        return test, triggered(self.asr_data, self.attack, self.target, test, how)
+
+
+def precision(amp: str) -> bool | str:
+    """Return what `amp=` is for `--amp`."""
+    if amp not in ("off", "bf16", "fp16"):
+        raise fail(f"--amp={amp}: must be off, bf16 or fp16")
+    return False if amp == "off" else amp
+
+
+def check_drawing(name: str, path: Path | None, force: bool) -> None:
+    """Find out before the work whether a drawing could be written after it."""
+    if path is None:
+        return
+    check_file(name, path, (".png", ".svg", ".pdf"), force)
+    try:
+        import matplotlib  # noqa: F401 (better now than after the work)
+    except ImportError:
+        from ..errors import BackendError
+
+        raise BackendError(f"{name} needs matplotlib: pip install 'fastfip[plot]'") from None
+
+
+def check_file(name: str, path: Path, suffixes: tuple[str, ...], force: bool, also: str = "") -> None:
+    """Find out before the work whether a file could be written after it."""
+    if path.suffix not in suffixes:
+        raise fail(f"{name} {path}: must end in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise fail(f"{name} {path} is a folder")
+    if path.exists() and not force:
+        raise fail(f"{name} {path} exists: --force replaces it{also}")
+    if not path.resolve().parent.is_dir():
+        raise fail(f"{name} {path}: the folder {path.resolve().parent} does not exist")
 
 
 def build(arch: str, arch_args: str | None) -> nn.Module:

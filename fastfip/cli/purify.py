@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 def purify(
     source: o.In,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="file to write, .safetensors or .pth")],
-    arch: o.Arch,
-    data: o.Data,
-    arch_args: o.ArchArgs = None,
-    key: o.Key = None,
+    net: o.Net,
+    clean: o.Clean,
+    scores: o.Scores,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_fip",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
@@ -33,20 +32,8 @@ def purify(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="passes over the clean images")] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="steps, instead of epochs")] = None,
-    limit: o.Limit = None,
-    per_class: o.PerClass = None,
-    test_data: o.TestData = None,
-    asr_data: o.AsrData = None,
-    attack: o.AttackSpec = None,
-    target: o.Target = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    size: o.Size = None,
-    channels: o.Channels = None,
-    batch_size: o.BatchSize = 128,
     seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    amp: Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")] = "off",
+    amp: o.Amp = "off",
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
     ] = None,
@@ -57,37 +44,32 @@ def purify(
 ) -> None:
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
     check_outputs(source, out, report, force)
-    if amp not in ("off", "bf16", "fp16"):
-        raise fail(f"--amp={amp}: must be off, bf16 or fp16")
+    mixed = o.precision(amp)
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
     from ..checkpoint import save_checkpoint
-    from ..datasets import load, loader, same_classes
     from ..purification import purify as clean_up
     from ..report import show
 
     chosen = _config(method, config, settings or [])
-    where, how = o.device(device), o.pixels(mean, std, size, channels)
-    model, checkpoint = o.restore(source, arch, arch_args, key)
-    clean = load(data, "clean", how).sample(limit, per_class, seed)
-    test = load(test_data, "test", how) if test_data is not None else None
-    if test is not None:
-        same_classes(clean, test)
-    asr = o.triggered(asr_data, attack, target, test, how)
+    where, how = net.where_and_how()
+    model, checkpoint = net.restore(source)
+    images = clean.load(how, seed)
+    test, asr = scores.load(how, images)
     result = clean_up(
         model,
-        loader(clean, batch_size),
+        net.batches(images),
         method,
         config=chosen,
         epochs=epochs,
         steps=steps,
         seed=seed,
         device=where,
-        amp=False if amp == "off" else amp,
+        amp=mixed,
         progress=False if quiet else None,
-        test_loader=None if test is None else loader(test, batch_size),
-        asr_loader=None if asr is None else loader(asr, batch_size),
+        test_loader=net.batches(test),
+        asr_loader=net.batches(asr),
         inplace=True,
     )
     if result.interrupted and not result.history:
