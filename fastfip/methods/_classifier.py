@@ -50,6 +50,11 @@ class Classifier:
                     return cls(found[-1])
         raise ModelError("the model has no Linear or convolution layer to take for its classifier: try another method")
 
+    def spared(self, places: list[tuple[str, nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
+        """Return places (name, module, attribute) of weights without those of the classifier: logits are no neurons."""
+        own = self.module._parameters.get("weight")
+        return [(n, m, a) for n, m, a in places if m is not self.module and m._parameters[a] is not own]
+
     @property
     def weight(self) -> Tensor:
         """Return the present weight (of a parametrised layer what comes out), at least float32, differentiable."""

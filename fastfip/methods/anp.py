@@ -79,8 +79,7 @@ class ANP(Method):
         self.config = config
         places = [] if config.bn_mode == "freeze" else batchnorm_weights(run.model)
         if not places:
-            head = Classifier.of(run).module
-            places = [place for place in weights_of(run.model) if place[1] is not head]
+            places = Classifier.of(run).spared(weights_of(run.model))
         masks = Masks.of(places, output_rows)
         found = {id(b): b for _, module, _ in places if (b := module._parameters.get("bias")) is not None}
         self.biases: list[nn.Parameter] = list(found.values())

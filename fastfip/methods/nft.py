@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import ModelError
 from ..worst_case import perturbable
+from ._classifier import Classifier
 from ._masks import Masks, batchnorm_weights, output_rows, weights_of
 from ._objective import take
 from .base import Groups, Method, MethodConfig, Run, register, setting
@@ -79,8 +80,7 @@ class NFT(Method):
                     "masks='norm' finds no BatchNorm with a gamma that may be tuned: leave masks at 'auto'"
                 )
             places = weights_of(run.model)
-            if len({id(module._parameters[key]) for _, module, key in places}) > 1:
-                places = _without_last(places)  # the logits are no neurons
+            places = (Classifier.of(run).spared(places) if places else []) or places
         if not places:
             raise ModelError("nft finds nothing to mask: the model has no BatchNorm, Linear or convolution of its own")
         self.masks = Masks.of(places, output_rows)
@@ -144,8 +144,3 @@ class NFT(Method):
 def floor(layer: int, alpha: float, beta: float) -> float:
     """Return mu_l = alpha * exp(-beta * l), the least value of the masks of layer l = 1, 2, ..."""
     return alpha * math.exp(-beta * layer)
-
-
-def _without_last(places: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
-    last = places[-1][1]._parameters[places[-1][2]]
-    return [place for place in places if place[1]._parameters[place[2]] is not last]

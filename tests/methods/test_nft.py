@@ -203,3 +203,25 @@ def test_a_transformer_in_bfloat16() -> None:
         (k, v.dtype) for k, v in model.state_dict().items()
     ]
     assert not same(result.state_dict(), model.state_dict())
+
+
+class HeadFirst(nn.Module):
+    """The layer that makes the logits is the first one in the model's order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.body = nn.Linear(72, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.body(x.flatten(1))))
+
+
+@pytest.mark.parametrize("method", ["nft", "anp"])
+def test_the_logits_are_no_neurons_wherever_their_layer_stands(method: str) -> None:
+    torch.manual_seed(0)
+    model = HeadFirst()
+    settings = {"lr": 1.0, "c": 0.0} if method == "nft" else {}
+    result = fastfip.purify(model, data(), method, steps=20, progress=False, **settings)
+    assert torch.equal(result.model.head.weight, model.head.weight)
+    assert not torch.equal(result.model.body.weight, model.body.weight)
