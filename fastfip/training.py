@@ -273,7 +273,7 @@ class _Loop:
 
     def usable(self, values: dict[str, float | Tensor]) -> bool:
         run, config = self.run, self.run.config
-        if not math.isfinite(float(values["loss"])):
+        if not all(math.isfinite(float(value)) for value in values.values()):
             return False
         if config.grad_clip is None:
             return True

@@ -137,16 +137,20 @@ class Perturbations:
             size = _norms(total)
             self.delta -= step * self.radius * total / size.clamp_min(1e-20)
             self.delta *= (self.radius / _norms(self.delta).clamp_min(1e-20)).clamp(max=1)
-            hit = (logits.argmax(1) == c).float()
-            self._count(c, hit)
-        return hit.mean()
+        return self.count(logits, c)
 
-    def _count(self, c: Tensor, hit: Tensor) -> None:
-        """Running mean of the success: a sample counts a tenth, so about ten samples are remembered."""
+    @torch.no_grad()
+    def count(self, logits: Tensor, c: Tensor) -> Tensor:
+        """Take note of who of logits [N, C] went to c [N]; return the share of them, as a scalar.
+
+        `success` is a running mean: a sample counts a tenth, so about ten samples are remembered.
+        """
+        hit = (logits.argmax(1) == c).float()
         seen = torch.zeros_like(self.success).index_add_(0, c, torch.ones_like(hit))
         hits = torch.zeros_like(self.success).index_add_(0, c, hit)
         keep = 0.9**seen
         self.success = keep * self.success + (1 - keep) * hits / seen.clamp_min(1)
+        return hit.mean()
 
     def grow(self, factor: float) -> None:
         """Widen the bound; the perturbations themselves stay where they are."""

@@ -25,16 +25,19 @@ class FIPConfig(MethodConfig):
             "epochs": None, "steps": 180, "batch_size": 64, "lr": 0.01, "momentum": 0.9, "schedule": "cosine",
             "warmup": 0.05, "grad_clip": 5.0, "eta_f": 0.0, "eta_r": 0.0, "trace_every": 5,
             "fisher": "mc", "radius_factor": 1.0, "weight": 0.25,
+            "turns": False, "improve_every": 1, "average": 0.0,
         },
         "paper": {
             "epochs": 100, "steps": None, "batch_size": 128, "lr": 0.01, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 1e-3, "eta_r": 5.0, "trace_every": 1,
             "fisher": "empirical", "radius_factor": 1.0, "weight": 0.25,
+            "turns": False, "improve_every": 1, "average": 0.0,
         },
         "released": {
             "epochs": None, "steps": 2000, "batch_size": 128, "lr": 0.005, "momentum": 0.95, "schedule": "constant",
             "warmup": 0.0, "grad_clip": None, "eta_f": 0.5, "eta_r": 0.0, "trace_every": 5,
             "fisher": "empirical", "radius_factor": 1.0, "weight": 0.25,
+            "turns": False, "improve_every": 1, "average": 0.0,
         },
     }  # fmt: skip
 
@@ -66,6 +69,11 @@ class FIPConfig(MethodConfig):
     budget: float = setting(0.5, "KL to the received net, in nats, above which the unlearning gives way", above=0)
     weight: float = setting(None, "weight of the loss at worst-case inputs", low=0)
     unlearn: float = setting(0.4, "share of the steps that unlearn; the rest recovers", low=0, high=1)
+    turns: bool = setting(None, "the recovery takes the loss and the KL in turns, one pass a step instead of two")
+    improve_every: int = setting(None, "perturbations are improved in every so many steps of the unlearning", low=1)
+    average: float = setting(
+        None, "share of the steps, at the end, whose states are averaged: the last state is the mean", low=0, below=1
+    )
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
     reach: float = setting(0.9, "success at which the search stops to widen the radius", above=0, high=1)

@@ -11,6 +11,7 @@ objective therefore takes the same three terms where the Fisher is not zero.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from typing import Any
@@ -38,6 +39,12 @@ def retainer(tensors: list[Tensor], anchor: list[Tensor], diagonal: list[Tensor]
     return total / 2
 
 
+def divergence(target: Tensor, answer: Tensor) -> Tensor:
+    """Return the mean KL(softmax(target) || softmax(answer)) of logits [N, C], in float32."""
+    p, q = target.float().log_softmax(-1), answer.float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+
+
 class Objective(ABC):
     """One way to put the terms together."""
 
@@ -45,6 +52,8 @@ class Objective(ABC):
         self.run, self.space, self.config = run, space, config
         self.anchor: list[Tensor] = []
         self.diagonal: list[Tensor] = []
+        self.mean: list[Tensor] = []
+        self.averaged = 0
 
     def setup(self) -> None:
         """Take the Fisher diagonal of the received net once, if the retainer needs it."""
@@ -80,6 +89,22 @@ class Objective(ABC):
         for t, before, d in zip(self.space.tensors, self.previous, self.diagonal):
             limit = self.config.trust / d.sqrt().clamp_min(1e-20)
             t.data.copy_(before + torch.minimum(torch.maximum(t.detach() - before, -limit), limit))
+
+    def average(self) -> None:
+        """Take the state after this step into the mean of the last ones, and put the mean in place after the last.
+
+        The noise of small steps averages out (Polyak and Juditsky 1992), so that fewer samples a step are enough.
+        """
+        run, tensors = self.run, self.space.tensors
+        if run.step < (1 - self.config.average) * run.total_steps:
+            return
+        if not self.averaged:
+            self.mean = [t.detach().clone() for t in tensors]
+        self.averaged += 1
+        for mean, t in zip(self.mean, tensors):
+            mean.lerp_(t.detach(), 1 / self.averaged)
+            if run.step + 1 == run.total_steps:
+                t.data.copy_(mean)
 
     def add_retainer(self, values: dict[str, float | Tensor]) -> None:
         """Back-propagate the anchor."""
@@ -155,7 +180,7 @@ class WorstCase(Objective):
             )
             return
         self.perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
-        with run.timed("search"):
+        with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
             self._search(pool)
 
     def _search(self, pool: Any) -> None:
@@ -187,7 +212,10 @@ class WorstCase(Objective):
                     logits = run.forward(moved)
                     loss = run.loss(logits, moved).mean()
                 pull = config.weight * self._room(values)
-                if run.amp == torch.float16:
+                if run.step % config.improve_every:
+                    run.backward(pull * loss)
+                    reached = found.count(logits, c)
+                elif run.amp == torch.float16:
                     # The gradient of an input underflows without the scaler: a pass of its own, in float32.
                     run.backward(pull * loss)
                     reached = found.improve(run.model, run.task, batch, c, config.search_step)
@@ -213,32 +241,42 @@ class WorstCase(Objective):
         return min(1.0, max(0.0, 2.0 - float(values["kl"]) / self.config.budget))
 
     def _clean(self, batch: Batch) -> dict[str, float | Tensor]:
-        run, config = self.run, self.config
+        """Back-propagate the clean terms of this step."""
+        run = self.run
         values: dict[str, float | Tensor] = {}
-        n = run.task.size(batch)
-        if self.teacher is None:
+        target, mixed = None, batch
+        if self._weights()[1]:
+            mixed = self._mix(batch, run.task.size(batch))
+            with torch.no_grad(), run.autocast():
+                target = run.task.forward(self.teacher, mixed)  # type: ignore[arg-type]
+            if target.dim() != 2 or target.shape[1] < 2:
+                run.note("the outputs are not logits [N, C]: they are not held to the received net's by a KL")
+                self.teacher = target = None
+        of_loss, of_kl = self._weights()
+        total: Tensor | float = 0.0
+        if of_loss:
             with run.autocast():
                 loss = run.loss(run.forward(batch), batch).mean()
-            run.backward(loss)
-            return {"loss": loss.detach()}
-        mixed = self._mix(batch, n)
-        with torch.no_grad(), run.autocast():
-            target = run.task.forward(self.teacher, mixed)
-        if target.dim() != 2 or target.shape[1] < 2:
-            run.note("the outputs are not logits [N, C]: they are not held to the received net's by a KL")
-            self.teacher = None
-            return self._clean(batch)
-        with run.autocast():
-            loss = run.loss(run.forward(batch), batch).mean()
-            answer = run.forward(mixed)
-        divergence = (
-            F.kl_div(answer.float().log_softmax(-1), target.float().log_softmax(-1), reduction="none", log_target=True)
-            .sum(-1)
-            .mean()
-        )
-        run.backward((1 - config.kl) * loss + config.kl * divergence)
-        values.update(loss=loss.detach(), kl=divergence.detach())
+            total = of_loss * loss
+            values["loss"] = loss.detach()
+        if target is not None:
+            with run.autocast():
+                answer = run.forward(mixed)
+            kl = divergence(target, answer)
+            total = total + of_kl * kl
+            values["kl"] = kl.detach()
+        run.backward(total)  # type: ignore[arg-type]
         return values
+
+    def _weights(self) -> tuple[float, float]:
+        """Return the weights of the loss and of the KL in this step; in turns each is that of two steps, or zero.
+
+        While the net unlearns both are taken in every step: the KL says how much room there is.
+        """
+        kl = self.config.kl if self.teacher is not None else 0.0
+        if not self.config.turns or self.run.progress < self.config.unlearn or kl in (0.0, 1.0):
+            return 1 - kl, kl
+        return (0.0, 2 * kl) if self.run.step % 2 else (2 * (1 - kl), 0.0)
 
     def _mix(self, batch: Batch, n: int) -> Batch:
         """Mixtures of the batch's inputs, each at least half of its own: more points to hold the net to its answers."""

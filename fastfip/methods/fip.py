@@ -61,8 +61,9 @@ class FIP(Method):
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """Shorten the steps of the coordinates that clean data needs (trust)."""
+        """Shorten the steps of the coordinates that clean data needs (trust); average the last states."""
         self.objective.shorten()
+        self.objective.average()
 
     @torch.no_grad()
     def fold(self, run: Run) -> None:

@@ -18,6 +18,7 @@ from fastfip.methods._released import surrogate
 from fastfip.methods.base import Run
 from fastfip.methods.fast_fip import FastFIP, FastFIPConfig
 from fastfip.methods.fip import FIP, FIPConfig
+from fastfip.worst_case import Perturbations
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -288,3 +289,62 @@ def test_inputs_that_cannot_be_perturbed_leave_the_clean_terms() -> None:
     tokens, y = torch.randint(0, 10, (24, 3)), torch.arange(24) % 3
     result = fastfip.purify(model, (tokens, y), "fast_fip", steps=4, progress=False)
     assert any("no worst-case inputs" in note for note in result.notes)
+
+
+def clean_gradient(step: int, **settings: object) -> tuple[list[Tensor], dict[str, object]]:
+    """The gradient of the clean terms at a recovery step, without mixtures' chance: every mixture is the batch."""
+    torch.manual_seed(4)
+    model = net(torch.float64)
+    config = FIPConfig(unlearn=0.0, steps=10, kl=0.25, **settings)  # type: ignore[arg-type]
+    run = make_run(config, model)
+    x, y = data(12, torch.float64)
+    objective = WorstCase(run, FIP().make_space(run), config)
+    objective.teacher = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    objective.mixable = False
+    run.step = step
+    for p in model.parameters():
+        p.grad = None
+    values = objective._clean((x, y))
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None], values
+
+
+def test_two_steps_in_turns_have_the_gradient_of_two_whole_ones() -> None:
+    whole, values = clean_gradient(0, turns=False)
+    first, one = clean_gradient(0, turns=True)
+    second, other = clean_gradient(1, turns=True)
+    assert set(values) == {"loss", "kl"} and set(one) == {"loss"} and set(other) == {"kl"}
+    assert max(g.abs().max() for g in second) > 1e-6
+    for a, b, c in zip(first, second, whole):
+        torch.testing.assert_close((a + b) / 2, c, rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_state_is_the_mean_of_the_last_ones() -> None:
+    run = make_run(FIPConfig(steps=10, average=0.3), net())
+    objective = WorstCase(run, FIP().make_space(run), run.config)  # type: ignore[arg-type]
+    run.total_steps = 10
+    for run.step in range(10):
+        for t in objective.space.tensors:
+            t.data.fill_(float(run.step))
+        objective.average()
+        if run.step < 9:
+            assert all((t == run.step).all() for t in objective.space.tensors)
+    for t in objective.space.tensors:
+        torch.testing.assert_close(t.data, torch.full_like(t, 8.0))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_perturbations_are_improved_in_every_so_many_steps(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    improved = []
+    step = Perturbations.step
+
+    def counted(self: Perturbations, *args: object, **kw: object) -> Tensor:
+        if kw.get("retain_graph"):
+            improved.append(1)
+        return step(self, *args, **kw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Perturbations, "step", counted)
+    fastfip.purify(net(torch.float32), data(40, torch.float32), "fast_fip", steps=6, unlearn=1.0, improve_every=every)
+    assert len(improved) == 6 / every
