@@ -4,6 +4,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "fastfip.h"
@@ -46,22 +47,30 @@ void sum_grad_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t 
     fastfip::sum_grad_squared(g_matrix, a_matrix, samples, positions, outputs, inputs, pointer(out), pointer(grad), options);
 }
 
-void sum_grad_squared_windows(const MatrixArgument& g, uintptr_t map, int map_type, const std::array<int64_t, 5>& map_stride,
-                              int64_t channels, const std::array<std::vector<int64_t>, 3>& source, const Three& kernel,
-                              const Three& step, const Three& dilation, const Three& positions, int64_t samples,
-                              int64_t outputs, int64_t groups, uintptr_t out, uintptr_t grad, bool is_double, bool bf16,
-                              int threads, int isa) {
-    const auto options = options_of(is_double, bf16, threads, isa);
-    const auto g_matrix = matrix_of(g);
+void grad_norm_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t samples, int64_t positions, int64_t outputs,
+                       int64_t inputs, uintptr_t norms, uintptr_t product, bool is_double, int threads, int isa) {
+    const auto options = options_of(is_double, false, threads, isa);
+    const auto g_matrix = matrix_of(g), a_matrix = matrix_of(a);
+    py::gil_scoped_release release;
+    fastfip::grad_norm_squared(g_matrix, a_matrix, samples, positions, outputs, inputs, pointer<double>(norms), pointer(product),
+                               options);
+}
+
+// address, type, strides of n, c, z, y and x; channels of a group; source; kernel, step, dilation, positions
+typedef std::tuple<uintptr_t, int, std::array<int64_t, 5>, int64_t, std::array<std::vector<int64_t>, 3>, Three, Three, Three, Three>
+    WindowsArgument;
+
+fastfip::Windows windows_of(const WindowsArgument& x, int64_t outputs, int64_t groups) {
+    if (groups < 1 || outputs % groups != 0) throw std::invalid_argument("groups must divide outputs");
+    const auto& [map, type, stride, channels, source, kernel, step, dilation, positions] = x;
     fastfip::Windows w = {};
     w.data = pointer<const void>(map);
-    w.type = type_of(map_type);
-    w.stride_n = map_stride[0];
-    w.stride_c = map_stride[1];
+    w.type = type_of(type);
+    w.stride_n = stride[0];
+    w.stride_c = stride[1];
     w.channels = channels;
-    if (groups < 1 || outputs % groups != 0) throw std::invalid_argument("groups must divide outputs");
     for (size_t d = 0; d < 3; ++d) {
-        w.stride[d] = map_stride[d + 2];
+        w.stride[d] = stride[d + 2];
         w.source[d] = source[d].data();
         w.padded[d] = static_cast<int64_t>(source[d].size());
         w.kernel[d] = kernel[d];
@@ -71,8 +80,25 @@ void sum_grad_squared_windows(const MatrixArgument& g, uintptr_t map, int map_ty
         if (positions[d] > 0 && (positions[d] - 1) * step[d] + (kernel[d] - 1) * dilation[d] >= w.padded[d])
             throw std::invalid_argument("a window reaches beyond the padded map");
     }
+    return w;
+}
+
+void sum_grad_squared_windows(const MatrixArgument& g, const WindowsArgument& a, int64_t samples, int64_t outputs, int64_t groups,
+                              uintptr_t out, uintptr_t grad, bool is_double, bool bf16, int threads, int isa) {
+    const auto options = options_of(is_double, bf16, threads, isa);
+    const auto g_matrix = matrix_of(g);
+    const auto w = windows_of(a, outputs, groups);
     py::gil_scoped_release release;
     fastfip::sum_grad_squared_windows(g_matrix, w, samples, outputs, groups, pointer(out), pointer(grad), options);
+}
+
+void grad_norm_squared_windows(const MatrixArgument& g, const WindowsArgument& a, int64_t samples, int64_t outputs,
+                               int64_t groups, uintptr_t norms, uintptr_t product, bool is_double, int threads, int isa) {
+    const auto options = options_of(is_double, false, threads, isa);
+    const auto g_matrix = matrix_of(g);
+    const auto w = windows_of(a, outputs, groups);
+    py::gil_scoped_release release;
+    fastfip::grad_norm_squared_windows(g_matrix, w, samples, outputs, groups, pointer<double>(norms), pointer(product), options);
 }
 
 #ifdef FASTFIP_CUDA
@@ -127,11 +153,15 @@ PYBIND11_MODULE(_native, m) {
     m.def("sum_grad_squared", &sum_grad_squared, py::arg("g"), py::arg("a"), py::arg("samples"), py::arg("positions"),
           py::arg("outputs"), py::arg("inputs"), py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("bf16"),
           py::arg("threads"), py::arg("isa"), "Add to out (and grad, unless 0); see fastfip.h.");
-    m.def("sum_grad_squared_windows", &sum_grad_squared_windows, py::arg("g"), py::arg("map"), py::arg("map_type"),
-          py::arg("map_stride"), py::arg("channels"), py::arg("source"), py::arg("kernel"), py::arg("step"),
-          py::arg("dilation"), py::arg("positions"), py::arg("samples"), py::arg("outputs"), py::arg("groups"),
-          py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("bf16"), py::arg("threads"), py::arg("isa"),
-          "The same for a convolution's feature map; see fastfip.h.");
+    m.def("sum_grad_squared_windows", &sum_grad_squared_windows, py::arg("g"), py::arg("windows"), py::arg("samples"),
+          py::arg("outputs"), py::arg("groups"), py::arg("out"), py::arg("grad"), py::arg("is_double"), py::arg("bf16"),
+          py::arg("threads"), py::arg("isa"), "The same for a convolution's feature map; see fastfip.h.");
+    m.def("grad_norm_squared", &grad_norm_squared, py::arg("g"), py::arg("a"), py::arg("samples"), py::arg("positions"),
+          py::arg("outputs"), py::arg("inputs"), py::arg("norms"), py::arg("product"), py::arg("is_double"),
+          py::arg("threads"), py::arg("isa"), "Add to norms, write to product (unless 0); see fastfip.h.");
+    m.def("grad_norm_squared_windows", &grad_norm_squared_windows, py::arg("g"), py::arg("windows"), py::arg("samples"),
+          py::arg("outputs"), py::arg("groups"), py::arg("norms"), py::arg("product"), py::arg("is_double"),
+          py::arg("threads"), py::arg("isa"), "The same for a convolution's feature map; see fastfip.h.");
 
 #ifdef FASTFIP_CUDA
     m.attr("cuda_compiled") = FASTFIP_CUDA;

@@ -50,6 +50,15 @@ void sum_grad_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t
 void sum_grad_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups, void* out,
                               void* grad, const Options& options);
 
+// The squared norm of each sample's weight gradient, and that gradient itself:
+//     norms[n] += sum_oi (G_n[o,i])^2        product[n,o,i] = G_n[o,i] = sum_t g[n,t,o] a[n,t,i]   (product may be null)
+// product is of the type of the sums, contiguous; nothing is written where there are no positions.
+void grad_norm_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
+                       double* norms, void* product, const Options& options);
+
+void grad_norm_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups,
+                               double* norms, void* product, const Options& options);
+
 // Kernels for CUDA devices (compiled where nvcc is found). Addresses are the device's, launches go to a stream and return at once.
 namespace cuda {
 

@@ -1,4 +1,5 @@
 // Deals out the roles of the operands, the threads' slices and the scratch memory; the work is in sum_grad_squared_kernel.h.
+// grad_norm_squared.cpp has the same products made, and another use of them.
 #include "cpu/sum_grad_squared.h"
 
 #include <algorithm>
@@ -29,17 +30,19 @@ OpenMp openmp() {
 #endif
 }
 
-Backend backend(const Options& options, bool grouped = false) {
+Backend backend(const Options& options, bool norms, bool grouped = false) {
     if (options.isa > best_isa()) throw std::invalid_argument("this CPU lacks the instruction set that was asked for");
 #if defined(FASTFIP_BF16)
-    if (options.bf16 && !grouped && options.isa >= Isa::avx512_bf16) return sum_grad_squared_bf16();
+    if (options.bf16 && !grouped && !norms && options.isa >= Isa::avx512_bf16) return sum_grad_squared_bf16();
 #endif
+    if (options.bf16 && norms) throw std::invalid_argument("norms have no bfloat16 products");
     if (options.bf16 && !grouped) throw std::invalid_argument("bfloat16 products need a CPU and a compiler with AVX512_BF16");
+    const Kind kind = {options.is_double, grouped, norms};
 #if defined(__x86_64__)
-    if (options.isa >= Isa::avx512) return sum_grad_squared_avx512(options.is_double, grouped);
-    if (options.isa == Isa::avx2) return sum_grad_squared_avx2(options.is_double, grouped);
+    if (options.isa >= Isa::avx512) return sum_grad_squared_avx512(kind);
+    if (options.isa == Isa::avx2) return sum_grad_squared_avx2(kind);
 #endif
-    return sum_grad_squared_portable(options.is_double, grouped);
+    return sum_grad_squared_portable(kind);
 }
 
 // One buffer for each calling thread, kept between calls: fresh memory costs a page fault for every 4 KiB.
@@ -122,6 +125,7 @@ void run_groups(const Problem& p, const Backend& b, int64_t rows, int64_t lanes,
     }
     std::vector<std::vector<Slice>> work(static_cast<size_t>(std::min(count, groups * by_rows * by_lanes)));
     const int64_t panels = ceil_div(lanes, b.lane_width), total = groups * by_rows * by_lanes;
+    std::vector<double> norms(p.norms ? static_cast<size_t>(total * p.samples) : 0);
     for (int64_t index = 0; index < total; ++index) {
         const int64_t group = index / (by_rows * by_lanes), r = index / by_lanes % by_rows, l = index % by_lanes;
         Slice s;
@@ -132,57 +136,71 @@ void run_groups(const Problem& p, const Backend& b, int64_t rows, int64_t lanes,
         s.lane_first = group * lanes + s.lane_begin;
         s.channel_first = group * channels;
         s.result_first = group * lanes * rows;
+        s.norms = p.norms ? norms.data() + index * p.samples : nullptr;
         work[static_cast<size_t>(index * int64_t(work.size()) / total)].push_back(s);
     }
     run_slices(p, b, work);
+    for (size_t i = 0; i < norms.size(); ++i) p.norms[i % static_cast<size_t>(p.samples)] += norms[i];
 }
 
 }  // namespace
 
-void sum_grad_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
-                      void* out, void* grad, const Options& options) {
+void run_dense(Problem p, const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
+               const Options& options) {
     if (samples == 0 || positions == 0 || outputs == 0 || inputs == 0) return;
-    const Backend b = backend(options);
+    const Backend b = backend(options, p.norms);
     // Lanes are padded to whole vectors: give them the operand that wastes less, or else the larger one.
     const double waste_o = double(ceil_div(outputs, b.lane_width) * b.lane_width) / double(outputs);
     const double waste_i = double(ceil_div(inputs, b.lane_width) * b.lane_width) / double(inputs);
     const bool lanes_are_inputs = waste_i < waste_o || (waste_i == waste_o && inputs >= outputs);
-    Problem p = {};
     p.samples = samples;
     p.positions = p.line = positions;
-    p.out = out;
-    p.grad = grad;
     p.lanes = lanes_are_inputs ? a : g;
     p.rows = lanes_are_inputs ? g : a;
     p.result_row = lanes_are_inputs ? inputs : 1;
     p.result_lane = lanes_are_inputs ? 1 : inputs;
+    p.result_sample = outputs * inputs;
     const int64_t rows = lanes_are_inputs ? outputs : inputs, lanes = lanes_are_inputs ? inputs : outputs;
     run_groups(p, b, rows, lanes, 1, 0, options.threads);
 }
 
-void sum_grad_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups, void* out,
-                              void* grad, const Options& options) {
+void run_windows(Problem p, const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups,
+                 const Options& options) {
     const int64_t positions = a.positions[0] * a.positions[1] * a.positions[2];
     const int64_t inputs = a.channels * kernel_size(a);
     if (samples == 0 || positions == 0 || outputs == 0 || inputs == 0) return;
-    Problem p = {};
     p.samples = samples;
     p.positions = positions;
     p.line = a.positions[2];
-    p.out = out;
-    p.grad = grad;
     p.lanes = g;
     p.windows = &a;
     p.result_row = 1;
     p.result_lane = inputs;
-    const Backend features = backend(options);
+    p.result_sample = outputs * inputs;
+    const Backend features = backend(options, p.norms);
     // Lanes that are output channels of one group stand empty when it has few; groups as lanes cost a load for each product.
     const auto use = [&](int64_t n) { return double(n) / double(ceil_div(n, features.lane_width) * features.lane_width); };
     p.group_outputs = outputs / groups;
     if (0.5 * use(groups) > use(p.group_outputs))
-        run_groups(p, backend(options, true), inputs * p.group_outputs, groups, 1, a.channels, options.threads, false);
+        run_groups(p, backend(options, p.norms, true), inputs * p.group_outputs, groups, 1, a.channels, options.threads, false);
     else
         run_groups(p, features, inputs, p.group_outputs, groups, a.channels, options.threads);
+}
+
+void sum_grad_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
+                      void* out, void* grad, const Options& options) {
+    Problem p = {};
+    p.out = out;
+    p.grad = grad;
+    run_dense(p, g, a, samples, positions, outputs, inputs, options);
+}
+
+void sum_grad_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups, void* out,
+                              void* grad, const Options& options) {
+    Problem p = {};
+    p.out = out;
+    p.grad = grad;
+    run_windows(p, g, a, samples, outputs, groups, options);
 }
 
 }  // namespace fastfip

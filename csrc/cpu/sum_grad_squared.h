@@ -13,8 +13,9 @@ struct Problem {
     int64_t line;  // positions that follow each other at equal distances: all, or one row of a convolution's output
     Matrix lanes, rows;
     const Windows* windows;  // null: `rows` is a matrix; otherwise rows are (channel, kernel position) of this map
-    void *out, *grad;        // grad may be null
-    int64_t result_row, result_lane;  // strides of the result
+    void *out, *grad;        // grad may be null; norms: out is G_n of every sample, or null
+    double* norms;           // [samples]; null: the sum of squares
+    int64_t result_row, result_lane, result_sample;  // strides of the result; result_sample for norms only
     int64_t group_outputs;            // output channels of a group (grouped kernel only)
 };
 
@@ -24,6 +25,7 @@ struct Slice {
     int64_t lane_first;     // index of lane_begin in the operand (with the groups before it)
     int64_t channel_first;  // first channel of the group in the map
     int64_t result_first;   // offset of the group in the result
+    double* norms;          // [samples], this slice's share of them
 };
 
 struct Backend {
@@ -32,11 +34,22 @@ struct Backend {
     int lane_width;
 };
 
-// For each instruction set and type of accumulation: lanes are output or input features, or they are groups.
-Backend sum_grad_squared_portable(bool is_double, bool grouped);
-Backend sum_grad_squared_avx2(bool is_double, bool grouped);
-Backend sum_grad_squared_avx512(bool is_double, bool grouped);
+// What a kernel is compiled for: the type of accumulation, lanes that are features or groups, what becomes of G_n.
+struct Kind {
+    bool is_double, grouped, norms;
+};
+
+// For each instruction set.
+Backend sum_grad_squared_portable(Kind kind);
+Backend sum_grad_squared_avx2(Kind kind);
+Backend sum_grad_squared_avx512(Kind kind);
 Backend sum_grad_squared_bf16();
+
+// Deal out the roles of the operands and run: the results' addresses are in `p`, everything else is filled in.
+void run_dense(Problem p, const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
+               const Options& options);
+void run_windows(Problem p, const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups,
+                 const Options& options);
 
 namespace {
 

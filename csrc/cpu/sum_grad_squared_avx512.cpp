@@ -6,16 +6,20 @@
 namespace fastfip {
 namespace {
 
-template <class R>
+template <class R, bool Norms>
 Backend of(bool grouped) {
-    typedef Kernel<R, 64 / sizeof(R)> Features;
-    typedef Grouped<R, 64 / sizeof(R)> Groups;
-    if (grouped) return {Groups::scratch_bytes, Groups::run, 64 / sizeof(R)};
-    return {Features::scratch_bytes, Features::run, 64 / sizeof(R)};
+    constexpr int lanes = 64 / sizeof(R);
+    typedef Kernel<R, lanes, Exact<R>, Norms> Features;
+    typedef Grouped<R, lanes, Norms> Groups;
+    if (grouped) return {Groups::scratch_bytes, Groups::run, lanes};
+    return {Features::scratch_bytes, Features::run, lanes};
 }
 
 }  // namespace
 
-Backend sum_grad_squared_avx512(bool is_double, bool grouped) { return is_double ? of<double>(grouped) : of<float>(grouped); }
+Backend sum_grad_squared_avx512(Kind kind) {
+    if (kind.norms) return kind.is_double ? of<double, true>(kind.grouped) : of<float, true>(kind.grouped);
+    return kind.is_double ? of<double, false>(kind.grouped) : of<float, false>(kind.grouped);
+}
 
 }  // namespace fastfip

@@ -3,7 +3,8 @@
 // linker that merged two copies could otherwise put wide instructions on a path that any CPU takes.
 //
 // One operand is packed into panels of lanes, lanes[n][t][NV * W]; of the other one, MR rows at a time are broadcast. A tile
-// of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile.
+// of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile. With `Norms`
+// (grad_norm_squared) the squares are summed to one number for the sample instead, and the tile is stored where it is asked for.
 //   matrix:      rows are packed too, rows[n][t][MR], and the larger or better fitting of o and i are the lanes.
 //   convolution: rows are (channel, kernel position) and are read where they lie: row r at position t is
 //                map[row_offset(r) + position_offset[t]]. The unfolded matrix exists nowhere. Lanes are output channels.
@@ -35,7 +36,7 @@ struct Exact {
     static inline __attribute__((always_inline)) Vec multiply_add(R row, Vec lane, Vec sum) { return sum + row * lane; }
 };
 
-template <class R, int W, class Operand = Exact<R>>
+template <class R, int W, class Operand = Exact<R>, bool Norms = false>
 struct Kernel {
     typedef typename Operand::Element Element;  // of the size of R
     typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
@@ -58,6 +59,7 @@ struct Kernel {
         int64_t lane_sample, lane_step;    // from one sample to the next, from one step to the next
         R* out;
         R* grad;                           // null: not wanted
+        double* norms;                     // of the first sample
     };
 
     template <int MR, int NV, bool Indexed>
@@ -81,6 +83,25 @@ struct Kernel {
             lanes += lane_step;
             if (!Indexed) row[0] += MR;
         }
+    }
+
+    // The tile of sample n as `norms` want it; `out` is where it is left for `store`, if it is to be stored.
+    template <int MR, int NV>
+    static inline __attribute__((always_inline)) void take_norm(const Tile& job, int64_t n, const Vec (&acc)[MR][NV]) {
+        Vec sum = {};
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) sum += acc[r][v] * acc[r][v];
+        double total = 0;
+        for (int w = 0; w < W; ++w) total += sum[w];
+        job.norms[n] += total;
+        if (!job.out) return;
+        Vec* to = reinterpret_cast<Vec*>(job.out) + n * MR * NV;
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) to[r * NV + v] = acc[r][v];
     }
 
     template <int MR, int NV, bool Indexed>
@@ -114,6 +135,10 @@ struct Kernel {
                     for (int v = 0; v < NV; ++v) acc[r][v] = total[r][v];
             } else {
                 multiply<MR, NV, Indexed>(acc, rows, job.offset, lanes, job.lane_step, left);
+            }
+            if constexpr (Norms) {
+                take_norm<MR, NV>(job, n, acc);
+                continue;
             }
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r)
@@ -192,7 +217,9 @@ struct Kernel {
         l.chunk = (kSteps + l.steps - 1) / l.steps;
         if (l.chunk > most) l.chunk = most;
         if (l.chunk > p.samples) l.chunk = p.samples;
-        l.tiles = l.chunk < p.samples ? rows * lanes : kMaxRows * kMaxNV * W;
+        // The running tiles; of norms one tile for each sample, from which it is stored.
+        l.tiles = Norms ? (p.out ? l.chunk * kMaxRows * kMaxNV * W : 0)
+                        : l.chunk < p.samples ? rows * lanes : kMaxRows * kMaxNV * W;
         const auto up = [](int64_t n) { return (n + W - 1) / W * W; };
         l.at_rows = l.chunk * l.lanes;
         l.at_out = l.at_rows + up(l.chunk * l.rows);
@@ -231,7 +258,10 @@ struct Kernel {
                     row_panel(rows, index, row, height);
                     job.out = out + at;
                     job.grad = p.grad ? grad + at : nullptr;
-                    if (first) {
+                    if (Norms) {
+                        job.out = p.out ? out : nullptr;
+                        job.norms = s.norms + n0;
+                    } else if (first) {
                         for (int64_t i = 0; i < height * width; ++i) job.out[i] = 0;
                         for (int64_t i = 0; job.grad && i < height * width; ++i) job.grad[i] = 0;
                     }
@@ -245,10 +275,16 @@ struct Kernel {
                         job.offset = nullptr;
                         tile_of<false>(height, nv, job);
                     }
+                    if (Norms) {
+                        for (int64_t n = 0; p.out && n < count; ++n)
+                            put_tile<false>(p, s, row, height, start, width, out + n * height * width,
+                                            static_cast<R*>(p.out) + (n0 + n) * p.result_sample);
+                        continue;
+                    }
                     if (last) {
                         // At once, while the tile lies in the first-level cache.
-                        add_tile(p, s, row, height, start, width, job.out, p.out);
-                        if (p.grad) add_tile(p, s, row, height, start, width, job.grad, p.grad);
+                        put_tile<true>(p, s, row, height, start, width, job.out, static_cast<R*>(p.out));
+                        if (p.grad) put_tile<true>(p, s, row, height, start, width, job.grad, static_cast<R*>(p.grad));
                     }
                     if (l.chunk < p.samples) at += height * width;
                 }
@@ -319,17 +355,19 @@ struct Kernel {
         job.row_sample = size;
     }
 
-    static void add_tile(const Problem& p, const Slice& s, int64_t row, int height, int64_t lane, int64_t width, const R* from,
-                         void* result) {
+    // Adds a tile to a result, or stores it there.
+    template <bool Add>
+    static void put_tile(const Problem& p, const Slice& s, int64_t row, int height, int64_t lane, int64_t width, const R* from,
+                         R* result) {
         const int64_t left = s.lane_end - s.lane_begin - lane, used = left < width ? left : width;
-        R* const to = static_cast<R*>(result) + s.result_first + (s.row_begin + row) * p.result_row +
-                      (s.lane_begin + lane) * p.result_lane;
+        R* const to = result + s.result_first + (s.row_begin + row) * p.result_row + (s.lane_begin + lane) * p.result_lane;
+        const auto put = [](R& x, R value) { x = Add ? x + value : value; };
         if (p.result_lane == 1) {
             for (int r = 0; r < height; ++r)
-                for (int64_t v = 0; v < used; ++v) to[r * p.result_row + v] += from[r * width + v];
+                for (int64_t v = 0; v < used; ++v) put(to[r * p.result_row + v], from[r * width + v]);
         } else {
             for (int64_t v = 0; v < used; ++v)
-                for (int r = 0; r < height; ++r) to[r * p.result_row + v * p.result_lane] += from[r * width + v];
+                for (int r = 0; r < height; ++r) put(to[r * p.result_row + v * p.result_lane], from[r * width + v]);
         }
     }
 };

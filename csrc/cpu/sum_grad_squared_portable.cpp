@@ -10,16 +10,20 @@
 namespace fastfip {
 namespace {
 
-template <class R>
+template <class R, bool Norms>
 Backend of(bool grouped) {
-    typedef Kernel<R, 16 / sizeof(R)> Features;
-    typedef Grouped<R, 16 / sizeof(R)> Groups;
-    if (grouped) return {Groups::scratch_bytes, Groups::run, 16 / sizeof(R)};
-    return {Features::scratch_bytes, Features::run, 16 / sizeof(R)};
+    constexpr int lanes = 16 / sizeof(R);
+    typedef Kernel<R, lanes, Exact<R>, Norms> Features;
+    typedef Grouped<R, lanes, Norms> Groups;
+    if (grouped) return {Groups::scratch_bytes, Groups::run, lanes};
+    return {Features::scratch_bytes, Features::run, lanes};
 }
 
 }  // namespace
 
-Backend sum_grad_squared_portable(bool is_double, bool grouped) { return is_double ? of<double>(grouped) : of<float>(grouped); }
+Backend sum_grad_squared_portable(Kind kind) {
+    if (kind.norms) return kind.is_double ? of<double, true>(kind.grouped) : of<float, true>(kind.grouped);
+    return kind.is_double ? of<double, false>(kind.grouped) : of<float, false>(kind.grouped);
+}
 
 }  // namespace fastfip

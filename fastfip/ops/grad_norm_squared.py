@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastfip.kernels import triton
+from fastfip.kernels.native import grad_norm_squared as kernel
 
 from .grad_norm_squared_autograd import define, differentiable
 from .gram import gram, prefers_gram
@@ -46,7 +47,7 @@ def keeps(g: Tensor, a: Tensor) -> bool:
     The backward then has two products with them to make; of G_n it would have three.
     """
     t, o, i = g.shape[1], g.shape[2], a.shape[2]
-    return t > 1 and 2 * t <= o + i and prefers_gram(t, 2 * o, i)
+    return t > 1 and 2 * t <= o + i and t * (o + i) < 2 * o * i
 
 
 def _step(samples: int, each: int) -> int:
@@ -100,6 +101,12 @@ def _dense_gradients(g: Tensor, a: Tensor, v: Tensor, kept: Tensor | None = None
     return dg.to(g.dtype), da.to(a.dtype)
 
 
+def _native(g: Tensor, a: Tensor) -> Tensor:
+    """G_n by the native kernel; where that is not the cheaper way, the reference."""
+    direct = g.shape[1] > 1 and not prefers_gram(g.shape[1], g.shape[2], a.shape[2])
+    return kernel.grad_norm_squared(g, a) if direct else _dense(g, a)
+
+
 def _triton(g: Tensor, a: Tensor) -> Tensor:
     from fastfip.kernels.triton.grad_norm_squared import grad_norm_squared as run  # imports triton
 
@@ -110,6 +117,7 @@ def _triton(g: Tensor, a: Tensor) -> Tensor:
 GRAD_NORM_SQUARED = Op(
     "grad_norm_squared",
     (
+        Backend("native", _native, kernel.refuses),
         Backend("triton", _triton, triton.refuses, automatic=False),
         Backend("reference", _dense),
     ),
@@ -147,4 +155,4 @@ def grad_norm_squared(
         )
     chosen = GRAD_NORM_SQUARED.choose(backend, g, a).name
     once_more = torch.is_grad_enabled() and (g.requires_grad or a.requires_grad)
-    return differentiable(g, a, chosen, once_more and chosen == "reference" and keeps(g, a))
+    return differentiable(g, a, chosen, once_more and chosen != "triton" and keeps(g, a))

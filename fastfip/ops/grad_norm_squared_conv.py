@@ -12,10 +12,13 @@ G_n, or the two matrices of the second way, are kept for the backward if that ta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastfip.kernels.native import grad_norm_squared as kernel
 
 from .gram import Lattice, gram
 from .registry import Backend, Op
@@ -45,17 +48,21 @@ def _keeps(g: Tensor, x: Tensor, size: int, samples: int) -> bool:
 
 
 class _Conv(torch.autograd.Function):
-    """All three ways, the windows (or the matrices) of a few samples at a time."""
+    """All three ways, the windows (or the matrices) of a few samples at a time; `native`: G_n by the native kernel."""
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool, native: bool
+    ) -> tuple[Tensor, Tensor]:
         way = _way(g, x, shape, samples)
         if way == "places":
             return _places_norms(g, x, shape, keep)
         frames, scratch, acc = g.shape[0] // max(1, samples), Scratch(), accumulation_dtype(g.dtype)
-        keep = (
-            keep and way == "direct" and _keeps(g, x, g.shape[1] * (x.shape[1] // shape.groups) * shape.taps, samples)
-        )
+        o, i = g.shape[1] // shape.groups, x.shape[1] // shape.groups * shape.taps
+        keep = keep and way == "direct" and _keeps(g, x, g.shape[1] * i, samples)
+        if way == "direct" and native:
+            product = g.new_empty((samples * shape.groups, o, i) if keep else 0, dtype=acc)
+            return _native_norms(g, x, shape, frames, product if keep else None), product
         parts, kept = [], []
         step = _step(g, x, shape, samples, way)
         for k in range(0, samples, step):
@@ -74,7 +81,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        g, x, ctx.shape, ctx.samples, _ = inputs
+        g, x, ctx.shape, ctx.samples, _, ctx.native = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(g, x, output[1])
 
@@ -83,13 +90,15 @@ class _Conv(torch.autograd.Function):
         g, x, kept = ctx.saved_tensors
         shape, samples = ctx.shape, ctx.samples
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(g, x, v, shape, samples), None, None, None
+            return *_differentiable_gradients(g, x, v, shape, samples), None, None, None, None
         dg = torch.empty_like(g, dtype=v.dtype, memory_format=torch.contiguous_format)
         dx: Tensor | None = torch.empty_like(x, dtype=v.dtype) if ctx.needs_input_grad[1] else None
         way = _way(g, x, shape, samples)
-        run = {"direct": _direct_gradients, "places": _places_gradients, "windows": _windows_gradients}[way]
-        run(g, x, shape, samples, v, kept, dg, dx)
-        return dg.to(g.dtype), None if dx is None else dx.to(x.dtype), None, None, None
+        if way == "direct":
+            _direct_gradients(g, x, shape, samples, v, kept, dg, dx, ctx.native)
+        else:
+            (_places_gradients if way == "places" else _windows_gradients)(g, x, shape, samples, v, kept, dg, dx)
+        return dg.to(g.dtype), None if dx is None else dx.to(x.dtype), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------- operands as matrices
@@ -203,8 +212,22 @@ def _windows_gradients(
             dx[part] = columns_transpose(dcols, shape, tuple(x.shape[2:]), tuple(g.shape[2:]))
 
 
+def _native_norms(g: Tensor, x: Tensor, shape: ConvShape, frames: int, product: Tensor | None) -> Tensor:
+    padding = [(size, size) for size in shape.padding]
+    options = shape.kernel, shape.stride, padding, shape.dilation, shape.groups
+    return kernel.grad_norm_squared_conv(g, x, product, *options, frames=frames)
+
+
 def _direct_gradients(
-    g: Tensor, x: Tensor, shape: ConvShape, samples: int, v: Tensor, kept: Tensor, dg: Tensor, dx: Tensor | None
+    g: Tensor,
+    x: Tensor,
+    shape: ConvShape,
+    samples: int,
+    v: Tensor,
+    kept: Tensor,
+    dg: Tensor,
+    dx: Tensor | None,
+    native: bool,
 ) -> None:
     frames, groups, scratch = g.shape[0] // samples, shape.groups, Scratch()
     step = _step(g, x, shape, samples, "direct")
@@ -215,6 +238,10 @@ def _direct_gradients(
         part = slice(k * frames, (k + many) * frames)
         if kept.numel():
             product = kept[k * groups : (k + many) * groups]
+        elif native:
+            i = x.shape[1] // groups * shape.taps
+            product = scratch.take((many * groups, g.shape[1] // groups, i), v, slot=1)
+            _native_norms(g[part], x[part], shape, frames, product)
         else:
             left, cols = _chunk(g, x, shape, part, many, scratch)
             product = left @ cols.mT
@@ -269,11 +296,21 @@ def _differentiable_gradients(g: Tensor, x: Tensor, v: Tensor, shape: ConvShape,
     return dg.to(g.dtype), columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size).to(x.dtype)
 
 
-def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> Tensor:
-    return _Conv.apply(g, x, shape, samples, torch.is_grad_enabled() and (g.requires_grad or x.requires_grad))[0]
+def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int, native: bool = False) -> Tensor:
+    again = torch.is_grad_enabled() and (g.requires_grad or x.requires_grad)
+    return _Conv.apply(g, x, shape, samples, again, native)[0]
 
 
-GRAD_NORM_SQUARED_CONV = Op("grad_norm_squared_conv", (Backend("reference", _norms),))
+def _native_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> str:
+    if len(shape.kernel) == 3 and samples and g.shape[0] != samples:
+        return "it has no axis left for the frames of a 3-d convolution"
+    return kernel.refuses(g, x)
+
+
+GRAD_NORM_SQUARED_CONV = Op(
+    "grad_norm_squared_conv",
+    (Backend("native", partial(_norms, native=True), _native_refuses), Backend("reference", _norms)),
+)
 
 
 def grad_norm_squared_conv(

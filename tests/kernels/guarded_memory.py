@@ -6,6 +6,7 @@ import mmap
 
 import torch
 
+from fastfip.kernels.native.grad_norm_squared import grad_norm_squared, grad_norm_squared_conv
 from fastfip.kernels.native.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
 from tests.kernels.test_native_sum_grad_squared import CONVS, ISAS, SIZES, conv_problem
 
@@ -37,6 +38,7 @@ for isa, dtype, end in itertools.product(ISAS, (torch.float32, torch.float64, to
             g, a = (guarded(torch.randn(n, t, size).to(dtype), end) for size in (o, i))
             out, grad = (guarded(torch.zeros(o, i, dtype=acc), end) for _ in range(2))
             sum_grad_squared(g, a, out, grad, isa=isa, bf16=bf16)
+            grad_norm_squared(g, a, guarded(torch.zeros(n, o, i, dtype=acc), end), isa=isa)
             g, a = (guarded(torch.randn(n, size, t).to(dtype), end).transpose(1, 2) for size in (o, i))
             sum_grad_squared(g, a, out, grad, isa=isa, bf16=bf16, threads=2)
         for case in CONVS:
@@ -44,4 +46,6 @@ for isa, dtype, end in itertools.product(ISAS, (torch.float32, torch.float64, to
             g, x = (guarded(y, end) for y in conv_problem(case, 3, dtype))
             out, grad = (guarded(torch.zeros(o, c // groups, *kernel, dtype=acc), end) for _ in range(2))
             sum_grad_squared_conv(g, x, out, grad, stride, padding, dilation, groups, isa=isa, bf16=bf16)
+            each = guarded(torch.zeros(3, *out.shape, dtype=acc), end)
+            grad_norm_squared_conv(g, x, each, kernel, stride, padding, dilation, groups, isa=isa)
 print("no access beyond an operand")

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from torch.library import opcheck
 
 from fastfip.ops import ConvShape, grad_norm_squared, grad_norm_squared_conv
+from fastfip.ops.grad_norm_squared import keeps
 from fastfip.ops.gram import Lattice, prefers_gram
 from fastfip.ops.registry import OPS
 from tests.ops.test_sum_grad_squared import CONVS, SIZES, close, conv_problem
@@ -76,6 +77,9 @@ def test_convolution_and_gradient(backend, case, frames, way, chunk, nan_empty, 
     monkeypatch.setattr(conv, "_way", lambda *arguments: way)
     x.requires_grad_()
     g = torch.randn_like(forward(x)).requires_grad_()
+    if OPS["grad_norm_squared_conv"][backend].refuses(g, x, shape, 3):
+        assert len(shape.kernel) == 3 and frames > 1
+        backend = "auto"
     v = torch.randn(3, dtype=torch.float64)
     each = [
         torch.autograd.grad(forward(xn), weight, gn, create_graph=True)[0].square().sum()
@@ -121,6 +125,58 @@ def test_dtypes(backend, dtype):
     assert out.dtype == torch.float32
     close(out.detach(), definition(g.double(), a.double()).detach(), dtype)
     assert torch.autograd.grad(out.sum(), g)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS_CONV)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_convolution_dtypes_and_strides(backend, way, dtype, monkeypatch):
+    monkeypatch.setattr(conv, "_way", lambda *arguments: way)
+    x, shape, weight, forward = conv_problem(CONVS[0], 3)
+    x, g = x.to(dtype), torch.randn_like(forward(x)).detach().to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    g = g.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    each = [
+        torch.autograd.grad(forward(xn.double()), weight, gn.double(), create_graph=True)[0].square().sum()
+        for xn, gn in zip(x.split(1), g.split(1))
+    ]
+    out = grad_norm_squared_conv(g, x, shape, backend=backend)
+    assert out.dtype == torch.float32
+    close(out.detach(), torch.stack(each).detach(), dtype)
+    want = torch.autograd.grad(sum(each), (g, x))
+    for p, q in zip(torch.autograd.grad(out.sum(), (g, x)), want):
+        assert p.dtype == dtype
+        close(p, q.double(), dtype)
+
+
+def test_no_samples():
+    shape = ConvShape((3, 3), (1, 1), (1, 1), (1, 1))
+    g, x = torch.zeros(0, 4, 5, 5, requires_grad=True), torch.zeros(0, 2, 5, 5, requires_grad=True)
+    for backend in BACKENDS_CONV:
+        out = grad_norm_squared_conv(g, x, shape, backend=backend)
+        assert out.shape == (0,)
+        assert [y.shape for y in torch.autograd.grad(out.sum(), (g, x))] == [g.shape, x.shape]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(3, 5, 40, 30), (2, 199, 210, 220), (2, 5, 6, 6)])
+def test_what_is_kept_is_what_would_be_formed(backend, size):
+    n, t, o, i = size
+    g, a = torch.randn(n, t, o, dtype=torch.float64), torch.randn(n, t, i, dtype=torch.float64)
+    v = torch.randn(n, dtype=torch.float64)
+    assert keeps(g, a)
+    (kept, plain), ops = (
+        [torch.ops.fastfip.grad_norm_squared(g, a, backend, k) for k in (True, False)],
+        torch.ops.fastfip,
+    )
+    close(kept[0], plain[0], torch.float64)
+    assert kept[1].shape == (n, 2, t, t) and plain[1].numel() == 0
+    for p, q in zip(ops.grad_norm_squared_backward(g, a, v, kept[1]), ops.grad_norm_squared_backward(g, a, v)):
+        close(p, q, torch.float64)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+        grad_norm_squared(g.requires_grad_(), a, backend=backend)
+    assert sum(held) == g.numel() + a.numel() + 2 * n * t * t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def sum_grad_squared(
     samples, positions, outputs = g.shape
     with _Results(out, grad) as (out_address, grad_address):
         native.module().sum_grad_squared(
-            _matrix(g),
-            _matrix(a),
+            matrix_argument(g),
+            matrix_argument(a),
             samples,
             positions,
             outputs,
@@ -58,7 +59,7 @@ def sum_grad_squared(
             out.dtype == torch.float64,
             bf16,
             torch.get_num_threads() if threads is None else threads,
-            _isa(isa),
+            isa_argument(isa),
         )
 
 
@@ -79,28 +80,12 @@ def sum_grad_squared_conv(
     isa: str | None = None,
 ) -> None:
     """Add the same for the weight of a convolution, read through its windows: the unfolded map is never stored."""
-    kernel, source = list(out.shape[2:]), []
-    for size, (before, after) in zip(x.shape[2:], padding):
-        source.append(sources(size, before, after, mode))
-    ones = [1] * (3 - len(kernel))
-    if frames > 1:  # one more axis: positions of the output, and no part of the window
-        g, x = (y.unflatten(0, (-1, frames)).transpose(1, 2) for y in (g, x))
-        ones = ones[1:]
-        kernel, stride, dilation, source = [1, *kernel], [1, *stride], [1, *dilation], [list(range(frames)), *source]
-    fill = [0] * len(ones)
+    positions, windows = convolution_arguments(g, x, out.shape[2:], stride, padding, dilation, groups, mode, frames)
     with _Results(out, grad) as (out_address, grad_address):
         native.module().sum_grad_squared_windows(
-            _matrix(positions := g.flatten(2).transpose(1, 2)),  # a view where memory allows it
-            x.data_ptr(),
-            TYPES[x.dtype],
-            [*x.stride()[:2], *fill, *x.stride()[2:]],
-            x.shape[1] // groups,
-            [[0]] * len(ones) + source,
-            ones + kernel,
-            ones + list(stride),
-            ones + list(dilation),
-            ones + list(g.shape[2:]),
-            x.shape[0],
+            matrix_argument(positions),
+            windows,
+            positions.shape[0],
             positions.shape[2],
             groups,
             out_address,
@@ -108,8 +93,41 @@ def sum_grad_squared_conv(
             out.dtype == torch.float64,
             bf16,
             torch.get_num_threads() if threads is None else threads,
-            _isa(isa),
+            isa_argument(isa),
         )
+
+
+def convolution_arguments(
+    g: Tensor,  # [N * F, O, *positions]
+    x: Tensor,  # [N * F, C, *sizes]
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    mode: str,
+    frames: int,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return g as [N, positions, O], a view where memory allows it, and what the module takes for the windows of x."""
+    source = [sources(size, before, after, mode) for size, (before, after) in zip(x.shape[2:], padding)]
+    ones = [1] * (3 - len(kernel))
+    if frames > 1:  # one more axis: positions of the output, and no part of the window
+        g, x = (y.unflatten(0, (-1, frames)).transpose(1, 2) for y in (g, x))
+        ones = ones[1:]
+        kernel, stride, dilation, source = [1, *kernel], [1, *stride], [1, *dilation], [list(range(frames)), *source]
+    fill = [0] * len(ones)
+    windows = (
+        x.data_ptr(),
+        TYPES[x.dtype],
+        [*x.stride()[:2], *fill, *x.stride()[2:]],
+        x.shape[1] // groups,
+        [[0]] * len(ones) + source,
+        ones + list(kernel),
+        ones + list(stride),
+        ones + list(dilation),
+        ones + list(g.shape[2:]),
+    )
+    return g.flatten(2).transpose(1, 2), windows
 
 
 def sources(size: int, before: int, after: int, mode: str) -> list[int]:
@@ -145,11 +163,12 @@ class _Results:
                 result.add_(buffer)
 
 
-def _matrix(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+def matrix_argument(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """What the module takes for x [N, T, F]."""
     return x.data_ptr(), TYPES[x.dtype], x.stride()
 
 
-def _isa(name: str | None) -> int:
+def isa_argument(name: str | None) -> int:
     """Number of an instruction set; None: the best one of this CPU."""
     module = native.module()
     if name is None:
