@@ -54,12 +54,17 @@ def _step(samples: int, each: int) -> int:
     return max(1, min(samples, CHUNK // max(1, each)))
 
 
+def _squared(x: Tensor) -> Tensor:
+    """Squared norm of each row, without their squares in memory."""
+    return torch.linalg.vecdot(x, x)
+
+
 def _dense(g: Tensor, a: Tensor, kept: Tensor | None = None) -> Tensor:
     """S [N]; the Gram matrices go to `kept` [N, 2, T, T] if there is one."""
     n, t, o = g.shape
     acc = accumulation_dtype(g.dtype)
     if t == 1:
-        return reference(g, a)
+        return _squared(g[:, 0].to(acc)) * _squared(a[:, 0].to(acc))
     i = a.shape[2]
     by_gram = kept is not None or prefers_gram(t, o, i)
     step, out = _step(n, 2 * t * t if by_gram else o * i), g.new_empty(n, dtype=acc)
@@ -79,9 +84,9 @@ def _dense_gradients(g: Tensor, a: Tensor, v: Tensor, kept: Tensor | None = None
     n, t, o = g.shape
     i, acc = a.shape[2], v.dtype
     if t == 1:
-        g1, a1, twice = g.to(acc), a.to(acc), 2 * v[:, None, None]
-        dg = g1 * (twice * a1.square().sum(2, keepdim=True))
-        da = a1 * (twice * g1.square().sum(2, keepdim=True))
+        g1, a1, twice = g.to(acc), a.to(acc), 2 * v
+        dg = g1 * (twice * _squared(a1[:, 0]))[:, None, None]
+        da = a1 * (twice * _squared(g1[:, 0]))[:, None, None]
         return dg.to(g.dtype).contiguous(), da.to(a.dtype).contiguous()
     dg, da = (torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format) for x in (g, a))
     kept = kept if kept is not None and kept.numel() else None

@@ -231,7 +231,7 @@ def _direct_gradients(
 ) -> None:
     frames, groups, scratch = g.shape[0] // samples, shape.groups, Scratch()
     step = _step(g, x, shape, samples, "direct")
-    if kept.numel() and _at_once(g, samples):  # one call, its groups are the samples
+    if kept.numel() and frames == 1 and _at_once(g, x, shape):  # one call, its groups are the samples
         step = samples
     for k in range(0, samples, step):
         many = min(step, samples - k)
@@ -255,9 +255,9 @@ def _direct_gradients(
         _convolve_back(g[part], x[part], product, shape, dg[part], None if dx is None else dx[part])
 
 
-def _at_once(g: Tensor, samples: int) -> bool:
-    """Whether all samples go into one grouped convolution: many small maps do better so, few large ones do not."""
-    return g.shape[0] == samples and (g.is_cuda or g[0, 0].numel() < 512)
+def _at_once(g: Tensor, x: Tensor, shape: ConvShape) -> bool:
+    """Whether all samples go into one grouped convolution: many small ones do better so, few large ones do not."""
+    return g.is_cuda or g[0].numel() * (x.shape[1] // shape.groups) * shape.taps < 4e6
 
 
 def _convolve_back(g: Tensor, x: Tensor, product: Tensor, shape: ConvShape, dg: Tensor, dx: Tensor | None) -> None:
@@ -266,7 +266,7 @@ def _convolve_back(g: Tensor, x: Tensor, product: Tensor, shape: ConvShape, dg: 
     samples = weight.shape[0]
     options = (shape.stride, shape.padding, shape.dilation, False, [0] * len(shape.kernel))
     aten = torch.ops.aten
-    if _at_once(g, samples) and samples > 1:
+    if g.shape[0] == samples > 1 and _at_once(g, x, shape):
         flat = [t.to(weight.dtype).reshape(1, -1, *t.shape[2:]) for t in (g, x)]
         many = weight.flatten(0, 1)
         dg.copy_(aten.convolution(flat[1], many, None, *options, samples * shape.groups).view(dg.shape))
