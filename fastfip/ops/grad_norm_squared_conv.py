@@ -257,7 +257,7 @@ def _direct_gradients(
 
 def _at_once(g: Tensor, x: Tensor, shape: ConvShape) -> bool:
     """Whether all samples go into one grouped convolution: many small ones do better so, few large ones do not."""
-    return g.is_cuda or g[0].numel() * (x.shape[1] // shape.groups) * shape.taps < 4e6
+    return g.is_cuda or (x.shape[1] >= 8 and g[0].numel() * (x.shape[1] // shape.groups) * shape.taps < 4e6)
 
 
 def _convolve_back(g: Tensor, x: Tensor, product: Tensor, shape: ConvShape, dg: Tensor, dx: Tensor | None) -> None:
