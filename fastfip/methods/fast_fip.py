@@ -23,6 +23,7 @@ class FastFIPConfig(FIPConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "worst_case": {
             **FIPConfig.PRESETS["worst_case"],
+            "steps": 160,
             "lr": 0.1,
             "affine": True,
             "trust": 0.005,
@@ -38,6 +39,7 @@ class FastFIPConfig(FIPConfig):
 
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     bn_mode: Literal["train", "eval", "freeze"] = setting("eval", "BatchNorm; eval keeps the running statistics")
+    unlearn: float = setting(0.3, "share of the steps that unlearn; the rest recovers", low=0, high=1)
     rank: int | float | None = setting(
         None,
         "directions of each weight that move, the largest first: a number, a share of the energy, or None for all",
