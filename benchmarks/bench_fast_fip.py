@@ -279,6 +279,10 @@ def write_table() -> None:
     )
 
 
+def _text(row: dict[str, object]) -> dict[str, str]:
+    return {key: str(value) for key, value in row.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="*", default=list(MAKE), choices=list(MAKE))
@@ -302,8 +306,10 @@ def main() -> None:
         here = env.collect()
         stamp = {key: str(here[key]) for key in ("commit", "torch", "cpu", "native")}
         found = measure(name, options.threads, options.repeat)
-        old = [r for r in load() if (r["net"], r["threads"]) != (name, str(options.threads))]
-        write([*old, *({**{k: str(v) for k, v in row.items()}, **stamp} for row in found)])
+        same = {r["way"]: r for r in load() if (r["net"], r["threads"]) == (name, str(options.threads))}
+        old = [r for r in load() if r not in same.values()]
+        memory = {way: {k: r[k] for k in ("memory", "memory_mb")} for way, r in same.items()}
+        write([*old, *({**memory.get(str(row["way"]), {}), **_text(row), **stamp} for row in found)])
         for row in found:
             print(row["net"], f"{row['way']:<34}", row["ratio"], row["ms"], "ms", row["error"], flush=True)
 

@@ -84,15 +84,20 @@ def _dense(module: Any, shift: Shift, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's own layer with the gradient of the whole weight is the cheaper one."""
     if isinstance(module, _ConvTransposeNd):
         return False
-    if isinstance(module, _ConvNd):
-        taps = math.prod(module.kernel_size)
-        positions = x.numel() // max(1, x.shape[-len(module.kernel_size) - 1] * math.prod(module.stride))
-    else:
-        taps, positions = None, x.numel() // max(1, x.shape[-1])
+    taps = math.prod(module.kernel_size) if isinstance(module, _ConvNd) else None
+    positions = _positions(module, x)
     # Weak directions are looked for last: they only make the op dearer.
     return prefers_dense(shift.u, shift.v, taps, positions) or prefers_dense(
-        shift.u, shift.v, taps, positions, shift.directions(dtype)[1].weak
+        shift.u, shift.v, taps, positions, shift.directions(dtype, positions)[1].weak
     )
+
+
+def _positions(module: Any, x: Tensor) -> int:
+    """N T of the layer's output, or of a transposed convolution's input; borders do not matter."""
+    if not isinstance(module, _ConvNd):
+        return x.numel() // max(1, x.shape[-1])
+    stride = 1 if isinstance(module, _ConvTransposeNd) else math.prod(module.stride)
+    return x.numel() // max(1, x.shape[-len(module.kernel_size) - 1] * stride)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -108,7 +113,7 @@ Computed = tuple[Tensor, Tensor, ConvShape | None]
 
 
 def _linear(module: nn.Linear, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed:
-    weight, factors, scratch = shift.directions(x.dtype)
+    weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
     return *spectral_linear(x, weight, factors, shift.delta, bias, scratch=scratch, asked=shift.asked), None
 
 
@@ -126,7 +131,7 @@ def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed
     else:
         pads = tuple(module.padding)
     shape = ConvShape(module.kernel_size, module.stride, pads, module.dilation, module.groups)
-    weight, factors, scratch = shift.directions(x.dtype)
+    weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
     y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, scratch=scratch, asked=shift.asked)
     return (y if batched else y[0]), p, shape
 
@@ -153,7 +158,7 @@ def _transposed(
         )
     ]
     shape = ConvShape(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-    weight, factors, scratch = shift.directions(x.dtype)
+    weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
     full = (x.shape[0], module.out_channels, *size)
     options: dict[str, Any] = {"transposed_to": full, "scratch": scratch, "asked": shift.asked}
     y, q = spectral_conv(x, weight, factors, shift.delta, shape, bias, **options)

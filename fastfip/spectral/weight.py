@@ -16,6 +16,10 @@ __all__ = ["Shift"]
 #: Numbers of a weight up to which W(delta) is kept from product to product: below a megabyte it is no matter.
 SMALL = 1 << 16
 
+#: The same where making do without it costs more than this share of a product (K over the positions or over the wider
+#: side of the weight, by form): two such shares a step are what a second weight in memory saves.
+DEAR = 1 / 8
+
 
 @dataclass
 class Shift:
@@ -30,7 +34,7 @@ class Shift:
         scratch: memory in which W(delta) is put together for the length of a product.
         value: W(delta) as a leaf for the gradients of uses that are no layer of their own, made when it is first read.
         factors: the directions at the present delta, for the layers' own op. held: W(delta) for its products, where it
-            is kept: small, or in another dtype than the weight's.
+            is kept: small, dear to make, or in another dtype than the weight's.
     """
 
     names: list[str]
@@ -87,8 +91,11 @@ class Shift:
         return self.recompose() if torch.compiler.is_compiling() else self.leaf()
 
     @torch.no_grad()
-    def directions(self, dtype: torch.dtype) -> tuple[Tensor, Factors, Scratch | None]:
-        """Return the op's weight, directions and scratch memory for products of a dtype (autocast's may be another)."""
+    def directions(self, dtype: torch.dtype, positions: int) -> tuple[Tensor, Factors, Scratch | None]:
+        """Return the op's weight, directions and scratch memory, for products over so many positions.
+
+        `dtype` is that of the products; autocast's may be another than the weight's.
+        """
         if dtype not in self.factors:
             if dtype not in self._even:
                 self._even[dtype] = is_even(self.sigma, dtype)
@@ -98,7 +105,8 @@ class Shift:
         if self._fresh and dtype == self.weight.dtype:
             assert self.value is not None
             return self.value.detach(), factors, None
-        if dtype == self.weight.dtype and self.weight.numel() > SMALL:
+        cheap = self.sigma.shape[1] <= DEAR * max(positions, self.u.shape[1], self.v.shape[1])
+        if dtype == self.weight.dtype and self.weight.numel() > SMALL and cheap:
             return self.weight, factors, self.scratch
         if dtype not in self.held:
             made = recompose(self.weight, self.u, self.shift(), self.v, self.scratch)

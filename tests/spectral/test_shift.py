@@ -38,6 +38,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param != "as it pays":
         monkeypatch.setattr(layers, "prefers_dense", lambda *args: False)
         monkeypatch.setattr(weight, "SMALL", 0)
+        monkeypatch.setattr(weight, "DEAR", 1.0)
     return request.param
 
 
@@ -425,6 +426,17 @@ def test_a_weight_is_there_once() -> None:
         and net[0].weight is shifts.weights[0]
         and not shifts.deltas[0].grad.isnan().any()
     )
+
+
+def test_what_is_dear_to_make_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "prefers_dense", lambda *args: False)
+    layer = nn.Linear(300, 320).requires_grad_(False)
+    for rank, positions, kept in ((16, 2, False), (300, 600, True), (300, 2400, False)):
+        shifts = SpectralShifts.of(layer, rank)
+        shifts.refresh()
+        layer(torch.randn(positions, 300)).sum().backward()
+        shifts.remove()
+        assert bool(shifts.shifts[0].held) == kept and shifts.shifts[0].value is None
 
 
 @pytest.mark.parametrize("positions", [3, 700])
