@@ -8,6 +8,7 @@ went into it is taken; the logarithm only where none can be seen (compiled or sc
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from .data import Batch, Task, looks_like_probabilities
 
 __all__ = ["logits_task"]
+
+#: How far below the largest a masked logit is put: probability 4e-44.
+LOWEST = 100.0
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 
@@ -75,17 +79,32 @@ class _SoftmaxInput(TorchFunctionMode):
         super().__init__()
         self.given: Tensor | None = None
         self.result: Any = None
+        self.versions: tuple[int, ...] = (0, 0)
 
     @classmethod
     def of(cls, task: Task, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the outputs of a batch, and what their softmax was taken of; None where they come from elsewhere."""
         with cls() as watch:
             outputs = task.forward(model, batch)
-        return outputs, watch.given if watch.result is outputs else None
+        if watch.given is None or watch.result is not outputs or watch.versions != _versions(watch.given, outputs):
+            return outputs, None  # nothing seen, or something was done to either of them afterwards
+        return outputs, _finite(watch.given)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _SOFTMAX:
             self.given, self.result = args[0] if args else kwargs["input"], result
+            self.versions = _versions(self.given, result)
         return result
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each was changed in place; inference tensors count nothing and cannot be told."""
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Return logits with classes that are masked by -inf at a finite distance, where a loss has a gradient."""
+    floor = logits.detach().amax(-1, keepdim=True) - LOWEST
+    return torch.where(logits.detach() == -math.inf, floor, logits)

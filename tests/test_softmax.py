@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_nets import data, plain_net
-from torch import nn
+from torch import Tensor, nn
 
+import fastfip
 from fastfip.data import Task
 from fastfip.softmax import logits_task
 
@@ -124,3 +125,39 @@ def test_bfloat16_keeps_the_gradient_of_a_sure_answer():
         loss = task.loss(task.forward(model, (X, y)), (X, y))
     sure = (model(X).amax(1) > 0.9985) & (model(X).amax(1) < 0.99999)
     assert sure.any() and (loss[sure] > 0).all()
+
+
+class Masked(nn.Module):
+    """Its last class is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        masked = torch.tensor([False, False, False, True])
+        return self.net(x).masked_fill(masked, -torch.inf).softmax(1)
+
+
+def test_a_masked_class_leaves_every_term_finite() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 3
+    result = fastfip.purify(Masked(), (x, y), "fast_fip", steps=10, progress=False)
+    assert not any("not finite" in note for note in result.notes)
+    assert any("kl" in r for r in result.history) and any("worst_case_loss" in r for r in result.history)
+
+
+@pytest.mark.parametrize("where", ["result", "input"])
+def test_arithmetic_in_place_is_seen(where: str) -> None:
+    class Changed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x + 1
+            p = z.softmax(1)
+            if where == "result":
+                return p.mul_(0.5).add_(0.125)
+            z.zero_()
+            return p
+
+    model, batch = Changed(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    task, _ = logits_task(model, Task(), batch, model(batch[0]))
+    torch.testing.assert_close(task.forward(model, batch).softmax(1), model(batch[0]))

@@ -40,8 +40,8 @@ def retainer(tensors: list[Tensor], anchor: list[Tensor], diagonal: list[Tensor]
 
 
 def divergence(target: Tensor, answer: Tensor) -> Tensor:
-    """Return the mean KL(softmax(target) || softmax(answer)) of logits [N, C], in float32."""
-    p, q = target.float().log_softmax(-1), answer.float().log_softmax(-1)
+    """Return the mean KL(softmax(target) || softmax(answer)) of logits [N, C], in float32; masked ones may be -inf."""
+    p, q = (x.float().log_softmax(-1).clamp_min(-100) for x in (target, answer))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
 
 
@@ -93,7 +93,8 @@ class Objective(ABC):
     def average(self) -> None:
         """Take the state after this step into the mean of the last ones, and put the mean in place after the last.
 
-        The noise of small steps averages out (Polyak and Juditsky 1992), so that fewer samples a step are enough.
+        The noise of small steps averages out (Polyak and Juditsky 1992), so that fewer samples a step are enough. A run
+        that is stopped before its last step keeps a state that is no mean.
         """
         run, tensors = self.run, self.space.tensors
         if run.step < (1 - self.config.average) * run.total_steps:
@@ -157,6 +158,7 @@ class WorstCase(Objective):
     """
 
     perturbations: Perturbations | None = None
+    latest: float | Tensor = 0.0  # the clean loss of the last step that took it
 
     def setup(self) -> None:
         """Copy the received net and look for the perturbations."""
@@ -258,7 +260,8 @@ class WorstCase(Objective):
             with run.autocast():
                 loss = run.loss(run.forward(batch), batch).mean()
             total = of_loss * loss
-            values["loss"] = loss.detach()
+            self.latest = loss.detach()
+        values["loss"] = self.latest
         if target is not None:
             with run.autocast():
                 answer = run.forward(mixed)

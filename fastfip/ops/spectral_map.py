@@ -220,14 +220,16 @@ class SpectralMap:
         # A matrix product: a convolution with 1 x 1 kernels would reorder the map first, at several times the cost.
         if groups == 1 and _channels_last(g):
             return (g.movedim(1, -1) @ factor[0]).movedim(-1, 1)
-        product = factor.mT @ g.reshape(g.shape[0], groups, a, -1)
+        product = factor.mT @ g.reshape(g.shape[0], groups, a, math.prod(g.shape[2:]))
         return product.reshape(g.shape[0], groups * b, *g.shape[2:])
 
     # -------------------- the same from the other side
 
     def _right_from(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """Return x V, from y = W(delta) x + bias where that is cheaper."""
-        if self.o >= self.i or _many(self.f.weak, self.k):
+        # In 16 bits a bias that is large against W x leaves few of its digits in y.
+        rounded = bias is not None and y.dtype in (torch.bfloat16, torch.float16)
+        if self.o >= self.i or rounded or _many(self.f.weak, self.k):
             return self.right(x)
         return self._mend(self._from_output(y, bias, self._inverse()), lambda weak: self.right(x, weak))
 
@@ -298,7 +300,9 @@ def prefers_dense(u: Tensor, v: Tensor, taps: int | None, positions: int, weak: 
     """Return whether the gradient of the whole weight costs less than the two projections, in products a position.
 
     Args:
-        u, v, weak: as in `Factors`.
+        u: as in `Factors`.
+        v: as there.
+        weak: as there.
         taps: of a convolution's kernel; None for a Linear.
         positions: N T of the layer's output.
     """

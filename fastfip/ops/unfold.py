@@ -38,6 +38,8 @@ def windows(x: Tensor, shape: ConvShape, out_size: tuple[int, ...]) -> Tensor:
     """
     if any(shape.padding):
         x = F.pad(x, [p for size in reversed(shape.padding) for p in (size, size)])
+    if 0 in x.stride():  # the adjoint of as_strided is not that of an expanded tensor
+        x = x.contiguous()
     strides = x.stride()
     spatial = strides[2:]
     return x.as_strided(

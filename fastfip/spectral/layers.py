@@ -55,9 +55,14 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
     else:
         compute = _linear
 
+    # More output padding than stride is legal below the dilation, and no adjoint of a convolution that torch computes.
+    torchs_own = isinstance(module, _ConvTransposeNd) and any(
+        more >= stride for more, stride in zip(module.output_padding, module.stride)
+    )
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # A compiler would trace the op's autograd by rules of its own.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.numel() or torchs_own:
             return type(module).forward(module, x, *args, **kwargs)
         dtype = _product_dtype(x, shift.weight)
         if recorder.current is None and _dense(module, shift, x, dtype):

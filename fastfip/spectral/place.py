@@ -8,12 +8,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..ops.unfold import ConvShape
 
 __all__ = ["Place", "Record", "Recorder", "Use"]
 
 
 _MAKER = "_makes_"
+_GUARD = "_no_copy_while_shifted"
+
+
+class _NoCopy:
+    """Lies in a module while W(delta) does: a copy would go on computing with the original's weights."""
+
+    def __reduce__(self) -> Any:
+        raise ModelError("a model cannot be copied while its weights are shifted: remove() or fold() first")
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Place:
         self.module.__dict__[_MAKER + self.attribute] = make
 
     def _take_parameter(self) -> None:
+        self.module.__dict__[_GUARD] = _NoCopy()
         if self.attribute in self.module._parameters:
             self.order = list(self.module._parameters) if self.order is None else self.order
             del self.module._parameters[self.attribute]
@@ -52,6 +62,7 @@ class Place:
         if self.own is not None:
             self.module.__class__ = self.own
             self.own = None
+        self.module.__dict__.pop(_GUARD, None)
         self.module.__dict__.pop(_MAKER + self.attribute, None)
         self.module.__dict__.pop(self.attribute, None)
         if self.replaced:

@@ -464,3 +464,49 @@ def test_large_layers_of_any_precision(dtype: torch.dtype, positions: int) -> No
         for delta, expected in zip(shifts.deltas, right):
             assert (delta.grad - expected).norm() < close * expected.norm()
             delta.grad = None
+
+
+def test_no_copy_while_shifted() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 2))
+    shifts = SpectralShifts.of(model)
+    shifts.refresh()
+    with pytest.raises(ModelError, match="while its weights are shifted"):
+        copy.deepcopy(model)
+    shifts.remove()
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.ConvTranspose2d(3, 4, 3, stride=1, dilation=2, output_padding=1),
+        nn.ConvTranspose1d(3, 4, 3, stride=2, dilation=3, output_padding=2),
+    ],
+)
+def test_more_output_padding_than_stride(module: nn.Module) -> None:
+    module = module.double()
+    x = torch.randn(2, *[3, 6, 6][: module.weight.dim() - 1], dtype=torch.float64)
+    shifts = SpectralShifts.of(module)
+    (delta,) = shifts.deltas
+    with torch.no_grad():
+        delta.normal_()
+    shifts.refresh()
+    y = module(x)
+    upstream = torch.randn_like(y)
+    (y * upstream).sum().backward()
+    shifts.collect()
+    with shifts.differentiable():
+        (wanted,) = torch.autograd.grad((module(x) * upstream).sum(), delta)
+    torch.testing.assert_close(delta.grad, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_empty_batch(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, groups=groups), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Linear(16, 4))
+    shifts = SpectralShifts.of(model)
+    shifts.refresh()
+    y = model(torch.randn(0, 16, 20, 20))
+    assert y.shape == (0, 32, 16, 4)
+    y.sum().backward()
+    shifts.collect()
+    assert all(d.grad is None or not d.grad.any() for d in shifts.deltas)
