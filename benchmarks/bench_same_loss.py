@@ -212,15 +212,14 @@ def write_table() -> None:
     for way in WAYS:
         cells = []
         for name in names:
-            row = best.get((name, way))
-            plain = best.get((name, "fine-tuning"))
-            if row is None or plain is None:
+            found, plain = best.get((name, way)), best.get((name, "fine-tuning"))
+            if found is None or plain is None:
                 cells.append("-")
-            elif row["reached"] != "True":
-                cells.append(f"not in {row['steps']} steps: {float(row['loss']):.2f}")
+            elif found["reached"] != "True":
+                cells.append(f"not in {found['steps']} steps: {float(found['loss']):.2f}")
             else:
-                share = float(row["seconds"]) / float(plain["seconds"])
-                cells.append(f"{share:.2f} ({float(row['seconds']):.0f} s, {row['steps']} steps)")
+                share = float(found["seconds"]) / float(plain["seconds"])
+                cells.append(f"{share:.2f} ({float(found['seconds']):.0f} s, {found['steps']} steps)")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     path = Path(__file__).parents[1] / "docs" / "performance.md"
     begin, end = "<!-- same_loss:begin -->", "<!-- same_loss:end -->"
