@@ -124,10 +124,11 @@ class SpectralMap:
             return y, self._right_from(x, y, bias)
         change = self.f.s - self.f.sigma
         if self._output_is_narrow:
-            y = self._times(x, self.weight, bias)
-            p = self._from_output(y, bias, 1 / self.f.sigma)
+            early = None if _rounds(bias, x) else bias
+            y = self._times(x, self.weight, early)
+            p = self._from_output(y, early, 1 / self.f.sigma)
             y += self.left_adjoint(p * self._shaped(change.to(p.dtype)))
-            return y, p
+            return (y if bias is early else y + self._shaped(bias.to(y.dtype))), p  # type: ignore[union-attr]
         p = self.right(x)
         scaled = p * (change / self.f.sigma)[0].to(p.dtype)
         return self._times(x + scaled @ self.f.v[0].mT.to(x.dtype), self.weight, bias), p
@@ -227,9 +228,7 @@ class SpectralMap:
 
     def _right_from(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """Return x V, from y = W(delta) x + bias where that is cheaper."""
-        # In 16 bits a bias that is large against W x leaves few of its digits in y.
-        rounded = bias is not None and y.dtype in (torch.bfloat16, torch.float16)
-        if self.o >= self.i or rounded or _many(self.f.weak, self.k):
+        if self.o >= self.i or _rounds(bias, y) or _many(self.f.weak, self.k):
             return self.right(x)
         return self._mend(self._from_output(y, bias, self._inverse()), lambda weak: self.right(x, weak))
 
@@ -316,6 +315,11 @@ def prefers_dense(u: Tensor, v: Tensor, taps: int | None, positions: int, weak: 
         products = k * (narrow + min(narrow, o)) + weakly * i
         moved = 2 * narrow + 4 * k + (weakly + i // taps if weakly else 0)
     return o * i * (1 + k / max(1, positions)) < products + MOVED * moved
+
+
+def _rounds(bias: Tensor | None, y: Tensor) -> bool:
+    """Whether p cannot be read from y = W x + bias: in 16 bits a large bias leaves few digits of W x in it."""
+    return bias is not None and y.dtype in (torch.bfloat16, torch.float16)
 
 
 def _pick(factor: Tensor, columns: Tensor | None) -> Tensor:
