@@ -158,7 +158,7 @@ class WorstCase(Objective):
     """
 
     perturbations: Perturbations | None = None
-    latest: float | Tensor = 0.0  # the clean loss of the last step that took it
+    latest: Tensor | None = None  # the clean loss of the last step that took it
 
     def setup(self) -> None:
         """Copy the received net and look for the perturbations."""
@@ -261,7 +261,8 @@ class WorstCase(Objective):
                 loss = run.loss(run.forward(batch), batch).mean()
             total = of_loss * loss
             self.latest = loss.detach()
-        values["loss"] = self.latest
+        if self.latest is not None:
+            values["loss"] = self.latest
         if target is not None:
             with run.autocast():
                 answer = run.forward(mixed)
