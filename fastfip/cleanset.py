@@ -105,6 +105,11 @@ class CleanSet:
         labels = None if self.labels is None else self.labels[index]
         return CleanSet(self._store, self._index[index], labels, self.batch_size, self.task)
 
+    def places(self) -> Tensor:
+        """Return the places [n] in this set of the samples, in the order in which an unshuffled walk meets them."""
+        parts = self._store.parts
+        return torch.arange(self.n, device="cpu") if parts is None else parts[self._index].argsort(stable=True)
+
     def split(self, holdout: float, seed: int | torch.Generator) -> tuple[CleanSet, CleanSet | None]:
         """Split into the samples that are tuned on and those that only select.
 

@@ -32,7 +32,8 @@ class Run:
         model: the working copy, in eval mode but for what `train_mode` switches. A method may change it; `Method.fold`
             undoes that.
         task: how a batch and the model meet: `task.forward(model, batch)`, `task.labels(batch)`, ...
-        clean: the clean samples that are tuned on. `heldout`: those that only select (None: nothing could be held out).
+        clean: the clean samples that are tuned on; a method may leave some out (`run.clean = run.clean.subset(...)`).
+        heldout: those that only select (None: nothing could be held out).
         config: the method's own config class.
         generator: seeded, on the CPU; a method draws from nothing else.
         classes: C, where the outputs are logits [N, C].

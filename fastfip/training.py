@@ -164,11 +164,14 @@ class _Loop:
         self.moved = False
         config = run.config
         self.smallest = 2 if config.bn_mode == "train" and run.batchnorms else 1
-        per_epoch = len(run.clean.order(config.batch_size, smallest=self.smallest))
+        per_epoch = self.steps_of_a_pass()
         run.total_steps = config.steps if config.steps is not None else (config.epochs or 1) * per_epoch
         run.epochs = math.ceil(run.total_steps / per_epoch)
         self.score_every = max(1, run.epochs // MOST_SCORES)
         self.good, self.good_epoch = tuned.save(), 0
+
+    def steps_of_a_pass(self) -> int:
+        return len(self.run.clean.order(self.run.config.batch_size, smallest=self.smallest))
 
     def go(self) -> None:
         run = self.run
@@ -212,10 +215,13 @@ class _Loop:
                 smallest=self.smallest,
             )
             with contextlib.closing(batches):  # type: ignore[type-var]
+                clean = run.clean
                 for batch in batches:
                     stop = self.step(self.augmented(batch)) or stop
-                    if stop or run.step >= run.total_steps:
+                    if stop or run.step >= run.total_steps or run.clean is not clean:
                         break
+            if run.clean is not clean:  # the method left samples out: a pass over the others begins at once
+                run.epochs = run.epoch + math.ceil((run.total_steps - run.step) / self.steps_of_a_pass())
         record: Record = {
             **run.take_log(),
             "epoch": run.epoch,

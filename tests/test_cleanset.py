@@ -120,6 +120,17 @@ def test_samples_of_differing_shapes_never_share_a_batch():
         clean.tensors()
 
 
+@pytest.mark.parametrize("index", [torch.arange(12), torch.tensor([9, 1, 6, 5, 2, 11])])
+def test_places_are_those_of_an_unshuffled_walk(index):
+    batches = [(torch.arange(4.0)[:, None].repeat(1, length), torch.arange(4) % 2) for length in (3, 5, 3)]
+    clean = CleanSet.of([(x + 4 * k, y) for k, (x, y) in enumerate(batches)]).subset(index)
+    walked = torch.cat([batch[0][:, 0] for batch in clean.batches(3)])
+    assert sorted(clean.places().tolist()) == list(range(len(index)))
+    assert walked.tolist() == index[clean.places()].tolist()
+    walked = [batch[0][:, 0] for batch in clean.subset(clean.places()[:2]).batches(3)]
+    assert sorted(torch.cat(walked).tolist()) == sorted(index[clean.places()[:2]].tolist())
+
+
 def test_the_split_is_balanced_complete_and_seeded():
     x, _ = data(100)
     y = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)

@@ -96,6 +96,25 @@ def test_steps_end_within_an_epoch_and_batches_cover_the_set():
     assert sorted(v for rows in seen[:3] for v in rows) == sorted(data(24)[0].sum((1, 2, 3)).tolist())
 
 
+def test_a_method_may_leave_samples_out_and_a_new_pass_begins():
+    seen = []
+
+    class Fewer(Plain):
+        def backward(self, run, batch):
+            if run.step == 1:
+                run.clean = run.clean.subset(torch.arange(3, 16))
+            seen.append(batch[0].sum((1, 2, 3)).tolist())
+            return super().backward(run, batch)
+
+    run = make_run(steps=9)
+    history = fit(run, Fewer())
+    assert [len(rows) for rows in seen] == [8, 8, 8, 5, 8, 5, 8, 5, 8]
+    kept = sorted(data(24)[0].sum((1, 2, 3))[3:16].tolist())
+    for k in (2, 4, 6):
+        assert sorted(seen[k] + seen[k + 1]) == kept
+    assert run.step == 9 and run.epochs == run.epoch == len(history) == 5
+
+
 class Scripted(Plain):
     """Scores what the test says."""
 

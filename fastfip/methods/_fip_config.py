@@ -74,6 +74,12 @@ class FIPConfig(MethodConfig):
     average: float = setting(
         None, "share of the steps, at the end, whose states are averaged: the last state is the mean", low=0, below=1
     )
+    sieve: float = setting(
+        0.02,
+        "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
+        low=0,
+        below=1,
+    )
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)
     reach: float = setting(0.9, "success at which the search stops to widen the radius", above=0, high=1)

@@ -151,7 +151,8 @@ class WorstCase(Objective):
     2. Unlearn (the first `unlearn` of the steps): at perturbed inputs, drawn the more often the better they work, the
        loss towards the true label, whose gradient is what the Fisher information at those inputs is made of; the
        perturbations go on improving against the net as it changes.
-    3. Recover (the rest): clean terms only, the step size falling to zero.
+    3. Recover (the rest): clean terms only, the step size falling to zero, without the samples that the unlearning
+       hurt most (`sieve`): where triggered ones hide in the clean set, they are among them.
 
     The clean terms: the loss, and KL(p_received || p) on clean inputs and mixtures of them. To second order the KL is
     the quadratic form of the full Fisher at the received weights, of which the published retainer keeps the diagonal.
@@ -159,12 +160,13 @@ class WorstCase(Objective):
 
     perturbations: Perturbations | None = None
     latest: Tensor | None = None  # the clean loss of the last step that took it
+    sieved = False
 
     def setup(self) -> None:
         """Copy the received net and look for the perturbations."""
         super().setup()
         run, config = self.run, self.config
-        self.teacher = frozen_copy(run.model) if config.kl > 0 else None
+        self.teacher = frozen_copy(run.model) if config.kl > 0 or config.sieve > 0 else None
         pool = self._batches()
         first = next(pool)
         self.mixable = perturbable(run.task, first)
@@ -203,6 +205,9 @@ class WorstCase(Objective):
         """Add the gradients of the terms that belong to this part of the course."""
         run, config, found = self.run, self.config, self.perturbations
         self.space.begin()
+        if found is not None and not self.sieved and config.unlearn <= run.progress:
+            self.sieved = True
+            self._sieve()
         values = self._clean(batch)
         if found is not None and run.progress < config.unlearn:
             batch = self._at_least(batch, config.search_batch)
@@ -231,6 +236,25 @@ class WorstCase(Objective):
             self.add_trace(run.task.replace_inputs(moved, run.task.inputs(moved).detach()), values)
         self.add_retainer(values)
         return values
+
+    def _sieve(self) -> None:
+        """Leave the share `sieve` of the samples out from now on: those whose loss rose most over the received net's.
+
+        A triggered sample with the attacker's label pulls the backdoor back, through the loss and through the KL. The
+        received net answers it as labelled and the unlearned net does not; among clean samples few are like that.
+        """
+        run, config = self.run, self.config
+        leave = int(config.sieve * run.clean.n)
+        if not leave or self.teacher is None:
+            return
+        rise = []
+        with torch.no_grad(), run.eval_mode(), run.autocast():
+            for batch in run.clean.batches(device=run.device):
+                before = run.task.loss(run.task.forward(self.teacher, batch), batch)
+                rise.append(run.task.loss(run.forward(batch), batch) - before)
+        order = torch.cat(rise).float().nan_to_num(nan=torch.inf).argsort().cpu()
+        run.note(f"{leave} of {run.clean.n} samples, those that the unlearning hurt most, had no part in the recovery")
+        run.clean = run.clean.subset(run.clean.places()[order[:-leave]].sort().values)
 
     def _room(self, values: dict[str, float | Tensor]) -> float:
         """Return how much of the unlearning the clean answers leave room for: 1 within the budget, 0 at twice of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class ANPConfig(MethodConfig):
     threshold: float | None = setting(
         None, "masks up to this are pruned (0.2 in the paper); None: chosen by held-out clean accuracy", low=0, high=1
     )
-    tolerance: float = setting(0.05, "held-out accuracy that pruning may cost where it chooses the threshold", low=0)
+    tolerance: float = setting(0.05, "clean accuracy that pruning may cost where it chooses the threshold", low=0)
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
@@ -60,9 +61,10 @@ class ANP(Method):
     Neurons are pruned by their masks, lowest first, block by block through the thresholds 0.05, 0.1 .. 0.9, as far as
     held-out clean accuracy stays within `tolerance` of the received net's; a block that costs more is halved until the
     neurons that clean images need stand alone, and these are spared. (In a net without BatchNorm a hundred masks may
-    lie at zero, in no order; one channel among them that clean images need would end the pruning.) The released code
-    and BackdoorBench choose by test accuracy and attack success. At least the neuron with the lowest mask goes. Where
-    `loss=` takes other outputs than logits, the mean loss may rise by `tolerance` instead.
+    lie at zero, in no order; one channel among them that clean images need would end the pruning.) Blocks that the
+    samples tuned on cannot do without are given back, the last first. The released code and BackdoorBench choose by
+    test accuracy and attack success. At least the neuron with the lowest mask goes. Where `loss=` takes other outputs
+    than logits, the mean loss may rise by `tolerance` instead.
 
     The released code never projects: with its random start the change reaches 2 eps. As there, BatchNorm uses batch
     statistics while masks are tuned, and the pruned net has the running statistics of the received one.
@@ -198,10 +200,35 @@ class ANP(Method):
         if self.config.threshold is not None:
             return order[: max(1, up_to(self.config.threshold))]
         self.scored = 0
+        self.ends = [0]
         gone, start = order[:0], 0
         for end in sorted({up_to(t) for t in THRESHOLDS}):
             gone, start = self._joined(run, gone, order[start:end]), end
+        self.joined = gone
+        if run.heldout is not None:
+            gone = self._confirmed(run, gone)
         return gone if len(gone) else order[:1]
+
+    def _confirmed(self, run: Run, gone: Tensor) -> Tensor:
+        """Return the first blocks of `gone`, as many as the samples tuned on can do without too.
+
+        Two hundred choices by a few hundred held-out samples fit these: a Wide ResNet lost 10 points where 5 were asked
+        for.
+        """
+        heldout = run.heldout
+        run.heldout = None  # then `score` takes the samples tuned on
+        try:
+            self._prune(gone[:0])
+            before = self.score(run)
+
+            def too_many(k: int) -> bool:
+                self._prune(gone[: self.ends[k]])
+                return not self._acceptable(self.score(run), before)
+
+            first = bisect.bisect_left(range(1, len(self.ends)), True, key=too_many)
+            return gone[: self.ends[first]]
+        finally:
+            run.heldout = heldout
 
     def _joined(self, run: Run, gone: Tensor, more: Tensor) -> Tensor:
         """Return `gone` and those of `more` that clean accuracy can do without: halved until the others stand alone."""
@@ -210,17 +237,18 @@ class ANP(Method):
         both = torch.cat([gone, more])
         self._prune(both)
         self.scored += 1
-        if self._acceptable(self.score(run)):
+        if self._acceptable(self.score(run), self.before):
+            self.ends.append(len(both))
             return both
         if len(more) == 1:
             return gone
         half = len(more) // 2
         return self._joined(run, self._joined(run, gone, more[:half]), more[half:])
 
-    def _acceptable(self, now: dict[str, float]) -> bool:
+    def _acceptable(self, now: dict[str, float], before: dict[str, float]) -> bool:
         if "heldout_acc" in now:
-            return now["heldout_acc"] >= self.before["heldout_acc"] - self.config.tolerance - 1e-9
-        return now["score"] <= self.before["score"] + self.config.tolerance
+            return now["heldout_acc"] >= before["heldout_acc"] - self.config.tolerance - 1e-9
+        return now["score"] <= before["score"] + self.config.tolerance
 
     @torch.no_grad()
     def _prune(self, which: Tensor) -> None:

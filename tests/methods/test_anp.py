@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastfip
+from fastfip.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods import anp
 from fastfip.methods.anp import ANP, ANPConfig
@@ -178,7 +179,25 @@ def test_the_choice_takes_few_scores(monkeypatch) -> None:
     monkeypatch.setattr(method, "score", lambda run: calls.append(1) or score(run))
     monkeypatch.setattr(anp, "MOST_SCORES", 7)
     masks = torch.linspace(0, 0.85, total)
-    assert len(method.choose(run, masks, torch.arange(total))) >= 1 and 1 <= len(calls) <= 7
+    assert len(method.choose(run, masks, torch.arange(total))) >= 1 and 2 <= len(calls) <= 7 + 1 + 3  # 2 ** 3 > 7
+
+
+def test_the_samples_tuned_on_have_the_last_word() -> None:
+    """Few held-out samples let neurons go that the others need: the last ones are given back."""
+    run, method, total, accuracy = chosen(tolerance=0.03)
+    x, y = planted(False)[1]
+    few = torch.cat([torch.nonzero(y == c).flatten()[:1] for c in range(2)])
+    run.heldout = CleanSet.of((x[few], y[few]))
+    method.before = method.score(run)
+    nothing = torch.arange(0)
+    fits = [k for k in range(total) if accuracy(torch.tensor([k])) >= accuracy(nothing) - 0.03]
+    order = torch.tensor(fits + [k for k in range(total) if k not in fits])
+    masks = torch.linspace(0.0, 0.89, total)
+    gone = method.choose(run, masks, order)
+    assert run.heldout is not None and run.heldout.n == 2
+    ends = method.ends
+    assert accuracy(order[:0]) - accuracy(gone) <= 0.03 < accuracy(order[:0]) - accuracy(method.joined)
+    assert len(gone) in ends and torch.equal(gone, method.joined[: len(gone)])
 
 
 def test_a_given_threshold_is_taken() -> None:
