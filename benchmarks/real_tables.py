@@ -17,6 +17,7 @@ __all__ = ["best_first", "by_method", "by_net", "full", "to_readme"]
 Row = dict[str, Any]
 Cell = tuple[str, float, str]  # net, fraction, setting
 REFERENCE = "fast_fip"
+BASELINE = "fine_tune"
 #: Means that differ by less than this many points of DER are called equal.
 EQUAL = 0.1
 
@@ -36,6 +37,15 @@ def _cells(rows: Sequence[Row]) -> dict[str, dict[Cell, list[Row]]]:
 
 def _values(rows: Sequence[Row], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row[key] not in ("", None)]
+
+
+def _means(cells: dict[Cell, list[Row]], key: str) -> dict[Cell, float]:
+    """Mean over the seeds of each cell that has the figure."""
+    return {cell: mean(values) for cell, found in cells.items() if (values := _values(found, key))}
+
+
+def _gaps(mine: dict[Cell, float], theirs: dict[Cell, float]) -> list[float]:
+    return [value - theirs[cell] for cell, value in mine.items() if cell in theirs]
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
@@ -90,8 +100,9 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
     """Return one line for each method.
 
     DER: mean over the cells of nets with a backdoor, +- the standard deviation from cell to cell; `worst`: the lowest
-    cell. The next columns are against the reference, on the cells that both have: mean difference of DER, cells in
-    which the method is better / equal / worse, and how many times its seconds (median). `clean net`: change of ACC
+    cell. Then mean differences of DER to the baseline and to the reference, each on the cells that both have, and the
+    cells in which the method is better / equal / worse than the reference. Seconds are the processor's; how many times
+    the reference's: the median of the cells that both have, the lowest and the highest. `clean net`: change of ACC
     there, in points.
     """
     cells = _cells(rows)
@@ -100,15 +111,11 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
     lines = []
     for method in best_first(rows):
         mine = cells[method]
-        ders = {cell: mean(_values(found, "der")) for cell, found in mine.items() if _values(found, "der")}
+        ders = _means(mine, "der")
         spreads = [stdev(v) for found in mine.values() if len(v := _values(found, "der")) > 1]
-        theirs = {c: mean(_values(f, "der")) for c, f in cells[reference].items() if _values(f, "der")}
-        gaps = [der - theirs[cell] for cell, der in ders.items() if cell in theirs]
-        times = [
-            mean(_values(found, "seconds")) / max(mean(_values(cells[reference][cell], "seconds")), 1e-9)
-            for cell, found in mine.items()
-            if cell in cells[reference]
-        ]
+        gaps, baseline = (_gaps(ders, _means(cells.get(other, {}), "der")) for other in (reference, BASELINE))
+        seconds, theirs = _means(mine, "cpu_seconds"), _means(cells[reference], "cpu_seconds")
+        times = [seconds[cell] / max(theirs[cell], 1e-9) for cell in seconds if cell in theirs]
         better = sum(gap > EQUAL for gap in gaps)
         worse = sum(gap < -EQUAL for gap in gaps)
         loss = [float(r["acc"]) - float(r["acc_before"]) for found in mine.values() for r in found if r["der"] == ""]
@@ -116,14 +123,15 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
         lines.append(
             [f"`{method}`", f"{len(ders)}", _spread(list(ders.values())),
              f"{min(ders.values()):.2f}" if ders else "-", f"{mean(spreads):.2f}" if spreads else "-",
+             "-" if method == BASELINE or not baseline else f"{mean(baseline):+.2f}",
              "-" if itself or not gaps else f"{mean(gaps):+.2f}",
              "-" if itself or not gaps else f"{better} / {len(gaps) - better - worse} / {worse}",
-             _spread([mean(_values(found, "seconds")) for found in mine.values()], 0),
-             "-" if itself or not times else f"{median(times):.2f}x",
+             _spread(list(seconds.values()), 0),
+             "-" if itself or not times else f"{median(times):.1f}x ({min(times):.1f} to {max(times):.1f})",
              f"{mean(loss):+.2f}" if loss else "-"]
         )  # fmt: skip
-    head = ["method", "cells", "DER", "worst", "sd over seeds", f"DER - {reference}", "better / equal / worse",
-            "seconds", f"/ {reference}", "clean net"]  # fmt: skip
+    head = ["method", "cells", "DER", "worst", "sd over seeds", f"DER - {BASELINE}", f"DER - {reference}",
+            "better / equal / worse", "CPU seconds", f"/ {reference}", "clean net"]  # fmt: skip
     return _markdown(head, lines)
 
 

@@ -102,18 +102,20 @@ def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
 
 
 def test_tables():
-    rows = [row(method="fast_fip", seed=s, der=d, acc=d, seconds=10) for s, d in ((0, 96), (1, 98))]
-    rows += [row(method="fip", der=99, seconds=30), row(method="fip", setting="missing", der=50)]
+    rows = [row(method="fast_fip", seed=s, der=d, acc=d, cpu_seconds=10) for s, d in ((0, 96), (1, 98))]
+    rows += [row(method="fip", der=99, cpu_seconds=30), row(method="fip", setting="missing", der=50)]
+    rows += [row(method="fine_tune", setting="missing", der=47)]
     rows += [
         row(method="fip", net="clean_cifar10_resnet20", der="", asr="", ra="", asr_before="", acc_before=80, acc=79)
     ]
     rows += [row(method="sau", error="no", **dict.fromkeys(("acc", "asr", "ra", "der", "seconds"), ""))]
     lines = {line.split("|")[1].strip(): line for line in real_tables.by_method(rows).splitlines()[2:]}
-    assert list(lines) == ["`fast_fip`", "`fip`"]  # by mean DER, 97 and 74.5
+    assert list(lines) == ["`fast_fip`", "`fip`", "`fine_tune`"]  # by mean DER, 97, 74.5 and 47
     cells = [cell.strip() for cell in lines["`fip`"].split("|")[2:-1]]
-    # 2 cells, mean of 99 and 50, worst 50; against fast_fip on the one cell that both have; thrice its seconds there
+    # 2 cells, mean of 99 and 50, worst 50; against each rival on the one cell that both have; thrice the seconds there
     assert cells[0] == "2" and cells[1].startswith("74.50 ±") and cells[2] == "50.00"
-    assert cells[4:6] == ["+2.00", "1 / 0 / 0"] and cells[7] == "3.00x" and cells[8] == "-1.00"
+    assert cells[4:7] == ["+3.00", "+2.00", "1 / 0 / 0"] and cells[8:] == ["3.0x (3.0 to 3.0)", "-1.00"]
+    assert lines["`fine_tune`"].split("|")[6].strip() == "-" and lines["`fast_fip`"].split("|")[6:8] == [" - ", " - "]
     assert lines["`fast_fip`"].split("|")[5].strip() == "1.41"  # spread over its seeds
     net_table = real_tables.by_net(rows, 0.05)
     assert "| `fast_fip` | 97.0 / 1.0 |" in net_table and "| as received | 98.0 / 99.0 | 80.0 |" in net_table
