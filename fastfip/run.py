@@ -36,6 +36,8 @@ class Run:
         heldout: those that only select (None: nothing could be held out).
         config: the method's own config class.
         generator: seeded, on the CPU; a method draws from nothing else.
+        given: how many clean samples there were at first, held-out ones too.
+        left_out: how many of them a method took out of `clean`.
         classes: C, where the outputs are logits [N, C].
         epoch, epochs, step, total_steps: where the loop is; `epoch` counts from 1, `step` the steps done.
         notes: what the result should say. seconds: time by purpose, see `timed`.
@@ -48,6 +50,8 @@ class Run:
     device: torch.device
     generator: torch.Generator
     heldout: CleanSet | None = None
+    given: int = 0
+    left_out: int = 0
     classes: int | None = None
     amp: torch.dtype | None = None
     seed: int = 0

@@ -78,7 +78,7 @@ class FIPConfig(MethodConfig):
         0.02,
         "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
         low=0,
-        below=1,
+        high=0.5,
     )
     settle: float = setting(0.5, "share of the recovery whose states may be kept", above=0, high=1)
     focus: float = setting(2.0, "perturbations are drawn in proportion to success ** focus", low=0)

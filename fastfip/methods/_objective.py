@@ -24,6 +24,7 @@ from ..data import Batch
 from ..fisher.diagonal import Kind
 from ..worst_case import Perturbations, perturbable
 from ._fip_config import FIPConfig
+from ._sieve import sieve
 from ._space import Space, frozen_copy
 from .base import Run
 
@@ -106,6 +107,11 @@ class Objective(ABC):
             mean.lerp_(t.detach(), 1 / self.averaged)
             if run.step + 1 == run.total_steps:
                 t.data.copy_(mean)
+
+    def after_step(self) -> None:
+        """Do what follows the optimiser's step."""
+        self.shorten()
+        self.average()
 
     def add_retainer(self, values: dict[str, float | Tensor]) -> None:
         """Back-propagate the anchor."""
@@ -205,9 +211,6 @@ class WorstCase(Objective):
         """Add the gradients of the terms that belong to this part of the course."""
         run, config, found = self.run, self.config, self.perturbations
         self.space.begin()
-        if found is not None and not self.sieved and config.unlearn <= run.progress:
-            self.sieved = True
-            self._sieve()
         values = self._clean(batch)
         if found is not None and run.progress < config.unlearn:
             batch = self._at_least(batch, config.search_batch)
@@ -237,24 +240,19 @@ class WorstCase(Objective):
         self.add_retainer(values)
         return values
 
-    def _sieve(self) -> None:
-        """Leave the share `sieve` of the samples out from now on: those whose loss rose most over the received net's.
-
-        A triggered sample with the attacker's label pulls the backdoor back, through the loss and through the KL. The
-        received net answers it as labelled and the unlearned net does not; among clean samples few are like that.
-        """
+    def after_step(self) -> None:
+        """After the last step that unlearns, leave samples out."""
+        super().after_step()
         run, config = self.run, self.config
-        leave = int(config.sieve * run.clean.n)
-        if not leave or self.teacher is None:
+        over = (run.step + 1) / run.total_steps >= config.unlearn
+        if self.sieved or not over or config.unlearn == 0 or self.perturbations is None or self.teacher is None:
             return
-        rise = []
-        with torch.no_grad(), run.eval_mode(), run.autocast():
-            for batch in run.clean.batches(device=run.device):
-                before = run.task.loss(run.task.forward(self.teacher, batch), batch)
-                rise.append(run.task.loss(run.forward(batch), batch) - before)
-        order = torch.cat(rise).float().nan_to_num(nan=torch.inf).argsort().cpu()
-        run.note(f"{leave} of {run.clean.n} samples, those that the unlearning hurt most, had no part in the recovery")
-        run.clean = run.clean.subset(run.clean.places()[order[:-leave]].sort().values)
+        self.sieved = True
+        self.space.begin()
+        try:
+            sieve(run, self.teacher, config.sieve)
+        finally:
+            self.space.leave(fold=False)
 
     def _room(self, values: dict[str, float | Tensor]) -> float:
         """Return how much of the unlearning the clean answers leave room for: 1 within the budget, 0 at twice of it.

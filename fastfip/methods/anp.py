@@ -216,7 +216,7 @@ class ANP(Method):
         for.
         """
         heldout = run.heldout
-        run.heldout = None  # then `score` takes the samples tuned on
+        run.heldout = run.clean.in_memory()  # what a user's dataset draws anew in each pass would not compare
         try:
             self._prune(gone[:0])
             before = self.score(run)

@@ -61,9 +61,8 @@ class FIP(Method):
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """Shorten the steps of the coordinates that clean data needs (trust); average the last states."""
-        self.objective.shorten()
-        self.objective.average()
+        """Shorten the steps of the coordinates that clean data needs (trust); average the last states; sieve."""
+        self.objective.after_step()
 
     @torch.no_grad()
     def fold(self, run: Run) -> None:

@@ -39,6 +39,10 @@ class NFTConfig(MethodConfig):
     masks: Literal["auto", "norm", "channels"] = setting(
         "auto", "what is masked: BatchNorm's gamma (norm), output channels of layers, or the first that there is"
     )
+    augment: Literal["none", "crop", "crop_flip"] = setting(
+        "crop",
+        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+    )
     mixup: float = setting(1.0, "a of the Beta(a, a) that images are mixed by; 0: not mixed", low=0)
     floor: float = setting(0.8, "alpha of the floor mu_l = alpha * exp(-beta * l) of the masks", low=0, high=1)
     decay: float = setting(0.5, "beta of the floor: how fast it falls with depth", low=0)
@@ -61,7 +65,8 @@ class NFT(Method):
     BatchNorm has masks on the output channels of its layers, but for the classifier's. Only masks get gradients.
 
     Differences from the released code: the first BatchNorm is masked as well (there it is left out for no stated
-    reason, so l counts one less); the cosine runs over the steps, not over five parts; the masks are folded.
+    reason, so l counts one less); the cosine runs over the steps, not over five parts; the masks are folded; images are
+    cropped at random, but not mirrored as well (`augment="crop_flip"` does that).
     """
 
     name = "nft"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,56 +15,114 @@ from fastfip.attacks.badnets import BadNets
 from fastfip.cleanset import CleanSet
 from fastfip.data import Task
 from fastfip.demo import TARGET, digits, train_backdoored
-from fastfip.methods._objective import WorstCase
+from fastfip.methods._sieve import sieve
 from fastfip.methods.base import Run
+from fastfip.methods.fast_fip import FastFIP
 from fastfip.methods.fip import FIP, FIPConfig
 
 
-def sieved(x: Tensor, y: Tensor, sieve: float) -> tuple[Run, Tensor]:
+def sieved(x: Tensor, y: Tensor, share: float, batch: int = 8, step: int = 3) -> tuple[Run, Tensor]:
     """Run the sieve alone on a net that was moved; also the rise of each sample's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout(0.5))
-    config = FIPConfig(sieve=sieve)
-    run = Run(model.eval(), Task(), CleanSet.of([(x[:7], y[:7]), (x[7:], y[7:])]), config, torch.device("cpu"),
-              torch.Generator().manual_seed(0), classes=3, total_steps=10)  # fmt: skip
-    objective = WorstCase(run, FIP().make_space(run), config)
-    objective.teacher = copy.deepcopy(model)
+    run = Run(model.eval(), Task(), CleanSet.of([(x[:7], y[:7]), (x[7:], y[7:])]), FIPConfig(batch_size=batch),
+              torch.device("cpu"), torch.Generator().manual_seed(0), classes=3, step=step, total_steps=10)  # fmt: skip
+    received = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape))
-        now, before = (F.cross_entropy(net(x), y, reduction="none") for net in (model, objective.teacher))
+        now, before = (F.cross_entropy(net(x), y, reduction="none") for net in (model, received))
     model.train()
-    objective._sieve()
+    sieve(run, received, share)
     assert all(module.training for module in model.modules())
     return run, now - before
 
 
-@pytest.mark.parametrize("sieve", [0.1, 0.25, 0.6])
-def test_those_whose_loss_rose_most_are_left_out(sieve: float) -> None:
+def inputs(run: Run) -> Tensor:
+    return torch.cat([batch[0] for batch in run.clean.batches()])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_those_whose_loss_rose_most_are_left_out(share: float) -> None:
     x, y = torch.randn(20, 4, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 3
-    run, rise = sieved(x, y, sieve)
-    leave = int(20 * sieve)
-    assert run.clean.n == 20 - leave and f"{leave} of 20" in run.notes[0]
-    kept = torch.cat([batch[0] for batch in run.clean.batches()])
-    expected = rise.argsort()[: 20 - leave].sort().values
-    assert torch.equal(kept, x[expected])
+    run, rise = sieved(x, y, share)
+    leave = int(20 * share)
+    assert run.clean.n == 20 - leave and run.left_out == leave and f"{leave} of 20" in run.notes[0]
+    assert torch.equal(inputs(run), x[rise.argsort()[: 20 - leave].sort().values])
 
 
-@pytest.mark.parametrize(("n", "sieve"), [(20, 0.0), (10, 0.05)])
-def test_few_samples_and_a_share_of_zero_leave_all(n: int, sieve: float) -> None:
-    x, y = torch.randn(n, 4), torch.arange(n) % 3
-    run, _ = sieved(x, y, sieve)
+@pytest.mark.parametrize(("n", "share"), [(20, 0.0), (10, 0.05)])
+def test_few_samples_and_a_share_of_zero_leave_all(n: int, share: float) -> None:
+    run, _ = sieved(torch.randn(n, 4), torch.arange(n) % 3, share)
     assert run.clean.n == n and not run.notes
+
+
+def test_no_class_loses_its_last_sample() -> None:
+    x, y = torch.randn(20, 4), torch.zeros(20, dtype=torch.int64)
+    y[3], y[17], y[5] = 1, 2, 2
+    run, _ = sieved(x, y, 0.5)
+    assert run.clean.n == 10 and run.clean.labels is not None
+    assert sorted(set(run.clean.labels.tolist())) == [0, 1, 2]
+    run, _ = sieved(x[:10], torch.tensor([0, 1, 2] + [0] * 7), 0.5)
+    assert run.clean.n == 5
+    run, _ = sieved(torch.randn(3, 4), torch.arange(3), 0.5)
+    assert run.clean.n == 3 and not run.notes
 
 
 def test_a_loss_that_is_no_number_counts_as_the_greatest_rise() -> None:
     x, y = torch.randn(20, 4), torch.arange(20) % 3
     x[11] = torch.inf
     run, _ = sieved(x, y, 0.05)
-    assert torch.isfinite(torch.cat([batch[0] for batch in run.clean.batches()])).all()
+    assert run.clean.n == 19 and torch.isfinite(inputs(run)).all()
 
 
-def test_triggered_samples_in_the_clean_set_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_set_as_many_are_ranked_as_the_steps_can_draw() -> None:
+    x, y = torch.randn(20, 4), torch.arange(20) % 3
+    run, rise = sieved(x, y, 0.25, batch=2, step=4)  # five steps of two samples are left
+    assert run.clean.n == 8 and "2 of 10" in run.notes[0]
+    kept = [int((x == row).all(1).nonzero()) for row in inputs(run)]
+    assert len(set(kept)) == 8 and rise[kept].max() < rise.max()
+
+
+class Watched(FIP):
+    """Notes which samples each step sees."""
+
+    seen: list[set[tuple[float, ...]]]
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        Watched.seen = []
+
+    def backward(self, run: Run, batch: tuple[Tensor, Tensor]) -> dict[str, float | Tensor]:
+        Watched.seen.append({tuple(row.tolist()) for row in batch[0].flatten(1)})
+        return super().backward(run, batch)
+
+
+def small() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    return model, (torch.randn(40, 1, 6, 6), torch.arange(40) % 3)
+
+
+def test_no_step_of_the_recovery_sees_what_was_left_out() -> None:
+    model, data = small()
+    result = fastfip.purify(model, data, Watched, steps=10, sieve=0.2, holdout=0.1, progress=False)  # unlearn: 0.4
+    before, after = set().union(*Watched.seen[:4]), set().union(*Watched.seen[4:])
+    assert len(before) == 36 and len(after) == 29 and after < before
+    assert result.settings["clean_samples"] == 40 and result.settings["left_out_samples"] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [({"unlearn": 0.0}, 0), ({"unlearn": 1.0}, 0), ({"kl": 0.0}, 7), ({"sieve": 0.0}, 0), ({"variant": "paper"}, 0)],
+)
+def test_it_is_for_runs_that_unlearn_and_then_recover(settings: dict[str, Any], left: int) -> None:
+    model, data = small()
+    options = {"sieve": 0.2, "steps": 10, "holdout": 0.1, "progress": False, **settings}
+    assert fastfip.purify(model, data, "fip", **options).settings["left_out_samples"] == left
+
+
+def test_triggered_samples_in_the_clean_set_are_found() -> None:
     x, y, _, _ = digits(0)
     attack = BadNets(size=2)
     model = train_backdoored(x, y, attack, 0)
@@ -71,19 +130,16 @@ def test_triggered_samples_in_the_clean_set_are_found(monkeypatch: pytest.Monkey
     hidden = torch.nonzero(y != TARGET).flatten()[:4]
     x[hidden], y[hidden] = attack.trigger(x[hidden]), TARGET
     marked = {tuple(row.tolist()) for row in x[hidden].flatten(1)}
+
+    class Counted(FastFIP):
+        def after_step(self, run: Run) -> None:
+            before = run.clean
+            super().after_step(run)
+            if run.clean is not before:
+                for clean in (before, run.clean):
+                    rows = torch.cat([batch[0] for batch in clean.batches()]).flatten(1)
+                    left.append(sum(tuple(row.tolist()) in marked for row in rows))
+
     left: list[int] = []
-    sieve = WorstCase._sieve
-
-    def watched(self: WorstCase) -> None:
-        def count() -> int:
-            rows = torch.cat([batch[0] for batch in self.run.clean.batches()]).flatten(1)
-            return sum(tuple(row.tolist()) in marked for row in rows)
-
-        left.append(count())
-        sieve(self)
-        left.append(count())
-
-    monkeypatch.setattr(WorstCase, "_sieve", watched)
-    result = fastfip.purify(model, (x, y), progress=False, sieve=0.05)
-    assert left[0] >= 3 and left[1] <= 1, left
-    assert any("samples" in note for note in result.notes)
+    fastfip.purify(model, (x, y), Counted, progress=False, sieve=0.05)
+    assert len(left) == 2 and left[0] >= 3 and left[1] <= 1, left
