@@ -138,7 +138,7 @@ def read() -> list[dict[str, Any]]:
     if not CSV.exists():
         return []
     with CSV.open(newline="") as file:
-        return [{"setting": "plain", "error": "", **row} for row in csv.DictReader(file)]
+        return [{**dict.fromkeys(FIELDS, ""), "setting": "plain", **row} for row in csv.DictReader(file)]
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, float, int, str]:
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="*", type=float, default=[5, 1], help="in percent, or below 1 as shares")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="purifications at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="purifications at a time; they share the cores")
     parser.add_argument("--time-limit", type=float, default=None, metavar="S", help="seconds for one run, scoring too")
     parser.add_argument("--again", action="store_true", help="replace rows that are there")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")

@@ -85,15 +85,16 @@ def full(rows: Sequence[Row]) -> str:
     return _markdown(head, lines) + "\n".join(["", *tail] if tail else [])
 
 
-def best_first(rows: Sequence[Row]) -> list[str]:
-    """Return the methods by their mean DER, best first; those without one last."""
-    cells = _cells(rows)
+def best_first(rows: Sequence[Row], reference: str = REFERENCE) -> list[str]:
+    """Return the methods by their mean difference of DER to the reference, best first; those without one last."""
+    ders = {method: _means(cells, "der") for method, cells in _cells(rows).items()}
+    theirs = ders.get(reference) or next(iter(ders.values()), {})
 
     def place(method: str) -> float:
-        ders = [mean(_values(found, "der")) for found in cells[method].values() if _values(found, "der")]
-        return -mean(ders) if ders else 1.0
+        gaps = _gaps(ders[method], theirs)
+        return -mean(gaps) if gaps else float("inf")
 
-    return sorted(cells, key=lambda method: (place(method), method))
+    return sorted(ders, key=lambda method: (place(method), method))
 
 
 def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
@@ -101,15 +102,15 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
 
     DER: mean over the cells of nets with a backdoor, +- the standard deviation from cell to cell; `worst`: the lowest
     cell. Then mean differences of DER to the baseline and to the reference, each on the cells that both have, and the
-    cells in which the method is better / equal / worse than the reference. Seconds are the processor's; how many times
-    the reference's: the median of the cells that both have, the lowest and the highest. `clean net`: change of ACC
-    there, in points.
+    cells in which the method is better / equal / worse than the reference. Seconds are the processor's, over the cells
+    that have them (their number, if it is not all); how many times the reference's: the median of the cells that both
+    have, the lowest and the highest. `clean net`: change of ACC there, in points.
     """
     cells = _cells(rows)
     if reference not in cells:
         reference = next(iter(cells), "")
     lines = []
-    for method in best_first(rows):
+    for method in best_first(rows, reference):
         mine = cells[method]
         ders = _means(mine, "der")
         spreads = [stdev(v) for found in mine.values() if len(v := _values(found, "der")) > 1]
@@ -120,13 +121,14 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
         worse = sum(gap < -EQUAL for gap in gaps)
         loss = [float(r["acc"]) - float(r["acc_before"]) for found in mine.values() for r in found if r["der"] == ""]
         itself = method == reference
+        some = f" ({len(seconds)} of {len(mine)} cells)" if 0 < len(seconds) < len(mine) else ""
         lines.append(
             [f"`{method}`", f"{len(ders)}", _spread(list(ders.values())),
              f"{min(ders.values()):.2f}" if ders else "-", f"{mean(spreads):.2f}" if spreads else "-",
              "-" if method == BASELINE or not baseline else f"{mean(baseline):+.2f}",
              "-" if itself or not gaps else f"{mean(gaps):+.2f}",
              "-" if itself or not gaps else f"{better} / {len(gaps) - better - worse} / {worse}",
-             _spread(list(seconds.values()), 0),
+             _spread(list(seconds.values()), 0) + some,
              "-" if itself or not times else f"{median(times):.1f}x ({min(times):.1f} to {max(times):.1f})",
              f"{mean(loss):+.2f}" if loss else "-"]
         )  # fmt: skip
