@@ -16,12 +16,28 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks import real_models, real_tables
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
+#: BadNets on CIFAR-10 (ResNet-18 kinds) in the papers: method, where, share of clean images, ACC and ASR before, after.
+PAPERS = (
+    ("fip", "FIP, Table 6", 0.01, 92.96, 100.0, 89.32, 1.86),
+    ("nft", "NFT, Table 1", 0.01, 92.96, 100.0, 90.82, 1.74),
+    ("ft_sam", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 92.21, 1.63),
+    ("ft_sam", "NFT, Table 1", 0.01, 92.96, 100.0, 86.17, 4.34),
+    ("anp", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 91.65, 3.83),
+    ("anp", "NFT, Table 1", 0.01, 92.96, 100.0, 85.92, 4.87),
+    ("i_bau", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 87.43, 4.48),
+    ("i_bau", "NFT, Table 1", 0.01, 92.96, 100.0, 85.96, 2.84),
+    ("awm", "NFT, Table 1", 0.01, 92.96, 100.0, 87.85, 5.72),
+    ("fine_tune", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 90.29, 1.70),
+)
+#: The three nets here that were backdoored by BadNets.
+BADNETS = ("nad_cifar10_wrn16_1_badnets", "ibau_gtsrb_badnets", "badnets_mnist")
 FILE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 
@@ -53,6 +69,26 @@ def section(kind: Any) -> str:
 def measured() -> str:
     """Return how the methods did on the real networks."""
     return real_tables.by_method(real_models.read())
+
+
+def papers() -> str:
+    """Return what papers report of BadNets on CIFAR-10 beside what the same methods did on the three nets here."""
+    rows = [row for row in real_tables.good(real_models.read()) if row["setting"] == "plain"]
+
+    def here(method: str, net: str, share: float) -> str:
+        found = [r for r in rows if (r["method"], r["net"], float(r["fraction"])) == (method, net, share)]
+        if not found:
+            return ""
+        change = mean(float(r["acc"]) - float(r["acc_before"]) for r in found)
+        return f"{change:+.1f} / {mean(float(r['asr']) for r in found):.1f}"
+
+    lines = ["| method | paper | clean images | there | " + " | ".join(f"`{net}`" for net in BADNETS) + " |",
+             "|---|---|---|---|" + "---|" * len(BADNETS)]  # fmt: skip
+    for method, where, share, acc, asr, acc_after, asr_after in PAPERS:
+        there = f"{acc_after - acc:+.1f} / {asr_after:.1f} (from {asr:.0f})"
+        ours = [here(method, net, share) for net in BADNETS]
+        lines.append(f"| `{method}` | {where} | {share:.0%} | {there} | " + " | ".join(ours) + " |")
+    return "\n".join(lines)
 
 
 def _markdown(text: str) -> list[str]:
@@ -89,7 +125,7 @@ def main() -> None:
     new = put(old, "methods", registry())
     if args.check:
         sys.exit(0 if new == old else "docs/methods.md is out of date: python -m benchmarks.methods_doc")
-    FILE.write_text(put(new, "measured", measured()), encoding="utf-8")
+    FILE.write_text(put(put(new, "measured", measured()), "papers", papers()), encoding="utf-8")
 
 
 if __name__ == "__main__":
