@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .data import Batch, Forward, Loss, Task, check_labels, iter_batches, move_to, to_tensors
 from .errors import DataError, ModelError
+from .probe import home_of, usable_device
 
 __all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
 
@@ -129,6 +130,7 @@ def evaluate(
 
     Raises:
         DataError: an empty loader, labels that are no class indices or out of range, a batch of another form.
+        ConfigError: no such kind of device. BackendError: a device that is not here.
     """
     task = Task.of(forward, loss)
     notes: list[str] = []
@@ -178,9 +180,8 @@ def robust_accuracy(
 @contextlib.contextmanager
 def _evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """Eval mode without gradients; training flags and device are restored."""
-    parameter = next(iter([*model.parameters(), *model.buffers()]), None)
-    home = torch.device("cpu") if parameter is None else parameter.device
-    where = home if device is None else torch.device(device)
+    home = home_of(model)
+    where = home if device is None else usable_device(device)
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

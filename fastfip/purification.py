@@ -16,10 +16,11 @@ import fastfip
 from .callbacks import Callback
 from .cleanset import CleanSet
 from .data import Batch, Forward, Loss, Task
-from .errors import BackendError, ConfigError, FastFIPError, ModelError
+from .errors import ConfigError
 from .measuring import Scorer, in_float32
 from .methods import Method, MethodConfig, get
 from .metrics import Evaluation
+from .probe import first_outputs, usable_device
 from .process import PeakMemory, seeded
 from .result import PurifyResult
 from .run import Run, autocast_dtype
@@ -97,7 +98,7 @@ def purify(
     if amp not in (False, True, "bf16", "fp16"):
         raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
     task = Task.of(forward, loss)
-    chosen = None if device is None else _device(device)
+    chosen = None if device is None else usable_device(device)
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad():
         work = WorkCopy(model, inplace)
@@ -224,21 +225,6 @@ def _purify(
     return run, history, before, after
 
 
-def _device(name: torch.device | str) -> torch.device:
-    try:
-        where = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name!r}: give cpu, cuda, cuda:1, mps ...") from None
-    if where.type == "meta":
-        raise ConfigError("device='meta' has no numbers to compute with")
-    try:
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BackendError(f"device={str(where)!r} cannot be used here: {reason}") from None
-    return where
-
-
 def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     # cuDNN's recurrent layers have no backward pass in eval mode, in which all but BatchNorm and dropout is tuned.
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -282,18 +268,7 @@ def _probe(
 ) -> tuple[Task, int | None]:
     """Run the net once; return the task (of logits) and C, None where `loss=` takes other outputs."""
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
-    try:
-        with torch.no_grad():
-            logits = task.forward(model, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, FastFIPError):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the model fails on a batch of the clean data ({type(error).__name__}: {reason})") from error
-    if not bool(torch.isfinite(logits).all()):
-        raise ModelError(
-            "the model's outputs on clean data are NaN or Inf: check its weights and how images are scaled"
-        )
+    logits = first_outputs(model, task.forward, batch)
     if task.loss_hook is not None:
         plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
         plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it

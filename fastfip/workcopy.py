@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .probe import check_net
 
 __all__ = ["WorkCopy"]
 
@@ -26,8 +27,6 @@ class WorkCopy:
     """
 
     def __init__(self, model: nn.Module, inplace: bool) -> None:
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         _check(model)
         self.inplace = inplace
         if inplace:
@@ -143,16 +142,9 @@ class WorkCopy:
 def _check(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
-    parameters = list(model.named_parameters())
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for _, p in parameters):
-        raise ModelError("the model has lazy layers without weights: run one batch through it first")
-    if any(t.device.type == "meta" for _, t in [*parameters, *model.named_buffers()]):
-        raise ModelError("the model is on the meta device, without weights: load them first")
-    if not any(p.is_floating_point() for _, p in parameters):
+    check_net(model)
+    if not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
-    for name, p in parameters:
-        if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all()):
-            raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
 
 
 def _form(value: Any) -> Any:

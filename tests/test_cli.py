@@ -333,7 +333,7 @@ def test_every_error_has_its_code_and_one_line(work, capsys):
         (5, [*PURIFY, "--set", "lr=fast"], "lr"),
         (5, [*PURIFY, "--config", "c.json"], "lr"),
         (5, [*PURIFY, "--config", "none.json"], "cannot be read"),
-        (5, [*PURIFY, "--device", "gpu"], "device 'gpu'"),
+        (5, [*PURIFY, "--device", "gpu"], "device='gpu'"),
         (5, [*PURIFY, "--limit", "0"], "limit=0"),
         (5, [*PURIFY, "--std", "0"], "std must not be 0"),
         (5, [*PURIFY, "--test-data", "data.npz", "--attack", "badnets:sice=2", "--target", "1"], "sice=2"),

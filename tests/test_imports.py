@@ -16,6 +16,7 @@ LAYER = {
     "data": 3,
     "fisher": 4,
     "spectral": 5,
+    "probe": 3,
     "metrics": 4,
     "checkpoint": 4,
     "datasets": 4,

@@ -3,7 +3,7 @@ import torch
 from small_nets import conv_net, data
 from torch import nn
 
-from fastfip.errors import DataError, ModelError
+from fastfip.errors import BackendError, ConfigError, DataError, ModelError
 from fastfip.metrics import Evaluation, accuracy, attack_success_rate, der, evaluate, rir, robust_accuracy
 
 
@@ -161,3 +161,12 @@ def test_an_evaluation_reads_well():
     assert str(Evaluation(acc=0.5, asr=0.25, loss=1.0)) == "ACC 50.00 %, ASR 25.00 %, loss 1.0000"
     assert str(Evaluation()) == "nothing measured"
     assert Evaluation(acc=0.5).to_dict()["acc"] == 0.5
+
+
+def test_devices_that_cannot_be_used():
+    batch = (saying(ANSWERS), TRUE)
+    with pytest.raises(ConfigError, match="device='foo': give cpu"):
+        evaluate(Says(), [batch], device="foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="'cuda' cannot be used here"):
+            evaluate(Says(), [batch], device="cuda")

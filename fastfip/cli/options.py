@@ -279,17 +279,9 @@ def device(name: str) -> str:
         ConfigError: no such kind of device.
         BackendError: it is not here.
     """
-    import torch
+    from ..probe import usable_device
 
-    from ..errors import BackendError, ConfigError
-
-    try:
-        torch.empty(1, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        if "Expected one of" in reason or "Invalid device string" in reason:
-            raise ConfigError(f"device {name!r}: give cpu, cuda, cuda:1, mps ...") from None
-        raise BackendError(f"device {name!r} cannot be used here: {reason}") from None
+    usable_device(name)
     return name
 
 
