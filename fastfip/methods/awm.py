@@ -19,16 +19,18 @@ from .base import Groups, Method, Run, register, setting
 
 __all__ = ["AWM", "AWMConfig"]
 
+#: Passes over the clean set that a part of a round takes.
+ROUND = 5
+
 
 @dataclass(frozen=True)
 class AWMConfig(PixelConfig):
-    """Settings of AWM: those of the released code, whose 500 images of batch 128 make 20 rounds of 15 + 15 steps.
+    """Settings of AWM, the released code's: 20 rounds, in each five passes of the perturbation and five of the masks.
 
     With one sample a class or fewer, `alpha` and `tau` are those that its authors give for that case.
     """
 
-    epochs: int | None = setting(None, "passes over the clean set by the masks", low=1)
-    steps: int | None = setting(None, "steps of the masks, instead of epochs; 300 if neither is given", low=1)
+    epochs: int | None = setting(100, "passes over the clean set by the masks", low=1)
     batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
     lr: float = setting(0.01, "step size of the masks", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -40,7 +42,9 @@ class AWMConfig(PixelConfig):
     layers: Literal["auto", "conv", "all"] = setting(
         "auto", "whose weights are masked: convolutions', or Linear too; auto: Linear too where they hold the most"
     )
-    inner: int = setting(15, "steps of a round: so many of the perturbation, then as many of the masks", low=1)
+    inner: int | None = setting(
+        None, "steps of a round, so many of the perturbation, then of the masks; None: five passes", low=1
+    )
     delta_lr: float = setting(10.0, "step size of the perturbation, in pixels", above=0)
     labels: Literal["predicted", "given"] = setting(
         "predicted", "labels that the perturbation leads away from: the net's own answers, or the data's"
@@ -50,11 +54,6 @@ class AWMConfig(PixelConfig):
     tau: float | None = setting(
         None, "largest L1 norm of the perturbation, in pixels of [0, 1]; None: 1000, one sample a class 100", above=0
     )
-
-    def __post_init__(self) -> None:
-        if self.epochs is None and self.steps is None:
-            object.__setattr__(self, "steps", 300)
-        super().__post_init__()
 
 
 @register
@@ -69,7 +68,8 @@ class AWM(Method):
     Perturbation, norm and clipping are in pixels of [0, 1], whatever the inputs are normalised by.
 
     Differences from the released code: the perturbed image is clipped and the norm bounded in every ascent step, so
-    what is optimised is what is applied; sets smaller than a batch work; neither part computes gradients that it does
+    what is optimised is what is applied; sets smaller than a batch work, and the last batch of a pass may be a small
+    one (there it is left out); neither part computes gradients that it does
     not use. The algorithm in the paper leads away from the true labels (`labels="given"`), its code and objective from
     the net's answers, which is the default.
     """
@@ -90,6 +90,8 @@ class AWM(Method):
         if not mine:
             raise ModelError(f"awm finds no weight to mask with layers={config.layers!r}: try layers='all'")
         self.masks = Masks.of(mine, per_element)
+        passes = ROUND * len(run.clean.order(config.batch_size))
+        self.inner = passes if config.inner is None else config.inner
         few = run.classes is not None and run.clean.n <= run.classes
         self.alpha = (0.99 if few else 0.9) if config.alpha is None else config.alpha
         self.tau = (100.0 if few else 1000.0) if config.tau is None else config.tau
@@ -103,7 +105,7 @@ class AWM(Method):
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Take one step of the masks; before the first of a round, all steps of the perturbation."""
-        if self.range is not None and run.step % self.config.inner == 0:
+        if self.range is not None and run.step % self.inner == 0:
             self.ascend(run)
         values: dict[str, float | Tensor] = {}
         with self.masks.tuning():
@@ -130,7 +132,7 @@ class AWM(Method):
         self.deltas = {}
         self.masks.write()
         with run.eval_mode():
-            for _ in range(self.config.inner):
+            for _ in range(self.inner):
                 batch = self._next(run)
                 x = run.task.inputs(batch)
                 shape = tuple(x.shape[1:])
