@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from .data import Batch, Forward, Loss, Task, batches_of
 from .errors import ConfigError, DataError
 from .methods import Method, MethodConfig, get, names
 from .metrics import Evaluation, der, evaluate, rir
+from .probe import home_of, usable_device
 from .process import seeded
 from .purification import purify
 
@@ -53,7 +56,8 @@ def compare(
 
     Each run starts from the model as it was given, which is left alone, with the same clean samples and the same
     seeds. Nothing is selected by the test sets; they do not reach the methods. A method that ends in an error, out of
-    memory included, gives a row with the error, and the others go on. Ctrl-C ends it with the rows that are complete.
+    memory included, gives a row with the error, and the others go on. Ctrl-C ends it with the rows that are complete
+    (before the model as received is measured there are none, and it goes to the caller).
 
     Args:
         model: any net that `fastfip.purify` takes.
@@ -64,8 +68,8 @@ def compare(
         seeds: each method runs once for each.
         baseline: whether the model as received has a row of its own, "none".
         out: a .csv or .json file that is written after every row.
-        resume: take from `out` the rows of the same model, method, settings, seed, clean set and test sets; rows with
-            an error are run again.
+        resume: take from `out` the rows of the same model, method, settings, seed, clean set, test sets, device, `amp`
+            and version of fastfip; rows with an error are run again.
         device: as for `fastfip.purify`.
         amp: as for `fastfip.purify`.
         progress: whether a table that grows is shown on stderr; None: where stderr is a terminal.
@@ -77,12 +81,14 @@ def compare(
         the rows, with `.table()`, `.to_csv()`, `.to_json()`, `.plot()`.
 
     Raises:
-        ConfigError: no methods, no seeds, an unknown method or setting, `resume` without `out`.
+        ConfigError: no methods, no seeds, an unknown method, setting or device, `resume` without `out`.
         DataError: data that cannot be used, or an `out` that holds something else.
+        BackendError: a device that is not here.
     """
     plan = [_choice(choice) for choice in (names() if methods is None else methods)]
     drawn = list(dict.fromkeys(seeds))
     _check(plan, drawn, out, resume)
+    where = home_of(model) if device is None else usable_device(device)
     old = Comparison.read(out) if resume and out is not None and Path(out).exists() else Comparison([])
     task = Task.of(forward, loss)
     with seeded(0, torch.device("cpu")):
@@ -96,7 +102,7 @@ def compare(
         "test_set": "" if test is None else test.digest,
         "asr_set": "" if asr is None else asr.digest,
         "clean_samples": clean.n,
-        "device": str(device if device is not None else _home(model)),
+        "device": str(where),
         "amp": str(amp),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -106,24 +112,27 @@ def compare(
     if baseline:
         done.rows.append(_received(measured, common))
     known = {row.key: row for row in old.rows if not row.error}
+    options = {"device": device, "amp": amp, "forward": forward, "loss": loss}
     with _shown(done, progress) as show:
-        for seed in drawn:
-            for method, config, label in plan:
+        try:
+            for seed, (method, config, label) in itertools.product(drawn, plan):
                 row = Row(method=method.name, label=label, config=config.to_dict(), seed=seed, **common)
                 if row.key in known:
-                    done.rows.append(known[row.key])
+                    # The same settings may have been written in another way, and rows are grouped by their label.
+                    done.rows.append(dataclasses.replace(known[row.key], label=label))
                     continue
                 show(label, seed)
-                options = {"device": device, "amp": amp, "forward": forward, "loss": loss}
                 _run(row, model, clean, method, config, measured, test, asr, options)
                 if row.interrupted:
                     done.interrupted = True
-                    return done
+                    break
                 done.rows.append(row)
                 _save(done, old, out)
                 if on_row is not None:
                     on_row(row)
                 show("", seed)
+        except KeyboardInterrupt:  # not in the loop of a purification, which ends by itself: while scoring, say
+            done.interrupted = True
     _save(done, old, out)
     return done
 
@@ -220,11 +229,6 @@ def _held(device: str) -> int:
     return 0
 
 
-def _home(model: nn.Module) -> torch.device:
-    tensor = next(iter(model.state_dict().values()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
 def _again(data: Any) -> Any:
     """A generator is kept, so that it can be walked for each method."""
     return list(data) if isinstance(data, Iterator) else batches_of(data)
@@ -235,7 +239,7 @@ def _save(done: Comparison, old: Comparison, out: str | Path | None) -> None:
     if out is None:
         return
     mine = {row.key for row in done.rows}
-    every = Comparison([*(row for row in old.rows if row.key not in mine), *done.rows])
+    every = Comparison([*(row for row in old.rows if row.key not in mine), *done.rows], done.interrupted)
     path = Path(out)
     try:
         (every.to_csv if path.suffix == ".csv" else every.to_json)(path)

@@ -69,7 +69,7 @@ class Row:
     def key(self) -> tuple[str, ...]:
         """Return what makes it the same run."""
         settings = json.dumps(self.config, sort_keys=True, default=str)
-        where = (self.clean_set, self.test_set, self.asr_set, self.device, self.amp)
+        where = (self.clean_set, self.test_set, self.asr_set, self.device, self.amp, self.fastfip)
         return self.model, self.method, settings, str(self.seed), *where
 
     def take(self, before: Evaluation, after: Evaluation) -> None:

@@ -64,6 +64,28 @@ def test_compare_interrupted(work, capsys, monkeypatch):  # noqa: F811
     assert main([*COMPARE, *TWO, "--out", "c.json"]) == 130
     assert "c.json holds the rows that are complete" in capsys.readouterr().err
     assert [row.method for row in Comparison.read("c.json").rows] == ["none", "fine_tune"]
+    assert main([*COMPARE, *TWO]) == 130
+    out, err = capsys.readouterr()
+    assert "fine_tune (steps=2)" in out and "with --out FILE" in err and "--resume goes on" in err
+
+
+def test_compare_interrupted_while_scoring(work, capsys, monkeypatch):  # noqa: F811
+    from fastfip.metrics import evaluate
+
+    walks = []
+
+    def stopped(*args, **options):
+        walks.append(args)
+        if len(walks) == 3:  # the model as received, fine_tune, fip
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("fastfip.comparison.evaluate", stopped)
+    assert main([*COMPARE, *TWO, "--out", "c.csv"]) == 130
+    out, err = capsys.readouterr()
+    assert "c.csv holds the rows that are complete, --resume goes on from there" in err and "fine_tune" in out
+    assert main([*COMPARE, *TWO, "--out", "c.csv", "--resume"]) == 0
+    assert [row.method for row in Comparison.read("c.csv").rows] == ["none", "fine_tune", "fip"]
 
 
 def test_audit(work, capsys):  # noqa: F811

@@ -11,7 +11,7 @@ from small_nets import CLASSES, conv_net, data, loader, same, values
 import fastfip
 from fastfip import fingerprint
 from fastfip.comparison_table import Comparison, Row
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import BackendError, ConfigError, DataError
 from fastfip.methods.fine_tune import FineTune
 from fastfip.metrics import evaluate
 
@@ -139,6 +139,70 @@ def test_a_broken_run_goes_on(tmp_path):
         assert len(calls) == 1, change
     labels = [row.label for row in Comparison.read(out).rows]
     assert labels.count("fine_tune (steps=2)") == 1 and labels.count("fine_tune (steps=1)") == 5  # no row is lost
+
+
+class StopsIn:
+    """Test batches; Ctrl-C comes while they are walked the k-th time."""
+
+    def __init__(self, k):
+        self.left = k
+
+    def __iter__(self):
+        self.left -= 1
+        yield TEST[0]
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_a_purified_net_is_scored_keeps_the_rows(tmp_path):
+    out, model, plan = tmp_path / "c.json", conv_net(), [ONE, ("fine_tune", {"steps": 2})]
+    found = fastfip.compare(model, loader(), plan, test_loader=StopsIn(3), out=out)
+    assert found.interrupted and [row.label for row in found.rows] == ["none", "fine_tune (steps=1)"]
+    kept = Comparison.read(out)
+    assert kept.rows == found.rows and kept.interrupted and "interrupted" in str(found)
+    again = fastfip.compare(model, loader(), plan, test_loader=TEST, out=out, resume=True)
+    assert len(again.rows) == 3 and again.rows[1] == found.rows[1] and not again.interrupted
+    # From the caller's own function as well; the row that it was shown is complete.
+    shown = fastfip.compare(model, loader(), plan, on_row=lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert shown.interrupted and len(shown.rows) == 2
+
+
+def test_ctrl_c_in_the_first_run_leaves_the_model_as_received(tmp_path):
+    out = tmp_path / "c.csv"
+    found = fastfip.compare(conv_net(), loader(), [ONE], test_loader=StopsIn(2), out=out)
+    assert found.interrupted and [row.method for row in found.rows] == ["none"]
+    assert Comparison.read(out).rows == found.rows
+
+
+def test_rows_that_are_taken_over_have_the_label_of_this_run(tmp_path):
+    """`"1"` and `1` are the same setting, and so is a default that is written down."""
+    plan = {"test_loader": TEST, "out": tmp_path / "c.csv"}
+    model, lr = conv_net(), FineTune.Config().lr
+    first = fastfip.compare(model, loader(), [("fine_tune", {"epochs": "1"})], **plan)
+    both = fastfip.compare(model, loader(), [("fine_tune", {"epochs": 1, "lr": lr})], **plan, seeds=[0, 1], resume=True)
+    assert both.rows[1].seconds == first.rows[1].seconds
+    assert [(s.label, s.runs) for s in both.summary()] == [("none", 1), (f"fine_tune (epochs=1, lr={lr})", 2)]
+    assert Comparison.read(plan["out"]).rows == both.rows
+
+
+def test_rows_of_another_version_are_run_again(tmp_path, monkeypatch):
+    plan = {"methods": [ONE], "test_loader": TEST, "out": tmp_path / "c.csv"}
+    model, calls = conv_net(), []
+    fastfip.compare(model, loader(), **plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(fastfip, "__version__", "9.9")
+        found = fastfip.compare(model, loader(), **plan, resume=True, on_row=lambda row: calls.append(row.fastfip))
+    assert calls == ["9.9"] and [row.fastfip for row in found.rows] == ["9.9", "9.9"]
+    kept = [(row.method, row.fastfip) for row in Comparison.read(plan["out"]).rows]
+    assert sorted(kept) == sorted((m, v) for m in ("none", "fine_tune") for v in (fastfip.__version__, "9.9"))
+
+
+def test_devices_that_cannot_be_used():
+    with pytest.raises(ConfigError, match="device='foo': give cpu"):
+        fastfip.compare(conv_net(), loader(), [ONE], device="foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="'cuda' cannot be used here"):
+            fastfip.compare(conv_net(), loader(), [ONE], device="cuda")
 
 
 def test_plot(tmp_path):

@@ -73,8 +73,10 @@ def compare(
     else:
         show(found)
     if found.interrupted:
-        kept = "" if out is None else f": {out} holds the rows that are complete, --resume goes on from there"
-        raise Interrupted(f"interrupted{kept}")
+        kept = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
+        if out is not None:
+            kept = f"{out} holds the rows that are complete, --resume goes on from there"
+        raise Interrupted(f"interrupted: {kept}")
     runs = [row for row in found.rows if row.label != "none"]
     if all(row.error for row in runs):
         from ..errors import ModelError
