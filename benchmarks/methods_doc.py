@@ -62,6 +62,7 @@ def section(kind: Any) -> str:
             shown = "none" if value is None else f"{value}"
             rows.append(f"| `{item.name}` | {shown} | {_inline(str(item.metadata.get('help', '')))} |")
     if rows:
+        parts += _markdown(inspect.getdoc(kind.Config) or "")
         parts.append("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
