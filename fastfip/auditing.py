@@ -13,15 +13,16 @@ from torch import nn
 
 from .anomaly import LEVEL, SMALLER, anomaly
 from .audit_result import Audit, NetAudit, Retuning
+from .audit_subject import Subject, about, subjects_of
 from .cleanset import CleanSet
 from .curvature import sharpness as measure_sharpness
 from .data import Batch, Forward, Loss, Task, take
-from .errors import ConfigError, DataError, FastFIPError
+from .errors import ConfigError, DataError, FastFIPError, ModelError
 from .inversion import FORMS, Inverted, invert
 from .metrics import evaluate
+from .probe import check_net, first_outputs, home_of, reading, usable_device
 from .process import seeded
 from .run import autocast_dtype
-from .softmax import logits_task
 from .worst_case import perturbable
 
 __all__ = ["audit"]
@@ -59,7 +60,8 @@ def audit(
     numbers are fixed.
 
     Args:
-        model: any net that classifies inputs of real numbers.
+        model: any net that classifies inputs of real numbers; where weights are float16 or bfloat16, copies in float32
+            are audited.
         clean_loader: as for `fastfip.purify`.
         purified: the net after purification: gets the same search, and the changes found on `model` are tried on it.
         poisoned: a handful of triggered samples with the attack's label, if there are some: the re-tuning test tunes a
@@ -84,51 +86,55 @@ def audit(
 
     Raises:
         DataError: clean data that cannot be used.
-        ModelError: a model that cannot be used.
-        ConfigError: a setting out of its range.
+        ModelError: a model that cannot be used, or a purified one of another form.
+        ConfigError: a setting out of its range, or no such device.
+        BackendError: a device that is not here.
     """
     start = time.perf_counter()
-    _check(forms, reach, steps, samples, amp)
+    _check(forms, reach, steps, samples, amp, seed)
     task = Task.of(forward, loss)
     say = progress or (lambda text: None)
     nets = {"received": model} if purified is None else {"received": model, "purified": purified}
-    place = next(model.parameters()).device if device is None else torch.device(device)
+    for name, net in nets.items():
+        with about(name):
+            check_net(net)
+    place = home_of(model) if device is None else usable_device(device)
     notes: list[str] = []
     with torch.inference_mode(False), torch.enable_grad(), seeded(seed, place):
         clean = CleanSet.of(clean_loader, task)
         generator = torch.Generator().manual_seed(seed)
         clean = clean.subset(torch.randperm(clean.n, generator=generator)[:samples])
-        copies = {name: copy.deepcopy(net).to(place).eval() for name, net in nets.items()}
-        first = next(iter(clean.batches(device=place)))
-        task, count = _logits(copies["received"], first, task, notes)
-        clean.check(count)
-        notes += clean.notes
         batch = _one_batch(clean, task, place, notes)
-        searched = _classes(classes, count)
+        subjects = subjects_of(nets, clean, task, place, notes)
+        received, last = subjects[0], subjects[-1]
+        clean.check(received.classes)
+        notes += clean.notes
+        poison = None if poisoned is None else _Poison(last, task, poisoned, asr_loader, place, seed)
+        searched = _classes(classes, received.classes)
         found: dict[str, NetAudit] = {}
-        for name, net in copies.items():
+        for subject in subjects:
+            name, net = subject.name, subject.model
             inverted: dict[str, Inverted] = {}
             for form in forms if batch is not None else ():
                 say(f"{name} net: the smallest {form} change for each of {len(searched)} classes")
                 inverted[form] = invert(
-                    net, task, batch, searched, form, reach=reach, steps=steps, per_class=_per_class(len(searched)),
-                    check=48 if len(searched) <= 20 else 32, amp=autocast_dtype(amp, place), seed=seed,
+                    net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
+                    per_class=_per_class(len(searched)), check=48 if len(searched) <= 20 else 32,
+                    amp=autocast_dtype(amp, place), seed=seed,
                 )  # fmt: skip
             curvature = None
             if sharpness:
                 say(f"{name} net: sharpness")
-                curvature = _sharpness(net, clean, task, place, seed, notes)
+                curvature = _sharpness(net, clean, subject.task, place, seed, notes)
             ranks = {form: anomaly(searched, one.size, one.reached) for form, one in inverted.items()}
             found[name] = NetAudit(name, inverted, ranks, curvature)
-        if "purified" in copies and batch is not None:
+        if last is not received and batch is not None:
             for form, one in found["received"].inverted.items():
-                found["purified"].transfer[form] = _transfer(copies["purified"], task, batch, one)
+                found["purified"].transfer[form] = _transfer(last.model, last.task, last.given(batch), one)
         retuning = None
-        if poisoned is not None:
+        if poison is not None:
             say("re-tuning test")
-            retuning = _retune(
-                copies.get("purified", copies["received"]), clean, task, poisoned, asr_loader, place, seed
-            )
+            retuning = _retune(last, clean, poison, place)
     settings = {
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
         "device": str(place), "amp": amp, "classes": len(searched),
@@ -136,7 +142,7 @@ def audit(
     return Audit(found["received"], found.get("purified"), retuning, settings, time.perf_counter() - start, notes)
 
 
-def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str) -> None:
+def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str, seed: int) -> None:
     for form in forms:
         if form not in FORMS:
             raise ConfigError(f"form {form!r}: must be one of {', '.join(FORMS)}")
@@ -146,18 +152,8 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
         raise ConfigError(f"steps={steps}, samples={samples}: must be at least 1 and 2")
     if amp not in (False, True, "bf16", "fp16"):
         raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
-
-
-def _logits(net: nn.Module, batch: Batch, task: Task, notes: list[str]) -> tuple[Task, int]:
-    """Return the task of logits and C."""
-    with torch.no_grad():
-        out = task.forward(net, batch)
-    if out.dim() != 2 or out.shape[1] < 2:
-        raise DataError(f"an audit needs logits [N, C] with C > 1, not {list(out.shape)}: pass forward=")
-    task, said = logits_task(net, task, batch, out)
-    if said is not None:
-        notes.append(said)
-    return task, out.shape[1]
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
 
 
 def _one_batch(clean: CleanSet, task: Task, place: torch.device, notes: list[str]) -> Any:
@@ -172,6 +168,12 @@ def _one_batch(clean: CleanSet, task: Task, place: torch.device, notes: list[str
     if not perturbable(task, batch):
         notes.append("no changes were looked for: the inputs are no real numbers of a known name, such as x or image")
         return None
+    if clean.labels is None:
+        notes.append("no changes were looked for: the labels are no class indices")
+        return None
+    bad = int((~torch.isfinite(task.inputs(batch)).flatten(1).all(1)).sum())
+    if bad:
+        raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or look at their scaling")
     return move_to(batch, place)
 
 
@@ -212,47 +214,68 @@ def _sharpness(
 @torch.no_grad()
 def _transfer(net: nn.Module, task: Task, batch: Any, found: Inverted) -> list[float]:
     """Return for each class how often the change found on another net still sends samples there."""
-    x, y = task.inputs(batch).float(), task.labels(batch)
+    x, y = task.inputs(batch), task.labels(batch)
     out = []
     for k, c in enumerate(found.classes.tolist()):
         index = torch.nonzero(y != c).flatten()[:64]
-        moved = task.replace_inputs(take(batch, index, len(y)), found.apply(x[index], k))
+        moved = task.replace_inputs(take(batch, index, len(y)), found.apply(x[index], k).to(x.dtype))
         out.append(float((task.forward(net, moved).argmax(1) == c).float().mean()))
     return out
 
 
-def _retune(
-    net: nn.Module,
-    clean: CleanSet,
-    task: Task,
-    poisoned: Iterable[Batch],
-    asr_loader: Iterable[Batch] | None,
-    place: torch.device,
-    seed: int,
-) -> Retuning:
+class _Poison:
+    """The samples of the re-tuning test, looked at before the search, which takes far longer.
+
+    Attributes:
+        bad: the samples to tune with. asr: of the net as it is. generator: of the order of clean samples.
+
+    Raises:
+        DataError: too few samples, labels that are none of the model's.
+        ModelError: a net that fails on them, or has nothing to tune.
+    """
+
+    def __init__(
+        self, subject: Subject, own: Task, poisoned: Any, asr_loader: Any, place: torch.device, seed: int
+    ) -> None:
+        self.subject, self.place = subject, place
+        if not any(p.is_floating_point() for p in subject.model.parameters()):
+            raise ModelError("the re-tuning test tunes the model, which has no parameters: leave out poisoned=")
+        bad = CleanSet.of(poisoned, own)
+        if bad.labels is None or bad.n < 2:
+            raise DataError("poisoned= needs at least 2 triggered samples with the attack's label")
+        bad.check(subject.classes)
+        for part in bad.batches(64, device=place):
+            first_outputs(subject.model, subject.task.forward, part, "the poisoned samples")
+        self.generator = torch.Generator().manual_seed(seed)
+        look: Any = list(asr_loader) if isinstance(asr_loader, Iterator) else asr_loader
+        if look is None:
+            order = torch.randperm(bad.n, generator=self.generator)
+            kept = bad.subset(order[bad.n // 2 :])
+            bad, look = bad.subset(order[: bad.n // 2]), list(kept.batches(128))
+        self.bad, self.look = bad, look
+        self.asr = self.measure(subject.model)
+
+    def measure(self, net: nn.Module) -> float:
+        """Return the attack's success on the samples that are not tuned with."""
+        task = self.subject.task
+        with reading("asr_loader="):
+            found = evaluate(net, None, self.look, forward=task.forward, loss=task.loss_hook, device=self.place)
+        return math.nan if found.asr is None else found.asr
+
+
+def _retune(subject: Subject, clean: CleanSet, poison: _Poison, place: torch.device) -> Retuning:
     """Tune with clean and poisoned samples and look how the attack's success goes."""
-    bad = CleanSet.of(poisoned, task)
-    if bad.labels is None or bad.n < 2:
-        raise DataError("poisoned= needs at least 2 triggered samples with the attack's label")
-    generator = torch.Generator().manual_seed(seed)
-    look: Any = list(asr_loader) if isinstance(asr_loader, Iterator) else asr_loader
-    if look is None:
-        order = torch.randperm(bad.n, generator=generator)
-        kept = bad.subset(order[bad.n // 2 :])
-        bad, look = bad.subset(order[: bad.n // 2]), list(kept.batches(128))
-    net = copy.deepcopy(net)
+    task, bad = subject.task, poison.bad
+    net = copy.deepcopy(subject.model)
     for p in net.parameters():
         p.requires_grad_(p.is_floating_point())
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     good: Iterator[Batch] = iter(())
-    course = []
-    for step in range(max(LOOKS) + 1):
-        if step in LOOKS:
-            found = evaluate(net, None, look, forward=task.forward, loss=task.loss_hook, device=place)
-            course.append((step, math.nan if found.asr is None else found.asr))
+    course = [(0, poison.asr)]
+    for step in range(1, max(LOOKS) + 1):
         batch = next(good, None)
         if batch is None:
-            good = clean.batches(min(64, clean.n), shuffle=True, generator=generator, device=place, smallest=2)
+            good = clean.batches(min(64, clean.n), shuffle=True, generator=poison.generator, device=place, smallest=2)
             batch = next(good)
         optimizer.zero_grad()
         task.loss(task.forward(net, batch), batch).mean().backward()
@@ -260,4 +283,6 @@ def _retune(
             share = task.size(part) / bad.n
             (share * task.loss(task.forward(net, part), part).mean()).backward()
         optimizer.step()
+        if step in LOOKS:
+            course.append((step, poison.measure(net)))
     return Retuning(tuple(course), bad.n)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batch, Task, take
-from .errors import DataError
+from .errors import DataError, ModelError
 
 __all__ = ["FORMS", "Additive", "Form", "Inverted", "Patch", "invert"]
 
@@ -170,6 +170,10 @@ def invert(
         chunk: samples that go through the net at a time.
         amp: dtype of autocast; None: none.
         seed: of samples and starting points.
+
+    Raises:
+        DataError: samples of one class alone.
+        ModelError: a net that passes no gradient to its inputs.
     """
     search = _Search(model, task, batch, classes, form, reach, chunk, amp, torch.Generator().manual_seed(seed))
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -202,7 +206,9 @@ class _Search:
     ) -> None:
         self.model, self.task, self.batch, self.classes = model, task, batch, len(classes)
         self.reach, self.chunk, self.amp, self.generator = reach, chunk, amp, generator
-        self.x, self.y = task.inputs(batch).detach().float(), task.labels(batch)
+        x = task.inputs(batch).detach()
+        # The steps of a change are too small for 16 bits; the net gets its inputs in their own dtype.
+        self.x, self.y, self.dtype = x.to(torch.promote_types(x.dtype, torch.float32)), task.labels(batch), x.dtype
         self.label = torch.tensor(list(classes), device=self.x.device)
         self.form = FORMS[form](self.x, len(classes), generator)
         self.others = [torch.nonzero(self.y.cpu() != c).flatten() for c in classes]
@@ -217,7 +223,7 @@ class _Search:
     def logits(self, index: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return the logits of samples [N] with the changes of the classes c [N]."""
         moved = self.form.apply(self.x[index], c, scale)
-        batch = self.task.replace_inputs(take(self.batch, index, len(self.y)), moved)
+        batch = self.task.replace_inputs(take(self.batch, index, len(self.y)), moved.to(self.dtype))
         with torch.autocast(self.x.device.type, dtype=self.amp, enabled=self.amp is not None):
             return self.task.forward(self.model, batch).float()
 
@@ -239,7 +245,13 @@ class _Search:
             for part in torch.arange(len(index), device=device).split(self.chunk):
                 c = c_all[part]
                 logits, wanted = self.logits(index[part], c, torch.ones(len(part), device=device)), self.label[c]
-                (nn.functional.cross_entropy(logits, wanted, reduction="sum") / per_class).backward()
+                if logits.requires_grad:
+                    (nn.functional.cross_entropy(logits, wanted, reduction="sum") / per_class).backward()
+                if any(p.grad is None for p in form.parameters):
+                    raise ModelError(
+                        "the model passes no gradient to its inputs (quantised, or run under no_grad), which the "
+                        "search needs: give the net in floating point"
+                    )
                 hits.index_add_(0, c, (logits.detach().argmax(1) == wanted).float())
             size = form.size()
             (weight * size / form.usual).sum().backward()

@@ -16,7 +16,7 @@ from .metrics import Evaluation, evaluate
 from .run import Run
 from .workcopy import WorkCopy
 
-__all__ = ["Scorer", "in_float32"]
+__all__ = ["Scorer", "float32_batch", "in_float32"]
 
 #: Clean samples on which the Fisher trace before and after is taken, at most.
 TRACE_SAMPLES = 256
@@ -91,12 +91,13 @@ def _twice(data: Any) -> Any:
 
 def in_float32(task: Task) -> Task:
     """Return the task for a net in float32 whose batches are of lower precision."""
-    return Task.of(lambda model, batch: task.forward(model, _float32(batch)), task.loss_hook)
+    return Task.of(lambda model, batch: task.forward(model, float32_batch(batch)), task.loss_hook)
 
 
-def _float32(batch: Batch) -> Batch:
+def float32_batch(batch: Batch) -> Batch:
+    """Return a (nested) batch with its float16 and bfloat16 tensors in float32; all else stays as it is."""
     if isinstance(batch, Tensor):
         return batch.float() if batch.dtype in (torch.float16, torch.bfloat16) else batch
     if isinstance(batch, Mapping):
-        return {k: _float32(v) for k, v in batch.items()}
-    return tuple(_float32(v) for v in batch) if isinstance(batch, (tuple, list)) else batch
+        return {k: float32_batch(v) for k, v in batch.items()}
+    return tuple(float32_batch(v) for v in batch) if isinstance(batch, (tuple, list)) else batch

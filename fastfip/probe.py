@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import BackendError, ConfigError, FastFIPError, ModelError
 
-__all__ = ["check_net", "first_outputs", "home_of", "usable_device"]
+__all__ = ["check_net", "first_outputs", "home_of", "reading", "usable_device"]
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -58,11 +59,24 @@ def check_net(model: nn.Module) -> None:
             raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
 
 
+@contextlib.contextmanager
+def reading(data: str) -> Iterator[None]:
+    """Turn what a net raises on data that it does not fit into one error that names the data.
+
+    Raises:
+        ModelError: the block raised an error that is none of fastfip's.
+    """
+    try:
+        yield
+    except FastFIPError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the model fails on a batch of {data} ({type(error).__name__}: {reason})") from error
+
+
 def first_outputs(
-    model: nn.Module,
-    forward: Callable[[nn.Module, Any], Tensor],
-    batch: Any,
-    data: str = "the clean data",
+    model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], batch: Any, data: str = "the clean data"
 ) -> Tensor:
     """Run the net once, without gradients; return its outputs, which are finite.
 
@@ -75,14 +89,8 @@ def first_outputs(
     Raises:
         ModelError: it fails on the batch, or gives NaN or Inf.
     """
-    try:
-        with torch.no_grad():
-            out = forward(model, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, FastFIPError):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the model fails on a batch of {data} ({type(error).__name__}: {reason})") from error
+    with reading(data), torch.no_grad():
+        out = forward(model, batch)
     if not bool(torch.isfinite(out).all()):
         raise ModelError(f"the model's outputs on {data} are NaN or Inf: check its weights and how images are scaled")
     return out

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .probe import check_net
 
-__all__ = ["WorkCopy"]
+__all__ = ["LOW", "WorkCopy", "cast"]
 
-_LOW = (torch.float16, torch.bfloat16)
+#: Dtypes whose steps are too coarse to tune in.
+LOW = (torch.float16, torch.bfloat16)
 
 
 class WorkCopy:
@@ -67,7 +68,7 @@ class WorkCopy:
     @property
     def is_low_precision(self) -> bool:
         """Return whether some weights are float16 or bfloat16."""
-        return any(dtype in _LOW for _, dtype in self.homes.values())
+        return any(dtype in LOW for _, dtype in self.homes.values())
 
     def to(self, device: torch.device) -> None:
         """Move the net; one that is spread over several devices stays as it is."""
@@ -79,11 +80,11 @@ class WorkCopy:
 
     def to_float32(self) -> None:
         """Tune float16 and bfloat16 weights in float32: their own steps would round small changes away."""
-        _cast(self.model, {name: torch.float32 if d in _LOW else d for name, (_, d) in self.homes.items()})
+        cast(self.model, {name: torch.float32 if d in LOW else d for name, (_, d) in self.homes.items()})
 
     def to_own_dtype(self) -> None:
         """Bring every tensor back to its dtype."""
-        _cast(self.model, {name: dtype for name, (_, dtype) in self.homes.items()})
+        cast(self.model, {name: dtype for name, (_, dtype) in self.homes.items()})
 
     def finish(self, who: str) -> nn.Module:
         """Return the net with everything but the values as it was.
@@ -151,7 +152,8 @@ def _form(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Bring the parameters and buffers that are named to these dtypes, in place."""
     for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in dtypes and t.dtype != dtypes[name]:
             t.data = t.data.to(dtypes[name])

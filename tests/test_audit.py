@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-from small_nets import conv_net, data, loader, same, values
+from small_nets import CLASSES, conv_net, data, loader, same, values
 from torch import nn
 
 import fastfip
 from fastfip.anomaly import anomaly
 from fastfip.audit_result import Audit, NetAudit, Retuning
 from fastfip.data import Task
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import BackendError, ConfigError, DataError, ModelError
 from fastfip.inversion import FORMS, invert
 
 TARGET = 0
@@ -191,6 +192,147 @@ def test_bad_usage():
         fastfip.audit(model, [(x, y * 0)], steps=1, sharpness=False)
     with pytest.raises(DataError, match="at least 2 triggered"):
         fastfip.audit(model, loader(), steps=1, sharpness=False, poisoned=[(x[:1], y[:1])])
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A net, and what its audit with all parts finds in float32."""
+    torch.manual_seed(0)
+    model = conv_net()
+    return model, whole_audit(model, torch.float32)
+
+
+def whole_audit(model, dtype, wrap=lambda net: net):
+    x, y = data(24)
+    mine = wrap(copy.deepcopy(model).to(dtype))
+    given = copy.deepcopy(mine).to(dtype)
+    before, kept = values(given), x.to(dtype)
+    batch = (kept.clone(), y)
+    found = fastfip.audit(given, [batch], purified=mine, steps=5, poisoned=[(x[:6].to(dtype), y[:6] * 0)])
+    assert same(before, values(given)) and same(before, values(mine)) and torch.equal(batch[0], kept)
+    return found
+
+
+def near(found, want, rel):
+    for one, other in zip(found.nets, want.nets):
+        for form in FORMS:
+            assert torch.allclose(one.inverted[form].size.double(), other.inverted[form].size.double(), rtol=rel)
+            assert one.transfer.get(form) == pytest.approx(other.transfer.get(form), abs=0.1)
+        assert one.sharpness["lambda_max"] == pytest.approx(other.sharpness["lambda_max"], rel=rel)
+    assert found.retuning == want.retuning
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_nets_of_every_precision(small, dtype):
+    model, want = small
+    found = whole_audit(model, dtype)
+    near(found, want, 0.05 if dtype is torch.bfloat16 else 0.01)
+    assert any("copies in float32" in note for note in found.notes) == (dtype is not torch.float64)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert found.received.inverted["patch"].moved.dtype is wide
+
+
+class Halves(nn.Module):
+    """Casts to float16 in the middle, whatever its weights are."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.first, self.rest = net[0], net[1:]
+
+    def forward(self, x):
+        return self.rest(self.first(x).half())
+
+
+def test_a_net_that_casts_itself_is_searched_in_its_own_dtype(small):
+    model, want = small
+    found = whole_audit(model, torch.float16, Halves)
+    near(found, want, 0.05)
+    assert any("in its own dtype" in note for note in found.notes)
+
+
+class Fixed(nn.Module):
+    """No parameters; input [N, 2, 6, 6]."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.register_buffer("w", torch.randn(CLASSES, 72).to(dtype))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_net_without_parameters(dtype):
+    x, y = data(24)
+    clean, model = [(x.to(dtype), y)], Fixed(dtype)
+    found = fastfip.audit(model, clean, steps=2)
+    assert set(found.received.inverted) == set(FORMS) and found.received.sharpness is None
+    assert any("sharpness not measured" in note for note in found.notes) and model.w.dtype is dtype
+    with pytest.raises(ModelError, match="leave out poisoned="):
+        fastfip.audit(model, clean, steps=2, poisoned=clean)
+
+
+class NoGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.net(x)
+
+
+def test_what_cannot_be_audited_is_one_clear_error():
+    model, (x, y) = conv_net(), data(24)
+    spoiled = x.clone()
+    spoiled[20, 0, 0, 0] = math.nan
+    broken = conv_net()
+    with torch.no_grad():
+        broken[6].weight[0, 0] = math.nan
+    narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, CLASSES))
+    bad = [
+        ({"device": "foo"}, ConfigError, "device='foo': give cpu"),
+        ({"device": "meta"}, ConfigError, "no numbers"),
+        ({"seed": -1}, ConfigError, "seed=-1"),
+        ({"clean_loader": [(spoiled, y)]}, DataError, "1 of 24 clean samples hold NaN"),
+        ({"clean_loader": [(x[:, :1], y)]}, ModelError, "the model fails on a batch of the clean data"),
+        ({"purified": conv_net(5)}, ModelError, "received net has 3 classes and the purified net has 5"),
+        ({"model": conv_net(5), "purified": model}, ModelError, "has 5 classes and the purified net has 3"),
+        ({"purified": narrow}, ModelError, "purified=: the model fails on a batch .* give the same net"),
+        ({"purified": broken}, ModelError, r"purified=: the weight 6\.weight holds NaN"),
+        ({"purified": nn.Sequential(model, nn.Linear(CLASSES, 1))}, ModelError, "purified=: an audit needs logits"),
+        ({"model": broken}, ModelError, r"6\.weight holds NaN"),
+        ({"model": 3}, ModelError, "must be a torch.nn.Module"),
+        ({"model": conv_net().to("meta")}, ModelError, "meta device"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(3))}, ModelError, "lazy layers"),
+        ({"model": NoGradient()}, ModelError, "passes no gradient to its inputs"),
+        ({"forward": lambda net, batch: net(batch[0])[:5]}, DataError, "24 samples give 5 rows"),
+        ({"poisoned": [(spoiled, y)]}, ModelError, "outputs on the poisoned samples are NaN"),
+        ({"poisoned": [(x, y + 7)]}, DataError, "outside 0..2"),
+        ({"poisoned": [(x.byte(), y)]}, DataError, "uint8"),
+        ({"poisoned": [(x, y)], "asr_loader": [(x[:, :1], y)]}, ModelError, "fails on a batch of asr_loader="),
+    ]
+    if not torch.cuda.is_available():
+        bad.append(({"device": "cuda"}, BackendError, "'cuda' cannot be used here"))
+    for options, error, words in bad:
+        with pytest.raises(error, match=words):
+            fastfip.audit(**{"model": model, "clean_loader": [(x, y)], "steps": 1, "sharpness": False, **options})
+
+
+def test_labels_that_only_the_loss_understands_leave_the_sharpness():
+    x, y = data(24)
+    soft = nn.functional.one_hot(y, CLASSES).float()
+    found = fastfip.audit(conv_net(), [(x, soft)], loss=lambda out, batch: -(out.log_softmax(1) * batch[1]).sum(1))
+    assert found.received.inverted == {} and found.received.sharpness["n"] == 24
+    assert any("labels are no class indices" in note for note in found.notes)
+
+
+def test_a_purified_net_without_the_softmax_of_the_received_one():
+    """Each net is asked by itself whether it gives probabilities."""
+    net = conv_net()
+    found = fastfip.audit(nn.Sequential(net, nn.Softmax(1)), loader(), purified=net, steps=3, sharpness=False)
+    for form in FORMS:
+        assert torch.equal(found.received.inverted[form].size, found.purified.inverted[form].size)
 
 
 def test_table_without_purified_net():

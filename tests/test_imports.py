@@ -46,6 +46,7 @@ LAYER = {
     "comparison": 11,
     "anomaly": 4,
     "audit_result": 10,
+    "audit_subject": 8,
     "auditing": 11,
     "demo": 10,
     "cli": 12,

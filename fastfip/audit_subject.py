@@ -1,0 +1,116 @@
+"""The nets that an audit looks at: copies that run in full precision, checked before the search."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .cleanset import CleanSet
+from .data import Batch, Task
+from .errors import DataError, ModelError
+from .measuring import float32_batch, in_float32
+from .probe import first_outputs
+from .softmax import logits_task
+from .workcopy import LOW, cast
+
+__all__ = ["Subject", "about", "subjects_of"]
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Name `purified=` in what is wrong with the purified net."""
+    try:
+        yield
+    except (ModelError, DataError) as error:
+        if name == "received":
+            raise
+        raise ModelError(f"purified=: {error}: give the same net after its purification") from error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A copy of a net, in eval mode on the device; `task` gives its logits [N, C], `classes` is C.
+
+    `wide`: weights and inputs of 16 bits are in float32. Changes and gradients are too small for 16 bits, and CPUs
+    lack half of the operations.
+    """
+
+    name: str
+    model: nn.Module
+    task: Task
+    classes: int
+    wide: bool
+
+    def given(self, batch: Batch) -> Batch:
+        """Return a batch of the user's as this net takes it."""
+        return float32_batch(batch) if self.wide else batch
+
+
+def subjects_of(
+    nets: Mapping[str, nn.Module], clean: CleanSet, task: Task, place: torch.device, notes: list[str]
+) -> list[Subject]:
+    """Copy the nets and run each once.
+
+    Raises:
+        ModelError: a net that cannot be copied, does not fit the data, or has not the classes of the other.
+        DataError: no logits.
+    """
+    batch = next(iter(clean.batches(device=place)))
+    low = any(t.dtype in LOW for net in nets.values() for t in _tensors(net).values())
+    found: list[Subject] = []
+    for name, net in nets.items():
+        with about(name):
+            found.append(_subject(name, net, batch, task, place, low, notes))
+    if len({one.classes for one in found}) > 1:
+        counts = " and ".join(f"the {one.name} net has {one.classes} classes" for one in found)
+        raise ModelError(f"{counts}: purified= must be the same net after its purification")
+    return found
+
+
+def _subject(
+    name: str, net: nn.Module, batch: Batch, task: Task, place: torch.device, low: bool, notes: list[str]
+) -> Subject:
+    try:
+        with torch.no_grad():
+            model = copy.deepcopy(net)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ModelError(
+            f"the model cannot be copied ({reason}), and an audit works on a copy: keep its tensors as parameters or "
+            "buffers"
+        ) from error
+    model.zero_grad(set_to_none=True)
+    model = model.to(place).eval()
+    wide = False
+    if low:
+        own = {key: t.dtype for key, t in _tensors(model).items()}
+        cast(model, {key: torch.float32 if dtype in LOW else dtype for key, dtype in own.items()})
+        try:
+            with torch.no_grad():
+                in_float32(task).forward(model, batch)
+            task, wide, said = in_float32(task), True, "16-bit weights: the audit is of copies in float32"
+        except RuntimeError:
+            cast(model, own)
+            said = "the model casts to low precision itself: it is audited in its own dtype"
+        notes += [said] if said not in notes else []
+    out = first_outputs(model, task.forward, batch)
+    if out.dim() != 2 or out.shape[1] < 2:
+        raise DataError(f"an audit needs logits [N, C] with C > 1, not {list(out.shape)}: pass forward=")
+    if out.shape[0] != task.size(batch):
+        raise DataError(
+            f"{task.size(batch)} samples give {out.shape[0]} rows of logits: pass forward= that keeps one each"
+        )
+    task, probabilities = logits_task(model, task, batch, out)
+    if probabilities is not None and probabilities not in notes:
+        notes.append(probabilities)
+    return Subject(name, model, task, out.shape[1], wide)
+
+
+def _tensors(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by their names, tied ones by each."""
+    return {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
