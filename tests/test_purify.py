@@ -271,7 +271,8 @@ def test_a_softmax_inside_the_net(method):
 def test_the_dtype_is_kept(method, dtype):
     x, y = data(24)
     model = net(plain_net).to(dtype)
-    result = run(model, (x.to(dtype), y), method, lr=0.05)
+    # Without crops: on these few small images they leave a mask nearer to one than bfloat16 can tell.
+    result = run(model, (x.to(dtype), y), method, lr=0.05, augment="none")
     assert structure(result.model) == structure(model) and finite(result)
     assert not same(result.state_dict(), values(model))
 

@@ -183,8 +183,14 @@ class ANP(Method):
         if run.step == 0 or float(masks[order[0]]) >= 1:
             self._prune(order[:0])
             return
-        with run.timed("score"):
-            gone = self.choose(run, masks[order], order)
+        try:
+            with run.timed("score"):
+                gone = self.choose(run, masks[order], order)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            run.note("interrupted while the neurons were chosen: none was pruned")
+            self._prune(order[:0])
+            return
         self._prune(gone)
         highest = float(masks[gone].max())
         spared = int((masks <= highest).sum()) - len(gone)
@@ -205,7 +211,7 @@ class ANP(Method):
         for end in sorted({up_to(t) for t in THRESHOLDS}):
             gone, start = self._joined(run, gone, order[start:end]), end
         self.joined = gone
-        if run.heldout is not None:
+        if run.heldout is not None and len(gone):
             gone = self._confirmed(run, gone)
         return gone if len(gone) else order[:1]
 

@@ -200,6 +200,18 @@ def test_the_samples_tuned_on_have_the_last_word() -> None:
     assert len(gone) in ends and torch.equal(gone, method.joined[: len(gone)])
 
 
+def test_ctrl_c_while_neurons_are_chosen_prunes_none(monkeypatch) -> None:
+    model, batch = planted(False)
+
+    def interrupted(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ANP, "choose", interrupted)
+    result = fastfip.purify(model, batch, "anp", steps=20, progress=False)
+    assert result.interrupted and any("none was pruned" in note for note in result.notes)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), result.state_dict().values()))
+
+
 def test_a_given_threshold_is_taken() -> None:
     run, method, total, _ = chosen(threshold=0.2)
     masks, order = torch.rand(total, generator=torch.Generator().manual_seed(3)).sort()
