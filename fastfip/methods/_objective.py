@@ -24,7 +24,7 @@ from ..data import Batch
 from ..fisher.diagonal import Kind
 from ..worst_case import Perturbations, perturbable
 from ._fip_config import FIPConfig
-from ._sieve import sieve
+from ._sieve import Sieve
 from ._space import Space, frozen_copy
 from .base import Run
 
@@ -166,12 +166,13 @@ class WorstCase(Objective):
 
     perturbations: Perturbations | None = None
     latest: Tensor | None = None  # the clean loss of the last step that took it
-    sieved = False
+    sieved = 0  # what the sieve has done: nothing, left out, taken back
 
     def setup(self) -> None:
         """Copy the received net and look for the perturbations."""
         super().setup()
         run, config = self.run, self.config
+        self.sieve = Sieve(run)
         self.teacher = frozen_copy(run.model) if config.kl > 0 or config.sieve > 0 else None
         pool = self._batches()
         first = next(pool)
@@ -241,16 +242,22 @@ class WorstCase(Objective):
         return values
 
     def after_step(self) -> None:
-        """After the last step that unlearns, leave samples out."""
+        """After the last step that unlearns leave samples out; half-way through the recovery some come back."""
         super().after_step()
         run, config = self.run, self.config
-        over = (run.step + 1) / run.total_steps >= config.unlearn
-        if self.sieved or not over or config.unlearn == 0 or self.perturbations is None or self.teacher is None:
+        if config.unlearn == 0 or self.perturbations is None or self.teacher is None:
             return
-        self.sieved = True
+        done = (run.step + 1) / run.total_steps
+        if self.sieved > 1 or done < (config.unlearn, (1 + config.unlearn) / 2)[self.sieved]:
+            return
+        self.sieved += 1
         self.space.begin()
         try:
-            sieve(run, self.teacher, config.sieve)
+            if self.sieved == 1:
+                self.sieve.leave_out(self.teacher, config.sieve)
+            else:
+                self.sieve.take_back()
+                self.sieve.say()
         finally:
             self.space.leave(fold=False)
 

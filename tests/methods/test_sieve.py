@@ -1,4 +1,4 @@
-"""What the recovery leaves out: the samples that the unlearning hurt most, hidden triggered ones among them."""
+"""What the recovery leaves out: samples that the unlearning hurt most, hidden triggered ones among them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastfip.attacks.badnets import BadNets
 from fastfip.cleanset import CleanSet
 from fastfip.data import Task
 from fastfip.demo import TARGET, digits, train_backdoored
-from fastfip.methods._sieve import sieve
+from fastfip.methods._sieve import Sieve
 from fastfip.methods.base import Run
 from fastfip.methods.fast_fip import FastFIP
 from fastfip.methods.fip import FIP, FIPConfig
 
 
-def sieved(x: Tensor, y: Tensor, share: float, batch: int = 8, step: int = 3) -> tuple[Run, Tensor]:
+def sieved(x: Tensor, y: Tensor, share: float, batch: int = 8, step: int = 3) -> tuple[Sieve, Tensor]:
     """Run the sieve alone on a net that was moved; also the rise of each sample's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout(0.5))
@@ -33,9 +33,10 @@ def sieved(x: Tensor, y: Tensor, share: float, batch: int = 8, step: int = 3) ->
             p.add_(torch.randn(p.shape))
         now, before = (F.cross_entropy(net(x), y, reduction="none") for net in (model, received))
     model.train()
-    sieve(run, received, share)
+    sieve = Sieve(run)
+    sieve.leave_out(received, share)
     assert all(module.training for module in model.modules())
-    return run, now - before
+    return sieve, now - before
 
 
 def inputs(run: Run) -> Tensor:
@@ -45,41 +46,65 @@ def inputs(run: Run) -> Tensor:
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_those_whose_loss_rose_most_are_left_out(share: float) -> None:
     x, y = torch.randn(20, 4, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 3
-    run, rise = sieved(x, y, share)
+    sieve, rise = sieved(x, y, share)
+    run = sieve.run
     leave = int(20 * share)
-    assert run.clean.n == 20 - leave and run.left_out == leave and f"{leave} of 20" in run.notes[0]
+    assert run.clean.n == 20 - leave and run.left_out == leave
     assert torch.equal(inputs(run), x[rise.argsort()[: 20 - leave].sort().values])
+    sieve.say()
+    assert f"{leave} of 20 clean samples were left out" in run.notes[0]
+
+
+def test_what_the_net_answers_as_labelled_comes_back() -> None:
+    x, y = torch.randn(20, 4, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 3
+    sieve, rise = sieved(x, y, 0.5)
+    gone = rise.argsort(descending=True)[:10]
+    with torch.no_grad():
+        for p in sieve.run.model.parameters():  # the net goes on
+            p.copy_(torch.randn(p.shape))
+        right = sieve.run.model.eval()(x).argmax(1) == y
+    sieve.run.model.train()
+    assert 0 < int(right[gone].sum()) < 10 and all(module.training for module in sieve.run.model.modules())
+    sieve.take_back()
+    stay = sorted(k for k in gone.tolist() if not right[k])
+    assert sorted(sieve.gone.tolist()) == stay and sieve.run.left_out == len(stay)
+    assert torch.equal(inputs(sieve.run), x[[k for k in range(20) if k not in stay]])
+    sieve.run.classes = None  # no class to be right about: they stay out
+    before = sieve.run.clean
+    sieve.take_back()
+    assert sieve.run.clean is before
 
 
 @pytest.mark.parametrize(("n", "share"), [(20, 0.0), (10, 0.05)])
 def test_few_samples_and_a_share_of_zero_leave_all(n: int, share: float) -> None:
-    run, _ = sieved(torch.randn(n, 4), torch.arange(n) % 3, share)
-    assert run.clean.n == n and not run.notes
+    sieve, _ = sieved(torch.randn(n, 4), torch.arange(n) % 3, share)
+    sieve.take_back()
+    sieve.say()
+    assert sieve.run.clean.n == n and not sieve.run.notes
 
 
 def test_no_class_loses_its_last_sample() -> None:
     x, y = torch.randn(20, 4), torch.zeros(20, dtype=torch.int64)
     y[3], y[17], y[5] = 1, 2, 2
-    run, _ = sieved(x, y, 0.5)
+    run = sieved(x, y, 0.5)[0].run
     assert run.clean.n == 10 and run.clean.labels is not None
     assert sorted(set(run.clean.labels.tolist())) == [0, 1, 2]
-    run, _ = sieved(x[:10], torch.tensor([0, 1, 2] + [0] * 7), 0.5)
-    assert run.clean.n == 5
-    run, _ = sieved(torch.randn(3, 4), torch.arange(3), 0.5)
-    assert run.clean.n == 3 and not run.notes
+    assert sieved(x[:10], torch.tensor([0, 1, 2] + [0] * 7), 0.5)[0].run.clean.n == 5
+    assert sieved(torch.randn(3, 4), torch.arange(3), 0.5)[0].run.clean.n == 3
 
 
 def test_a_loss_that_is_no_number_counts_as_the_greatest_rise() -> None:
     x, y = torch.randn(20, 4), torch.arange(20) % 3
     x[11] = torch.inf
-    run, _ = sieved(x, y, 0.05)
+    run = sieved(x, y, 0.05)[0].run
     assert run.clean.n == 19 and torch.isfinite(inputs(run)).all()
 
 
 def test_of_a_large_set_as_many_are_ranked_as_the_steps_can_draw() -> None:
     x, y = torch.randn(20, 4), torch.arange(20) % 3
-    run, rise = sieved(x, y, 0.25, batch=2, step=4)  # five steps of two samples are left
-    assert run.clean.n == 8 and "2 of 10" in run.notes[0]
+    sieve, rise = sieved(x, y, 0.25, batch=2, step=4)  # five steps of two samples are left
+    run = sieve.run
+    assert run.clean.n == 8 and sieve.whole is not None and sieve.whole.n == 10
     kept = [int((x == row).all(1).nonzero()) for row in inputs(run)]
     assert len(set(kept)) == 8 and rise[kept].max() < rise.max()
 
@@ -107,19 +132,27 @@ def small() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def test_no_step_of_the_recovery_sees_what_was_left_out() -> None:
     model, data = small()
     result = fastfip.purify(model, data, Watched, steps=10, sieve=0.2, holdout=0.1, progress=False)  # unlearn: 0.4
-    before, after = set().union(*Watched.seen[:4]), set().union(*Watched.seen[4:])
-    assert len(before) == 36 and len(after) == 29 and after < before
-    assert result.settings["clean_samples"] == 40 and result.settings["left_out_samples"] == 7
+    unlearnt, first, second = (set().union(*Watched.seen[a:b]) for a, b in ((0, 4), (4, 7), (7, 10)))
+    assert len(unlearnt) == 36 and len(first) == 29 and first < unlearnt and second <= unlearnt
+    assert result.settings["clean_samples"] == 40 and 0 <= result.settings["left_out_samples"] <= 7
 
 
 @pytest.mark.parametrize(
-    ("settings", "left"),
-    [({"unlearn": 0.0}, 0), ({"unlearn": 1.0}, 0), ({"kl": 0.0}, 7), ({"sieve": 0.0}, 0), ({"variant": "paper"}, 0)],
-)
-def test_it_is_for_runs_that_unlearn_and_then_recover(settings: dict[str, Any], left: int) -> None:
+    ("settings", "calls"),
+    [
+        ({}, ["leave_out", "take_back"]), ({"kl": 0.0}, ["leave_out", "take_back"]), ({"unlearn": 0.0}, []),
+        ({"variant": "paper"}, []),
+    ],
+)  # fmt: skip
+def test_it_is_for_runs_that_unlearn_and_then_recover(
+    settings: dict[str, Any], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for name in ("leave_out", "take_back"):
+        monkeypatch.setattr(Sieve, name, lambda *args, name=name: seen.append(name))
     model, data = small()
-    options = {"sieve": 0.2, "steps": 10, "holdout": 0.1, "progress": False, **settings}
-    assert fastfip.purify(model, data, "fip", **options).settings["left_out_samples"] == left
+    fastfip.purify(model, data, "fip", **{"sieve": 0.2, "steps": 10, "holdout": 0.1, "progress": False, **settings})
+    assert seen == calls
 
 
 def test_triggered_samples_in_the_clean_set_are_found() -> None:
@@ -142,4 +175,4 @@ def test_triggered_samples_in_the_clean_set_are_found() -> None:
 
     left: list[int] = []
     fastfip.purify(model, (x, y), Counted, progress=False, sieve=0.05)
-    assert len(left) == 2 and left[0] >= 3 and left[1] <= 1, left
+    assert left[0] >= 3 and left[1] <= 1 and left[-1] <= 1, left  # the last two: when samples came back
