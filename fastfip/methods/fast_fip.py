@@ -39,6 +39,10 @@ class FastFIPConfig(FIPConfig):
 
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     bn_mode: Literal["train", "eval", "freeze"] = setting("eval", "BatchNorm; eval keeps the running statistics")
+    select: Literal["best", "last"] = setting(
+        "last",
+        "which epoch is kept: the best by held-out clean score, or the last, which is a mean of states (average)",
+    )
     unlearn: float = setting(0.3, "share of the steps that unlearn; the rest recovers", low=0, high=1)
     rank: int | float | None = setting(
         None,
