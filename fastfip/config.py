@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .errors import ConfigError
 
@@ -38,11 +38,14 @@ def setting(
 class MethodConfig:
     """What every method has. A method subclasses it, adds its own fields with :func:`setting` and changes defaults.
 
-    Types and ranges are checked when it is made; `Literal` annotations are choices. Either `epochs` or `steps` is set.
+    Types and ranges are checked when it is made; `Literal` annotations are choices. Either `epochs` or `steps` is set;
+    a method whose default is a number of steps names it as `STEPS` and sets `epochs` to None.
 
     Raises:
         ConfigError: a value is of the wrong type or out of its range (the message names both).
     """
+
+    STEPS: ClassVar[int | None] = None
 
     epochs: int | None = setting(10, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
@@ -72,6 +75,8 @@ class MethodConfig:
     patience: int | None = setting(None, "stop after so many scored epochs without a better one; None: never", low=1)
 
     def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "steps", self.STEPS)
         hints = _hints(type(self))
         for item in fields(self):
             value = _checked(item.name, getattr(self, item.name), hints[item.name], item.metadata)

@@ -6,7 +6,7 @@ import bisect
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ MOST_SCORES = 200
 class ANPConfig(MethodConfig):
     """Settings of ANP: those of the paper, 2000 steps if neither `steps` nor `epochs` is given."""
 
+    STEPS: ClassVar[int | None] = 2000
+
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 2000 if neither is given", low=1)
     batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
@@ -41,11 +43,6 @@ class ANPConfig(MethodConfig):
         None, "masks up to this are pruned (0.2 in the paper); None: chosen by held-out clean accuracy", low=0, high=1
     )
     tolerance: float = setting(0.05, "clean accuracy that pruning may cost where it chooses the threshold", low=0)
-
-    def __post_init__(self) -> None:
-        if self.epochs is None and self.steps is None:
-            object.__setattr__(self, "steps", 2000)
-        super().__post_init__()
 
 
 @register

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -98,9 +98,16 @@ def _cg(curvature: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Te
 
 @dataclass(frozen=True)
 class IBAUConfig(PixelConfig):
-    """Settings of I-BAU: those of the released code, in which an epoch is a round."""
+    """Settings of I-BAU: those of the released code, in which an epoch is a round.
 
-    epochs: int | None = setting(5, "rounds: each finds a perturbation, then passes over the clean set", low=1)
+    Its five rounds pass over 5,000 images, 250 steps in all. That many steps are the default for a clean set of any
+    size: five rounds over fewer images leave backdoors in (an MNIST net with 2,700 images: ASR 18 % instead of 7 %).
+    """
+
+    STEPS: ClassVar[int | None] = 250
+
+    epochs: int | None = setting(None, "rounds: each finds a perturbation, then passes over the clean set", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 250 if neither is given", low=1)
     batch_size: int | None = setting(100, "samples a step; None: the user's", low=1)
     lr: float = setting(1e-3, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")

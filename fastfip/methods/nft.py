@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class NFTConfig(MethodConfig):
     One sample a class needs no other setting: the regulariser's weight grows by itself as samples a class fall.
     """
 
+    STEPS: ClassVar[int | None] = 1000
+
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 1000 if neither is given", low=1)
     batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
@@ -47,11 +49,6 @@ class NFTConfig(MethodConfig):
     floor: float = setting(0.8, "alpha of the floor mu_l = alpha * exp(-beta * l) of the masks", low=0, high=1)
     decay: float = setting(0.5, "beta of the floor: how fast it falls with depth", low=0)
     c: float = setting(1e-3, "weight of the mask regulariser, over the clean samples a class", low=0)
-
-    def __post_init__(self) -> None:
-        if self.epochs is None and self.steps is None:
-            object.__setattr__(self, "steps", 1000)
-        super().__post_init__()
 
 
 @register
