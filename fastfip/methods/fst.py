@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,12 +15,17 @@ __all__ = ["FST", "FSTConfig"]
 
 @dataclass(frozen=True)
 class FSTConfig(MethodConfig):
-    """Settings of FST: those of the paper (10 epochs, lr 0.01, alpha 0.2 for CIFAR-10), but for nets of large norm.
+    """Settings of FST: those of the paper (lr 0.01, alpha 0.2 for CIFAR-10), but for nets of large norm and the length.
 
-    The clean images are cropped at random, as in the released code.
+    The paper's ten epochs of 1,000 images are 80 steps, too few for small nets to learn a classifier anew: with 210
+    and 840 steps an MNIST net has a clean accuracy of 91.7 and 96.0 %, a Wide ResNet 67 and 75. So it is a number of
+    steps, for a clean set of any size. The clean images are cropped at random, as in the released code.
     """
 
-    epochs: int | None = setting(10, "passes over the clean set", low=1)
+    STEPS: ClassVar[int | None] = 800
+
+    epochs: int | None = setting(None, "passes over the clean set", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 800 if neither is given", low=1)
     batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "crop",
