@@ -102,6 +102,18 @@ def test_replace_trades_steps_for_epochs():
         Own().replace(steps=5, epochs=5)
 
 
+def test_a_method_may_count_steps_by_default():
+    @dataclasses.dataclass(frozen=True)
+    class Counted(MethodConfig):
+        STEPS: typing.ClassVar[int | None] = 250
+        epochs: int | None = setting(None, "passes")
+
+    assert (Counted().epochs, Counted().steps) == (None, 250)
+    for given in (Counted(epochs=3), Counted().replace(epochs=3), Counted.from_dict({"epochs": 3})):
+        assert (given.epochs, given.steps) == (3, None)
+    assert Counted(steps=7).steps == 7 and "STEPS" not in Counted().to_dict()
+
+
 def test_files(tmp_path):
     for suffix in ("json", "yaml", "yml"):
         path = tmp_path / f"config.{suffix}"
