@@ -101,7 +101,7 @@ class IBAUConfig(PixelConfig):
     """Settings of I-BAU: those of the released code, in which an epoch is a round.
 
     Its five rounds pass over 5,000 images, 250 steps in all. That many steps are the default for a clean set of any
-    size: five rounds over fewer images leave backdoors in (an MNIST net with 2,700 images: ASR 18 % instead of 7 %).
+    size: five rounds over few images leave more of a backdoor (an MNIST net with 540: ASR 40 % instead of 6 %).
     """
 
     STEPS: ClassVar[int | None] = 250
