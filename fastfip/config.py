@@ -39,7 +39,7 @@ class MethodConfig:
     """What every method has. A method subclasses it, adds its own fields with :func:`setting` and changes defaults.
 
     Types and ranges are checked when it is made; `Literal` annotations are choices. Either `epochs` or `steps` is set;
-    a method whose default is a number of steps names it as `STEPS` and sets `epochs` to None.
+    a method whose default is a number of steps may name it as `STEPS: ClassVar[int | None]` with `epochs` None.
 
     Raises:
         ConfigError: a value is of the wrong type or out of its range (the message names both).

@@ -114,6 +114,16 @@ def test_a_method_may_count_steps_by_default():
     assert Counted(steps=7).steps == 7 and "STEPS" not in Counted().to_dict()
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_default_number_of_steps_is_the_one_that_the_help_states(config):
+    if config.STEPS is None:
+        assert config().epochs is not None or config().steps is not None
+        return
+    helps = {item.name: item.metadata["help"] for item in dataclasses.fields(config)}
+    assert (config().epochs, config().steps) == (None, config.STEPS)
+    assert f"{config.STEPS} if neither" in helps["steps"] or f"{config.STEPS} if neither" in helps["epochs"]
+
+
 def test_files(tmp_path):
     for suffix in ("json", "yaml", "yml"):
         path = tmp_path / f"config.{suffix}"

@@ -18,7 +18,7 @@ class FSTConfig(MethodConfig):
     """Settings of FST: those of the paper (lr 0.01, alpha 0.2 for CIFAR-10), but for nets of large norm and the length.
 
     The paper's ten epochs of 1,000 images are 80 steps, too few for small nets to learn a classifier anew: ten passes
-    over 5 % of MNIST and CIFAR-10 (210 and 180 steps) leave clean accuracies of 91.7 and 67 %, 800 steps 95.8 and 75.
+    over 5 % of MNIST and CIFAR-10 (220 and 180 steps) leave accuracies of 91.7 and 67 %, 800 steps 95.8 and 75.
     So it is a number of steps, for a clean set of any size. The clean images are cropped at random, as in the released
     code.
     """
