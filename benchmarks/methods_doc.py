@@ -20,6 +20,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import real_models, real_tables
+from benchmarks.real_tables import BADNETS
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
@@ -37,8 +38,6 @@ PAPERS = (
     ("awm", "NFT, Table 1", 0.01, 92.96, 100.0, 87.85, 5.72),
     ("fine_tune", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 90.29, 1.70),
 )
-#: The three nets here that were backdoored by BadNets.
-BADNETS = ("nad_cifar10_wrn16_1_badnets", "ibau_gtsrb_badnets", "badnets_mnist")
 FILE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-__all__ = ["best_first", "by_method", "by_net", "full", "to_readme"]
+__all__ = ["BADNETS", "best_first", "by_method", "by_net", "full", "to_readme"]
 
 Row = dict[str, Any]
 Cell = tuple[str, float, str]  # net, fraction, setting
@@ -20,6 +20,9 @@ REFERENCE = "fast_fip"
 BASELINE = "fine_tune"
 #: Means that differ by less than this many points of DER are called equal.
 EQUAL = 0.1
+#: The three nets that were backdoored by BadNets, and the ASR in percent below which a backdoor counts as removed.
+BADNETS = ("nad_cifar10_wrn16_1_badnets", "ibau_gtsrb_badnets", "badnets_mnist")
+REMOVED = 10.0
 
 
 def good(rows: Sequence[Row]) -> list[Row]:
@@ -104,7 +107,8 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
     cell. Then mean differences of DER to the baseline and to the reference, each on the cells that both have, and the
     cells in which the method is better / equal / worse than the reference. Seconds are the processor's, over the cells
     that have them (their number, if it is not all); how many times the reference's: the median of the cells that both
-    have, the lowest and the highest. `clean net`: change of ACC there, in points.
+    have, the lowest and the highest. `clean net`: change of ACC there, in points. `BadNets removed`: on how many of the
+    nets backdoored by BadNets that were measured at 5 %, plain, the mean ASR is below 10 %.
     """
     cells = _cells(rows)
     if reference not in cells:
@@ -130,11 +134,18 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
              "-" if itself or not gaps else f"{better} / {len(gaps) - better - worse} / {worse}",
              _spread(list(seconds.values()), 0) + some,
              "-" if itself or not times else f"{median(times):.1f}x ({min(times):.1f} to {max(times):.1f})",
-             f"{mean(loss):+.2f}" if loss else "-"]
+             f"{mean(loss):+.2f}" if loss else "-", _removed(mine)]
         )  # fmt: skip
     head = ["method", "cells", "DER", "worst", "sd over seeds", f"DER - {BASELINE}", f"DER - {reference}",
-            "better / equal / worse", "CPU seconds", f"/ {reference}", "clean net"]  # fmt: skip
+            "better / equal / worse", "CPU seconds", f"/ {reference}", "clean net", "BadNets removed"]  # fmt: skip
     return _markdown(head, lines)
+
+
+def _removed(cells: dict[Cell, list[Row]]) -> str:
+    asr = _means(
+        {cell: rows for cell, rows in cells.items() if cell in [(net, 0.05, "plain") for net in BADNETS]}, "asr"
+    )
+    return f"{sum(value < REMOVED for value in asr.values())} of {len(asr)}" if asr else "-"
 
 
 def by_net(rows: Sequence[Row], fraction: float, setting: str = "plain") -> str:

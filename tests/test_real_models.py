@@ -105,6 +105,7 @@ def test_tables():
     rows = [row(method="fast_fip", seed=s, der=d, acc=d, cpu_seconds=10) for s, d in ((0, 96), (1, 98))]
     rows += [row(method="fip", der=99, cpu_seconds=30), row(method="fip", setting="missing", der=50)]
     rows += [row(method="fine_tune", setting="missing", der=47)]
+    gtsrb = [row(method="fine_tune", net="ibau_gtsrb_badnets", der="", asr=asr) for asr in (9, 12)]
     rows += [
         row(method="fip", net="clean_cifar10_resnet20", der="", asr="", ra="", asr_before="", acc_before=80, acc=79)
     ]
@@ -115,9 +116,15 @@ def test_tables():
     cells = [cell.strip() for cell in lines["`fip`"].split("|")[2:-1]]
     # 2 cells, mean of 99 and 50, worst 50; against each rival on the one cell that both have; thrice the seconds there
     assert cells[0] == "2" and cells[1].startswith("74.50 ±") and cells[2] == "50.00"
-    assert cells[4:7] == ["+3.00", "+2.00", "1 / 0 / 0"] and cells[8:] == ["3.0x (3.0 to 3.0)", "-1.00"]
+    assert cells[4:7] == ["+3.00", "+2.00", "1 / 0 / 0"] and cells[8:] == ["3.0x (3.0 to 3.0)", "-1.00", "1 of 1"]
     assert lines["`fine_tune`"].split("|")[6].strip() == "-" and lines["`fast_fip`"].split("|")[6:8] == [" - ", " - "]
     assert lines["`fast_fip`"].split("|")[5].strip() == "1.41"  # spread over its seeds
+    assert lines["`fine_tune`"].split("|")[-2].strip() == "-"  # measured without a class only
+    for asked, said in ((gtsrb[:1], "1 of 1"), (gtsrb, "0 of 1")):  # the mean over the seeds counts
+        last = [
+            line for line in real_tables.by_method([*rows, *asked]).splitlines() if line.startswith("| `fine_tune`")
+        ]
+        assert last[0].split("|")[-2].strip() == said
     net_table = real_tables.by_net(rows, 0.05)
     assert "| `fast_fip` | 97.0 / 1.0 |" in net_table and "| as received | 98.0 / 99.0 | 80.0 |" in net_table
     whole = real_tables.full(rows)
