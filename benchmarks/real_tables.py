@@ -142,9 +142,8 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
 
 
 def _removed(cells: dict[Cell, list[Row]]) -> str:
-    asr = _means(
-        {cell: rows for cell, rows in cells.items() if cell in [(net, 0.05, "plain") for net in BADNETS]}, "asr"
-    )
+    asked = [(net, 0.05, "plain") for net in BADNETS]
+    asr = _means({cell: cells[cell] for cell in asked if cell in cells}, "asr")
     return f"{sum(value < REMOVED for value in asr.values())} of {len(asr)}" if asr else "-"
 
 
