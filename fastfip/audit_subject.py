@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .cleanset import CleanSet
-from .data import Batch, Task
-from .errors import DataError, ModelError
-from .measuring import float32_batch, in_float32
-from .probe import first_outputs
-from .softmax import logits_task
-from .workcopy import LOW, cast
+from fastfip.cleanset import CleanSet
+from fastfip.data import Batch, Task
+from fastfip.errors import DataError, ModelError
+from fastfip.measuring import float32_batch, in_float32
+from fastfip.probe import first_outputs
+from fastfip.softmax import logits_task
+from fastfip.workcopy import LOW, cast
 
 __all__ = ["Subject", "about", "subjects_of"]
 

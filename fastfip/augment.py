@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .data import Batch, Task
-from .errors import DataError
+from fastfip.data import Batch, Task
+from fastfip.errors import DataError
 
 __all__ = ["augmented", "shifted"]
 

@@ -16,17 +16,16 @@ import torch
 from torch import nn
 
 import fastfip
-
-from . import fingerprint
-from .cleanset import CleanSet
-from .comparison_table import BASELINE, Comparison, Row
-from .data import Batch, Forward, Loss, Task, batches_of
-from .errors import ConfigError, DataError
-from .methods import Method, MethodConfig, get, names
-from .metrics import Evaluation, der, evaluate, rir
-from .probe import home_of, usable_device
-from .process import seeded
-from .purification import purify
+from fastfip import fingerprint
+from fastfip.cleanset import CleanSet
+from fastfip.comparison_table import BASELINE, Comparison, Row
+from fastfip.data import Batch, Forward, Loss, Task, batches_of
+from fastfip.errors import ConfigError, DataError
+from fastfip.methods import Method, MethodConfig, get, names
+from fastfip.metrics import Evaluation, der, evaluate, rir
+from fastfip.probe import home_of, usable_device
+from fastfip.process import seeded
+from fastfip.purification import purify
 
 __all__ = ["Choice", "compare"]
 

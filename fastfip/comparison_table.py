@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .errors import DataError
-from .metrics import Evaluation
-from .report import Sheet, to_json
+from fastfip.errors import DataError
+from fastfip.metrics import Evaluation
+from fastfip.report import Sheet, to_json
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
 

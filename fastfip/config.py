@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from .errors import ConfigError
+from fastfip.errors import ConfigError
 
 __all__ = ["MethodConfig", "setting"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Task, iter_batches
-from .errors import ConfigError
-from .fisher.capture import selected
-from .fisher.modes import eval_mode, readable
-from .fisher.trace import Params, squared_norms
-from .fisher.verify import cache_of
+from fastfip.data import Batch, Task, iter_batches
+from fastfip.errors import ConfigError
+from fastfip.fisher.capture import selected
+from fastfip.fisher.modes import eval_mode, readable
+from fastfip.fisher.trace import Params, squared_norms
+from fastfip.fisher.verify import cache_of
 
 
 @dataclasses.dataclass(frozen=True)

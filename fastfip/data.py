@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import DataError
+from fastfip.errors import DataError
 
 __all__ = [
     "Task",

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .data import check_labels
-from .errors import ConfigError, DataError
+from fastfip.data import check_labels
+from fastfip.errors import ConfigError, DataError
 
 __all__ = ["ImageSet", "Pixels", "load", "loader", "read_image", "same_classes"]
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.badnets import BadNets
-from .process import seeded
-from .purification import purify
-from .result import PurifyResult
+from fastfip.attacks.badnets import BadNets
+from fastfip.process import seeded
+from fastfip.purification import purify
+from fastfip.result import PurifyResult
 
 __all__ = ["Demo", "digit_net", "run_demo", "train_backdoored"]
 
@@ -171,7 +171,7 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
 
 
 def _lambda_max(model: nn.Module, sample: tuple[Tensor, Tensor]) -> float | None:
-    from .curvature import sharpness
+    from fastfip.curvature import sharpness
 
     return float(sharpness(model, [sample]).lambda_max)
 

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Task, take
-from .errors import DataError, ModelError
+from fastfip.data import Batch, Task, take
+from fastfip.errors import DataError, ModelError
 
 __all__ = ["FORMS", "Additive", "Form", "Inverted", "Patch", "invert"]
 

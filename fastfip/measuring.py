@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Batch, Task
-from .errors import FastFIPError
-from .metrics import Evaluation, evaluate
-from .run import Run
-from .workcopy import WorkCopy
+from fastfip.data import Batch, Task
+from fastfip.errors import FastFIPError
+from fastfip.metrics import Evaluation, evaluate
+from fastfip.run import Run
+from fastfip.workcopy import WorkCopy
 
 __all__ = ["Scorer", "float32_batch", "in_float32"]
 
@@ -58,7 +58,7 @@ class Scorer:
 
     def trace(self) -> float | None:
         """Tr(F) of the empirical Fisher of all parameters, in eval mode; None and a note where it cannot be taken."""
-        from .fisher import trace_and_logits
+        from fastfip.fisher import trace_and_logits
 
         task = self.task
         flags = [(p, p.requires_grad) for p in self.run.model.parameters()]

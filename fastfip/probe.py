@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BackendError, ConfigError, FastFIPError, ModelError
+from fastfip.errors import BackendError, ConfigError, FastFIPError, ModelError
 
 __all__ = ["check_net", "first_outputs", "home_of", "reading", "usable_device"]
 

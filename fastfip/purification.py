@@ -12,21 +12,20 @@ import torch
 from torch import nn
 
 import fastfip
-
-from .callbacks import Callback
-from .cleanset import CleanSet
-from .data import Batch, Forward, Loss, Task
-from .errors import ConfigError
-from .measuring import Scorer, in_float32
-from .methods import Method, MethodConfig, get
-from .metrics import Evaluation
-from .probe import first_outputs, usable_device
-from .process import PeakMemory, seeded
-from .result import PurifyResult
-from .run import Run, autocast_dtype
-from .softmax import logits_task
-from .training import fit
-from .workcopy import WorkCopy
+from fastfip.callbacks import Callback
+from fastfip.cleanset import CleanSet
+from fastfip.data import Batch, Forward, Loss, Task
+from fastfip.errors import ConfigError
+from fastfip.measuring import Scorer, in_float32
+from fastfip.methods import Method, MethodConfig, get
+from fastfip.metrics import Evaluation
+from fastfip.probe import first_outputs, usable_device
+from fastfip.process import PeakMemory, seeded
+from fastfip.result import PurifyResult
+from fastfip.run import Run, autocast_dtype
+from fastfip.softmax import logits_task
+from fastfip.training import fit
+from fastfip.workcopy import WorkCopy
 
 __all__ = ["purify", "purify_"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import metrics
-from .metrics import Evaluation
+from fastfip import metrics
+from fastfip.metrics import Evaluation
 
 __all__ = ["PurifyResult"]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .cleanset import CleanSet
-from .config import MethodConfig
-from .data import Batch, Task
-from .errors import ConfigError, ModelError
+from fastfip.cleanset import CleanSet
+from fastfip.config import MethodConfig
+from fastfip.data import Batch, Task
+from fastfip.errors import ConfigError, ModelError
 
 __all__ = ["Run", "autocast_dtype"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Task, pick
-from .fisher.capture import selected
-from .fisher.modes import readable
+from fastfip.data import Batch, Task, pick
+from fastfip.fisher.capture import selected
+from fastfip.fisher.modes import readable
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

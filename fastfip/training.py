@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .augment import augmented
-from .callbacks import Callback, Record, as_callbacks
-from .errors import ModelError
-from .methods.base import Groups, Method
-from .run import Run
+from fastfip.augment import augmented
+from fastfip.callbacks import Callback, Record, as_callbacks
+from fastfip.errors import ModelError
+from fastfip.methods.base import Groups, Method
+from fastfip.run import Run
 
 __all__ = ["Run", "fit", "learning_rate"]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Task
-from .errors import DataError
+from fastfip.data import Batch, Task
+from fastfip.errors import DataError
 
 __all__ = ["Perturbations", "perturbable"]
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .base import Attack, attack_labels, get, names, register
+from fastfip.attacks.base import Attack, attack_labels, get, names, register
 
 __all__ = ["Attack", "attack_labels", "get", "names", "register"]

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
-from .base import Attack, register
+from fastfip.attacks.base import Attack, register
+from fastfip.errors import ConfigError, DataError
 
 __all__ = ["BadNets"]
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError
 
 __all__ = ["Attack", "Target", "attack_labels", "get", "names", "register"]
 

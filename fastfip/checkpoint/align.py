@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from fastfip.errors import CheckpointError
 
 __all__ = ["NESTINGS", "align", "common_prefixes", "find_state", "fits_or_raise", "is_extra", "is_state"]
 

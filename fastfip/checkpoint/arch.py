@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from fastfip.errors import ConfigError, ModelError
 
 __all__ = ["load_arch"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import CheckpointError
+from fastfip.errors import CheckpointError
 
 __all__ = ["Record", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError
-from .align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
-from .read import read
+from fastfip.checkpoint.align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
+from fastfip.checkpoint.read import read
+from fastfip.errors import CheckpointError, ModelError
 
 __all__ = ["Checkpoint", "check_tensor", "load_checkpoint", "tied_names"]
 

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from ..errors import CheckpointError
-from .claims import Claim
-from .container import ZipRecords, check_safetensors, check_zip, kind_of, open_file
-from .scan import Scan, scan
+from fastfip.checkpoint.claims import Claim
+from fastfip.checkpoint.container import ZipRecords, check_safetensors, check_zip, kind_of, open_file
+from fastfip.checkpoint.scan import Scan, scan
+from fastfip.errors import CheckpointError
 
 __all__ = ["find_path", "read"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from ..errors import CheckpointError
-from .claims import Claim, Global, Odd, Opaque, Storage
+from fastfip.checkpoint.claims import Claim, Global, Odd, Opaque, Storage
+from fastfip.errors import CheckpointError
 
 __all__ = ["Scan", "scan"]
 

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from .audit import audit
-from .compare import compare
-from .errors import guarded, run
-from .evaluate import evaluate, sharpness
-from .fisher import fisher
-from .info import demo, env, methods
-from .options import grouped
-from .purify import purify
+from fastfip.cli.audit import audit
+from fastfip.cli.compare import compare
+from fastfip.cli.errors import guarded, run
+from fastfip.cli.evaluate import evaluate, sharpness
+from fastfip.cli.fisher import fisher
+from fastfip.cli.info import demo, env, methods
+from fastfip.cli.options import grouped
+from fastfip.cli.purify import purify
 
 __all__ = ["app", "main"]
 
@@ -42,7 +42,7 @@ for command, summary in (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from fastfip import __version__
 
         print(f"fastfip {__version__}")
         raise typer.Exit

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
-from .errors import fail
+from fastfip.cli import options as o
+from fastfip.cli.errors import fail
 
 
 def audit(
@@ -59,9 +59,9 @@ def audit(
     o.check_drawing("--picture", picture, force)
     searched = _labels(classes)
 
-    from ..auditing import audit as look
-    from ..datasets import load
-    from ..report import show
+    from fastfip.auditing import audit as look
+    from fastfip.datasets import load
+    from fastfip.report import show
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

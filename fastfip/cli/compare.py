@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
-from .errors import Interrupted, fail
+from fastfip.cli import options as o
+from fastfip.cli.errors import Interrupted, fail
 
 
 def compare(
@@ -45,8 +45,8 @@ def compare(
     mixed = o.precision(amp)
     _check_outputs(out, plot, resume, force)
 
-    from ..comparison import compare as side_by_side
-    from ..report import show
+    from fastfip.comparison import compare as side_by_side
+    from fastfip.report import show
 
     chosen = _choices(methods, settings or [])
     where, how = net.where_and_how()
@@ -79,7 +79,7 @@ def compare(
         raise Interrupted(f"interrupted: {kept}")
     runs = [row for row in found.rows if row.label != "none"]
     if all(row.error for row in runs):
-        from ..errors import ModelError
+        from fastfip.errors import ModelError
 
         raise ModelError(f"no method came to an end: {runs[0].error}")
 
@@ -102,7 +102,7 @@ def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: boo
 
 def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[str, str]]]:
     """Return the methods with their settings, which are read as the types that they have."""
-    from ..methods import names
+    from fastfip.methods import names
 
     chosen = names() if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     changes: dict[str, dict[str, str]] = {name: {} for name in chosen}

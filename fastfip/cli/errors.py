@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 
 def _code(error: BaseException) -> int:
-    from ..errors import BackendError, CheckpointError, ConfigError, DataError, ModelError
+    from fastfip.errors import BackendError, CheckpointError, ConfigError, DataError, ModelError
 
     for kind, code in ((DataError, 3), (CheckpointError, 4), ((ModelError, ConfigError), 5), (BackendError, 6)):
         if isinstance(error, kind):

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
-from .errors import fail
+from fastfip.cli import options as o
+from fastfip.cli.errors import fail
 
 
 def evaluate(
@@ -22,8 +22,8 @@ def evaluate(
     if scores.test_data is None and scores.asr_data is None:
         raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
 
-    from ..metrics import evaluate as measure
-    from ..report import evaluation_sheet, show, to_json
+    from fastfip.metrics import evaluate as measure
+    from fastfip.report import evaluation_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
@@ -47,9 +47,9 @@ def sharpness(
     debug: o.Debug = False,
 ) -> None:
     """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
-    from ..curvature import sharpness as measure
-    from ..datasets import load
-    from ..report import mapping_sheet, show, to_json
+    from fastfip.curvature import sharpness as measure
+    from fastfip.datasets import load
+    from fastfip.report import mapping_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

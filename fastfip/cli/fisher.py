@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options as o
-from .purify import check_outputs
+from fastfip.cli import options as o
+from fastfip.cli.purify import check_outputs
 
 
 def fisher(
@@ -37,9 +37,9 @@ def fisher(
     """Write the diagonal of IN's Fisher information on images to OUT: the parameters' names and shapes, exact."""
     check_outputs(source, out, None, force)
 
-    from ..checkpoint import save_checkpoint
-    from ..fisher import fisher_diagonal
-    from ..report import Sheet, show, to_json
+    from fastfip.checkpoint import save_checkpoint
+    from fastfip.fisher import fisher_diagonal
+    from fastfip.report import Sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
+from fastfip.cli import options as o
 
 
 def methods(
@@ -16,8 +16,8 @@ def methods(
     debug: o.Debug = False,
 ) -> None:
     """List the methods, or the settings of one with their defaults."""
-    from .. import methods as registry
-    from ..report import methods_sheet, settings_sheet, show, to_json
+    from fastfip import methods as registry
+    from fastfip.report import methods_sheet, settings_sheet, show, to_json
 
     if name is None:
         known = [registry.get(one) for one in registry.names()]
@@ -33,8 +33,8 @@ def methods(
 
 def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
     """Show versions, processor and backends, and for a backend that is missing the reason. For bug reports."""
-    from ..env import collect
-    from ..report import mapping_sheet, show, to_json
+    from fastfip.env import collect
+    from fastfip.report import mapping_sheet, show, to_json
 
     values = collect()
     if as_json:
@@ -51,9 +51,9 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
-    from ..demo import run_demo
-    from ..errors import BackendError
-    from ..report import Sheet, show
+    from fastfip.demo import run_demo
+    from fastfip.errors import BackendError
+    from fastfip.report import Sheet, show
 
     try:
         shown = run_demo(out, seed=seed)

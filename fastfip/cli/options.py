@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from .errors import fail
+from fastfip.cli.errors import fail
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..checkpoint import Checkpoint
-    from ..datasets import ImageSet, Pixels
+    from fastfip.checkpoint import Checkpoint
+    from fastfip.datasets import ImageSet, Pixels
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
 Arch = Annotated[
@@ -138,7 +138,7 @@ class Net(Group):
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
-        from ..datasets import loader
+        from fastfip.datasets import loader
 
         return None if images is None else loader(images, self.batch_size)
 
@@ -160,7 +160,7 @@ class Clean(Group):
 
     def load(self, how: Pixels, seed: int) -> ImageSet:
         """Return the images that are used."""
-        from ..datasets import load
+        from fastfip.datasets import load
 
         return load(self.data, "clean", how).sample(self.limit, self.per_class, seed)
 
@@ -176,7 +176,7 @@ class Scores(Group):
 
     def load(self, how: Pixels, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
         """Return both, None where not given; `clean` has to have the same classes."""
-        from ..datasets import load, same_classes
+        from fastfip.datasets import load, same_classes
 
         test = load(self.test_data, "test", how) if self.test_data is not None else None
         if test is not None and clean is not None:
@@ -199,7 +199,7 @@ def check_drawing(name: str, path: Path | None, force: bool) -> None:
     try:
         import matplotlib  # noqa: F401 (better now than after the work)
     except ImportError:
-        from ..errors import BackendError
+        from fastfip.errors import BackendError
 
         raise BackendError(f"{name} needs matplotlib: pip install 'fastfip[plot]'") from None
 
@@ -218,7 +218,7 @@ def check_file(name: str, path: Path, suffixes: tuple[str, ...], force: bool, al
 
 def build(arch: str, arch_args: str | None) -> nn.Module:
     """Return the model of `--arch` and `--arch-args`."""
-    from ..checkpoint import load_arch
+    from fastfip.checkpoint import load_arch
 
     arguments: Any = {}
     if arch_args is not None:
@@ -233,7 +233,7 @@ def build(arch: str, arch_args: str | None) -> nn.Module:
 
 def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tuple[nn.Module, Checkpoint]:
     """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-    from ..checkpoint import load_checkpoint
+    from fastfip.checkpoint import load_checkpoint
 
     model = build(arch, arch_args)
     return model.eval(), load_checkpoint(path, model, key=key)
@@ -241,7 +241,7 @@ def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tu
 
 def pixels(mean: str | None, std: str | None, size: str | None, channels: int | None) -> Pixels:
     """Return how images become inputs."""
-    from ..datasets import Pixels
+    from fastfip.datasets import Pixels
 
     sides = tuple(int(v) for v in _numbers("--size", size))
     if len(sides) > 2 or sides != _numbers("--size", size):
@@ -263,8 +263,8 @@ def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
     import torch
 
-    from ..data import Task
-    from ..softmax import logits_task
+    from fastfip.data import Task
+    from fastfip.softmax import logits_task
 
     batch = next(iter(batches))
     with torch.no_grad():
@@ -279,7 +279,7 @@ def device(name: str) -> str:
         ConfigError: no such kind of device.
         BackendError: it is not here.
     """
-    from ..probe import usable_device
+    from fastfip.probe import usable_device
 
     usable_device(name)
     return name
@@ -305,8 +305,8 @@ def triggered(
 
 
 def _from_data(spec: str, target: str | None, how: Pixels) -> ImageSet:
-    from ..datasets import load
-    from ..errors import DataError
+    from fastfip.datasets import load
+    from fastfip.errors import DataError
 
     images = load(spec, "triggered", how)
     if images.attack is not None:
@@ -323,7 +323,7 @@ def _from_data(spec: str, target: str | None, how: Pixels) -> ImageSet:
 
 
 def _attack_labels(images: ImageSet, target: str) -> Any:
-    from .. import attacks
+    from fastfip import attacks
 
     if target != "next" and not target.isdigit():
         raise fail(f"--target={target}: give a class number, or next")
@@ -334,9 +334,9 @@ def make_attack(spec: str) -> Any:
     """Return the attack of `NAME[:KEY=VALUE,...]`; a picture is given by its file."""
     import dataclasses
 
-    from .. import attacks
-    from ..datasets import read_image
-    from ..errors import ConfigError
+    from fastfip import attacks
+    from fastfip.datasets import read_image
+    from fastfip.errors import ConfigError
 
     name, _, rest = spec.partition(":")
     kind: Any = attacks.get(name)

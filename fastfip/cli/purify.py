@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options as o
-from .errors import Interrupted, fail
+from fastfip.cli import options as o
+from fastfip.cli.errors import Interrupted, fail
 
 if TYPE_CHECKING:
-    from ..methods import MethodConfig
+    from fastfip.methods import MethodConfig
 
 
 def purify(
@@ -48,9 +48,9 @@ def purify(
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
-    from ..checkpoint import save_checkpoint
-    from ..purification import purify as clean_up
-    from ..report import show
+    from fastfip.checkpoint import save_checkpoint
+    from fastfip.purification import purify as clean_up
+    from fastfip.report import show
 
     chosen = _config(method, config, settings or [])
     where, how = net.where_and_how()
@@ -91,7 +91,7 @@ def purify(
 
 def check_outputs(source: Path, out: Path, report: Path | None, force: bool) -> None:
     """Find out before the work what could not be written after it."""
-    from ..checkpoint import check_suffix
+    from fastfip.checkpoint import check_suffix
 
     check_suffix(out)
     for name, path in (("OUT", out), ("--report", report)):
@@ -120,7 +120,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig:
-    from ..methods import get
+    from fastfip.methods import get
 
     kind: Any = get(method).Config
     chosen: MethodConfig = kind() if path is None else kind.load(path)
@@ -136,7 +136,7 @@ def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig
 
 
 def _write_report(path: Path, result: Any) -> None:
-    from ..checkpoint import replacing
+    from fastfip.checkpoint import replacing
 
     try:
         with replacing(path) as temporary:

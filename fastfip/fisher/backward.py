@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .capture import selected
-from .diagonal import FisherDiagonal, SquaredSum
-from .graph import is_leaf, variable_of
-from .modes import check_modes
-from .trace import Params
-from .verify import cache_of, plan_for
+from fastfip.errors import ConfigError
+from fastfip.fisher.capture import selected
+from fastfip.fisher.diagonal import FisherDiagonal, SquaredSum
+from fastfip.fisher.graph import is_leaf, variable_of
+from fastfip.fisher.modes import check_modes
+from fastfip.fisher.trace import Params
+from fastfip.fisher.verify import cache_of, plan_for
 
 
 def backward_with_fisher(

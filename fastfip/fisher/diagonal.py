@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Task, iter_batches, pick
-from ..errors import ConfigError, DataError
-from ..ops.scratch import accumulation_dtype, zeros_like
-from .capture import Group, Plan, selected
-from .forms import Form, Work
-from .modes import check_modes, readable
-from .verify import Cache, cache_of, plan_for
+from fastfip.data import Batch, Task, iter_batches, pick
+from fastfip.errors import ConfigError, DataError
+from fastfip.fisher.capture import Group, Plan, selected
+from fastfip.fisher.forms import Form, Work
+from fastfip.fisher.modes import check_modes, readable
+from fastfip.fisher.verify import Cache, cache_of, plan_for
+from fastfip.ops.scratch import accumulation_dtype, zeros_like
 
 Kind = Literal["empirical", "mc", "exact"]
 

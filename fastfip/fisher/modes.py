@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from fastfip.errors import ModelError
 
 
 def check_modes(model: nn.Module) -> None:
@@ -67,7 +67,7 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
         if twice:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
-            from .twice import CheapTwice
+            from fastfip.fisher.twice import CheapTwice
 
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapTwice())

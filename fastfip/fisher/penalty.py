@@ -9,15 +9,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Task, pick
-from ..errors import ConfigError, ModelError
-from .capture import selected
-from .graph import topological
-from .modes import check_modes, eval_mode, readable
-from .perturb import Found, Uncovered, perturbed, working_dtype
-from .signs import signed
-from .trace import trace_and_logits
-from .verify import cache_of
+from fastfip.data import Batch, Task, pick
+from fastfip.errors import ConfigError, ModelError
+from fastfip.fisher.capture import selected
+from fastfip.fisher.graph import topological
+from fastfip.fisher.modes import check_modes, eval_mode, readable
+from fastfip.fisher.perturb import Found, Uncovered, perturbed, working_dtype
+from fastfip.fisher.signs import signed
+from fastfip.fisher.trace import trace_and_logits
+from fastfip.fisher.verify import cache_of
 
 Way = Literal["auto", "exact", "perturb", "signs"]
 

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Task
-from ..errors import ModelError
-from .capture import Group, Plan
-from .forms import Dense, Form
-from .modes import readable
-from .shifted import Place, Shifted, flipped, place_of
-from .shifts import shift_of
-from .verify import Cache, plan_for
+from fastfip.data import Batch, Task
+from fastfip.errors import ModelError
+from fastfip.fisher.capture import Group, Plan
+from fastfip.fisher.forms import Dense, Form
+from fastfip.fisher.modes import readable
+from fastfip.fisher.shifted import Place, Shifted, flipped, place_of
+from fastfip.fisher.shifts import shift_of
+from fastfip.fisher.verify import Cache, plan_for
 
 #: The largest shift of a parameter, relative to its size, by (dtype, "forward" or "central"): where the error of the
 #: difference quotient and that of rounding meet, measured (docs/trace.md).

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
-from .forms import Form, Opaque
-from .graph import Edge, inputs_of
-from .layout import Layout, candidates
+from fastfip.errors import ModelError
+from fastfip.fisher.forms import Form, Opaque
+from fastfip.fisher.graph import Edge, inputs_of
+from fastfip.fisher.layout import Layout, candidates
 
 Slots = dict[int, Edge]
 Builder = Callable[[Tensor, Layout, int], Form]  # (natural gradient, layout, N)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.unfold import ConvShape
-from .forms import Conv, Dense, Form, Rows, Sum
-from .graph import inputs_of, shape_of
-from .layout import Layout, candidates
-from .recipe import Builder, Recipe, Slots, output_shape, rule
-from .sums import centred_sums
+from fastfip.fisher.forms import Conv, Dense, Form, Rows, Sum
+from fastfip.fisher.graph import inputs_of, shape_of
+from fastfip.fisher.layout import Layout, candidates
+from fastfip.fisher.recipe import Builder, Recipe, Slots, output_shape, rule
+from fastfip.fisher.sums import centred_sums
+from fastfip.ops.unfold import ConvShape
 
 # ------------------------------------------------------------------------------------------------- matrix products
 

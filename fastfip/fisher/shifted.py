@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .capture import Group, Plan
-from .forms import Conv, Dense, Sum
-from .layout import Layout
-from .shifts import Options, Shift, Table, Values, convolution, fits_convolution, fits_matrix, linear
+from fastfip.fisher.capture import Group, Plan
+from fastfip.fisher.forms import Conv, Dense, Sum
+from fastfip.fisher.layout import Layout
+from fastfip.fisher.shifts import Options, Shift, Table, Values, convolution, fits_convolution, fits_matrix, linear
 
 Key = tuple[Any, ...]
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.scratch import accumulation_dtype
-from ..ops.unfold import ConvShape, columns, columns_transpose
-from .forms import Conv, Dense, Form, Rows, Sum
+from fastfip.fisher.forms import Conv, Dense, Form, Rows, Sum
+from fastfip.ops.scratch import accumulation_dtype
+from fastfip.ops.unfold import ConvShape, columns, columns_transpose
 
 #: G_n is kept as it is where it takes at most this many times the memory of its factors.
 ROOM = 2.0

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Task
-from .perturb import Found, default_step, swapped, working_dtype
+from fastfip.data import Batch, Task
+from fastfip.fisher.perturb import Found, default_step, swapped, working_dtype
 
 
 def signed(

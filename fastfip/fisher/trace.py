@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Task
-from .capture import Group, Plan, selected
-from .forms import Form
-from .modes import check_modes, readable
-from .verify import Cache, cache_of, plan_for
+from fastfip.data import Batch, Task
+from fastfip.fisher.capture import Group, Plan, selected
+from fastfip.fisher.forms import Form
+from fastfip.fisher.modes import check_modes, readable
+from fastfip.fisher.verify import Cache, cache_of, plan_for
 
 Params = Iterable[str] | Mapping[str, Tensor] | None
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ..errors import DataError, ModelError
-from .capture import Plan, read_graph
-from .forms import Form
-from .graph import Chain, Reading, Site, inputs_of
-from .layout import Layout, Probe, weights_for
+from fastfip.errors import DataError, ModelError
+from fastfip.fisher.capture import Plan, read_graph
+from fastfip.fisher.forms import Form
+from fastfip.fisher.graph import Chain, Reading, Site, inputs_of
+from fastfip.fisher.layout import Layout, Probe, weights_for
 
 _ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
 _TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled

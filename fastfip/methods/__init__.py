@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .base import Method, MethodConfig, get, names, register
+from fastfip.methods.base import Method, MethodConfig, get, names, register
 
 __all__ = ["Method", "MethodConfig", "get", "names", "register"]

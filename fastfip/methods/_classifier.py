@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ..errors import ModelError
-from .base import Run
+from fastfip.errors import ModelError
+from fastfip.methods.base import Run
 
 __all__ = ["Classifier", "LastLayer", "put", "recorded"]
 

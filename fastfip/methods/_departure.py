@@ -7,9 +7,9 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from ..data import Batch
-from ._classifier import Classifier
-from .base import Groups, Method, Run
+from fastfip.data import Batch
+from fastfip.methods._classifier import Classifier
+from fastfip.methods.base import Groups, Method, Run
 
 __all__ = ["Departure"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cleanset import CleanSet
-from ..data import Batch, Task
-from ..errors import DataError
-from ._classifier import LastLayer, recorded
-from .base import Run
+from fastfip.cleanset import CleanSet
+from fastfip.data import Batch, Task
+from fastfip.errors import DataError
+from fastfip.methods._classifier import LastLayer, recorded
+from fastfip.methods.base import Run
 
 __all__ = ["FeatureSet"]
 

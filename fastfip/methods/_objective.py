@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import Batch
-from ..fisher.diagonal import Kind
-from ..worst_case import Perturbations, perturbable
-from ._fip_config import FIPConfig
-from ._sieve import Sieve
-from ._space import Space, frozen_copy
-from .base import Run
+from fastfip.data import Batch
+from fastfip.fisher.diagonal import Kind
+from fastfip.methods._fip_config import FIPConfig
+from fastfip.methods._sieve import Sieve
+from fastfip.methods._space import Space, frozen_copy
+from fastfip.methods.base import Run
+from fastfip.worst_case import Perturbations, perturbable
 
 __all__ = ["Objective", "Paper", "WorstCase", "retainer"]
 

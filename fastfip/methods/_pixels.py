@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ..errors import ConfigError
-from ..worst_case import perturbable
-from .base import MethodConfig, Run, setting
+from fastfip.data import Batch
+from fastfip.errors import ConfigError
+from fastfip.methods.base import MethodConfig, Run, setting
+from fastfip.worst_case import perturbable
 
 __all__ = ["PixelConfig", "PixelRange"]
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ..errors import ConfigError
-from ._objective import Objective
+from fastfip.data import Batch
+from fastfip.errors import ConfigError
+from fastfip.methods._objective import Objective
 
 __all__ = ["Released", "surrogate"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..cleanset import CleanSet
-from .base import Run
+from fastfip.cleanset import CleanSet
+from fastfip.methods.base import Run
 
 __all__ = ["Sieve"]
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
-from ..errors import ModelError
-from ..fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
-from ..fisher.diagonal import Kind
-from ..fisher.modes import readable
-from ..spectral import Rank, SpectralShifts
-from ..spectral.fisher import delta_gradients, recording
-from .base import Groups, Run
+from fastfip.data import Batch
+from fastfip.errors import ModelError
+from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
+from fastfip.fisher.diagonal import Kind
+from fastfip.fisher.modes import readable
+from fastfip.methods.base import Groups, Run
+from fastfip.spectral import Rank, SpectralShifts
+from fastfip.spectral.fisher import delta_gradients, recording
 
 __all__ = ["Space", "Spectral", "Weights"]
 

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
-from ._classifier import Classifier
-from ._masks import Masks, batchnorm_weights, output_rows, weights_of
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.data import Batch
+from fastfip.methods._classifier import Classifier
+from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["ANP", "ANPConfig"]
 

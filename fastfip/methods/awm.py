@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..data import Batch
-from ..errors import ModelError
-from ._masks import Masks, per_element, weights_of
-from ._pixels import PixelConfig, PixelRange
-from .base import Groups, Method, Run, register, setting
+from fastfip.data import Batch
+from fastfip.errors import ModelError
+from fastfip.methods._masks import Masks, per_element, weights_of
+from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["AWM", "AWMConfig"]
 

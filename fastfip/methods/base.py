@@ -16,10 +16,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import MethodConfig, setting
-from ..data import Batch
-from ..errors import ConfigError
-from ..run import Run
+from fastfip.config import MethodConfig, setting
+from fastfip.data import Batch
+from fastfip.errors import ConfigError
+from fastfip.run import Run
 
 __all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._departure import Departure
-from .base import MethodConfig, Run, register, setting
+from fastfip.methods._departure import Departure
+from fastfip.methods.base import MethodConfig, Run, register, setting
 
 __all__ = ["D3", "D3Config"]
 

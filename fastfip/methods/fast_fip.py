@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..errors import ConfigError
-from ._fip_config import FIPConfig
-from ._space import Space, Spectral
-from .base import Run, register, setting
-from .fip import FIP
+from fastfip.errors import ConfigError
+from fastfip.methods._fip_config import FIPConfig
+from fastfip.methods._space import Space, Spectral
+from fastfip.methods.base import Run, register, setting
+from fastfip.methods.fip import FIP
 
 __all__ = ["FastFIP", "FastFIPConfig"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FineTune", "FineTuneConfig"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ._fip_config import FIPConfig
-from ._objective import Objective, Paper, WorstCase
-from ._released import Released
-from ._space import Space, Weights
-from .base import Groups, Method, Run, register
+from fastfip.data import Batch
+from fastfip.methods._fip_config import FIPConfig
+from fastfip.methods._objective import Objective, Paper, WorstCase
+from fastfip.methods._released import Released
+from fastfip.methods._space import Space, Weights
+from fastfip.methods.base import Groups, Method, Run, register
 
 __all__ = ["FIP", "FIPConfig"]
 

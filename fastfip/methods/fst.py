@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ._departure import Departure
-from .base import MethodConfig, Run, register, setting
+from fastfip.methods._departure import Departure
+from fastfip.methods.base import MethodConfig, Run, register, setting
 
 __all__ = ["FST", "FSTConfig"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data import Batch
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.data import Batch
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FTSAM", "FTSAMConfig", "adaptive_perturbation"]
 

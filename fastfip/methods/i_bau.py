@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ..fisher.modes import readable
-from ._pixels import PixelConfig, PixelRange
-from .base import Groups, Method, Run, register, setting
+from fastfip.data import Batch
+from fastfip.fisher.modes import readable
+from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["IBAU", "IBAUConfig", "hypergradient"]
 

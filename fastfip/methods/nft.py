@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ..errors import ModelError
-from ..worst_case import perturbable
-from ._classifier import Classifier
-from ._masks import Masks, batchnorm_weights, output_rows, weights_of
-from ._objective import take
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.data import Batch
+from fastfip.errors import ModelError
+from fastfip.methods._classifier import Classifier
+from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
+from fastfip.methods._objective import take
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.worst_case import perturbable
 
 __all__ = ["NFT", "NFTConfig", "floor"]
 

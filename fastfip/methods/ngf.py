@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data import Batch, Task
-from ._classifier import LastLayer
-from ._features import FeatureSet
-from ._natural import Exact, Kronecker, Solver
-from .base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.data import Batch, Task
+from fastfip.methods._classifier import LastLayer
+from fastfip.methods._features import FeatureSet
+from fastfip.methods._natural import Exact, Kronecker, Solver
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["NGF", "NGFConfig", "stable_damping"]
 

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data import Batch
-from ._pixels import PixelConfig, PixelRange
-from ._space import frozen_copy
-from .base import Groups, Method, Run, register, setting
+from fastfip.data import Batch
+from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods._space import frozen_copy
+from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["SAU", "SAUConfig", "unshared"]
 

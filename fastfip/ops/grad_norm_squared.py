@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastfip.kernels import triton
 from fastfip.kernels.native import grad_norm_squared as kernel
-
-from .grad_norm_squared_autograd import define, differentiable
-from .gram import gram, prefers_gram
-from .registry import Backend, Op
-from .scratch import CHUNK, accumulation_dtype
+from fastfip.ops.grad_norm_squared_autograd import define, differentiable
+from fastfip.ops.gram import gram, prefers_gram
+from fastfip.ops.registry import Backend, Op
+from fastfip.ops.scratch import CHUNK, accumulation_dtype
 
 
 def reference(g: Tensor, a: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from fastfip.kernels.native import grad_norm_squared as kernel
-
-from .gram import Lattice, gram
-from .registry import Backend, Op
-from .scratch import CHUNK, Scratch, accumulation_dtype
-from .unfold import ConvShape, columns, columns_transpose
+from fastfip.ops.gram import Lattice, gram
+from fastfip.ops.registry import Backend, Op
+from fastfip.ops.scratch import CHUNK, Scratch, accumulation_dtype
+from fastfip.ops.unfold import ConvShape, columns, columns_transpose
 
 _KEPT = 3  # numbers that may be kept for the backward, for each one of the maps
 _MOVED = 100  # products in the time that the copies of one entry of a Gram matrix take

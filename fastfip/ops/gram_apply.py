@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fastfip.kernels import triton
-
-from .registry import Backend, Op
-from .scratch import CHUNK, accumulation_dtype
+from fastfip.ops.registry import Backend, Op
+from fastfip.ops.scratch import CHUNK, accumulation_dtype
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 LIBRARY.define("gram_apply(Tensor q, Tensor k, Tensor v, str backend) -> Tensor")

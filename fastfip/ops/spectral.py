@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scratch import Scratch
-from .spectral_map import Asked, Factors, SpectralMap, is_even, prefers_dense, recompose
-from .unfold import ConvShape
+from fastfip.ops.scratch import Scratch
+from fastfip.ops.spectral_map import Asked, Factors, SpectralMap, is_even, prefers_dense, recompose
+from fastfip.ops.unfold import ConvShape
 
 __all__ = ["Asked", "Factors", "is_even", "prefers_dense", "project", "recompose", "spectral_conv", "spectral_linear"]
 

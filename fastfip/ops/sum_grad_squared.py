@@ -20,11 +20,10 @@ from torch import Tensor
 
 from fastfip.kernels import cuda, triton
 from fastfip.kernels.native import sum_grad_squared as kernel
-
-from .registry import Backend, Op
-from .scratch import CHUNK, Scratch, accumulation_dtype
-from .sum_grad_squared_autograd import define, differentiable
-from .unfold import ConvShape, columns
+from fastfip.ops.registry import Backend, Op
+from fastfip.ops.scratch import CHUNK, Scratch, accumulation_dtype
+from fastfip.ops.sum_grad_squared_autograd import define, differentiable
+from fastfip.ops.unfold import ConvShape, columns
 
 
 def reference(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:

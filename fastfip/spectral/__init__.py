@@ -1,7 +1,7 @@
 """The spectral-shift parametrisation of weights (Fast FIP) and its exact fold-back."""
 
-from .decompose import Rank
-from .shift import SpectralShifts
-from .weight import Shift
+from fastfip.spectral.decompose import Rank
+from fastfip.spectral.shift import SpectralShifts
+from fastfip.spectral.weight import Shift
 
 __all__ = ["Rank", "Shift", "SpectralShifts"]

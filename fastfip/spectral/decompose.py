@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from fastfip.errors import ConfigError
 
 __all__ = ["Factored", "Rank", "decompose"]
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from ..fisher import per_sample_gradients
-from ..ops.spectral import project
-from .place import Record, Use
-from .shift import SpectralShifts, is_transposed
-from .weight import Shift
+from fastfip.fisher import per_sample_gradients
+from fastfip.ops.spectral import project
+from fastfip.spectral.place import Record, Use
+from fastfip.spectral.shift import SpectralShifts, is_transposed
+from fastfip.spectral.weight import Shift
 
 __all__ = ["delta_gradients", "recording"]
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops.spectral import prefers_dense, spectral_conv, spectral_linear
-from ..ops.unfold import ConvShape
-from .place import Place, Recorder, Use
-from .relu import keep_signs
-from .weight import Shift
+from fastfip.ops.spectral import prefers_dense, spectral_conv, spectral_linear
+from fastfip.ops.unfold import ConvShape
+from fastfip.spectral.place import Place, Recorder, Use
+from fastfip.spectral.relu import keep_signs
+from fastfip.spectral.weight import Shift
 
 __all__ = ["replaced_forward"]
 

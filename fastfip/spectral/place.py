@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..ops.unfold import ConvShape
+from fastfip.errors import ModelError
+from fastfip.ops.unfold import ConvShape
 
 __all__ = ["Place", "Record", "Recorder", "Use"]
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..errors import ModelError
-from ..ops.scratch import Scratch
-from .decompose import Rank, check_rank, decompose
-from .layers import replaced_forward
-from .norms import FrozenNorms
-from .place import Place, Recorder
-from .weight import Shift
+from fastfip.errors import ModelError
+from fastfip.ops.scratch import Scratch
+from fastfip.spectral.decompose import Rank, check_rank, decompose
+from fastfip.spectral.layers import replaced_forward
+from fastfip.spectral.norms import FrozenNorms
+from fastfip.spectral.place import Place, Recorder
+from fastfip.spectral.weight import Shift
 
 __all__ = ["Shift", "SpectralShifts"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops.scratch import Scratch
-from ..ops.spectral import Asked, Factors, is_even, recompose
-from .place import Place
+from fastfip.ops.scratch import Scratch
+from fastfip.ops.spectral import Asked, Factors, is_even, recompose
+from fastfip.spectral.place import Place
 
 __all__ = ["Shift"]
 

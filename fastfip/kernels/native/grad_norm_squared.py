@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfip.kernels import native
-
-from .sum_grad_squared import convolution_arguments, isa_argument, matrix_argument, refuses
+from fastfip.kernels.native.sum_grad_squared import convolution_arguments, isa_argument, matrix_argument, refuses
 
 __all__ = ["grad_norm_squared", "grad_norm_squared_conv", "refuses"]
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sum_grad_squared import INTERPRETED, _operands, precision
+from fastfip.kernels.triton.sum_grad_squared import INTERPRETED, _operands, precision
 
 
 class Config(NamedTuple):
