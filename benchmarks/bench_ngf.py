@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from benchmarks import nets
 from benchmarks.real_models import commit, machine
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 from fastfip.methods.ngf import NGF, NGFConfig
 

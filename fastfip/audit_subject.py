@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastfip.cleanset import CleanSet
-from fastfip.data import Batch, Task
+from fastfip.data.checks import first_outputs
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.logits import logits_task
+from fastfip.data.task import Batch, Task
 from fastfip.errors import DataError, ModelError
 from fastfip.measuring import float32_batch, in_float32
-from fastfip.probe import first_outputs
-from fastfip.softmax import logits_task
 from fastfip.workcopy import LOW, cast
 
 __all__ = ["Subject", "about", "subjects_of"]

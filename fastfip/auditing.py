@@ -14,13 +14,13 @@ from torch import nn
 from fastfip.anomaly import LEVEL, SMALLER, anomaly
 from fastfip.audit_result import Audit, NetAudit, Retuning
 from fastfip.audit_subject import Subject, about, subjects_of
-from fastfip.cleanset import CleanSet
 from fastfip.curvature import sharpness as measure_sharpness
-from fastfip.data import Batch, Forward, Loss, Task, take
+from fastfip.data.checks import check_net, first_outputs, home_of, reading, usable_device
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.task import Batch, Forward, Loss, Task, take
 from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
 from fastfip.inversion import FORMS, Inverted, invert
 from fastfip.metrics import evaluate
-from fastfip.probe import check_net, first_outputs, home_of, reading, usable_device
 from fastfip.process import seeded
 from fastfip.run import autocast_dtype
 from fastfip.worst_case import perturbable
@@ -158,7 +158,7 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
 
 def _one_batch(clean: CleanSet, task: Task, place: torch.device, notes: list[str]) -> Any:
     """Return the clean samples as one batch on the device; None and a note where they cannot be changed."""
-    from fastfip.data import move_to
+    from fastfip.data.task import move_to
 
     try:
         batch = clean.tensors()

@@ -17,13 +17,13 @@ from torch import nn
 
 import fastfip
 from fastfip import fingerprint
-from fastfip.cleanset import CleanSet
 from fastfip.comparison_table import BASELINE, Comparison, Row
-from fastfip.data import Batch, Forward, Loss, Task, batches_of
+from fastfip.data.checks import home_of, usable_device
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.task import Batch, Forward, Loss, Task, batches_of
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics import Evaluation, der, evaluate, rir
-from fastfip.probe import home_of, usable_device
 from fastfip.process import seeded
 from fastfip.purification import purify
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task, iter_batches
+from fastfip.data.task import Batch, Task, iter_batches
 from fastfip.errors import ConfigError
 from fastfip.fisher.capture import selected
 from fastfip.fisher.modes import eval_mode, readable

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task, take
+from fastfip.data.task import Batch, Task, take
 from fastfip.errors import DataError, ModelError
 
 __all__ = ["FORMS", "Additive", "Form", "Inverted", "Patch", "invert"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.errors import FastFIPError
 from fastfip.metrics import Evaluation, evaluate
 from fastfip.run import Run

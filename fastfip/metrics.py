@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Forward, Loss, Task, check_labels, iter_batches, move_to, to_tensors
+from fastfip.data.checks import home_of, usable_device
+from fastfip.data.task import Batch, Forward, Loss, Task, check_labels, iter_batches, move_to, to_tensors
 from fastfip.errors import DataError, ModelError
-from fastfip.probe import home_of, usable_device
 
 __all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
 

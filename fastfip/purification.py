@@ -13,17 +13,17 @@ from torch import nn
 
 import fastfip
 from fastfip.callbacks import Callback
-from fastfip.cleanset import CleanSet
-from fastfip.data import Batch, Forward, Loss, Task
+from fastfip.data.checks import first_outputs, usable_device
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.logits import logits_task
+from fastfip.data.task import Batch, Forward, Loss, Task
 from fastfip.errors import ConfigError
 from fastfip.measuring import Scorer, in_float32
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.metrics import Evaluation
-from fastfip.probe import first_outputs, usable_device
 from fastfip.process import PeakMemory, seeded
 from fastfip.result import PurifyResult
 from fastfip.run import Run, autocast_dtype
-from fastfip.softmax import logits_task
 from fastfip.training import fit
 from fastfip.workcopy import WorkCopy
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastfip.cleanset import CleanSet
 from fastfip.config import MethodConfig
-from fastfip.data import Batch, Task
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.task import Batch, Task
 from fastfip.errors import ConfigError, ModelError
 
 __all__ = ["Run", "autocast_dtype"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task, pick
+from fastfip.data.task import Batch, Task, pick
 from fastfip.fisher.capture import selected
 from fastfip.fisher.modes import readable
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfip.augment import augmented
 from fastfip.callbacks import Callback, Record, as_callbacks
+from fastfip.data.augment import augmented
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.run import Run

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfip.data.checks import check_net
 from fastfip.errors import ModelError
-from fastfip.probe import check_net
 
 __all__ = ["LOW", "WorkCopy", "cast"]
 

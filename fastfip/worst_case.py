@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.errors import DataError
 
 __all__ = ["Perturbations", "perturbable"]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.cleanset import CleanSet
 from fastfip.config import MethodConfig
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 
 CLASSES = 4

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from small_nets import conv_net, data, plain_net
 
 import fastfip
-from fastfip.augment import augmented, shifted
 from fastfip.data import Task
+from fastfip.data.augment import augmented, shifted
 from fastfip.methods.fine_tune import FineTune
 
 

@@ -3,8 +3,8 @@ import torch
 from small_nets import data, loader
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import DataError
 
 

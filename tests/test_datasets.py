@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fastfip import datasets
-from fastfip.datasets import ImageSet, Pixels, load, loader, same_classes
+from fastfip.data import images as datasets
+from fastfip.data.images import ImageSet, Pixels, load, loader, same_classes
 from fastfip.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)

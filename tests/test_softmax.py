@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data import Task
-from fastfip.softmax import logits_task
+from fastfip.data.logits import logits_task
 
 X, Y = data(8)
 

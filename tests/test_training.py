@@ -7,9 +7,9 @@ from torch import nn
 
 import fastfip
 from fastfip.callbacks import Callback
-from fastfip.cleanset import CleanSet
 from fastfip.config import MethodConfig
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method
 from fastfip.run import Run, autocast_dtype

@@ -60,7 +60,7 @@ def audit(
     searched = _labels(classes)
 
     from fastfip.auditing import audit as look
-    from fastfip.datasets import load
+    from fastfip.data.images import load
     from fastfip.report import show
 
     where, how = net.where_and_how()

@@ -48,7 +48,7 @@ def sharpness(
 ) -> None:
     """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
     from fastfip.curvature import sharpness as measure
-    from fastfip.datasets import load
+    from fastfip.data.images import load
     from fastfip.report import mapping_sheet, show, to_json
 
     where, how = net.where_and_how()

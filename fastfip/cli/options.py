@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastfip.checkpoint import Checkpoint
-    from fastfip.datasets import ImageSet, Pixels
+    from fastfip.data.images import ImageSet, Pixels
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
 Arch = Annotated[
@@ -138,7 +138,7 @@ class Net(Group):
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
-        from fastfip.datasets import loader
+        from fastfip.data.images import loader
 
         return None if images is None else loader(images, self.batch_size)
 
@@ -160,7 +160,7 @@ class Clean(Group):
 
     def load(self, how: Pixels, seed: int) -> ImageSet:
         """Return the images that are used."""
-        from fastfip.datasets import load
+        from fastfip.data.images import load
 
         return load(self.data, "clean", how).sample(self.limit, self.per_class, seed)
 
@@ -176,7 +176,7 @@ class Scores(Group):
 
     def load(self, how: Pixels, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
         """Return both, None where not given; `clean` has to have the same classes."""
-        from fastfip.datasets import load, same_classes
+        from fastfip.data.images import load, same_classes
 
         test = load(self.test_data, "test", how) if self.test_data is not None else None
         if test is not None and clean is not None:
@@ -241,7 +241,7 @@ def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tu
 
 def pixels(mean: str | None, std: str | None, size: str | None, channels: int | None) -> Pixels:
     """Return how images become inputs."""
-    from fastfip.datasets import Pixels
+    from fastfip.data.images import Pixels
 
     sides = tuple(int(v) for v in _numbers("--size", size))
     if len(sides) > 2 or sides != _numbers("--size", size):
@@ -263,8 +263,8 @@ def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
     import torch
 
-    from fastfip.data import Task
-    from fastfip.softmax import logits_task
+    from fastfip.data.logits import logits_task
+    from fastfip.data.task import Task
 
     batch = next(iter(batches))
     with torch.no_grad():
@@ -279,7 +279,7 @@ def device(name: str) -> str:
         ConfigError: no such kind of device.
         BackendError: it is not here.
     """
-    from fastfip.probe import usable_device
+    from fastfip.data.checks import usable_device
 
     usable_device(name)
     return name
@@ -305,7 +305,7 @@ def triggered(
 
 
 def _from_data(spec: str, target: str | None, how: Pixels) -> ImageSet:
-    from fastfip.datasets import load
+    from fastfip.data.images import load
     from fastfip.errors import DataError
 
     images = load(spec, "triggered", how)
@@ -335,7 +335,7 @@ def make_attack(spec: str) -> Any:
     import dataclasses
 
     from fastfip import attacks
-    from fastfip.datasets import read_image
+    from fastfip.data.images import read_image
     from fastfip.errors import ConfigError
 
     name, _, rest = spec.partition(":")

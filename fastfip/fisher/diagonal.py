@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task, iter_batches, pick
+from fastfip.data.task import Batch, Task, iter_batches, pick
 from fastfip.errors import ConfigError, DataError
 from fastfip.fisher.capture import Group, Plan, selected
 from fastfip.fisher.forms import Form, Work

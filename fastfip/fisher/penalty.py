@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task, pick
+from fastfip.data.task import Batch, Task, pick
 from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher.capture import selected
 from fastfip.fisher.graph import topological

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.errors import ModelError
 from fastfip.fisher.capture import Group, Plan
 from fastfip.fisher.forms import Dense, Form

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.fisher.perturb import Found, default_step, swapped, working_dtype
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.fisher.capture import Group, Plan, selected
 from fastfip.fisher.forms import Form
 from fastfip.fisher.modes import check_modes, readable

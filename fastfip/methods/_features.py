@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.cleanset import CleanSet
-from fastfip.data import Batch, Task
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.task import Batch, Task
 from fastfip.errors import DataError
 from fastfip.methods._classifier import LastLayer, recorded
 from fastfip.methods.base import Run

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.data import Batch
+from fastfip.data.task import Batch
 from fastfip.fisher.diagonal import Kind
 from fastfip.methods._fip_config import FIPConfig
 from fastfip.methods._sieve import Sieve

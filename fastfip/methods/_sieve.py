@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastfip.cleanset import CleanSet
+from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 
 __all__ = ["Sieve"]

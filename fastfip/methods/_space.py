@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data import Batch
+from fastfip.data.task import Batch
 from fastfip.errors import ModelError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.diagonal import Kind

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastfip.config import MethodConfig, setting
-from fastfip.data import Batch
+from fastfip.data.task import Batch
 from fastfip.errors import ConfigError
 from fastfip.run import Run
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.methods._classifier import LastLayer
 from fastfip.methods._features import FeatureSet
 from fastfip.methods._natural import Exact, Kronecker, Solver

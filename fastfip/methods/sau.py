@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastfip.data import Batch
+from fastfip.data.task import Batch
 from fastfip.methods._pixels import PixelConfig, PixelRange
 from fastfip.methods._space import frozen_copy
 from fastfip.methods.base import Groups, Method, Run, register, setting

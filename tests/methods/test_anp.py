@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastfip
-from fastfip.cleanset import CleanSet
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods import anp
 from fastfip.methods.anp import ANP, ANPConfig

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fastfip
 from benchmarks import nets
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods._pixels import PixelRange
 from fastfip.methods.awm import AWM, AWMConfig

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfip
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError
 from fastfip.methods._objective import WorstCase, retainer
 from fastfip.methods._released import surrogate

@@ -12,8 +12,8 @@ from torch import nn
 
 import fastfip
 from benchmarks import nets
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 from fastfip.methods.ft_sam import FTSAM, FTSAMConfig, adaptive_perturbation, frozen_statistics
 

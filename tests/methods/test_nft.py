@@ -12,8 +12,8 @@ from torch import nn
 
 import fastfip
 from benchmarks import nets
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods._masks import Masks, output_rows, per_element, weights_of
 from fastfip.methods.base import Run

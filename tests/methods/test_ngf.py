@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastfip
 from benchmarks import nets
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods._classifier import LastLayer
 from fastfip.methods._natural import Exact, Kronecker

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.attacks.badnets import BadNets
-from fastfip.cleanset import CleanSet
 from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.demo import TARGET, digits, train_backdoored
 from fastfip.methods._sieve import Sieve
 from fastfip.methods.base import Run

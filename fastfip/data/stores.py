@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fastfip.data import Batch
+from fastfip.data.task import Batch
 
 __all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "live_loader", "tensors_of"]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastfip.data import Batch, Task, looks_like_probabilities
+from fastfip.data.task import Batch, Task, looks_like_probabilities
 
 __all__ = ["logits_task"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.data import Batch, Task
+from fastfip.data.task import Batch, Task
 from fastfip.errors import DataError
 
 __all__ = ["augmented", "shifted"]

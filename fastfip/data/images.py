@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fastfip.data import check_labels
+from fastfip.data.task import check_labels
 from fastfip.errors import ConfigError, DataError
 
 __all__ = ["ImageSet", "Pixels", "load", "loader", "read_image", "same_classes"]

@@ -1,0 +1,33 @@
+"""What a batch is, how a model meets it, and the clean samples."""
+
+from __future__ import annotations
+
+from fastfip.data.task import (
+    Batch,
+    Forward,
+    Loss,
+    Task,
+    batches_of,
+    check_labels,
+    iter_batches,
+    looks_like_probabilities,
+    move_to,
+    pick,
+    take,
+    to_tensors,
+)
+
+__all__ = [
+    "Batch",
+    "Forward",
+    "Loss",
+    "Task",
+    "batches_of",
+    "check_labels",
+    "iter_batches",
+    "looks_like_probabilities",
+    "move_to",
+    "pick",
+    "take",
+    "to_tensors",
+]
