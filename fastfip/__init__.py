@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 # public name -> module that holds it. No module may have the name of a function listed here: importing a submodule
 # sets it as an attribute of the package, and would hide the function.
 _WHERE = {
-    "purify": "fastfip.purification",
-    "purify_": "fastfip.purification",
-    "PurifyResult": "fastfip.result",
+    "purify": "fastfip.purification.purify",
+    "purify_": "fastfip.purification.purify",
+    "PurifyResult": "fastfip.purification.result",
     "backward_with_fisher": "fastfip.fisher",
     "FisherPenalty": "fastfip.fisher",
     "fisher_diagonal": "fastfip.fisher",

@@ -15,8 +15,8 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.data.logits import logits_task
 from fastfip.data.task import Batch, Task
 from fastfip.errors import DataError, ModelError
-from fastfip.measuring import float32_batch, in_float32
-from fastfip.workcopy import LOW, cast
+from fastfip.purification.scorer import float32_batch, in_float32
+from fastfip.purification.workcopy import LOW, cast
 
 __all__ = ["Subject", "about", "subjects_of"]
 

@@ -20,9 +20,9 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Batch, Forward, Loss, Task, take
 from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
 from fastfip.inversion import FORMS, Inverted, invert
+from fastfip.methods.run import autocast_dtype
 from fastfip.metrics import evaluate
-from fastfip.process import seeded
-from fastfip.run import autocast_dtype
+from fastfip.purification.process import seeded
 from fastfip.worst_case import perturbable
 
 __all__ = ["audit"]

@@ -24,8 +24,8 @@ from fastfip.data.task import Batch, Forward, Loss, Task, batches_of
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics import Evaluation, der, evaluate, rir
-from fastfip.process import seeded
-from fastfip.purification import purify
+from fastfip.purification.process import seeded
+from fastfip.purification.purify import purify
 
 __all__ = ["Choice", "compare"]
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.attacks.badnets import BadNets
-from fastfip.process import seeded
-from fastfip.purification import purify
-from fastfip.result import PurifyResult
+from fastfip.purification.process import seeded
+from fastfip.purification.purify import purify
+from fastfip.purification.result import PurifyResult
 
 __all__ = ["Demo", "digit_net", "run_demo", "train_backdoored"]
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.config import MethodConfig
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
+from fastfip.methods.config import MethodConfig
 
 CLASSES = 4
 TARGET = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import fastfip.purification
+import fastfip.purification.purify
 from fastfip.checkpoint import load_checkpoint
 from fastfip.cli import app, main
 from fastfip.cli.errors import CODES
@@ -118,7 +118,7 @@ def test_images_are_prepared_as_asked(work, monkeypatch):
         seen["asr"] = next(iter(kwargs["asr_loader"]))
         raise BackendError("seen enough")
 
-    monkeypatch.setattr(fastfip.purification, "purify", spy)
+    monkeypatch.setattr(fastfip.purification.purify, "purify", spy)
     more = ["--mean", "0.5,0.25,0", "--std", "0.5", "--batch-size", "7", "--test-data", "data.npz", *TRIGGER]
     assert main([*PURIFY, *more]) == 6
     raw = torch.from_numpy(np.load("data.npz")["clean_x"][:7]).permute(0, 3, 1, 2).float() / 255
@@ -133,7 +133,7 @@ def test_images_are_prepared_as_asked(work, monkeypatch):
 
 
 def interrupt(monkeypatch, epoch):
-    real = fastfip.purification.purify
+    real = fastfip.purification.purify.purify
 
     def stop(run, record):
         if record["epoch"] == epoch:
@@ -142,7 +142,7 @@ def interrupt(monkeypatch, epoch):
     def purify(*args, **kwargs):
         return real(*args, **kwargs, callbacks=[stop])
 
-    monkeypatch.setattr(fastfip.purification, "purify", purify)
+    monkeypatch.setattr(fastfip.purification.purify, "purify", purify)
 
 
 def test_ctrl_c_writes_the_last_good_state(work, capsys, monkeypatch):
@@ -157,14 +157,14 @@ def test_ctrl_c_before_anything_is_good_writes_nothing(work, capsys, monkeypatch
     def purify(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fastfip.purification, "purify", purify)
+    monkeypatch.setattr(fastfip.purification.purify, "purify", purify)
     assert fails(capsys, 130, *PURIFY) == "fastfip: interrupted\n"
     monkeypatch.undo()
     assert not (work / "out.pth").exists()
 
 
 def test_outputs_are_checked_before_the_work(work, capsys, monkeypatch):
-    monkeypatch.setattr(fastfip.purification, "purify", lambda *a, **k: pytest.fail("worked first"))
+    monkeypatch.setattr(fastfip.purification.purify, "purify", lambda *a, **k: pytest.fail("worked first"))
     (work / "old.pth").write_bytes(b"old")
     (work / "link.pth").symlink_to("in.pth")
     os.link("in.pth", "hard.pth")
@@ -353,7 +353,7 @@ def test_unexpected_errors(work, capsys, monkeypatch):
     def purify(*args, **kwargs):
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(fastfip.purification, "purify", purify)
+    monkeypatch.setattr(fastfip.purification.purify, "purify", purify)
     text = fails(capsys, 1, *PURIFY)
     assert text == "fastfip: unexpected ZeroDivisionError: by zero (--debug shows where)\n"
     assert main([*PURIFY, "--debug"]) == 1

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fastfip import methods
-from fastfip.config import MethodConfig, setting
 from fastfip.errors import ConfigError
+from fastfip.methods.config import MethodConfig, setting
 
 CONFIGS = [pytest.param(methods.get(name).Config, id=name) for name in methods.names()]
 

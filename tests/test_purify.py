@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastfip
 from fastfip import methods
-from fastfip.config import MethodConfig
 from fastfip.errors import BackendError, ConfigError, DataError, FastFIPError, ModelError
+from fastfip.methods.config import MethodConfig
 
 METHODS = methods.names()
 pytestmark = pytest.mark.parametrize("method", METHODS)

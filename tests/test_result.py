@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastfip.metrics import Evaluation
-from fastfip.result import PurifyResult
+from fastfip.purification.result import PurifyResult
 
 
 def result(**options):

@@ -6,14 +6,14 @@ from small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same, values
 from torch import nn
 
 import fastfip
-from fastfip.callbacks import Callback
-from fastfip.config import MethodConfig
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method
-from fastfip.run import Run, autocast_dtype
-from fastfip.training import fit, learning_rate
+from fastfip.methods.config import MethodConfig
+from fastfip.methods.run import Run, autocast_dtype
+from fastfip.purification.callbacks import Callback
+from fastfip.purification.loop import fit, learning_rate
 
 
 class Plain(Method):
@@ -500,7 +500,7 @@ def test_logged_numbers_are_averaged_over_the_epoch():
 
 def test_time_is_counted_once(monkeypatch):
     clock = iter([0.0, 1.0, 4.0, 10.0])
-    monkeypatch.setattr("fastfip.run.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("fastfip.methods.run.time.perf_counter", lambda: next(clock))
     run = make_run()
     with run.timed("train"):
         with run.timed("fisher"):

@@ -49,7 +49,7 @@ def purify(
         raise fail("--epochs and --steps: give one of them")
 
     from fastfip.checkpoint import save_checkpoint
-    from fastfip.purification import purify as clean_up
+    from fastfip.purification.purify import purify as clean_up
     from fastfip.report import show
 
     chosen = _config(method, config, settings or [])

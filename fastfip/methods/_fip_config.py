@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from fastfip.config import MethodConfig, setting
 from fastfip.errors import ConfigError
+from fastfip.methods.config import MethodConfig, setting
 
 __all__ = ["FIPConfig"]
 

@@ -1,8 +1,9 @@
 """What a method is, and how it is found.
 
-A method says what is tuned, the loss and, where it needs to, the step; `fastfip.training.fit` is the loop around it.
-The order of calls: `setup`, `parameter_groups`, `make_optimizer`; each step `backward` (which calls `loss`), the
-optimiser's step, `after_step`; each epoch `is_candidate`, `score`; at the end, whatever happened, `fold`.
+A method says what is tuned, the loss and, where it needs to, the step; the loop around it is
+`fastfip.purification.loop.fit`. The order of calls: `setup`, `parameter_groups`, `make_optimizer`; each step `backward`
+(which calls `loss`), the optimiser's step, `after_step`; each epoch `is_candidate`, `score`; at the end, whatever
+happened, `fold`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fastfip.config import MethodConfig, setting
 from fastfip.data.task import Batch
 from fastfip.errors import ConfigError
-from fastfip.run import Run
+from fastfip.methods.config import MethodConfig, setting
+from fastfip.methods.run import Run
 
 __all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastfip.data.task import Batch, Task
 from fastfip.errors import FastFIPError
+from fastfip.methods.run import Run
 from fastfip.metrics import Evaluation, evaluate
-from fastfip.run import Run
-from fastfip.workcopy import WorkCopy
+from fastfip.purification.workcopy import WorkCopy
 
 __all__ = ["Scorer", "float32_batch", "in_float32"]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastfip.run import Run
+from fastfip.methods.run import Run
 
 __all__ = ["Callback", "Progress", "as_callbacks"]
 

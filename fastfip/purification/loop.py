@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfip.callbacks import Callback, Record, as_callbacks
 from fastfip.data.augment import augmented
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
-from fastfip.run import Run
+from fastfip.methods.run import Run
+from fastfip.purification.callbacks import Callback, Record, as_callbacks
 
 __all__ = ["Run", "fit", "learning_rate"]
 

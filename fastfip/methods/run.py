@@ -1,6 +1,6 @@
 """What a method sees while it works: the model, the data, the settings, where the loop is, and what it may use.
 
-`fastfip.training.fit` makes the loop of it; `fastfip.methods.base.Method` is the other side.
+`fastfip.purification.loop.fit` makes the loop of it; `fastfip.methods.base.Method` is the other side.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastfip.config import MethodConfig
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Batch, Task
 from fastfip.errors import ConfigError, ModelError
+from fastfip.methods.config import MethodConfig
 
 __all__ = ["Run", "autocast_dtype"]
 

@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 import fastfip
-from fastfip.callbacks import Callback
 from fastfip.data.checks import first_outputs, usable_device
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.logits import logits_task
 from fastfip.data.task import Batch, Forward, Loss, Task
 from fastfip.errors import ConfigError
-from fastfip.measuring import Scorer, in_float32
 from fastfip.methods import Method, MethodConfig, get
+from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics import Evaluation
-from fastfip.process import PeakMemory, seeded
-from fastfip.result import PurifyResult
-from fastfip.run import Run, autocast_dtype
-from fastfip.training import fit
-from fastfip.workcopy import WorkCopy
+from fastfip.purification.callbacks import Callback
+from fastfip.purification.loop import fit
+from fastfip.purification.process import PeakMemory, seeded
+from fastfip.purification.result import PurifyResult
+from fastfip.purification.scorer import Scorer, in_float32
+from fastfip.purification.workcopy import WorkCopy
 
 __all__ = ["purify", "purify_"]
 

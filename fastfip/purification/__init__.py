@@ -1,0 +1,1 @@
+"""A purification from the given model to the result: copy, loop, scores."""
