@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fastfip
-from fastfip import demo
+from fastfip.cli import demo
 
 CSV = Path(__file__).resolve().parent / "results" / "audit_digits.csv"
 FIELDS = "net seed form first place_of_target index index_of_second ratio p flagged verdict reached".split()

@@ -21,9 +21,9 @@ _WHERE = {
     "fisher_diagonal": "fastfip.fisher",
     "fisher_trace": "fastfip.fisher",
     "sharpness": "fastfip.curvature",
-    "audit": "fastfip.auditing",
+    "audit": "fastfip.auditing.audit",
     "evaluate": "fastfip.metrics",
-    "compare": "fastfip.comparison",
+    "compare": "fastfip.comparison.compare",
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
 }

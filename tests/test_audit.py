@@ -12,8 +12,8 @@ from small_nets import CLASSES, conv_net, data, loader, same, values
 from torch import nn
 
 import fastfip
-from fastfip.anomaly import anomaly
-from fastfip.audit_result import Audit, NetAudit, Retuning
+from fastfip.auditing.anomaly import anomaly
+from fastfip.auditing.result import Audit, NetAudit, Retuning
 from fastfip.data import Task
 from fastfip.errors import BackendError, ConfigError, DataError, ModelError
 from fastfip.inversion import FORMS, invert
@@ -30,7 +30,7 @@ class NoAttack:
 def digits():
     """Digits, the attack, a backdoored net and a clean one trained in the same way."""
     pytest.importorskip("sklearn")
-    from fastfip import demo
+    from fastfip.cli import demo
 
     x, y, test_x, test_y = demo.digits(0)
     attack = demo.BadNets(size=2)

@@ -11,7 +11,7 @@ from test_cli import NET, TRIGGER, fails, work  # noqa: F401 (a fixture)
 
 import fastfip
 from fastfip.cli import main
-from fastfip.comparison_table import Comparison
+from fastfip.comparison.result import Comparison
 
 COMPARE = ["compare", "in.pth", *NET, "--data", "data.npz"]
 TWO = [
@@ -80,7 +80,7 @@ def test_compare_interrupted_while_scoring(work, capsys, monkeypatch):  # noqa: 
             raise KeyboardInterrupt
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("fastfip.comparison.evaluate", stopped)
+    monkeypatch.setattr("fastfip.comparison.compare.evaluate", stopped)
     assert main([*COMPARE, *TWO, "--out", "c.csv"]) == 130
     out, err = capsys.readouterr()
     assert "c.csv holds the rows that are complete, --resume goes on from there" in err and "fine_tune" in out

@@ -9,8 +9,8 @@ import torch
 from small_nets import CLASSES, conv_net, data, loader, same, values
 
 import fastfip
-from fastfip import fingerprint
-from fastfip.comparison_table import Comparison, Row
+from fastfip.comparison import fingerprint
+from fastfip.comparison.result import Comparison, Row
 from fastfip.errors import BackendError, ConfigError, DataError
 from fastfip.methods.fine_tune import FineTune
 from fastfip.metrics import evaluate
@@ -227,7 +227,7 @@ def test_without_test_sets_what_was_measured_is_said():
 
 def test_all_methods_are_the_default_and_bad_usage_comes_first(monkeypatch):
     plan = []
-    monkeypatch.setattr("fastfip.comparison._run", lambda row, *args: plan.append(row.method))
+    monkeypatch.setattr("fastfip.comparison.compare._run", lambda row, *args: plan.append(row.method))
     fastfip.compare(conv_net(), loader())
     assert plan == fastfip.methods.names()
     with pytest.raises(ConfigError, match="did you mean"):

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from fastfip import demo, methods
+from fastfip import methods
+from fastfip.cli import demo
 from fastfip.metrics import evaluate
 
 pytest.importorskip("sklearn")

@@ -59,9 +59,9 @@ def audit(
     o.check_drawing("--picture", picture, force)
     searched = _labels(classes)
 
-    from fastfip.auditing import audit as look
+    from fastfip.auditing.audit import audit as look
     from fastfip.data.images import load
-    from fastfip.report import show
+    from fastfip.reporting.table import show
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

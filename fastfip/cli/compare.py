@@ -45,8 +45,8 @@ def compare(
     mixed = o.precision(amp)
     _check_outputs(out, plot, resume, force)
 
-    from fastfip.comparison import compare as side_by_side
-    from fastfip.report import show
+    from fastfip.comparison.compare import compare as side_by_side
+    from fastfip.reporting.table import show
 
     chosen = _choices(methods, settings or [])
     where, how = net.where_and_how()

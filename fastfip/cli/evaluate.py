@@ -23,7 +23,7 @@ def evaluate(
         raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
 
     from fastfip.metrics import evaluate as measure
-    from fastfip.report import evaluation_sheet, show, to_json
+    from fastfip.reporting.table import evaluation_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
@@ -49,7 +49,7 @@ def sharpness(
     """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
     from fastfip.curvature import sharpness as measure
     from fastfip.data.images import load
-    from fastfip.report import mapping_sheet, show, to_json
+    from fastfip.reporting.table import mapping_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

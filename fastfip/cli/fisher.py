@@ -39,7 +39,7 @@ def fisher(
 
     from fastfip.checkpoint import save_checkpoint
     from fastfip.fisher import fisher_diagonal
-    from fastfip.report import Sheet, show, to_json
+    from fastfip.reporting.table import Sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)

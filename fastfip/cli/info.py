@@ -17,7 +17,7 @@ def methods(
 ) -> None:
     """List the methods, or the settings of one with their defaults."""
     from fastfip import methods as registry
-    from fastfip.report import methods_sheet, settings_sheet, show, to_json
+    from fastfip.reporting.table import methods_sheet, settings_sheet, show, to_json
 
     if name is None:
         known = [registry.get(one) for one in registry.names()]
@@ -34,7 +34,7 @@ def methods(
 def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
     """Show versions, processor and backends, and for a backend that is missing the reason. For bug reports."""
     from fastfip.env import collect
-    from fastfip.report import mapping_sheet, show, to_json
+    from fastfip.reporting.table import mapping_sheet, show, to_json
 
     values = collect()
     if as_json:
@@ -51,9 +51,9 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
-    from fastfip.demo import run_demo
+    from fastfip.cli.demo import run_demo
     from fastfip.errors import BackendError
-    from fastfip.report import Sheet, show
+    from fastfip.reporting.table import Sheet, show
 
     try:
         shown = run_demo(out, seed=seed)

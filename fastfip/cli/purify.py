@@ -50,7 +50,7 @@ def purify(
 
     from fastfip.checkpoint import save_checkpoint
     from fastfip.purification.purify import purify as clean_up
-    from fastfip.report import show
+    from fastfip.reporting.table import show
 
     chosen = _config(method, config, settings or [])
     where, how = net.where_and_how()

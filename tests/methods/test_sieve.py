@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.attacks.badnets import BadNets
+from fastfip.cli.demo import TARGET, digits, train_backdoored
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
-from fastfip.demo import TARGET, digits, train_backdoored
 from fastfip.methods._sieve import Sieve
 from fastfip.methods.base import Run
 from fastfip.methods.fast_fip import FastFIP

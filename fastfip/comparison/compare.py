@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import fastfip
-from fastfip import fingerprint
-from fastfip.comparison_table import BASELINE, Comparison, Row
+from fastfip.comparison import fingerprint
+from fastfip.comparison.result import BASELINE, Comparison, Row
 from fastfip.data.checks import home_of, usable_device
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Batch, Forward, Loss, Task, batches_of

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfip.anomaly import LEVEL, SMALLER, anomaly
-from fastfip.audit_result import Audit, NetAudit, Retuning
-from fastfip.audit_subject import Subject, about, subjects_of
+from fastfip.auditing.anomaly import LEVEL, SMALLER, anomaly
+from fastfip.auditing.result import Audit, NetAudit, Retuning
+from fastfip.auditing.subject import Subject, about, subjects_of
 from fastfip.curvature import sharpness as measure_sharpness
 from fastfip.data.checks import check_net, first_outputs, home_of, reading, usable_device
 from fastfip.data.cleanset import CleanSet

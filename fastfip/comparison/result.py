@@ -13,7 +13,7 @@ from typing import Any
 
 from fastfip.errors import DataError
 from fastfip.metrics import Evaluation
-from fastfip.report import Sheet, to_json
+from fastfip.reporting.table import Sheet, to_json
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
 

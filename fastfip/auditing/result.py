@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.anomaly import LEVEL, SMALLER, Anomaly
+from fastfip.auditing.anomaly import LEVEL, SMALLER, Anomaly
 from fastfip.inversion import Inverted
-from fastfip.report import Sheet, to_json
+from fastfip.reporting.table import Sheet, to_json
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
 

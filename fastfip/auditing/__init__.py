@@ -1,0 +1,1 @@
+"""Signs of a backdoor that an owner without the trigger can find."""
