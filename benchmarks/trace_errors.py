@@ -24,8 +24,8 @@ from benchmarks import nets
 from fastfip import env
 from fastfip.data import Task
 from fastfip.fisher import fisher_trace
-from fastfip.fisher.capture import selected
-from fastfip.fisher.perturb import default_step, perturbed
+from fastfip.fisher.differences.perturb import default_step, perturbed
+from fastfip.fisher.graph.plan import selected
 from fastfip.testing import relative_error
 
 RESULTS = Path(__file__).parent / "results" / "trace_errors.csv"

@@ -20,7 +20,7 @@ _WHERE = {
     "FisherPenalty": "fastfip.fisher",
     "fisher_diagonal": "fastfip.fisher",
     "fisher_trace": "fastfip.fisher",
-    "sharpness": "fastfip.curvature",
+    "sharpness": "fastfip.fisher.sharpness",
     "audit": "fastfip.auditing.audit",
     "evaluate": "fastfip.metrics",
     "compare": "fastfip.comparison.compare",

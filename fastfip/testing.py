@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task, pick
-from fastfip.fisher.capture import selected
+from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.modes import readable
 
 

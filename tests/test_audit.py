@@ -16,7 +16,7 @@ from fastfip.auditing.anomaly import anomaly
 from fastfip.auditing.result import Audit, NetAudit, Retuning
 from fastfip.data import Task
 from fastfip.errors import BackendError, ConfigError, DataError, ModelError
-from fastfip.inversion import FORMS, invert
+from fastfip.worst_case.inversion import FORMS, invert
 
 TARGET = 0
 

@@ -249,7 +249,7 @@ def test_triggered_images_from_a_file(work, capsys):
 
 
 def test_sharpness(work, capsys):
-    pytest.importorskip("fastfip.curvature")
+    pytest.importorskip("fastfip.fisher.sharpness")
     assert main(["sharpness", "in.pth", *NET, "--data", "data.npz", "--limit", "20", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["lambda_max"] > 0 and figures["checkpoint"] == "in.pth"

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import nets
-from fastfip.curvature import lanczos, sharpness
 from fastfip.data import Task
 from fastfip.errors import ConfigError, DataError, ModelError
+from fastfip.fisher.sharpness import lanczos, sharpness
 from fastfip.testing import loop_trace
 
 N, C = 9, 3

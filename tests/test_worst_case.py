@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastfip.data import Task
-from fastfip.worst_case import Perturbations, perturbable
+from fastfip.worst_case.universal import Perturbations, perturbable
 
 
 def planted() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

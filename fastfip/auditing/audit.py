@@ -14,16 +14,16 @@ from torch import nn
 from fastfip.auditing.anomaly import LEVEL, SMALLER, anomaly
 from fastfip.auditing.result import Audit, NetAudit, Retuning
 from fastfip.auditing.subject import Subject, about, subjects_of
-from fastfip.curvature import sharpness as measure_sharpness
 from fastfip.data.checks import check_net, first_outputs, home_of, reading, usable_device
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Batch, Forward, Loss, Task, take
 from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
-from fastfip.inversion import FORMS, Inverted, invert
+from fastfip.fisher.sharpness import sharpness as measure_sharpness
 from fastfip.methods.run import autocast_dtype
-from fastfip.metrics import evaluate
+from fastfip.metrics.evaluation import evaluate
 from fastfip.purification.process import seeded
-from fastfip.worst_case import perturbable
+from fastfip.worst_case.inversion import FORMS, Inverted, invert
+from fastfip.worst_case.universal import perturbable
 
 __all__ = ["audit"]
 
@@ -54,8 +54,8 @@ def audit(
     """Look for signs of a backdoor with clean samples alone, before and after a purification.
 
     The models are left alone. For every class the smallest universal change is looked for that sends most clean
-    samples to it, as a patch and as an additive pattern (see `fastfip.inversion`). A backdoor is a shortcut, so its
-    class needs a much smaller change than the others. A class is flagged where chance would set one so far apart in
+    samples to it, as a patch and as an additive pattern (see `fastfip.worst_case.inversion`). A backdoor is a shortcut,
+    so its class needs a much smaller change than the others. A class is flagged where chance would set one so far apart in
     fewer than 5 % of clean nets (over all forms), and the change is at most half the median of the classes. Both
     numbers are fixed.
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastfip.auditing.anomaly import LEVEL, SMALLER, Anomaly
-from fastfip.inversion import Inverted
 from fastfip.reporting.table import Sheet, to_json
+from fastfip.worst_case.inversion import Inverted
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
 

@@ -171,7 +171,7 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
 
 
 def _lambda_max(model: nn.Module, sample: tuple[Tensor, Tensor]) -> float | None:
-    from fastfip.curvature import sharpness
+    from fastfip.fisher.sharpness import sharpness
 
     return float(sharpness(model, [sample]).lambda_max)
 

@@ -22,7 +22,7 @@ def evaluate(
     if scores.test_data is None and scores.asr_data is None:
         raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
 
-    from fastfip.metrics import evaluate as measure
+    from fastfip.metrics.evaluation import evaluate as measure
     from fastfip.reporting.table import evaluation_sheet, show, to_json
 
     where, how = net.where_and_how()
@@ -47,8 +47,8 @@ def sharpness(
     debug: o.Debug = False,
 ) -> None:
     """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
-    from fastfip.curvature import sharpness as measure
     from fastfip.data.images import load
+    from fastfip.fisher.sharpness import sharpness as measure
     from fastfip.reporting.table import mapping_sheet, show, to_json
 
     where, how = net.where_and_how()

@@ -23,7 +23,7 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Batch, Forward, Loss, Task, batches_of
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get, names
-from fastfip.metrics import Evaluation, der, evaluate, rir
+from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
 from fastfip.purification.process import seeded
 from fastfip.purification.purify import purify
 

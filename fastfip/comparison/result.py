@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastfip.errors import DataError
-from fastfip.metrics import Evaluation
+from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.table import Sheet, to_json
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.errors import ConfigError
-from fastfip.fisher.capture import selected
 from fastfip.fisher.diagonal import FisherDiagonal, SquaredSum
-from fastfip.fisher.graph import is_leaf, variable_of
+from fastfip.fisher.graph.plan import selected
+from fastfip.fisher.graph.reading import is_leaf, variable_of
+from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.modes import check_modes
 from fastfip.fisher.trace import Params
-from fastfip.fisher.verify import cache_of, plan_for
 
 
 def backward_with_fisher(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task, iter_batches, pick
 from fastfip.errors import ConfigError, DataError
-from fastfip.fisher.capture import Group, Plan, selected
-from fastfip.fisher.forms import Form, Work
+from fastfip.fisher.graph.forms import Form, Work
+from fastfip.fisher.graph.plan import Group, Plan, selected
+from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, readable
-from fastfip.fisher.verify import Cache, cache_of, plan_for
 from fastfip.ops.scratch import accumulation_dtype, zeros_like
 
 Kind = Literal["empirical", "mc", "exact"]

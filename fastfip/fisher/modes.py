@@ -67,7 +67,7 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
         if twice:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
-            from fastfip.fisher.twice import CheapTwice
+            from fastfip.fisher.second_order import CheapTwice
 
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapTwice())

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task, pick
 from fastfip.errors import ConfigError, ModelError
-from fastfip.fisher.capture import selected
-from fastfip.fisher.graph import topological
+from fastfip.fisher.differences.perturb import Found, Uncovered, perturbed, working_dtype
+from fastfip.fisher.differences.signs import signed
+from fastfip.fisher.graph.plan import selected
+from fastfip.fisher.graph.reading import topological
+from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import check_modes, eval_mode, readable
-from fastfip.fisher.perturb import Found, Uncovered, perturbed, working_dtype
-from fastfip.fisher.signs import signed
 from fastfip.fisher.trace import trace_and_logits
-from fastfip.fisher.verify import cache_of
 
 Way = Literal["auto", "exact", "perturb", "signs"]
 

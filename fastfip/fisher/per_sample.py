@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastfip.fisher.forms import Form
-from fastfip.fisher.graph import Chain
-from fastfip.fisher.verify import Cache, plan_for
+from fastfip.fisher.graph.forms import Form
+from fastfip.fisher.graph.reading import Chain
+from fastfip.fisher.graph.verify import Cache, plan_for
 
 __all__ = ["per_sample_gradients"]
 

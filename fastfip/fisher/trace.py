@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task
-from fastfip.fisher.capture import Group, Plan, selected
-from fastfip.fisher.forms import Form
+from fastfip.fisher.graph.forms import Form
+from fastfip.fisher.graph.plan import Group, Plan, selected
+from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, readable
-from fastfip.fisher.verify import Cache, cache_of, plan_for
 
 Params = Iterable[str] | Mapping[str, Tensor] | None
 

@@ -26,7 +26,7 @@ from fastfip.methods._fip_config import FIPConfig
 from fastfip.methods._sieve import Sieve
 from fastfip.methods._space import Space, frozen_copy
 from fastfip.methods.base import Run
-from fastfip.worst_case import Perturbations, perturbable
+from fastfip.worst_case.universal import Perturbations, perturbable
 
 __all__ = ["Objective", "Paper", "WorstCase", "retainer"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastfip.data.task import Batch
 from fastfip.errors import ConfigError
 from fastfip.methods.base import MethodConfig, Run, setting
-from fastfip.worst_case import perturbable
+from fastfip.worst_case.universal import perturbable
 
 __all__ = ["PixelConfig", "PixelRange"]
 

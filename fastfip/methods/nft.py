@@ -15,7 +15,7 @@ from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods._objective import take
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.worst_case import perturbable
+from fastfip.worst_case.universal import perturbable
 
 __all__ = ["NFT", "NFTConfig", "floor"]
 

@@ -19,7 +19,7 @@ from fastfip.data.task import Batch, Forward, Loss, Task
 from fastfip.errors import ConfigError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
-from fastfip.metrics import Evaluation
+from fastfip.metrics.evaluation import Evaluation
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.loop import fit
 from fastfip.purification.process import PeakMemory, seeded

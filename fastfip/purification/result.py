@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfip import metrics
-from fastfip.metrics import Evaluation
+from fastfip.metrics import evaluation as metrics
+from fastfip.metrics.evaluation import Evaluation
 
 __all__ = ["PurifyResult"]
 

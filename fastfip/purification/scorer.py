@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfip.data.task import Batch, Task
 from fastfip.errors import FastFIPError
 from fastfip.methods.run import Run
-from fastfip.metrics import Evaluation, evaluate
+from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.purification.workcopy import WorkCopy
 
 __all__ = ["Scorer", "float32_batch", "in_float32"]

@@ -12,7 +12,7 @@ from benchmarks import nets
 from fastfip.data import Task
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.fisher import FisherDiagonal, draw_labels, eval_mode, fisher_diagonal
-from fastfip.fisher import verify as verify_module
+from fastfip.fisher.graph import verify as verify_module
 from fastfip.testing import loop_diagonal, worst_error
 
 N, C = 7, 4

@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks import nets
 from fastfip.data import Task
 from fastfip.fisher import fisher_trace
-from fastfip.fisher.capture import selected
-from fastfip.fisher.perturb import Uncovered, perturbed
-from fastfip.fisher.signs import signed
+from fastfip.fisher.differences.perturb import Uncovered, perturbed
+from fastfip.fisher.differences.signs import signed
+from fastfip.fisher.graph.plan import selected
 from fastfip.testing import loop_gradients, loop_trace, relative_error, worst_error
 
 N, C = 6, 4
@@ -168,7 +168,7 @@ def test_some_parameters_only():
 
 def test_whole_and_factors_are_both_met(monkeypatch):
     """The same gradient whether per-sample gradients are kept as they are or by their factors."""
-    from fastfip.fisher import shifts
+    from fastfip.fisher.differences import shifts
 
     for name in ("conv", "vit"):
         model, x, y = problem(name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastfip.fisher import fisher_diagonal, fisher_trace
-from fastfip.fisher.recipe import RULES
+from fastfip.fisher.graph.recipe import RULES
 from fastfip.testing import loop_diagonal, loop_trace, worst_error
 from tests.fisher.problems import LAYERS, ONLY_FUSED, N, build
 from tests.fisher.uses import USES

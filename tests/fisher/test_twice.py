@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
+from fastfip.fisher.second_order import CheapTwice
 from fastfip.fisher.trace import trace_and_logits
-from fastfip.fisher.twice import CheapTwice
 from fastfip.testing import loop_trace
 
 CASES = {
@@ -58,7 +58,7 @@ def test_batch_norm(shape, affine):
 
 @pytest.mark.parametrize("chunk", [5, 1 << 14])
 def test_gelu(chunk, monkeypatch, nan_empty):
-    monkeypatch.setattr("fastfip.fisher.twice._CHUNK", chunk)
+    monkeypatch.setattr("fastfip.fisher.second_order._CHUNK", chunk)
     x = (3 * torch.randn(3, 2, 4, dtype=torch.float64)).transpose(0, 2).requires_grad_()
 
     def stand_in(x):

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastfip.fisher import fisher_diagonal, verify
+from fastfip.fisher import fisher_diagonal
+from fastfip.fisher.graph import verify
 from fastfip.fisher.trace import fisher_trace
 from fastfip.testing import loop_trace
 

@@ -18,7 +18,7 @@ from fastfip.methods._released import surrogate
 from fastfip.methods.base import Run
 from fastfip.methods.fast_fip import FastFIP, FastFIPConfig
 from fastfip.methods.fip import FIP, FIPConfig
-from fastfip.worst_case import Perturbations
+from fastfip.worst_case.universal import Perturbations
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Module:

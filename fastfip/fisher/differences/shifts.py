@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.fisher.forms import Conv, Dense, Form, Rows, Sum
+from fastfip.fisher.graph.forms import Conv, Dense, Form, Rows, Sum
 from fastfip.ops.scratch import accumulation_dtype
 from fastfip.ops.unfold import ConvShape, columns, columns_transpose
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task, iter_batches
 from fastfip.errors import ConfigError
-from fastfip.fisher.capture import selected
+from fastfip.fisher.graph.plan import selected
+from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import eval_mode, readable
 from fastfip.fisher.trace import Params, squared_norms
-from fastfip.fisher.verify import cache_of
 
 
 @dataclasses.dataclass(frozen=True)

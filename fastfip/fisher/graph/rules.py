@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.fisher.forms import Conv, Dense, Form, Rows, Sum
-from fastfip.fisher.graph import inputs_of, shape_of
-from fastfip.fisher.layout import Layout, candidates
-from fastfip.fisher.recipe import Builder, Recipe, Slots, output_shape, rule
-from fastfip.fisher.sums import centred_sums
+from fastfip.fisher.graph.forms import Conv, Dense, Form, Rows, Sum
+from fastfip.fisher.graph.layout import Layout, candidates
+from fastfip.fisher.graph.reading import inputs_of, shape_of
+from fastfip.fisher.graph.recipe import Builder, Recipe, Slots, output_shape, rule
+from fastfip.fisher.graph.sums import centred_sums
 from fastfip.ops.unfold import ConvShape
 
 # ------------------------------------------------------------------------------------------------- matrix products

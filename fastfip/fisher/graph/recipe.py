@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastfip.errors import ModelError
-from fastfip.fisher.forms import Form, Opaque
-from fastfip.fisher.graph import Edge, inputs_of
-from fastfip.fisher.layout import Layout, candidates
+from fastfip.fisher.graph.forms import Form, Opaque
+from fastfip.fisher.graph.layout import Layout, candidates
+from fastfip.fisher.graph.reading import Edge, inputs_of
 
 Slots = dict[int, Edge]
 Builder = Callable[[Tensor, Layout, int], Form]  # (natural gradient, layout, N)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task
 from fastfip.errors import ModelError
-from fastfip.fisher.capture import Group, Plan
-from fastfip.fisher.forms import Dense, Form
+from fastfip.fisher.differences.shifted import Place, Shifted, flipped, place_of
+from fastfip.fisher.differences.shifts import shift_of
+from fastfip.fisher.graph.forms import Dense, Form
+from fastfip.fisher.graph.plan import Group, Plan
+from fastfip.fisher.graph.verify import Cache, plan_for
 from fastfip.fisher.modes import readable
-from fastfip.fisher.shifted import Place, Shifted, flipped, place_of
-from fastfip.fisher.shifts import shift_of
-from fastfip.fisher.verify import Cache, plan_for
 
 #: The largest shift of a parameter, relative to its size, by (dtype, "forward" or "central"): where the error of the
 #: difference quotient and that of rounding meet, measured (docs/trace.md).

@@ -18,11 +18,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fastfip.errors import ModelError
-from fastfip.fisher import rules  # noqa: F401  (registers them)
-from fastfip.fisher.forms import JOINED, Form
-from fastfip.fisher.graph import Chain, Edge, Reading, Site, chain_to, gradient_edge, is_leaf, places, read, variable_of
-from fastfip.fisher.layout import Layout
-from fastfip.fisher.recipe import recipe_for, refuse_batch_statistics
+from fastfip.fisher.graph import rules  # noqa: F401  (registers them)
+from fastfip.fisher.graph.forms import JOINED, Form
+from fastfip.fisher.graph.layout import Layout
+from fastfip.fisher.graph.reading import (
+    Chain,
+    Edge,
+    Reading,
+    Site,
+    chain_to,
+    gradient_edge,
+    is_leaf,
+    places,
+    read,
+    variable_of,
+)
+from fastfip.fisher.graph.recipe import recipe_for, refuse_batch_statistics
 
 
 @dataclass(frozen=True)

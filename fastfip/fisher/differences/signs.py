@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.task import Batch, Task
-from fastfip.fisher.perturb import Found, default_step, swapped, working_dtype
+from fastfip.fisher.differences.perturb import Found, default_step, swapped, working_dtype
 
 
 def signed(

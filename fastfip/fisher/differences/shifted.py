@@ -18,10 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastfip.fisher.capture import Group, Plan
-from fastfip.fisher.forms import Conv, Dense, Sum
-from fastfip.fisher.layout import Layout
-from fastfip.fisher.shifts import Options, Shift, Table, Values, convolution, fits_convolution, fits_matrix, linear
+from fastfip.fisher.differences.shifts import (
+    Options,
+    Shift,
+    Table,
+    Values,
+    convolution,
+    fits_convolution,
+    fits_matrix,
+    linear,
+)
+from fastfip.fisher.graph.forms import Conv, Dense, Sum
+from fastfip.fisher.graph.layout import Layout
+from fastfip.fisher.graph.plan import Group, Plan
 
 Key = tuple[Any, ...]
 

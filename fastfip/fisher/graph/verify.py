@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from fastfip.errors import DataError, ModelError
-from fastfip.fisher.capture import Plan, read_graph
-from fastfip.fisher.forms import Form
-from fastfip.fisher.graph import Chain, Reading, Site, inputs_of
-from fastfip.fisher.layout import Layout, Probe, weights_for
+from fastfip.fisher.graph.forms import Form
+from fastfip.fisher.graph.layout import Layout, Probe, weights_for
+from fastfip.fisher.graph.plan import Plan, read_graph
+from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of
 
 _ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
 _TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastfip.fisher.forms import Sum
-from fastfip.fisher.layout import candidates
-from fastfip.fisher.recipe import Recipe, Slots, output_shape, rule
-from fastfip.fisher.rules import batch_norm_builders, convolution_recipe
-from fastfip.fisher.sums import centred_sums
+from fastfip.fisher.graph.forms import Sum
+from fastfip.fisher.graph.layout import candidates
+from fastfip.fisher.graph.recipe import Recipe, Slots, output_shape, rule
+from fastfip.fisher.graph.rules import batch_norm_builders, convolution_recipe
+from fastfip.fisher.graph.sums import centred_sums
 
 _DENSITY = (2 * math.pi) ** -0.5  # of the normal distribution at 0
 _CHUNK = 1 << 14  # numbers at a time: what stays in the cache
