@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import gpu_measure as measure
 from fastfip import env
-from fastfip.kernels import cuda, triton
+from fastfip.ops.backends import cuda, triton
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"

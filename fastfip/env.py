@@ -45,14 +45,14 @@ def _commit() -> str | None:
 
 
 def _native() -> str:
-    from fastfip.kernels import native
+    from fastfip.ops.backends import native
 
     return f"yes ({native.isa()})" if native.available() else f"no: {native.reason()}"
 
 
 def _backend() -> str:
     """Which implementation of the ops runs by itself, and why it is not the fastest one."""
-    from fastfip.kernels import native
+    from fastfip.ops.backends import native
 
     if native.available():
         return "native on the CPU, reference elsewhere"
@@ -81,7 +81,7 @@ def _cuda() -> str:
 
 def _cuda_kernels() -> str:
     """Asks neither driver nor runtime (see _cuda), only what was compiled and what NVML says."""
-    from fastfip.kernels import cuda
+    from fastfip.ops.backends import cuda
 
     why = cuda.reason() or (_cuda() if _cuda().startswith("no") else "")
     if why:

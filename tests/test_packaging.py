@@ -13,7 +13,7 @@ import torch
 import fastfip
 from fastfip import env
 from fastfip.errors import BackendError
-from fastfip.kernels import native
+from fastfip.ops.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +67,7 @@ def test_native_is_there_or_says_why():
 
 
 def test_native_can_be_switched_off_and_says_so():
-    code = "from fastfip.kernels import native; print(native.available(), native.reason())"
+    code = "from fastfip.ops.backends import native; print(native.available(), native.reason())"
     assert python(code, FASTFIP_NATIVE="0").strip() == "False switched off by FASTFIP_NATIVE=0"
 
 
@@ -76,7 +76,7 @@ def test_a_native_module_that_does_not_load_is_a_reason_not_an_error(tmp_path):
     code = (
         "import sys; from importlib.machinery import EXTENSION_SUFFIXES as s, PathFinder; import fastfip, pathlib; "
         f"d = pathlib.Path({str(tmp_path)!r}); (d / ('_native' + s[0])).write_bytes(b'not a library'); "
-        "fastfip.__path__ = [str(d), *fastfip.__path__]; from fastfip.kernels import native; "
+        "fastfip.__path__ = [str(d), *fastfip.__path__]; from fastfip.ops.backends import native; "
         "print(native.available(), native.reason())"
     )
     assert python(code).startswith("False does not load: ")

@@ -53,9 +53,9 @@ def audit(
 ) -> Audit:
     """Look for signs of a backdoor with clean samples alone, before and after a purification.
 
-    The models are left alone. For every class the smallest universal change is looked for that sends most clean
-    samples to it, as a patch and as an additive pattern (see `fastfip.worst_case.inversion`). A backdoor is a shortcut,
-    so its class needs a much smaller change than the others. A class is flagged where chance would set one so far apart in
+    The models are left alone. For every class the smallest universal change is looked for that sends most clean samples
+    to it, as a patch and as an additive pattern (see `fastfip.worst_case.inversion`). A backdoor is a shortcut, so its
+    class needs a much smaller change than the others. A class is flagged where chance would set one so far apart in
     fewer than 5 % of clean nets (over all forms), and the change is at most half the median of the classes. Both
     numbers are fixed.
 

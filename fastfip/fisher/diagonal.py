@@ -14,7 +14,7 @@ from fastfip.fisher.graph.forms import Form, Work
 from fastfip.fisher.graph.plan import Group, Plan, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, readable
-from fastfip.ops.scratch import accumulation_dtype, zeros_like
+from fastfip.ops.memory import accumulation_dtype, zeros_like
 
 Kind = Literal["empirical", "mc", "exact"]
 

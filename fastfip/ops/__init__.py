@@ -1,11 +1,11 @@
 """Ops: each file has one contract, its reference in torch, its table of backends, autograd and the public functions."""
 
-from fastfip.ops.grad_norm_squared import grad_norm_squared
-from fastfip.ops.grad_norm_squared_conv import grad_norm_squared_conv
-from fastfip.ops.gram_apply import gram_apply
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.grad_norm_squared.convolution import grad_norm_squared_conv
+from fastfip.ops.grad_norm_squared.op import grad_norm_squared
+from fastfip.ops.gram_apply.op import gram_apply
 from fastfip.ops.registry import OPS, Backend, Op
-from fastfip.ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared, sum_grad_squared_conv
 
 __all__ = [
     "OPS",

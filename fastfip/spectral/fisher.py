@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from fastfip.fisher import per_sample_gradients
-from fastfip.ops.spectral import project
+from fastfip.ops.spectral.op import project
 from fastfip.spectral.place import Record, Use
 from fastfip.spectral.shift import SpectralShifts, is_transposed
 from fastfip.spectral.weight import Shift

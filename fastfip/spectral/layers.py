@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fastfip.ops.spectral import prefers_dense, spectral_conv, spectral_linear
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.spectral.op import prefers_dense, spectral_conv, spectral_linear
 from fastfip.spectral.place import Place, Recorder, Use
 from fastfip.spectral.relu import keep_signs
 from fastfip.spectral.weight import Shift

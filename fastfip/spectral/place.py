@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastfip.errors import ModelError
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
 
 __all__ = ["Place", "Record", "Recorder", "Use"]
 

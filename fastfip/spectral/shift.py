@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastfip.errors import ModelError
-from fastfip.ops.scratch import Scratch
+from fastfip.ops.memory import Scratch
 from fastfip.spectral.decompose import Rank, check_rank, decompose
 from fastfip.spectral.layers import replaced_forward
 from fastfip.spectral.norms import FrozenNorms

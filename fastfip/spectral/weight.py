@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastfip.ops.scratch import Scratch
-from fastfip.ops.spectral import Asked, Factors, is_even, recompose
+from fastfip.ops.memory import Scratch
+from fastfip.ops.spectral.op import Asked, Factors, is_even, recompose
 from fastfip.spectral.place import Place
 
 __all__ = ["Shift"]

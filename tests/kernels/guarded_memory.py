@@ -6,8 +6,8 @@ import mmap
 
 import torch
 
-from fastfip.kernels.native.grad_norm_squared import grad_norm_squared, grad_norm_squared_conv
-from fastfip.kernels.native.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
+from fastfip.ops.grad_norm_squared.native import grad_norm_squared, grad_norm_squared_conv
+from fastfip.ops.sum_grad_squared.native import sum_grad_squared, sum_grad_squared_conv
 from tests.kernels.test_native_sum_grad_squared import CONVS, ISAS, SIZES, conv_problem
 
 libc = ctypes.CDLL(None, use_errno=True)

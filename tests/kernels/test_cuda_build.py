@@ -12,8 +12,8 @@ import torch
 
 from fastfip import env
 from fastfip.errors import BackendError
-from fastfip.kernels import cuda, native
 from fastfip.ops import OPS, ConvShape, sum_grad_squared, sum_grad_squared_conv
+from fastfip.ops.backends import cuda, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -108,7 +108,7 @@ def test_the_environment_report_says_whether_they_can_run():
 def test_the_module_loads_without_a_driver_and_says_what_is_missing():
     """In a process of its own: asking starts CUDA, and the kernels' own error is CUDA's."""
     code = """
-from fastfip.kernels import cuda, native
+from fastfip.ops.backends import cuda, native
 module = native.module()
 print(cuda.compiled())
 print(module.cuda_driver_reason())

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import nets
 from fastfip.fisher import backward_with_fisher, fisher_diagonal
-from fastfip.kernels import cuda
 from fastfip.ops import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.sum_grad_squared import sum_grad_squared_and_grad
+from fastfip.ops.backends import cuda
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared_and_grad
 from fastfip.testing import loop_diagonal, worst_error
 from tests.ops.test_sum_grad_squared import CONVS, conv_problem, definition
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastfip.kernels.cuda import sum_grad_squared as launcher
+from fastfip.ops.sum_grad_squared import cuda as launcher
 from tests.ops.test_sum_grad_squared import CONVS, conv_problem, definition
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fastfip.kernels import native
-from fastfip.kernels.native.grad_norm_squared import grad_norm_squared, grad_norm_squared_conv
+from fastfip.ops.backends import native
+from fastfip.ops.grad_norm_squared.native import grad_norm_squared, grad_norm_squared_conv
 from tests.kernels.test_native_sum_grad_squared import CONVS, ISAS, MODES, SIZES, conv_exact, conv_problem
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.reason()}")

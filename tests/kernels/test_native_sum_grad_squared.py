@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fastfip.errors import BackendError
-from fastfip.kernels import native
-from fastfip.kernels.native.sum_grad_squared import refuses, sources, sum_grad_squared, sum_grad_squared_conv
+from fastfip.ops.backends import native
+from fastfip.ops.sum_grad_squared.native import refuses, sources, sum_grad_squared, sum_grad_squared_conv
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.reason()}")
 

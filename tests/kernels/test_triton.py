@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastfip.errors import BackendError
-from fastfip.kernels import triton
 from fastfip.ops import sum_grad_squared
+from fastfip.ops.backends import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.triton

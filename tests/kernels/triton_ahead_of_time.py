@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastfip.kernels.triton import grad_norm_squared as norms
-from fastfip.kernels.triton import gram_apply as applied
-from fastfip.kernels.triton import sum_grad_squared as kernels
+from fastfip.ops.grad_norm_squared import triton as norms
+from fastfip.ops.gram_apply import triton as applied
+from fastfip.ops.sum_grad_squared import triton as kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr")

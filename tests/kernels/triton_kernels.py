@@ -5,9 +5,9 @@ at import), or on a GPU (`make gpu`).
 import pytest
 import torch
 
-from fastfip.kernels.triton import interpreted
 from fastfip.ops import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.sum_grad_squared import sum_grad_squared_and_grad
+from fastfip.ops.backends.triton import interpreted
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared_and_grad
 from tests.ops.test_sum_grad_squared import CONVS, conv_problem, definition
 
 assert interpreted() or torch.cuda.is_available(), "run with TRITON_INTERPRET=1 or on a machine with a GPU"

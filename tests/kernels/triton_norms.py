@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastfip.kernels.triton import interpreted
 from fastfip.ops import grad_norm_squared, gram_apply
-from fastfip.ops.grad_norm_squared import prefers_gram
+from fastfip.ops.backends.triton import interpreted
+from fastfip.ops.grad_norm_squared.op import prefers_gram
 
 assert interpreted() or torch.cuda.is_available(), "run with TRITON_INTERPRET=1 or on a machine with a GPU"
 DEVICE = "cpu" if interpreted() else "cuda"

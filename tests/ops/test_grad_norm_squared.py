@@ -9,12 +9,12 @@ import torch._dynamo.testing
 from torch.library import opcheck
 
 from fastfip.ops import ConvShape, grad_norm_squared, grad_norm_squared_conv
-from fastfip.ops.grad_norm_squared import keeps
-from fastfip.ops.gram import Lattice, prefers_gram
+from fastfip.ops.grad_norm_squared.gram import Lattice, prefers_gram
+from fastfip.ops.grad_norm_squared.op import keeps
 from fastfip.ops.registry import OPS
 from tests.ops.test_sum_grad_squared import CONVS, SIZES, close, conv_problem
 
-conv = sys.modules["fastfip.ops.grad_norm_squared_conv"]
+conv = sys.modules["fastfip.ops.grad_norm_squared.convolution"]
 X3 = torch.zeros(1, 1, 1)
 BACKENDS = [b.name for b in OPS["grad_norm_squared"].backends if b.automatic and not b.refuses(X3, X3)]
 CONV1 = ConvShape((1,), (1,), (0,), (1,))
@@ -24,8 +24,8 @@ GRAM, DIRECT = (3, 2, 9, 8), (3, 9, 2, 3)
 
 @pytest.fixture(params=[1, 64, 1 << 20], ids="chunk{}".format)
 def chunk(request, monkeypatch):
-    for name in ("grad_norm_squared", "grad_norm_squared_conv"):
-        monkeypatch.setattr(sys.modules[f"fastfip.ops.{name}"], "CHUNK", request.param)
+    for name in ("op", "convolution"):
+        monkeypatch.setattr(sys.modules[f"fastfip.ops.grad_norm_squared.{name}"], "CHUNK", request.param)
 
 
 def definition(g, a):

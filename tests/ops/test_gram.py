@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastfip.ops.gram import Lattice, gram
-from fastfip.ops.unfold import ConvShape, columns, columns_transpose
+from fastfip.ops.convolution import ConvShape, columns, columns_transpose
+from fastfip.ops.grad_norm_squared.gram import Lattice, gram
 
 
 @pytest.mark.parametrize("size", [(2, 5, 3), (2, 200, 7), (3, 193, 1), (0, 200, 4), (2, 1, 4)])

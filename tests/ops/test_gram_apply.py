@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from fastfip.ops import OPS
-from fastfip.ops.grad_norm_squared import grad_norm_squared
-from fastfip.ops.gram_apply import gram_apply, prefers_gram
+from fastfip.ops.grad_norm_squared.op import grad_norm_squared
+from fastfip.ops.gram_apply.op import gram_apply, prefers_gram
 
 X3 = torch.zeros(1, 1, 1)
 BACKENDS = [b.name for b in OPS["gram_apply"].backends if b.automatic and not b.refuses(X3, X3, X3)]
@@ -38,7 +38,7 @@ def definition(q, k, v):
 
 @pytest.fixture(params=[1, 1 << 20], ids="chunk{}".format)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(sys.modules["fastfip.ops.gram_apply"], "CHUNK", request.param)
+    monkeypatch.setattr(sys.modules["fastfip.ops.gram_apply.op"], "CHUNK", request.param)
 
 
 def test_both_orders_are_among_the_sizes():

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastfip.ops.scratch import CHUNK, Scratch, kept_scratch, zeros_like
+from fastfip.ops.memory import CHUNK, Scratch, kept_scratch, zeros_like
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.ops.scratch import Scratch
-from fastfip.ops.spectral import Factors, spectral_conv, spectral_linear
-from fastfip.ops.spectral_map import TINY, SpectralMap
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.memory import Scratch
+from fastfip.ops.spectral.linear_map import TINY, SpectralMap
+from fastfip.ops.spectral.op import Factors, spectral_conv, spectral_linear
 
 FORMS = ["held", "recomposed", "factored"]
 SIZES = [(7, 5, 3), (5, 9, 4), (6, 6, 6), (3, 8, 1), (1, 4, 1)]  # O, I, K

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from fastfip.errors import BackendError
-from fastfip.ops import scratch as scratch_module
+from fastfip.ops import memory as scratch_module
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.memory import Scratch
 from fastfip.ops.registry import OPS
-from fastfip.ops.scratch import Scratch
-from fastfip.ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared, sum_grad_squared_conv
 
 X3, X4 = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1)
 BACKENDS = [b.name for b in OPS["sum_grad_squared"].backends if b.automatic and not b.refuses(X3, X3, X3[0], None)]
@@ -44,7 +44,7 @@ def definition(g, a):
 @pytest.fixture(params=[1, 64, 1 << 20], ids="chunk{}".format)
 def chunk(request, monkeypatch):
     """Chunks from a single sample to everything at once."""
-    monkeypatch.setattr(sys.modules["fastfip.ops.sum_grad_squared"], "CHUNK", request.param)
+    monkeypatch.setattr(sys.modules["fastfip.ops.sum_grad_squared.op"], "CHUNK", request.param)
     return request.param
 
 

@@ -1,5 +1,6 @@
 """sum_grad_squared as torch sees it: derivatives, tracing, transforms, for every backend."""
 
+import sys
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from fastfip.ops import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.sum_grad_squared import sum_grad_squared_and_grad
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared_and_grad
 from tests.ops.test_sum_grad_squared import BACKENDS, CONVS, close, conv_problem, definition
 
 OP = torch.ops.fastfip.sum_grad_squared.default
@@ -25,7 +26,7 @@ def operands(n, t, o, i, dtype=torch.float64, grad=True):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", SIZES[:3])
 def test_first_and_second_derivatives(backend, size, monkeypatch):
-    monkeypatch.setattr("fastfip.ops.sum_grad_squared_autograd.CHUNK", 1)  # samples one at a time
+    monkeypatch.setattr(sys.modules["fastfip.ops.sum_grad_squared.autograd"], "CHUNK", 1)  # samples one at a time
     inputs = operands(*size)
     for function in (sum_grad_squared, sum_grad_squared_and_grad):
         assert gradcheck(lambda g, a, f=function: f(g, a, backend=backend), inputs)

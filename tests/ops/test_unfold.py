@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastfip.ops.unfold import ConvShape, columns
+from fastfip.ops.convolution import ConvShape, columns
 
 
 def test_the_gradient_at_an_expanded_leaf_is_that_of_its_copy() -> None:

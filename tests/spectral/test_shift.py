@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.errors import ConfigError, ModelError
-from fastfip.ops.spectral_map import SpectralMap
+from fastfip.ops.spectral.linear_map import SpectralMap
 from fastfip.spectral import Rank, SpectralShifts, layers, weight
 from fastfip.spectral.decompose import decompose
 from fastfip.spectral.fisher import delta_gradients, recording

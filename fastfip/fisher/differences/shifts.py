@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfip.fisher.graph.forms import Conv, Dense, Form, Rows, Sum
-from fastfip.ops.scratch import accumulation_dtype
-from fastfip.ops.unfold import ConvShape, columns, columns_transpose
+from fastfip.ops.convolution import ConvShape, columns, columns_transpose
+from fastfip.ops.memory import accumulation_dtype
 
 #: G_n is kept as it is where it takes at most this many times the memory of its factors.
 ROOM = 2.0

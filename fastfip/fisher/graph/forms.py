@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.grad_norm_squared import grad_norm_squared
-from fastfip.ops.grad_norm_squared_conv import grad_norm_squared_conv
-from fastfip.ops.scratch import Scratch, accumulation_dtype, kept_scratch
-from fastfip.ops.sum_grad_squared import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.unfold import ConvShape, columns
+from fastfip.ops.convolution import ConvShape, columns
+from fastfip.ops.grad_norm_squared.convolution import grad_norm_squared_conv
+from fastfip.ops.grad_norm_squared.op import grad_norm_squared
+from fastfip.ops.memory import Scratch, accumulation_dtype, kept_scratch
+from fastfip.ops.sum_grad_squared.op import sum_grad_squared, sum_grad_squared_conv
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastfip.fisher.graph.layout import Layout, candidates
 from fastfip.fisher.graph.reading import inputs_of, shape_of
 from fastfip.fisher.graph.recipe import Builder, Recipe, Slots, output_shape, rule
 from fastfip.fisher.graph.sums import centred_sums
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
 
 # ------------------------------------------------------------------------------------------------- matrix products
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.scratch import accumulation_dtype
+from fastfip.ops.memory import accumulation_dtype
 
 _CHUNK = 1 << 17  # numbers at a time: what stays in the cache
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.scratch import CHUNK, accumulation_dtype
+from fastfip.ops.memory import CHUNK, accumulation_dtype
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 LIBRARY.define("sum_grad_squared(Tensor g, Tensor a, bool gradient, str backend) -> (Tensor, Tensor)")

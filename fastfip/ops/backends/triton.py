@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from fastfip.kernels.constant import constant
+from fastfip.ops.backends.constant import constant
 
 
 @functools.cache

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.ops.scratch import Scratch
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.memory import Scratch
 
 __all__ = ["Asked", "Factors", "SpectralMap", "is_even", "prefers_dense", "recompose"]
 

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from fastfip.kernels import native
-from fastfip.kernels.constant import constant
+from fastfip.ops.backends import native
+from fastfip.ops.backends.constant import constant
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

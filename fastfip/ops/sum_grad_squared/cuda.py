@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfip.errors import BackendError
-from fastfip.kernels import native
+from fastfip.ops.backends import native
 
 # csrc/fastfip.h, enum Type
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -18,12 +18,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastfip.kernels import cuda, triton
-from fastfip.kernels.native import sum_grad_squared as kernel
+from fastfip.ops.backends import cuda, triton
+from fastfip.ops.convolution import ConvShape, columns
+from fastfip.ops.memory import CHUNK, Scratch, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
-from fastfip.ops.scratch import CHUNK, Scratch, accumulation_dtype
-from fastfip.ops.sum_grad_squared_autograd import define, differentiable
-from fastfip.ops.unfold import ConvShape, columns
+from fastfip.ops.sum_grad_squared import native as kernel
+from fastfip.ops.sum_grad_squared.autograd import define, differentiable
 
 
 def reference(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
@@ -135,7 +135,7 @@ def _native_conv_refuses(
 def _triton(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
     if g.shape[1] == 1:
         return reference(g, a, out, grad, scratch)
-    from fastfip.kernels.triton.sum_grad_squared import sum_grad_squared as run  # imports triton
+    from fastfip.ops.sum_grad_squared.triton import sum_grad_squared as run  # imports triton
 
     run(g, a, out, grad)
 
@@ -143,7 +143,7 @@ def _triton(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scr
 def _triton_conv(
     g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None, scratch: Scratch
 ) -> None:
-    from fastfip.kernels.triton.sum_grad_squared import sum_grad_squared_conv as run
+    from fastfip.ops.sum_grad_squared.triton import sum_grad_squared_conv as run
 
     run(g, x, out, grad, shape.stride, shape.padding, shape.dilation, shape.groups)
 
@@ -157,7 +157,7 @@ def _triton_conv_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int, o
 def _cuda(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:
     if g.shape[1] == 1:
         return reference(g, a, out, grad, scratch)
-    from fastfip.kernels.cuda.sum_grad_squared import sum_grad_squared as run
+    from fastfip.ops.sum_grad_squared.cuda import sum_grad_squared as run
 
     run(g, a, out, grad)
 
@@ -165,7 +165,7 @@ def _cuda(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scrat
 def _cuda_conv(
     g: Tensor, x: Tensor, shape: ConvShape, samples: int, out: Tensor, grad: Tensor | None, scratch: Scratch
 ) -> None:
-    from fastfip.kernels.cuda.sum_grad_squared import sum_grad_squared_conv as run
+    from fastfip.ops.sum_grad_squared.cuda import sum_grad_squared_conv as run
 
     frames = g.shape[0] // max(1, samples)
     run(g, x, out, grad, shape.stride, shape.padding, shape.dilation, shape.groups, frames=frames)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
 
 _BLOCKED = 192  # positions from which on the half above the diagonal is copied rather than computed
 

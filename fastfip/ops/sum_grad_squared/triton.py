@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfip.kernels import triton as here
+from fastfip.ops.backends import triton as here
 
 INTERPRETED = here.interpreted()
 

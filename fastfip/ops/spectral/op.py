@@ -4,7 +4,7 @@
     dl/ddelta_r = 1[s_r > 0] sum_{n,t} q[n,t,r] p[n,t,r],    p = x V,  q = (dl/dy) U,  s = relu(sigma + delta)
 
 No gradient of a whole weight is formed, and of a layer's input only its image p [.., K] is kept for the backward pass.
-`fastfip.ops.spectral_map` has the products and where p and q come from, cheaply. W(delta) is kept by nobody: with
+`linear_map.py` has the products and where p and q come from, cheaply. W(delta) is kept by nobody: with
 `scratch`, `weight` is W, and what a product needs beyond that is made for its length.
 
 Shapes: a Linear weight is [O, I] with u [1, O, K], v [1, I, K], s and delta [1, K]; a convolution's is [O, C/G,
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.scratch import Scratch
-from fastfip.ops.spectral_map import Asked, Factors, SpectralMap, is_even, prefers_dense, recompose
-from fastfip.ops.unfold import ConvShape
+from fastfip.ops.convolution import ConvShape
+from fastfip.ops.memory import Scratch
+from fastfip.ops.spectral.linear_map import Asked, Factors, SpectralMap, is_even, prefers_dense, recompose
 
 __all__ = ["Asked", "Factors", "is_even", "prefers_dense", "project", "recompose", "spectral_conv", "spectral_linear"]
 

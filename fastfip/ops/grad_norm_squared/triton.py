@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfip.kernels.triton.sum_grad_squared import INTERPRETED, _operands, precision
+from fastfip.ops.sum_grad_squared.triton import INTERPRETED, _operands, precision
 
 
 class Config(NamedTuple):

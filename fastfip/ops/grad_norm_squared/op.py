@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.kernels import triton
-from fastfip.kernels.native import grad_norm_squared as kernel
-from fastfip.ops.grad_norm_squared_autograd import define, differentiable
-from fastfip.ops.gram import gram, prefers_gram
+from fastfip.ops.backends import triton
+from fastfip.ops.grad_norm_squared import native as kernel
+from fastfip.ops.grad_norm_squared.autograd import define, differentiable
+from fastfip.ops.grad_norm_squared.gram import gram, prefers_gram
+from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
-from fastfip.ops.scratch import CHUNK, accumulation_dtype
 
 
 def reference(g: Tensor, a: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _native(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _triton(g: Tensor, a: Tensor) -> Tensor:
-    from fastfip.kernels.triton.grad_norm_squared import grad_norm_squared as run  # imports triton
+    from fastfip.ops.grad_norm_squared.triton import grad_norm_squared as run  # imports triton
 
     return reference(g, a) if g.shape[1] == 1 else run(g, a, prefers_gram(g.shape[1], g.shape[2], a.shape[2]))
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfip.kernels import native
-from fastfip.kernels.native.sum_grad_squared import convolution_arguments, isa_argument, matrix_argument, refuses
+from fastfip.ops.backends import native
+from fastfip.ops.sum_grad_squared.native import convolution_arguments, isa_argument, matrix_argument, refuses
 
 __all__ = ["grad_norm_squared", "grad_norm_squared_conv", "refuses"]
 

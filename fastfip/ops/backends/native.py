@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fastfip.errors import BackendError
-from fastfip.kernels.constant import constant
+from fastfip.ops.backends.constant import constant
 
 
 @functools.cache

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.kernels.native import grad_norm_squared as kernel
-from fastfip.ops.gram import Lattice, gram
+from fastfip.ops.convolution import ConvShape, columns, columns_transpose
+from fastfip.ops.grad_norm_squared import native as kernel
+from fastfip.ops.grad_norm_squared.gram import Lattice, gram
+from fastfip.ops.memory import CHUNK, Scratch, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
-from fastfip.ops.scratch import CHUNK, Scratch, accumulation_dtype
-from fastfip.ops.unfold import ConvShape, columns, columns_transpose
 
 _KEPT = 3  # numbers that may be kept for the backward, for each one of the maps
 _MOVED = 100  # products in the time that the copies of one entry of a Gram matrix take

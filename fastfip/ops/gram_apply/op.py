@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.kernels import triton
+from fastfip.ops.backends import triton
+from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
-from fastfip.ops.scratch import CHUNK, accumulation_dtype
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 LIBRARY.define("gram_apply(Tensor q, Tensor k, Tensor v, str backend) -> Tensor")
@@ -51,7 +51,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from fastfip.kernels.triton.gram_apply import gram_apply as run  # imports triton
+    from fastfip.ops.gram_apply.triton import gram_apply as run  # imports triton
 
     return run(q, k, v)
 

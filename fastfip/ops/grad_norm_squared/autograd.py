@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.gram_apply import gram_apply
-from fastfip.ops.scratch import accumulation_dtype
+from fastfip.ops.gram_apply.op import gram_apply
+from fastfip.ops.memory import accumulation_dtype
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 # With `keep` the second result is what the backward can use again [N, 2, T, T], else it is empty [N, 0, T, T].

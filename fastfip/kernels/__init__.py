@@ -1,1 +1,0 @@
-"""Launchers: tensors in, tensors out. No autograd, no choice of backend; importing them never fails."""

@@ -1,0 +1,1 @@
+"""Op `gram_apply`: its contract, its derivatives, and a file for each backend."""
