@@ -34,10 +34,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 real: $(STAMP)
-	$(BIN)/python -m benchmarks.real_models $(ARGS)
+	$(BIN)/python -m benchmarks.purification.real_models $(ARGS)
 
 bench: $(STAMP)
-	for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+	for file in benchmarks/*/bench_*.py; do $(BIN)/python -m $$(echo $${file%.py} | tr / .) || exit 1; done
 
 # Triton is a large download: its kernels are checked on request.
 $(TRITON): $(STAMP)
@@ -45,7 +45,7 @@ $(TRITON): $(STAMP)
 	touch $@
 
 triton: $(TRITON)
-	$(BIN)/python -m pytest -q tests/kernels/test_triton.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/ops/test_triton.py $(ARGS)
 
 # On a machine with a GPU (TORCH may name a CUDA build of torch): builds, tests, measures. Exit code 3: there is none.
 gpu: $(TRITON)

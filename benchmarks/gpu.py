@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 COLUMNS = ["part", "workload", "size", "dtype", "way", "ms", "rate", "unit", "of_ceiling", "ratio", "error"]
 NO_GPU = 3
-CUDA_TESTS = "tests/kernels/test_cuda_kernels.py"
+CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
 
 
 def why_not() -> str:
@@ -57,7 +57,7 @@ def tests() -> Iterator[dict[str, object]]:
     missing = triton.reason()
     yield {
         "part": "tests", "workload": "Triton kernels",
-        "error": missing or pytest("tests/kernels/triton_kernels.py"),
+        "error": missing or pytest("tests/support/triton_kernels.py"),
     }  # fmt: skip
     yield {"part": "tests", "workload": "CUDA kernels and everything marked gpu", "error": pytest("-m", "gpu")}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

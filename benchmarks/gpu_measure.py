@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import nets
-from benchmarks.fisher_ways import Workload, backpack, nngeometry, one_by_one, opacus, plain, vmap_grad
+from benchmarks.fisher.fisher_ways import Workload, backpack, nngeometry, one_by_one, opacus, plain, vmap_grad
 from fastfip.fisher import backward_with_fisher, fisher_diagonal
 from fastfip.ops import OPS, ConvShape, sum_grad_squared, sum_grad_squared_conv
-from fastfip.testing import worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import worst_error
 
 Row = dict[str, object]
 Calls = Sequence[Callable[[], object]]

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import real_models, real_tables
-from benchmarks.real_tables import BADNETS
+from benchmarks.purification import real_models, real_tables
+from benchmarks.purification.real_tables import BADNETS
 from fastfip import methods
 from fastfip.methods import MethodConfig
 

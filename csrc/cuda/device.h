@@ -1,5 +1,5 @@
 // What the kernels ask of the device, for sm_80 and later: one name for each instruction, so that the tests can run the same
-// kernels on a CPU (tests/kernels/cuda_on_cpu.h has the same names).
+// kernels on a CPU (tests/support/cuda_on_cpu.h has the same names).
 #pragma once
 
 #include <stdint.h>

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastfip.fisher.backward as module
-from benchmarks import nets
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal
-from fastfip.testing import worst_error
-from tests.fisher.problems import N, build
+from fastfip.testing import nets
+from fastfip.testing.definitions import worst_error
 from tests.fisher.test_whole_nets import NETS
 from tests.fisher.test_whole_nets import problem as whole_net
-from tests.fisher.uses import USES
+from tests.support.fisher_problems import N, build
+from tests.support.fisher_uses import USES
 
 
 def gradients(model):

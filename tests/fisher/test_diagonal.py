@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import nets
 from fastfip.data import Task
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.fisher import FisherDiagonal, draw_labels, eval_mode, fisher_diagonal
 from fastfip.fisher.graph import verify as verify_module
-from fastfip.testing import loop_diagonal, worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_diagonal, worst_error
 
 N, C = 7, 4
 

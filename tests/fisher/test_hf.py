@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastfip.data import Task
 from fastfip.fisher import fisher_diagonal, fisher_trace
-from fastfip.testing import loop_diagonal, loop_trace, worst_error
+from fastfip.testing.definitions import loop_diagonal, loop_trace, worst_error
 
 transformers = pytest.importorskip("transformers", reason="no transformers (pip install fastfip[hf])")
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastfip.fisher import fisher_diagonal
-from tests.fisher.problems import Lambda, logits
+from tests.support.fisher_problems import Lambda, logits
 
 N = 16
 

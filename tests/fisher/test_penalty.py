@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastfip
-from benchmarks import nets
 from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher import fisher_trace
-from fastfip.testing import relative_error, worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import relative_error, worst_error
 
 N, C, ETA = 6, 4, 0.1
 WAYS = ("exact", "perturb", "signs")

@@ -1,19 +1,19 @@
 """The trace's gradient by per-sample shifts and by signs, against `exact`; every layer, every use, every refusal."""
 
-import problems
 import pytest
 import torch
 import torch.nn.functional as F
-import uses
 from torch import nn
 
-from benchmarks import nets
+import tests.support.fisher_problems as problems
+import tests.support.fisher_uses as uses
 from fastfip.data import Task
 from fastfip.fisher import fisher_trace
 from fastfip.fisher.differences.perturb import Uncovered, perturbed
 from fastfip.fisher.differences.signs import signed
 from fastfip.fisher.graph.plan import selected
-from fastfip.testing import loop_gradients, loop_trace, relative_error, worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_gradients, loop_trace, relative_error, worst_error
 
 N, C = 6, 4
 

@@ -5,9 +5,9 @@ import torch
 
 from fastfip.fisher import fisher_diagonal, fisher_trace
 from fastfip.fisher.graph.recipe import RULES
-from fastfip.testing import loop_diagonal, loop_trace, worst_error
-from tests.fisher.problems import LAYERS, ONLY_FUSED, N, build
-from tests.fisher.uses import USES
+from fastfip.testing.definitions import loop_diagonal, loop_trace, worst_error
+from tests.support.fisher_problems import LAYERS, ONLY_FUSED, N, build
+from tests.support.fisher_uses import USES
 
 PROBLEMS = {**LAYERS, **USES}
 

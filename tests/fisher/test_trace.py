@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import nets, real_data
+from benchmarks.purification import real_data
 from fastfip.data import Task
 from fastfip.errors import ModelError
 from fastfip.fisher import draw_labels, fisher_diagonal, fisher_trace, squared_norms, trace_and_logits
-from fastfip.testing import loop_diagonal, loop_gradients, loop_trace, worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_diagonal, loop_gradients, loop_trace, worst_error
 
 N, C = 6, 4
 

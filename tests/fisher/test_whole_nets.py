@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import nets
 from fastfip.fisher import fisher_diagonal, fisher_trace
-from fastfip.testing import loop_diagonal, loop_trace, worst_error
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_diagonal, loop_trace, worst_error
 
 B = 4
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from departures import make_run, planted, rows, vit
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -14,6 +13,7 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods import anp
 from fastfip.methods.anp import ANP, ANPConfig
+from tests.support.departures import make_run, planted, rows, vit
 
 
 def neurons(model: nn.Module, norm: bool) -> list[tuple[str, str]]:

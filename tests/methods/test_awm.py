@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 from torch import Tensor, nn
 
 import fastfip
-from benchmarks import nets
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods._pixels import PixelRange
 from fastfip.methods.awm import AWM, AWMConfig
 from fastfip.methods.base import Run
+from fastfip.testing import nets
+from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 
 MEAN, STD = torch.tensor([0.4, 0.5]).reshape(2, 1, 1), torch.tensor([0.2, 0.3]).reshape(2, 1, 1)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from departures import make_run, planted, rows, vit
 
 import fastfip
 from fastfip.methods.d3 import D3, D3Config
+from tests.support.departures import make_run, planted, rows, vit
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 50.0])

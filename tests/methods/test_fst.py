@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from departures import make_run, planted, rows, vit
 from torch import nn
 
 import fastfip
 from fastfip.errors import ModelError
 from fastfip.methods._classifier import Classifier
 from fastfip.methods.fst import FST, FSTConfig
+from tests.support.departures import make_run, planted, rows, vit
 
 
 def norm(layer: nn.Linear) -> float:

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import CLASSES, conv_net, data, plain_net, same
 from torch import nn
 
 import fastfip
-from benchmarks import nets
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 from fastfip.methods.ft_sam import FTSAM, FTSAMConfig, adaptive_perturbation, frozen_statistics
+from fastfip.testing import nets
+from tests.support.small_nets import CLASSES, conv_net, data, plain_net, same
 
 
 def make_run(model: nn.Module, classes: int = CLASSES, **options) -> Run:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from departures import make_run, planted, vit
 from torch import Tensor
 
 import fastfip
 from fastfip.methods.i_bau import IBAU, IBAUConfig, hypergradient
+from tests.support.departures import make_run, planted, vit
 
 
 class Problem:

@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 from torch import nn
 
 import fastfip
-from benchmarks import nets
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
 from fastfip.methods._masks import Masks, output_rows, per_element, weights_of
 from fastfip.methods.base import Run
 from fastfip.methods.nft import NFT, NFTConfig, floor
+from fastfip.testing import nets
+from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 
 
 def deep_net() -> nn.Module:

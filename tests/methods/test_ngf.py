@@ -7,12 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastfip
-from benchmarks import nets
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ModelError
@@ -20,7 +18,9 @@ from fastfip.methods._classifier import LastLayer
 from fastfip.methods._natural import Exact, Kronecker
 from fastfip.methods.base import Run
 from fastfip.methods.ngf import NGF, NGFConfig
-from fastfip.testing import loop_diagonal
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_diagonal
+from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 
 
 class Pooled(nn.Module):

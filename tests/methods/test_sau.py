@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from departures import make_run, planted, rows, vit
 from torch import Tensor, nn
 
 import fastfip
 from fastfip.methods.sau import SAU, SAUConfig, jensen_shannon, unshared
+from tests.support.departures import make_run, planted, rows, vit
 
 
 def test_divergence_and_unlearning_are_their_definitions() -> None:

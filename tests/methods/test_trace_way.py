@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fip import data, loop_objective, make_run
 from torch import nn
 
 from fastfip.errors import ConfigError
 from fastfip.methods.fast_fip import FastFIP, FastFIPConfig
 from fastfip.methods.fip import FIP, FIPConfig
-from fastfip.testing import relative_error
+from fastfip.testing.definitions import relative_error
+from tests.methods.test_fip import data, loop_objective, make_run
 
 
 @pytest.mark.parametrize("way", ["auto", "exact", "perturb"])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks import nets
 from fastfip.spectral import SpectralShifts
+from fastfip.testing import nets
 
 NETS = {
     "vit": lambda: nets.ViT(4, size=8, dim=8, depth=2, heads=2),

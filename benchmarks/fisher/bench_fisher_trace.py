@@ -1,0 +1,306 @@
+"""What the gradient of the Fisher trace costs, as a multiple of one plain forward and backward pass.
+
+    python -m benchmarks.fisher.bench_fisher_trace [--workloads abc] [--threads 1] [--repeat 5] [--memory] [--slow]
+
+The workloads are those of bench_fisher_diagonal.py, (c) with four samples: (a) an MLP, (b) PreActResNet-18 in eval
+mode, (c) ViT-S/16. Ways: ours (`exact`) by backend of its op, `perturb` and `signs` (whose error on the ReLUs of (a)
+and (b) shows why they are not chosen there), ghost norms with double backward as a hundred lines of Python do it, the
+term of the released FIP code (which is no trace), and with --slow a loop over samples and torch.func. Each way leaves
+the gradient of its term with respect to every parameter.
+
+Times are CPU times (`wall` is the clock's); all ways take turns in one process, the order reversed every second time,
+and each gets its least time. `error` is that of the gradient on three samples against the per-sample loop in float64; a
+way that is wrong is timed all the same, and its row says so. Memory: the peak of a fresh process, less that of the
+plain pass, over the size of the parameters.
+Rows go to benchmarks/results/fisher_trace.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import functools
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.fisher.bench_fisher_diagonal import high_water
+from benchmarks.fisher.fisher_ways import Workload, workload
+from fastfip import env
+from fastfip.errors import BackendError
+from fastfip.fisher.penalty import FisherPenalty, Way
+from fastfip.fisher.trace import trace_and_logits
+from fastfip.methods._released import surrogate
+from fastfip.ops import OPS
+from fastfip.testing import nets
+from fastfip.testing.definitions import loop_trace, worst_error
+
+RESULTS = Path(__file__).parents[1] / "results" / "fisher_trace.csv"
+Call = Callable[[Workload], None]
+
+
+def load(key: str) -> Workload:
+    w = workload(key)
+    return Workload(w.model, w.x[:4], w.y[:4]) if key == "c" else w
+
+
+# ----------------------------------------------------------------------------------------------------------- the ways
+
+
+def plain(w: Workload) -> None:
+    w.losses().mean().backward()
+
+
+@contextlib.contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Let an op choose no other backend than this one, where it can run."""
+    ops = [OPS["grad_norm_squared"], OPS["grad_norm_squared_conv"]]
+    before = [op.choose for op in ops]
+
+    def choose(op: object, choice: Callable[..., object], wanted: str, *arguments: object) -> object:
+        return choice(backend, *arguments)
+
+    for op, choice in zip(ops, before):
+        object.__setattr__(op, "choose", functools.partial(choose, op, choice))
+    try:
+        yield
+    finally:
+        for op in ops:
+            object.__delattr__(op, "choose")
+
+
+def ours(backend: str) -> Call:
+    def run(w: Workload) -> None:
+        with contextlib.nullcontext() if backend == "auto" else only(backend):
+            trace_and_logits(w.model, (w.x, w.y)).trace.backward()
+
+    return run
+
+
+def by_differences(way: Way, difference: Literal["forward", "central"] = "forward") -> Call:
+    """FisherPenalty without second derivatives."""
+    made: dict[int, FisherPenalty] = {}  # one for each model, which is looked at once
+
+    def run(w: Workload) -> None:
+        if id(w.model) not in made:
+            with warnings.catch_warnings():  # of kinks: (b) has them, and its row shows what comes of it
+                warnings.simplefilter("ignore")
+                made[id(w.model)] = FisherPenalty(w.model, way, difference=difference)
+                made[id(w.model)](w.x[:1], w.y[:1])
+        made[id(w.model)](w.x, w.y).backward()
+
+    return run
+
+
+def ghost(w: Workload) -> None:
+    """Ghost norms in Python: layer inputs from hooks, gradients at the outputs, Gram or direct, `backward`."""
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
+    hooks = [
+        m.register_forward_hook(lambda m, a, z: seen.append((m, a[0], z)))
+        for m in w.model.modules()
+        if isinstance(m, kinds)
+    ]
+    tokens = {k: p for k, p in w.model.named_parameters() if "." not in k}
+    expanded = {k: p.expand(len(w.x), *p.shape[1:]) for k, p in tokens.items()}
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            z = torch.func.functional_call(w.model, expanded, (w.x,)) if tokens else w.model(w.x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    losses = F.cross_entropy(z, w.y, reduction="none")
+    outputs = [z for _, _, z in seen]
+    grads = torch.autograd.grad(losses.sum(), [*outputs, *expanded.values()], create_graph=True)
+    norms = [g.flatten(1).square().sum(1) for g in grads[len(outputs) :]]
+    for (m, a, _), g in zip(seen, grads):
+        norms += ghost_norms(m, a, g)
+    torch.stack(norms).sum(0).mean().backward()
+
+
+def ghost_norms(m: nn.Module, a: Tensor, g: Tensor) -> list[Tensor]:
+    if isinstance(m, nn.Conv2d):
+        a = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
+        g = g.flatten(2).mT
+    elif isinstance(m, nn.BatchNorm2d):
+        assert m.running_mean is not None and m.running_var is not None
+        mean, var = m.running_mean[:, None], m.running_var[:, None]
+        a, g = ((a.flatten(2) - mean) * (var + m.eps).rsqrt()).mT, g.flatten(2).mT
+    elif isinstance(m, nn.LayerNorm):
+        a = (a - a.mean(-1, keepdim=True)) * (a.var(-1, correction=0, keepdim=True) + m.eps).rsqrt()
+    a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, g))
+    bias = [g.sum(1).square().sum(1)] if m.bias is not None else []
+    if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)):
+        return [(a * g).sum(1).square().sum(1), *bias]
+    if a.shape[1] * (a.shape[2] + g.shape[2]) < a.shape[2] * g.shape[2]:
+        return [((a @ a.mT) * (g @ g.mT)).sum((1, 2)), *bias]
+    return [(g.mT @ a).square().sum((1, 2)), *bias]
+
+
+def released(w: Workload) -> None:
+    """The released term with its five probes; its result is no trace."""
+    tensors: list[Tensor] = list(w.model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        log_p = w.model(w.x).log_softmax(1)
+    probes = [[torch.randn_like(t) for t in tensors] for _ in range(5)]
+    surrogate(log_p, w.y, tensors, probes).backward()
+
+
+def one_by_one(w: Workload) -> None:
+    params = list(w.model.parameters())
+    for x, y in zip(w.x.split(1), w.y.split(1)):
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = F.cross_entropy(w.model(x), y)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        (sum(g.square().sum() for g in grads) / len(w.x)).backward()  # type: ignore[union-attr]
+
+
+def vmap_grad(w: Workload) -> None:
+    params = dict(w.model.named_parameters())
+    buffers = dict(w.model.named_buffers())
+
+    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        z = torch.func.functional_call(w.model, (p, buffers), (x[None],))
+        return F.cross_entropy(z, y[None])
+
+    def trace(p: dict[str, Tensor]) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(p, w.x, w.y)
+        return torch.stack([g.flatten(1).square().sum(1).mean() for g in each.values()]).sum()
+
+    for name, g in torch.func.grad(trace)({k: p.detach() for k, p in params.items()}).items():
+        params[name].grad = g
+
+
+def ways(slow: bool) -> dict[str, Call]:
+    found: dict[str, Call] = {"plain": plain, "fastfip": ours("auto")}
+    if any(b.automatic and b.name != "reference" for b in OPS["grad_norm_squared"].backends):
+        found["reference backend"] = ours("reference")  # what it is without native kernels
+    found |= {"perturb": by_differences("perturb"), "perturb central": by_differences("perturb", "central")}
+    found["signs"] = by_differences("signs")
+    found |= {"ghost norms in Python": ghost, "released term": released}
+    return {**found, "loop over samples": one_by_one, "torch.func": vmap_grad} if slow else found
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def checked(w: Workload, call: Call) -> str:
+    """Error of the gradient on a few samples against the definition in float64, or why there is none."""
+    few = Workload(w.model, w.x[:3], w.y[:3])
+    wide = copy.deepcopy(w.model).double()
+    params = dict(wide.named_parameters())
+    want = torch.autograd.grad(loop_trace(wide, (few.x.double(), few.y), 3), list(params.values()))
+    w.model.zero_grad()
+    try:
+        call(few)
+    except BackendError as error:
+        return f"not here: {error}"
+    except Exception as error:  # a peer that cannot do this net says so in many ways
+        return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    got = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in w.model.named_parameters()}
+    return f"{worst_error(got, dict(zip(params, want)), 1e-6):.1e}"
+
+
+def measure(key: str, repeat: int, slow: bool, names: str | None) -> list[dict[str, object]]:
+    w, rows = load(key), list[dict[str, object]]()
+    calls: dict[str, tuple[Call, str]] = {}
+    for name, call in ways(slow).items():
+        if names and name != "plain" and not any(part in name for part in names.split(",")):
+            continue
+        error = {"plain": "", "released term": "no trace"}.get(name) or ("" if name == "plain" else checked(w, call))
+        if error.startswith(("not here", "fails")):
+            rows.append({"workload": key, "way": name, "ratio": "", "ms": "", "wall": "", "error": error})
+            continue
+        calls[name] = (call, error)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call, _ in calls.values():
+        run(w, call)
+    for round_ in range(repeat):
+        for name in list(calls) if round_ % 2 else reversed(list(calls)):
+            times[name].append(run(w, calls[name][0]))
+    base = [min(column) for column in zip(*times["plain"])]
+    for name, (_, error) in calls.items():
+        best = [min(column) for column in zip(*times[name])]
+        row = {"workload": key, "way": name, "ratio": round(best[0] / base[0], 2), "ms": round(best[0] * 1e3, 1)}
+        rows.append({**row, "wall": round(best[1] / base[1], 2), "error": error})
+    return rows
+
+
+def run(w: Workload, call: Call) -> tuple[float, float]:
+    """CPU seconds and seconds of one call; gradients are there before, as in training."""
+    for p in w.model.parameters():
+        p.grad = None
+    start = time.process_time(), time.perf_counter()
+    call(w)
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def peak(key: str, way: str, threads: int) -> int:
+    """Peak memory in bytes of a fresh process that does nothing else."""
+    command = [sys.executable, "-m", "benchmarks.fisher.bench_fisher_trace", "--peak", way, "--workloads", key]
+    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", default="abc")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", help="only ways with one of these (separated by commas) in their name")
+    parser.add_argument("--slow", action="store_true", help="the loop over samples and torch.func as well")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of each way as well")
+    parser.add_argument("--dry", action="store_true", help="write no file")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        w = load(options.workloads)
+        for _ in range(2):
+            run(w, ways(True)[options.peak])
+        print(high_water())
+        return
+    rows = []
+    for key in options.workloads:
+        found = measure(key, options.repeat, options.slow, options.only)
+        size = 4 * nets.parameter_count(workload(key).model)
+        base = peak(key, "plain", options.threads) if options.memory else 0
+        for entry in found:
+            entry["memory"] = ""
+            if options.memory and entry["ratio"] != "":
+                entry["memory"] = round((peak(key, str(entry["way"]), options.threads) - base) / size, 2)
+            print("  ".join(f"{v!s:<24}" if k == "way" else f"{v!s:>9}" for k, v in entry.items()), flush=True)
+        rows += found
+    if not options.dry:
+        save(rows, options.threads)
+
+
+def save(rows: list[dict[str, object]], threads: int) -> None:
+    """Replace the rows of the same workloads, ways and threads; keep the others."""
+    here = env.collect()
+    stamp = {"threads": threads, **{key: here[key] for key in ("commit", "torch", "cpu", "native")}}
+    new = [{**row, **stamp} for row in rows]
+    mine = {(str(r["workload"]), str(r["way"]), str(threads)) for r in new}
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    kept = [r for r in old if (r["workload"], r["way"], r["threads"]) not in mine]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["workload", "way", "ratio", "ms", "wall", "error", "memory", *stamp])
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *new], key=lambda r: (str(r["threads"]), str(r["workload"]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Purify networks that other people backdoored: every method, net, share of clean images and seed; a table and a CSV.
+
+    python -m benchmarks.purification.real_models          # everything; rows that are in the CSV already are kept
+    python -m benchmarks.purification.real_models --methods fast_fip --fractions 5 --seeds 0 --nets badnets_mnist
+        --settings plain
+    python -m benchmarks.purification.real_models --table  # only print what the CSV holds
+
+Every setting is the method's default; the triggered images only score. `seconds` is the purification alone (set-up,
+search, training, held-out scoring), without the test set; `cpu_seconds` the same in time of the processor, which other
+programs disturb less (empty in rows from before it was taken). ACC, ASR and RA are in percent, over the full test set,
+ASR over the images that are not of the target class. Settings: `plain`; `hidden`, 0.5 % of the clean set (at least one
+image) carry the trigger and the attacker's label; `missing`, one class, drawn by the seed, has no clean image.
+Several of these may run at a time: each row is added to what the CSV then holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastfip
+from benchmarks.purification import real_data, real_tables
+from fastfip.metrics import Evaluation, der
+
+CSV = Path(__file__).resolve().parents[1] / "results" / "real_models.csv"
+FIELDS = (
+    "net method fraction setting seed clean_images acc_before asr_before ra_before acc asr ra der seconds "
+    "seconds_train cpu_seconds peak_memory_mb steps amp machine threads torch fastfip commit error"
+).split()
+#: bfloat16 autocast of the clean and worst-case losses; the weights stay float32.
+AMP = "bf16"
+SETTINGS = ("plain", "hidden", "missing")
+HIDDEN = 0.005
+PER_CLASS = {"ibau_gtsrb_badnets": 100}
+
+
+def commit() -> str:
+    """Return the commit of the checkout, with a plus if the code differs from it."""
+    try:
+        root = Path(__file__).resolve().parents[1]
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "../fastfip"], cwd=root, capture_output=True, text=True
+        )
+        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    except OSError:
+        return ""
+
+
+def machine() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+def clean_set(real: real_data.RealNet, fraction: float, seed: int, setting: str) -> tuple[Tensor, Tensor]:
+    """Return the clean set of a run; `hidden` and `missing` are what is said at the top of this file."""
+    count = round(fraction * real.train_size)
+    picked = real_data.sample_clean(real.clean_y, count, seed, PER_CLASS.get(real.name))
+    x, y = real.clean_x[np.sort(picked)], real.clean_y[np.sort(picked)]
+    order = np.argsort(np.argsort(picked))  # the pixels are read in the file's order, the set keeps its own
+    x, y = np.asarray(x)[order], y[order]
+    rng = np.random.default_rng([seed, 1])
+    if setting == "missing":
+        keep = y != rng.choice(np.unique(y))
+        x, y = x[keep], y[keep]
+    elif setting == "hidden":
+        if real.trigger is None or real.target is None:
+            raise ValueError(f"{real.name} has no trigger to hide")
+        chosen = rng.permutation(np.flatnonzero(y != real.target))[: max(1, round(HIDDEN * len(y)))]
+        x, y = x.copy(), y.copy()
+        x[chosen], y[chosen] = real.trigger(x[chosen]), real.target
+    elif setting != "plain":
+        raise ValueError(f"setting {setting!r}: must be one of {', '.join(SETTINGS)}")
+    return real.to_input(x), torch.from_numpy(y)
+
+
+def run(
+    name: str, method: str, fraction: float, seed: int, setting: str = "plain", first: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Purify one net once and score it."""
+    real = real_data.load_real(name)
+    real.model.to(memory_format=torch.channels_last)
+    x, y = clean_set(real, fraction, seed, setting)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=128, shuffle=True)
+    old = {k: float(first[f"{k}_before"]) for k in ("acc", "asr", "ra") if first[f"{k}_before"]} if first else None
+    old = real_data.score(real) if old is None else old
+    start = time.process_time()
+    result = fastfip.purify(real.model, loader, method, seed=seed, amp=AMP, progress=False)
+    spent = time.process_time() - start
+    new = real_data.score(real, result.model.to(memory_format=torch.channels_last))
+    row: dict[str, Any] = {
+        "net": name,
+        "method": method,
+        "fraction": fraction,
+        "setting": setting,
+        "seed": seed,
+        "clean_images": len(y),
+        "seconds": round(result.seconds["total"] - result.seconds["evaluation"], 1),
+        "seconds_train": round(result.seconds["train"], 1),
+        "cpu_seconds": round(spent * (1 - result.seconds["evaluation"] / result.seconds["total"]), 1),
+        "peak_memory_mb": round((result.peak_memory or 0) / 2**20),
+        "steps": result.settings["steps"],
+        "amp": AMP,
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastfip": fastfip.__version__,
+        "commit": commit(),
+    }
+    for key in ("acc", "asr", "ra"):
+        row[key] = "" if key not in new else round(new[key], 2)
+        row[f"{key}_before"] = "" if key not in old else round(old[key], 2)
+    row["der"] = ""
+    if "asr" in new:
+        row["der"] = round(100 * der(*(Evaluation(acc=s["acc"] / 100, asr=s["asr"] / 100) for s in (old, new))), 2)
+    return row
+
+
+def read() -> list[dict[str, Any]]:
+    """Return the rows of the CSV; those from before there were settings are plain ones."""
+    if not CSV.exists():
+        return []
+    with CSV.open(newline="") as file:
+        return [{**dict.fromkeys(FIELDS, ""), "setting": "plain", **row} for row in csv.DictReader(file)]
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, float, int, str]:
+    """Return what names a run."""
+    return row["net"], row["method"], float(row["fraction"]), int(row["seed"]), row["setting"]
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Write the rows, sorted, in one go."""
+    CSV.parent.mkdir(parents=True, exist_ok=True)
+    nets = {name: k for k, name in enumerate(real_data.names())}
+    first = {name: k for k, name in enumerate(("fine_tune", "fip", "fast_fip"))}
+    place = lambda r: (  # noqa: E731
+        SETTINGS.index(r["setting"]), nets[r["net"]], float(r["fraction"]), first.get(r["method"], 3), r["method"],
+        int(r["seed"]),
+    )  # fmt: skip
+    part = CSV.with_suffix(f".{os.getpid()}.part")
+    with part.open("w", newline="") as file:
+        out = csv.DictWriter(file, FIELDS)
+        out.writeheader()
+        out.writerows(sorted(rows, key=place))
+    os.replace(part, CSV)
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Keep other runs from the CSV: what they added since it was read must not be lost."""
+    with (real_data.cache_dir() / "real_models.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def add(row: dict[str, Any]) -> None:
+    """Put one row into the CSV, in the place of one of the same run."""
+    with locked():
+        write([r for r in read() if key(r) != key(row)] + [row])
+
+
+def one(item: tuple[str, str, float, int, str], threads: int, limit: float | None) -> None:
+    """Run one purification in a process of its own, so that its peak memory is its own, and add its row."""
+    name, method, fraction, seed, setting = item
+    row: dict[str, Any] = {"net": name, "method": method, "fraction": fraction, "seed": seed, "setting": setting}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.purification.real_models", "--one", *map(str, item)],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=limit,
+        )  # fmt: skip
+        line = next((line for line in done.stdout.splitlines() if line.startswith("ROW\t")), None)
+        if line is not None:
+            row = dict(part.split("=", 1) for part in line.split("\t")[1:])
+        else:
+            said = done.stderr.strip().splitlines()[-1:] or ["no word"]
+            row["error"] = f"exit code {done.returncode}: {' '.join(said[0].split())[:200]}"
+    except subprocess.TimeoutExpired:
+        row["error"] = f"over the time limit of {limit:.0f} s"
+    add(row)
+    print({k: row[k] for k in ("net", "method", "fraction", "setting", "seed", "acc", "asr", "der", "seconds", "error")
+           if row.get(k) not in (None, "")}, flush=True)  # fmt: skip
+
+
+def readme_text(rows: list[dict[str, Any]]) -> str:
+    """Return what the README shows: a line for each method, then ACC / ASR on each net."""
+    parts = [real_tables.by_method(rows)]
+    present = sorted({(r["setting"], -float(r["fraction"])) for r in rows}, key=lambda p: (SETTINGS.index(p[0]), p[1]))
+    words = {
+        "plain": "",
+        "hidden": ", 0.5 % of them triggered images with the attacker's label",
+        "missing": ", one class missing",
+    }
+    for setting, fraction in present:
+        parts.append(f"{-fraction:.0%} clean images{words[setting]}:")
+        parts.append(real_tables.by_net(rows, -fraction, setting))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run what is missing, add its row to the CSV after every run, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="*", default=None)
+    parser.add_argument("--methods", nargs="*", default=None, help="default: all that are registered")
+    parser.add_argument("--fractions", nargs="*", type=float, default=[5, 1], help="in percent, or below 1 as shares")
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="purifications at a time; they share the cores")
+    parser.add_argument("--time-limit", type=float, default=None, metavar="S", help="seconds for one run, scoring too")
+    parser.add_argument("--again", action="store_true", help="replace rows that are there")
+    parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
+    parser.add_argument("--table", action="store_true", help="only print what the CSV holds")
+    parser.add_argument("--readme", action="store_true", help="put what the CSV holds into the README")
+    parser.add_argument(
+        "--one", nargs=5, metavar=("NET", "METHOD", "FRACTION", "SEED", "SETTING"), help=argparse.SUPPRESS
+    )
+    args = parser.parse_args()
+    if args.table or args.readme:
+        print(real_tables.full(read()), real_tables.by_method(read()), sep="\n\n")
+        if args.readme:
+            real_tables.to_readme(readme_text(read()), Path(__file__).resolve().parents[2] / "README.md")
+        return
+    if not real_data.available():
+        sys.exit(f"skipped: no real networks in {real_data.data_dir()} (set FASTFIP_DATA)")
+    if args.one:
+        name, method, fraction, seed, setting = args.one
+        first = next((r for r in read() if r["net"] == name and not r["error"]), None)
+        row = run(name, method, float(fraction), int(seed), setting, first)
+        print("ROW", *(f"{k}={v}" for k, v in row.items()), sep="\t")
+        return
+    todo = [
+        (net, method, fraction / 100 if fraction >= 1 else fraction, seed, setting)
+        for setting in args.settings
+        for seed in args.seeds
+        for fraction in args.fractions
+        for net in args.nets or real_data.names()
+        for method in args.methods or fastfip.methods.names()
+        if setting != "hidden" or real_data.SPECS[net].trigger is not None
+    ]
+    there = set() if args.again else {key(r) for r in read() if not (args.retry and r["error"])}
+    todo = [item for item in todo if item not in there]
+    real_data.cifar10()  # decoded once, before the processes start
+    # Two threads that are held to one core wait for each other: a run took ten times as long.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda item: one(item, threads, args.time_limit), todo))
+    print(real_tables.by_method(read()))
+
+
+if __name__ == "__main__":
+    main()

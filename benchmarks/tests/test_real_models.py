@@ -1,0 +1,139 @@
+"""The runner of `make real`: its settings, its CSV, its tables. No real network is needed."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.purification import real_data, real_models, real_tables
+
+
+def net(target=1):
+    """Images whose only pixel value is their place in the set; the trigger is white."""
+    x = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 4, 4)).copy()
+    y = np.arange(200) % 5
+    return real_data.RealNet(
+        name="fake", model=torch.nn.Identity(), classes=5, target=target,
+        trigger=None if target is None else lambda x: np.full_like(x, 255), clean_x=x, clean_y=y, test_x=x, test_y=y,
+        to_input=lambda x: torch.from_numpy(x.copy()).float()[:, None], train_size=1000, recorded=(0.0, None),
+    )  # fmt: skip
+
+
+def test_plain_is_the_clean_set_of_before():
+    x, y = real_models.clean_set(net(), 0.05, 3, "plain")
+    want_x, want_y = net().clean_set(50, 3)
+    assert torch.equal(x, want_x) and torch.equal(y, want_y)
+
+
+def test_hidden_images_carry_the_trigger_and_the_attackers_label():
+    plain, labels = real_models.clean_set(net(), 0.1, 0, "plain")
+    x, y = real_models.clean_set(net(), 0.1, 0, "hidden")
+    changed = (x != plain).flatten(1).any(1)
+    assert len(y) == 100 and int(changed.sum()) == 1  # 0.5 % of 100, at least one
+    assert bool((x[changed] == 255).all()) and y[changed].tolist() == [1] and labels[changed].tolist() != [1]
+    assert torch.equal(y[~changed], labels[~changed])
+    assert int((net().clean_x == 255).sum()) == 0  # the net's own images are as they were
+    with pytest.raises(ValueError, match="no trigger to hide"):
+        real_models.clean_set(net(None), 0.1, 0, "hidden")
+
+
+def test_one_class_is_missing_and_the_seed_says_which():
+    missing = set()
+    for seed in range(6):
+        _, y = real_models.clean_set(net(), 0.1, seed, "missing")
+        assert len(y.unique()) == 4 and len(y) == 80
+        missing |= set(range(5)) - set(y.tolist())
+    assert len(missing) > 1
+
+
+def row(**values):
+    base = dict.fromkeys(real_models.FIELDS, "")
+    base.update(net="badnets_mnist", method="fip", fraction="0.05", setting="plain", seed="0", clean_images="50")
+    base.update(
+        acc_before="98", asr_before="99", acc="97", asr="1", ra="90", der="98", seconds="10", peak_memory_mb="5"
+    )
+    return {**base, **{name: str(value) for name, value in values.items()}}
+
+
+def test_rows_are_added_one_by_one_and_old_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
+    monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
+    assert real_models.read() == []
+    old = row(method="fast_fip")
+    with real_models.CSV.open("w", newline="") as file:  # from before there were settings and errors
+        out = csv.DictWriter(
+            file, [n for n in real_models.FIELDS if n not in ("setting", "error")], extrasaction="ignore"
+        )
+        out.writeheader()
+        out.writerow(old)
+    assert real_models.read() == [old]
+    for new in (row(setting="missing"), row(seed=1), row(acc=1), row(acc=2)):
+        real_models.add(new)
+    assert [(r["method"], r["seed"], r["setting"], r["acc"]) for r in real_models.read()] == [
+        ("fip", "0", "plain", "2"), ("fip", "1", "plain", "97"), ("fast_fip", "0", "plain", "97"),
+        ("fip", "0", "missing", "97"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
+    monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
+    item = ("badnets_mnist", "fip", 0.05, 0, "plain")
+
+    def late(command, timeout, **options):
+        assert command[-5:] == ["badnets_mnist", "fip", "0.05", "0", "plain"]
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(real_models.subprocess, "run", late)
+    real_models.one(item, 1, 7.0)
+    assert real_models.read()[0]["error"] == "over the time limit of 7 s"
+    broken = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: no\n")
+    monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: broken)
+    real_models.one(item, 1, None)
+    assert [r["error"] for r in real_models.read()] == ["exit code 1: ValueError: no"]
+    good = "\t".join(["ROW", *(f"{k}={v}" for k, v in row().items())])
+    monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, good, ""))
+    real_models.one(item, 1, None)
+    assert [(r["error"], r["der"]) for r in real_models.read()] == [("", "98")]
+
+
+def test_tables():
+    rows = [row(method="fast_fip", seed=s, der=d, acc=d, cpu_seconds=10) for s, d in ((0, 96), (1, 98))]
+    rows += [row(method="fip", der=99, cpu_seconds=30), row(method="fip", setting="missing", der=50)]
+    rows += [row(method="fine_tune", setting="missing", der=47)]
+    gtsrb = [row(method="fine_tune", net="ibau_gtsrb_badnets", der="", asr=asr) for asr in (9, 12)]
+    rows += [
+        row(method="fip", net="clean_cifar10_resnet20", der="", asr="", ra="", asr_before="", acc_before=80, acc=79)
+    ]
+    rows += [row(method="sau", error="no", **dict.fromkeys(("acc", "asr", "ra", "der", "seconds"), ""))]
+    lines = {line.split("|")[1].strip(): line for line in real_tables.by_method(rows).splitlines()[2:]}
+    # By the difference to fast_fip where both have a cell, not by means over different cells (97, 74.5 and 47).
+    assert list(lines) == ["`fip`", "`fast_fip`", "`fine_tune`"]
+    cells = [cell.strip() for cell in lines["`fip`"].split("|")[2:-1]]
+    # 2 cells, mean of 99 and 50, worst 50; against each rival on the one cell that both have; thrice the seconds there
+    assert cells[0] == "2" and cells[1].startswith("74.50 ±") and cells[2] == "50.00"
+    assert cells[4:7] == ["+3.00", "+2.00", "1 / 0 / 0"] and cells[8:] == ["3.0x (3.0 to 3.0)", "-1.00", "1 of 1"]
+    assert lines["`fine_tune`"].split("|")[6].strip() == "-" and lines["`fast_fip`"].split("|")[6:8] == [" - ", " - "]
+    assert lines["`fast_fip`"].split("|")[5].strip() == "1.41"  # spread over its seeds
+    assert lines["`fine_tune`"].split("|")[-2].strip() == "-"  # measured without a class only
+    for asked, said in ((gtsrb[:1], "1 of 1"), (gtsrb, "0 of 1")):  # the mean over the seeds counts
+        last = [
+            line for line in real_tables.by_method([*rows, *asked]).splitlines() if line.startswith("| `fine_tune`")
+        ]
+        assert last[0].split("|")[-2].strip() == said
+    net_table = real_tables.by_net(rows, 0.05)
+    assert "| `fast_fip` | 97.0 / 1.0 |" in net_table and "| as received | 98.0 / 99.0 | 80.0 |" in net_table
+    whole = real_tables.full(rows)
+    assert "no result: badnets_mnist, sau, 5%, plain, seed 0: no" in whole and "97.00 ± 1.41" in whole
+    assert "one class missing" in real_models.readme_text(rows)
+
+
+def test_the_readme_keeps_what_is_around_the_table(tmp_path):
+    path = tmp_path / "R.md"
+    path.write_text("a\n<!-- real:begin -->\nold\n<!-- real:end -->\nb\n")
+    real_tables.to_readme("new", path)
+    assert path.read_text() == "a\n<!-- real:begin -->\nnew\n<!-- real:end -->\nb\n"

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: tolerances and nets. Nothing else imports it."""

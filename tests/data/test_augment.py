@@ -1,0 +1,92 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastfip
+from fastfip.data import Task
+from fastfip.data.augment import augmented, shifted
+from fastfip.methods.fine_tune import FineTune
+from tests.support.small_nets import conv_net, data, plain_net
+
+
+def seed(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_shift_is_a_crop_of_the_padded_image(mirror, layout):
+    x = torch.randn(9, 2, 6, 5, generator=seed()).to(memory_format=layout)
+    down, right = (torch.tensor(v) for v in ([0, 1, 2, -1, -2, 0, 0, 2, -1], [0, 0, 1, 0, -1, 2, -2, -2, 1]))
+    mirrored = torch.full((9,), mirror)
+    found = shifted(x, down, right, mirrored)
+    for n in range(9):
+        source = x[n].flip(2) if mirror else x[n]
+        for c in range(2):
+            padded = F.pad(source[c], (2, 2, 2, 2), value=float(x[:, c].min()))
+            top, left = 2 - int(down[n]), 2 - int(right[n])
+            assert torch.equal(found[n, c], padded[top : top + 6, left : left + 5])
+
+
+def test_images_move_by_an_eighth_at_most_and_are_mirrored_in_half_the_cases():
+    x = torch.zeros(400, 1, 32, 16)
+    x[:, :, 16, 6] = 1
+    task = Task()
+    for flip in (False, True):
+        moved, y = augmented(task, (x, torch.zeros(400)), flip, seed())
+        assert torch.equal(y, torch.zeros(400)) and float(x.sum()) == 400
+        places = moved.flatten(1).argmax(1)
+        rows, columns = places // 16, places % 16
+        assert set(rows.tolist()) == set(range(12, 21))
+        home, mirrored = ((columns - c).abs() <= 2 for c in (6, 9))
+        assert bool((home | mirrored).all()) and bool(home.all()) != flip
+        if flip:
+            assert 80 < int((columns <= 6).sum()) < 160  # half of them, moved to four, five or six
+
+
+def test_the_generator_decides_and_dicts_are_batches_too():
+    x, y = data()
+    task = Task()
+    first, again, other = (augmented(task, {"image": x, "label": y}, True, seed(n)) for n in (1, 1, 2))
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    assert first["label"] is y
+
+
+@pytest.mark.parametrize("x", [torch.randn(4, 3), torch.randint(0, 9, (4, 1, 6, 6)), torch.randn(4, 2, 6)])
+def test_what_is_no_image_is_left_alone(x):
+    assert augmented(Task(), (x, torch.zeros(4)), True, seed()) is None
+
+
+class Seen(FineTune):
+    name = "seen"
+    images: list = []
+
+    def backward(self, run, batch):
+        Seen.images.append(run.task.inputs(batch).clone())
+        return super().backward(run, batch)
+
+
+@pytest.mark.parametrize("how", ["none", "crop", "crop_flip"])
+def test_the_loop_augments_what_is_tuned_on(how):
+    x, y = data()
+    results = []
+    for _ in range(2):
+        Seen.images = []
+        results.append(fastfip.purify(plain_net(), (x, y), Seen, epochs=2, augment=how, batch_size=8, progress=False))
+        received = {tuple(image.flatten().tolist()) for image in x}
+        same = [tuple(image.flatten().tolist()) in received for batch in Seen.images for image in batch]
+        assert len(same) > 30 and all(same) == (how == "none")
+
+
+def test_augmented_runs_are_reproducible():
+    torch.manual_seed(0)
+    model, (x, y) = conv_net(), data()
+    runs = [fastfip.purify(model, (x, y), "ft_sam", epochs=2, augment="crop_flip", progress=False) for _ in range(2)]
+    for a, b in zip(*(run.model.state_dict().values() for run in runs)):
+        assert torch.equal(a, b)
+
+
+def test_a_note_says_that_nothing_was_augmented():
+    x, y = torch.randn(24, 5, generator=seed()), torch.arange(24) % 3
+    result = fastfip.purify(torch.nn.Linear(5, 3), (x, y), "fine_tune", epochs=1, augment="crop", progress=False)
+    assert any("not augmented" in note for note in result.notes)
