@@ -91,6 +91,11 @@ def test_nothing_of_the_package_imports_tests_or_benchmarks():
         assert not {name for name in imported(path) if name.split(".")[0] in ("tests", "benchmarks")}, path
 
 
+def test_tests_do_not_import_benchmarks():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert not {name for name in imported(path) if name.split(".")[0] == "benchmarks"}, path
+
+
 def test_the_reader_of_imports_sees_every_form(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "fastfip" / "ops" / "x.py"
