@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fastfip
-from fastfip.cli import demo
+from fastfip.cli import demonstration as demo
 
 CSV = Path(__file__).resolve().parents[1] / "results" / "audit_digits.csv"
 FIELDS = "net seed form first place_of_target index index_of_second ratio p flagged verdict reached".split()

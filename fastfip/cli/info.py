@@ -51,7 +51,7 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
-    from fastfip.cli.demo import run_demo
+    from fastfip.cli.demonstration import run_demo
     from fastfip.errors import BackendError
     from fastfip.reporting.table import Sheet, show
 

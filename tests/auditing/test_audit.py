@@ -30,7 +30,7 @@ class NoAttack:
 def digits():
     """Digits, the attack, a backdoored net and a clean one trained in the same way."""
     pytest.importorskip("sklearn")
-    from fastfip.cli import demo
+    from fastfip.cli import demonstration as demo
 
     x, y, test_x, test_y = demo.digits(0)
     attack = demo.BadNets(size=2)

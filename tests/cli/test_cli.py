@@ -283,7 +283,7 @@ def test_env(capsys):
 
 
 def test_demo_without_its_extra(work, capsys, monkeypatch):
-    pytest.importorskip("fastfip.cli.demo")
+    pytest.importorskip("fastfip.cli.demonstration")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "fastfip[demo]" in fails(capsys, 6, "demo")
 

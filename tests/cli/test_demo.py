@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastfip import methods
-from fastfip.cli import demo
+from fastfip.cli import demonstration as demo
 from fastfip.metrics import evaluate
 
 pytest.importorskip("sklearn")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.attacks.badnets import BadNets
-from fastfip.cli.demo import TARGET, digits, train_backdoored
+from fastfip.cli.demonstration import TARGET, digits, train_backdoored
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods._sieve import Sieve
