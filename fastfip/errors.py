@@ -1,5 +1,10 @@
 """Errors that fastfip raises on purpose. Each says in one line what is wrong and what to do about it."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
 
 class FastFIPError(Exception):
     """Base of every error that fastfip raises on purpose."""
@@ -23,3 +28,18 @@ class CheckpointError(FastFIPError, ValueError):
 
 class BackendError(FastFIPError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
+
+
+_LONGEST = 200
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:_LONGEST]
+
+
+def choices(name: object, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, and all that there are."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return f"{hint} There are {', '.join(known)}"

@@ -6,24 +6,20 @@ normalisation. Labels are int64 [N].
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import DataError
+from fastfip.registry import Registry
 
 __all__ = ["Attack", "Target", "attack_labels", "get", "names", "register"]
 
 #: One class for all images (all to one), or "next": (y + 1) mod C (all to all).
 Target = int | Literal["next"]
 A = TypeVar("A", bound="type[Attack]")
-
-_ATTACKS: dict[str, type[Attack]] = {}
 
 
 class Attack(ABC):
@@ -99,21 +95,22 @@ def attack_labels(y: Tensor, target: Target, classes: int | None = None) -> Tens
     return torch.full_like(y, target)
 
 
+_REGISTRY: Registry[type[Attack]] = Registry("attack", "fastfip.attacks")
+
+
 def register(cls: A) -> A:
-    """Make an attack known by its `name`."""
-    for attribute in ("name", "summary"):
-        if not isinstance(getattr(cls, attribute, None), str):
-            raise TypeError(f"{cls.__name__} needs a class attribute {attribute}")
-    _ATTACKS[cls.name] = cls
+    """Make an attack known by its `name`.
+
+    Raises:
+        TypeError: it has no `name` or `summary`, or another attack has its name.
+    """
+    _REGISTRY.register(cls)
     return cls
 
 
 def names() -> list[str]:
     """Return the names of all attacks, sorted."""
-    package = importlib.import_module(__package__ or "fastfip.attacks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return sorted(_ATTACKS)
+    return _REGISTRY.names()
 
 
 def get(name: str) -> type[Attack]:
@@ -122,11 +119,7 @@ def get(name: str) -> type[Attack]:
     Raises:
         ConfigError: there is none of this name; the nearest is named.
     """
-    known = names()
-    if name not in _ATTACKS:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        raise ConfigError(f"no attack {name!r}: did you mean {near[0]!r}? There are {', '.join(known)}")
-    return _ATTACKS[name]
+    return _REGISTRY.get(name)
 
 
 def _check_images(x: Tensor) -> None:

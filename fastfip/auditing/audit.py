@@ -14,13 +14,16 @@ from torch import nn
 from fastfip.auditing.anomaly import LEVEL, SMALLER, anomaly
 from fastfip.auditing.result import Audit, NetAudit, Retuning
 from fastfip.auditing.subject import Subject, about, subjects_of
-from fastfip.data.checks import check_net, first_outputs, home_of, reading, usable_device
+from fastfip.data.batch import Batch, take
+from fastfip.data.checks import first_outputs, reading
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.task import Batch, Forward, Loss, Task, take
-from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
+from fastfip.data.task import Forward, Loss, Task
+from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError, reason
 from fastfip.fisher.sharpness import sharpness as measure_sharpness
 from fastfip.methods.run import autocast_dtype
 from fastfip.metrics.evaluation import evaluate
+from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usable_device
+from fastfip.nets.flags import requires_grad
 from fastfip.purification.process import seeded
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
 from fastfip.worst_case.universal import perturbable
@@ -98,18 +101,18 @@ def audit(
     for name, net in nets.items():
         with about(name):
             check_net(net)
-    place = home_of(model) if device is None else usable_device(device)
+    device = device_of(model) if device is None else usable_device(device)
     notes: list[str] = []
-    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, place):
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, device):
         clean = CleanSet.of(clean_loader, task)
         generator = torch.Generator().manual_seed(seed)
         clean = clean.subset(torch.randperm(clean.n, generator=generator)[:samples])
-        batch = _one_batch(clean, task, place, notes)
-        subjects = subjects_of(nets, clean, task, place, notes)
+        batch = _one_batch(clean, task, device, notes)
+        subjects = subjects_of(nets, clean, task, device, notes)
         received, last = subjects[0], subjects[-1]
         clean.check(received.classes)
         notes += clean.notes
-        poison = None if poisoned is None else _Poison(last, task, poisoned, asr_loader, place, seed)
+        poison = None if poisoned is None else _Poison(last, task, poisoned, asr_loader, device, seed)
         searched = _classes(classes, received.classes)
         found: dict[str, NetAudit] = {}
         for subject in subjects:
@@ -120,12 +123,12 @@ def audit(
                 inverted[form] = invert(
                     net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
                     per_class=_per_class(len(searched)), check=48 if len(searched) <= 20 else 32,
-                    amp=autocast_dtype(amp, place), seed=seed,
+                    amp=autocast_dtype(amp, device), seed=seed,
                 )  # fmt: skip
             curvature = None
             if sharpness:
                 say(f"{name} net: sharpness")
-                curvature = _sharpness(net, clean, subject.task, place, seed, notes)
+                curvature = _sharpness(net, clean, subject.task, device, seed, notes)
             ranks = {form: anomaly(searched, one.size, one.reached) for form, one in inverted.items()}
             found[name] = NetAudit(name, inverted, ranks, curvature)
         if last is not received and batch is not None:
@@ -134,10 +137,10 @@ def audit(
         retuning = None
         if poison is not None:
             say("re-tuning test")
-            retuning = _retune(last, clean, poison, place)
+            retuning = _retune(last, clean, poison, device)
     settings = {
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
-        "device": str(place), "amp": amp, "classes": len(searched),
+        "device": str(device), "amp": amp, "classes": len(searched),
     }  # fmt: skip
     return Audit(found["received"], found.get("purified"), retuning, settings, time.perf_counter() - start, notes)
 
@@ -150,15 +153,13 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
         raise ConfigError(f"reach={reach}: must be > 0 and <= 1")
     if steps < 1 or samples < 2:
         raise ConfigError(f"steps={steps}, samples={samples}: must be at least 1 and 2")
-    if amp not in (False, True, "bf16", "fp16"):
-        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
+    check_amp(amp)
+    check_seed(seed)
 
 
-def _one_batch(clean: CleanSet, task: Task, place: torch.device, notes: list[str]) -> Any:
+def _one_batch(clean: CleanSet, task: Task, device: torch.device, notes: list[str]) -> Any:
     """Return the clean samples as one batch on the device; None and a note where they cannot be changed."""
-    from fastfip.data.task import move_to
+    from fastfip.data.batch import move_to
 
     try:
         batch = clean.tensors()
@@ -174,7 +175,7 @@ def _one_batch(clean: CleanSet, task: Task, place: torch.device, notes: list[str
     bad = int((~torch.isfinite(task.inputs(batch)).flatten(1).all(1)).sum())
     if bad:
         raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or look at their scaling")
-    return move_to(batch, place)
+    return move_to(batch, device)
 
 
 def _classes(classes: Sequence[int] | None, count: int) -> list[int]:
@@ -192,23 +193,18 @@ def _per_class(classes: int) -> int:
 
 
 def _sharpness(
-    net: nn.Module, clean: CleanSet, task: Task, place: torch.device, seed: int, notes: list[str]
+    net: nn.Module, clean: CleanSet, task: Task, device: torch.device, seed: int, notes: list[str]
 ) -> dict[str, Any] | None:
     sample = clean.subset(torch.arange(min(128, clean.n)))
-    flags = [(p, p.requires_grad) for p in net.parameters()]
     try:
-        for p, _ in flags:
-            p.requires_grad_(p.is_floating_point())
-        return measure_sharpness(
-            net, sample.batches(64, device=place), forward=task.forward, loss=task.loss_hook, iterations=20,
-            tolerance=0.01, probes=5, seed=seed,
-        ).to_dict()  # fmt: skip
+        with requires_grad(net.parameters(), True):
+            return measure_sharpness(
+                net, sample.batches(64, device=device), forward=task.forward, loss=task.loss_hook, iterations=20,
+                tolerance=0.01, probes=5, seed=seed,
+            ).to_dict()  # fmt: skip
     except (FastFIPError, RuntimeError, NotImplementedError) as error:
-        notes.append(f"sharpness not measured: {' '.join(str(error).split())[:200]}")
+        notes.append(f"sharpness not measured: {reason(error)}")
         return None
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 @torch.no_grad()
@@ -235,16 +231,16 @@ class _Poison:
     """
 
     def __init__(
-        self, subject: Subject, own: Task, poisoned: Any, asr_loader: Any, place: torch.device, seed: int
+        self, subject: Subject, own: Task, poisoned: Any, asr_loader: Any, device: torch.device, seed: int
     ) -> None:
-        self.subject, self.place = subject, place
+        self.subject, self.device = subject, device
         if not any(p.is_floating_point() for p in subject.model.parameters()):
             raise ModelError("the re-tuning test tunes the model, which has no parameters: leave out poisoned=")
         bad = CleanSet.of(poisoned, own)
         if bad.labels is None or bad.n < 2:
             raise DataError("poisoned= needs at least 2 triggered samples with the attack's label")
         bad.check(subject.classes)
-        for part in bad.batches(64, device=place):
+        for part in bad.batches(64, device=device):
             first_outputs(subject.model, subject.task.forward, part, "the poisoned samples")
         self.generator = torch.Generator().manual_seed(seed)
         look: Any = list(asr_loader) if isinstance(asr_loader, Iterator) else asr_loader
@@ -259,11 +255,11 @@ class _Poison:
         """Return the attack's success on the samples that are not tuned with."""
         task = self.subject.task
         with reading("asr_loader="):
-            found = evaluate(net, None, self.look, forward=task.forward, loss=task.loss_hook, device=self.place)
+            found = evaluate(net, None, self.look, forward=task.forward, loss=task.loss_hook, device=self.device)
         return math.nan if found.asr is None else found.asr
 
 
-def _retune(subject: Subject, clean: CleanSet, poison: _Poison, place: torch.device) -> Retuning:
+def _retune(subject: Subject, clean: CleanSet, poison: _Poison, device: torch.device) -> Retuning:
     """Tune with clean and poisoned samples and look how the attack's success goes."""
     task, bad = subject.task, poison.bad
     net = copy.deepcopy(subject.model)
@@ -275,11 +271,11 @@ def _retune(subject: Subject, clean: CleanSet, poison: _Poison, place: torch.dev
     for step in range(1, max(LOOKS) + 1):
         batch = next(good, None)
         if batch is None:
-            good = clean.batches(min(64, clean.n), shuffle=True, generator=poison.generator, device=place, smallest=2)
+            good = clean.batches(min(64, clean.n), shuffle=True, generator=poison.generator, device=device, smallest=2)
             batch = next(good)
         optimizer.zero_grad()
         task.loss(task.forward(net, batch), batch).mean().backward()
-        for part in bad.batches(64, device=place):
+        for part in bad.batches(64, device=device):
             share = task.size(part) / bad.n
             (share * task.loss(task.forward(net, part), part).mean()).backward()
         optimizer.step()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fastfip.data.batch import Batch, float32_batch
 from fastfip.data.checks import first_outputs
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.logits import logits_task
-from fastfip.data.task import Batch, Task
+from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.purification.scorer import float32_batch, in_float32
-from fastfip.purification.workcopy import LOW, cast
+from fastfip.nets.copies import copied
+from fastfip.nets.precision import LOW_PRECISION, cast, dtypes_of, to_float32
 
 __all__ = ["Subject", "about", "subjects_of"]
 
@@ -52,7 +52,7 @@ class Subject:
 
 
 def subjects_of(
-    nets: Mapping[str, nn.Module], clean: CleanSet, task: Task, place: torch.device, notes: list[str]
+    nets: Mapping[str, nn.Module], clean: CleanSet, task: Task, device: torch.device, notes: list[str]
 ) -> list[Subject]:
     """Copy the nets and run each once.
 
@@ -60,12 +60,12 @@ def subjects_of(
         ModelError: a net that cannot be copied, does not fit the data, or has not the classes of the other.
         DataError: no logits.
     """
-    batch = next(iter(clean.batches(device=place)))
-    low = any(t.dtype in LOW for net in nets.values() for t in _tensors(net).values())
+    batch = next(iter(clean.batches(device=device)))
+    low = any(dtype in LOW_PRECISION for net in nets.values() for dtype in dtypes_of(net).values())
     found: list[Subject] = []
     for name, net in nets.items():
         with about(name):
-            found.append(_subject(name, net, batch, task, place, low, notes))
+            found.append(_subject(name, net, batch, task, device, low, notes))
     if len({one.classes for one in found}) > 1:
         counts = " and ".join(f"the {one.name} net has {one.classes} classes" for one in found)
         raise ModelError(f"{counts}: purified= must be the same net after its purification")
@@ -73,27 +73,19 @@ def subjects_of(
 
 
 def _subject(
-    name: str, net: nn.Module, batch: Batch, task: Task, place: torch.device, low: bool, notes: list[str]
+    name: str, net: nn.Module, batch: Batch, task: Task, device: torch.device, low: bool, notes: list[str]
 ) -> Subject:
-    try:
-        with torch.no_grad():
-            model = copy.deepcopy(net)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ModelError(
-            f"the model cannot be copied ({reason}), and an audit works on a copy: keep its tensors as parameters or "
-            "buffers"
-        ) from error
+    model = copied(net, "an audit works on a copy: keep its tensors as parameters or buffers")
     model.zero_grad(set_to_none=True)
-    model = model.to(place).eval()
+    model = model.to(device).eval()
     wide = False
     if low:
-        own = {key: t.dtype for key, t in _tensors(model).items()}
-        cast(model, {key: torch.float32 if dtype in LOW else dtype for key, dtype in own.items()})
+        own = dtypes_of(model)
+        to_float32(model)
         try:
             with torch.no_grad():
-                in_float32(task).forward(model, batch)
-            task, wide, said = in_float32(task), True, "16-bit weights: the audit is of copies in float32"
+                task.in_float32().forward(model, batch)
+            task, wide, said = task.in_float32(), True, "16-bit weights: the audit is of copies in float32"
         except RuntimeError:
             cast(model, own)
             said = "the model casts to low precision itself: it is audited in its own dtype"
@@ -109,8 +101,3 @@ def _subject(
     if probabilities is not None and probabilities not in notes:
         notes.append(probabilities)
     return Subject(name, model, task, out.shape[1], wide)
-
-
-def _tensors(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers by their names, tied ones by each."""
-    return {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}

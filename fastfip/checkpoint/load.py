@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastfip.checkpoint.align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
 from fastfip.checkpoint.read import read
-from fastfip.errors import CheckpointError, ModelError
+from fastfip.errors import CheckpointError, ModelError, reason
 
 __all__ = ["Checkpoint", "check_tensor", "load_checkpoint", "tied_names"]
 
@@ -166,7 +166,7 @@ def _fit(out: Checkpoint, model: nn.Module, own: dict[str, Any], strict: bool) -
         model.load_state_dict(out, strict=False)
     except Exception as error:
         _restore(own, before)
-        raise CheckpointError(f"could not be loaded into the model: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"could not be loaded into the model: {reason(error)}") from None
     except BaseException:
         _restore(own, before)
         raise

@@ -156,6 +156,7 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
         progress=progress,
         test_loader=[(test_x, test_y)],
         asr_loader=[triggered],
+        measure=("acc", "asr", "fisher_trace"),
         **{**OPTIONS.get(method, {}), **options},
     )
     sample = (x[:CLEAN], y[:CLEAN])

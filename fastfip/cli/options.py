@@ -279,7 +279,7 @@ def device(name: str) -> str:
         ConfigError: no such kind of device.
         BackendError: it is not here.
     """
-    from fastfip.data.checks import usable_device
+    from fastfip.nets.checks import usable_device
 
     usable_device(name)
     return name

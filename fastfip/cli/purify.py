@@ -34,6 +34,9 @@ def purify(
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="steps, instead of epochs")] = None,
     seed: o.Seed = 0,
     amp: o.Amp = "off",
+    fisher_trace: Annotated[
+        bool, typer.Option("--fisher-trace", help="measure the trace of the Fisher information before and after too")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
     ] = None,
@@ -70,6 +73,7 @@ def purify(
         progress=False if quiet else None,
         test_loader=net.batches(test),
         asr_loader=net.batches(asr),
+        measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
     )
     if result.interrupted and not result.history:

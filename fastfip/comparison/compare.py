@@ -18,12 +18,13 @@ from torch import nn
 import fastfip
 from fastfip.comparison import fingerprint
 from fastfip.comparison.result import BASELINE, Comparison, Row
-from fastfip.data.checks import home_of, usable_device
+from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.task import Batch, Forward, Loss, Task, batches_of
-from fastfip.errors import ConfigError, DataError
+from fastfip.data.task import Forward, Loss, Task, batches_of
+from fastfip.errors import ConfigError, DataError, reason
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
+from fastfip.nets.checks import device_of, usable_device
 from fastfip.purification.process import seeded
 from fastfip.purification.purify import purify
 
@@ -87,7 +88,7 @@ def compare(
     plan = [_choice(choice) for choice in (names() if methods is None else methods)]
     drawn = list(dict.fromkeys(seeds))
     _check(plan, drawn, out, resume)
-    where = home_of(model) if device is None else usable_device(device)
+    where = device_of(model) if device is None else usable_device(device)
     old = Comparison.read(out) if resume and out is not None and Path(out).exists() else Comparison([])
     task = Task.of(forward, loss)
     with seeded(0, torch.device("cpu")):
@@ -203,7 +204,7 @@ def _run(
         if before.ra is not None and before.acc is not None:
             row.rir = rir(before, after)
     except (Exception, MemoryError) as error:
-        row.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        row.error = f"{type(error).__name__}: {reason(error)}"
     finally:
         gc.collect()
         if torch.cuda.is_available():

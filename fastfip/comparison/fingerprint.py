@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastfip.data.batch import map_batch
 
 __all__ = ["Watched", "of_batches", "of_model"]
 
@@ -41,23 +44,15 @@ class Watched:
     def __iter__(self) -> Iterator[Any]:
         fields: dict[str, Any] = {}
         for batch in self.batches:
-            for name, value in _tensors(batch):
-                kept = fields.setdefault(name, hashlib.sha256())
-                _feed(kept, value, header=False)
+            map_batch(functools.partial(_add, fields), batch, path="")
             yield batch
         joined = "".join(f"{name}:{fields[name].hexdigest()};" for name in sorted(fields))
         self.digest = hashlib.sha256(joined.encode()).hexdigest()[:_LENGTH]
 
 
-def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _tensors(value, f"{name}.{key}")
-    elif isinstance(batch, (tuple, list)):
-        for place, value in enumerate(batch):
-            yield from _tensors(value, f"{name}.{place}")
+def _add(fields: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        _feed(fields.setdefault(name, hashlib.sha256()), value, header=False)
 
 
 def _feed(digest: Any, value: Any, header: bool = True) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fastfip.errors import DataError
+from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.table import Sheet, to_json
 
@@ -199,8 +199,8 @@ class Comparison:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise DataError(f"{path} is not what fastfip compare writes ({type(error).__name__}: {reason})") from None
+            said = f"{type(error).__name__}: {reason(error)}"
+            raise DataError(f"{path} is not what fastfip compare writes ({said})") from None
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw ACC against ASR (without triggered images: against seconds), the bubbles' area in proportion to seconds.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastfip.data.batch import Batch, move_to, pick, take, to_tensors
 from fastfip.data.task import (
-    Batch,
     Forward,
     Loss,
     Task,
@@ -11,10 +11,6 @@ from fastfip.data.task import (
     check_labels,
     iter_batches,
     looks_like_probabilities,
-    move_to,
-    pick,
-    take,
-    to_tensors,
 )
 
 __all__ = [

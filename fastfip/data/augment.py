@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.errors import DataError
 
 __all__ = ["augmented", "shifted"]

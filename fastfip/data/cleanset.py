@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.stores import DEFAULT_BATCH, Live, Memory, Store, live_loader, tensors_of
-from fastfip.data.task import Batch, Task, check_labels, iter_batches, move_to, to_tensors
+from fastfip.data.task import Task, check_labels, iter_batches
 from fastfip.errors import DataError
 
 __all__ = ["CleanSet"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastfip.data.task import check_labels
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError, reason
 
 __all__ = ["ImageSet", "Pixels", "load", "loader", "read_image", "same_classes"]
 
@@ -229,7 +229,7 @@ def _load_npz(path: Path, wanted: list[str] | None, role: str, pixels: Pixels) -
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     try:
         labels = _labels(y)
         x = _channels_first(x)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastfip.data.task import Batch, Task, looks_like_probabilities
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task, looks_like_probabilities
+from fastfip.nets.copies import is_compiled
 
 __all__ = ["logits_task"]
 
@@ -44,7 +46,7 @@ def logits_task(model: nn.Module, task: Task, batch: Batch, outputs: Tensor) -> 
     if task.forward_hook is not None or not looks_like_probabilities(outputs):
         return task, None
     given = None
-    if not _is_compiled(model):
+    if not _is_opaque(model):
         with torch.no_grad():
             given = _SoftmaxInput.of(task, model, batch)[1]
     way, how = (_log, "their logarithm") if given is None else (_watched, "what goes into it")
@@ -65,11 +67,9 @@ def _log_of(p: Tensor) -> Tensor:
     return p.clamp_min(1e-30 if p.dtype == torch.float64 else torch.finfo(p.dtype).tiny).log()
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        isinstance(m, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)) or m._compiled_call_impl is not None
-        for m in model.modules()
-    )
+def _is_opaque(model: nn.Module) -> bool:
+    """Return whether the calls inside the model cannot be watched: compiled or scripted code."""
+    return is_compiled(model) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
 
 
 class _SoftmaxInput(TorchFunctionMode):

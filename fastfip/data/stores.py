@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch, map_batch
 
 __all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "live_loader", "tensors_of"]
 
@@ -113,45 +113,53 @@ class _Rows:
 
 
 def _signature(batch: Batch, size: int) -> Any:
-    if isinstance(batch, Tensor):
-        return ("rows", tuple(batch.shape[1:]), batch.dtype) if _is_rows(batch, size) else ("whole", id(batch))
-    if isinstance(batch, Mapping):
-        return ("dict", tuple((k, _signature(v, size)) for k, v in batch.items()))
-    if isinstance(batch, (tuple, list)):
-        if len(batch) == size and not any(isinstance(v, (Tensor, Mapping, tuple, list)) for v in batch):
-            return "list"
-        return ("tuple", tuple(_signature(v, size) for v in batch))
-    return ("whole", repr(batch))
+    """Return what two batches must share so that their samples can be joined."""
+    places: list[Any] = []
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            row = value.dim() > 0 and value.shape[0] == size
+            places.append((path, "rows", tuple(value.shape[1:]), value.dtype) if row else (path, "whole", id(value)))
+        else:
+            places.append((path, "list") if _is_list(value, size) else (path, "whole", repr(value)))
+
+    map_batch(add, batch, is_leaf=lambda value: _is_list(value, size), path="")
+    return tuple(places)
 
 
-def _is_rows(value: Tensor, size: int) -> bool:
-    return value.dim() > 0 and value.shape[0] == size
+def _is_list(value: Any, size: int) -> bool:
+    """Return whether a container has one plain value (text, say) for each sample."""
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == size
+        and not any(isinstance(v, (Tensor, Mapping, tuple, list)) for v in value)
+    )
 
 
 def _join(batches: list[Batch], sizes: list[int]) -> Batch:
     """Join batches of one signature; what has a row for each sample becomes `_Rows`."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return _Rows(torch.cat(batches) if len(batches) > 1 else first) if _is_rows(first, sizes[0]) else first
-    if isinstance(first, Mapping):
-        return {k: _join([b[k] for b in batches], sizes) for k in first}
-    if isinstance(first, (tuple, list)):
-        if _signature(first, sizes[0]) == "list":
-            return _Rows([value for batch in batches for value in batch])
-        return tuple(_join(list(items), sizes) for items in zip(*batches))
-    return first
+    size = sizes[0]
+
+    def joined(*values: Any) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            if first.dim() == 0 or first.shape[0] != size:
+                return first
+            return _Rows(torch.cat(values) if len(values) > 1 else first)
+        return _Rows([item for value in values for item in value]) if _is_list(first, size) else first
+
+    return map_batch(joined, *batches, is_leaf=lambda value: _is_list(value, size))
 
 
 def _take(joined: Batch, index: Tensor) -> Batch:
-    if isinstance(joined, _Rows):
-        if isinstance(joined.values, Tensor):
-            return joined.values[index.to(joined.values.device)]
-        return [joined.values[i] for i in index.tolist()]
-    if isinstance(joined, Mapping):
-        return {k: _take(v, index) for k, v in joined.items()}
-    if isinstance(joined, tuple):
-        return tuple(_take(v, index) for v in joined)
-    return joined
+    def rows(value: Any) -> Any:
+        if not isinstance(value, _Rows):
+            return value
+        if isinstance(value.values, Tensor):
+            return value.values[index.to(value.values.device)]
+        return [value.values[i] for i in index.tolist()]
+
+    return map_batch(rows, joined)
 
 
 def live_loader(data: Any) -> tuple[DataLoader[Any], Tensor, int] | None:

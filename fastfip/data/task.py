@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.data.batch import Batch, float32_batch, move_to, to_tensors
 from fastfip.errors import DataError
 
 __all__ = [
@@ -22,13 +23,8 @@ __all__ = [
     "check_labels",
     "iter_batches",
     "looks_like_probabilities",
-    "move_to",
-    "pick",
-    "take",
-    "to_tensors",
 ]
 
-Batch = Any
 Forward = Callable[[nn.Module, Batch], Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
 
@@ -69,6 +65,10 @@ class Task:
             if hook is not None and not callable(hook):
                 raise DataError(f"{name}= must be a function, not {type(hook).__name__}")
         return cls(forward, loss)
+
+    def in_float32(self) -> Task:
+        """Return the task for a model in float32 whose batches are of lower precision."""
+        return Task(lambda model, batch: self.forward(model, float32_batch(batch)), self.loss_hook)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits [N, C] of a batch (of whatever shape `loss=` understands, if that is given).
@@ -215,55 +215,6 @@ def looks_like_probabilities(outputs: Tensor) -> bool:
         return False
     out = outputs.detach().float()
     return bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())
-
-
-def to_tensors(batch: Batch) -> Batch:
-    """Return a batch with the numpy arrays and numbers in it as tensors; containers become plain tuples and dicts."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {k: to_tensors(v) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(to_tensors(v) for v in batch)
-    if hasattr(batch, "__array__") and not isinstance(batch, (str, bytes)):
-        try:
-            return torch.as_tensor(batch)
-        except (TypeError, ValueError):
-            return batch
-    return batch
-
-
-def pick(batch: Batch, n: int, samples: int) -> Batch:
-    """Return sample n of a batch as a batch of one: every tensor whose first dimension is `samples` is cut."""
-    if isinstance(batch, Tensor):
-        return batch[n : n + 1] if batch.dim() > 0 and batch.shape[0] == samples else batch
-    if isinstance(batch, Mapping):
-        return {k: pick(v, n, samples) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(pick(v, n, samples) for v in batch)
-    return batch
-
-
-def take(batch: Batch, index: Tensor, samples: int) -> Batch:
-    """Return the samples `index` [K] of a batch as a batch: every tensor whose first dimension is `samples` is cut."""
-    if isinstance(batch, Tensor):
-        return batch[index.to(batch.device)] if batch.dim() > 0 and batch.shape[0] == samples else batch
-    if isinstance(batch, Mapping):
-        return {k: take(v, index, samples) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(take(v, index, samples) for v in batch)
-    return batch
-
-
-def move_to(batch: Batch, device: torch.device | str | None) -> Batch:
-    """Return a (nested) batch with its tensors on `device`; what is no tensor stays as it is."""
-    if isinstance(batch, Tensor):
-        return batch if device is None else batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {k: move_to(v, device) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(move_to(v, device) for v in batch)
-    return batch
 
 
 def iter_batches(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastfip.fisher.backward import backward_with_fisher
 from fastfip.fisher.diagonal import FisherDiagonal, draw_labels, fisher_diagonal
-from fastfip.fisher.modes import eval_mode
 from fastfip.fisher.penalty import FisherPenalty
 from fastfip.fisher.per_sample import per_sample_gradients
 from fastfip.fisher.trace import TraceOutput, fisher_trace, squared_norms, trace_and_logits
+from fastfip.nets.flags import eval_mode
 
 __all__ = [
     "FisherDiagonal",

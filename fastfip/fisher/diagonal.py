@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task, iter_batches, pick
+from fastfip.data.batch import Batch, pick
+from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError, DataError
 from fastfip.fisher.graph.forms import Form, Work
 from fastfip.fisher.graph.plan import Group, Plan, selected

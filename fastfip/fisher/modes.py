@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastfip.errors import ModelError
+from fastfip.nets.copies import is_compiled
 
 
 def check_modes(model: nn.Module) -> None:
@@ -40,17 +41,6 @@ def _is_instance_norm(m: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put the model in eval mode for a while; every module's own flag is as before afterwards."""
-    flags = [(m, m.training) for m in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for m, flag in flags:
-            m.training = flag
-
-
-@contextlib.contextmanager
 def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
     """Make a forward pass leave a graph that rules can read, and with `twice` one that has second derivatives.
 
@@ -62,7 +52,7 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if any(_is_compiled(m) for m in model.modules()):
+        if is_compiled(model):
             stack.enter_context(_eager())
         if twice:
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,10 +62,6 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapTwice())
         yield
-
-
-def _is_compiled(m: nn.Module) -> bool:
-    return type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager

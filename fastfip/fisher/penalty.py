@@ -9,15 +9,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task, pick
+from fastfip.data.batch import Batch, pick
+from fastfip.data.task import Task
 from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher.differences.perturb import Found, Uncovered, perturbed, working_dtype
 from fastfip.fisher.differences.signs import signed
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import cache_of
-from fastfip.fisher.modes import check_modes, eval_mode, readable
+from fastfip.fisher.modes import check_modes, readable
 from fastfip.fisher.trace import trace_and_logits
+from fastfip.nets.copies import is_compiled, unwrapped
+from fastfip.nets.flags import eval_mode
 
 Way = Literal["auto", "exact", "perturb", "signs"]
 
@@ -53,21 +56,6 @@ def choose_way(model: nn.Module, batch: Batch, task: Task) -> tuple[str, str]:
 
 def _operation(node: str) -> str:
     return node.removesuffix("0").removesuffix("Backward")
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was used on the model or a part of it."""
-    return any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel or DataParallel."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
 
 
 class FisherPenalty:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task, iter_batches
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.verify import cache_of
-from fastfip.fisher.modes import eval_mode, readable
+from fastfip.fisher.modes import readable
 from fastfip.fisher.trace import Params, squared_norms
+from fastfip.nets.flags import eval_mode
 
 
 @dataclasses.dataclass(frozen=True)

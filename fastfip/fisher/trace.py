@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.fisher.graph.forms import Form
 from fastfip.fisher.graph.plan import Group, Plan, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for

@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.methods._classifier import Classifier
 from fastfip.methods.base import Groups, Method, Run
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.task import Batch, Task
+from fastfip.data.task import Task
 from fastfip.errors import DataError
 from fastfip.methods._classifier import LastLayer, recorded
 from fastfip.methods.base import Run

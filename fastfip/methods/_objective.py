@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.fisher.diagonal import Kind
 from fastfip.methods._fip_config import FIPConfig
 from fastfip.methods._sieve import Sieve
-from fastfip.methods._space import Space, frozen_copy
+from fastfip.methods._space import Space
 from fastfip.methods.base import Run
+from fastfip.nets.copies import frozen_copy
 from fastfip.worst_case.universal import Perturbations, perturbable
 
 __all__ = ["Objective", "Paper", "WorstCase", "retainer"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.errors import ConfigError
 from fastfip.methods.base import MethodConfig, Run, setting
 from fastfip.worst_case.universal import perturbable

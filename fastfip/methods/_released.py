@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.errors import ConfigError
 from fastfip.methods._objective import Objective
 

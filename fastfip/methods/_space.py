@@ -6,20 +6,19 @@ Both give an objective the same things: tensors that are tuned, their Fisher dia
 from __future__ import annotations
 
 import contextlib
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastfip.data.task import Batch
-from fastfip.errors import ModelError
+from fastfip.data.batch import Batch
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.diagonal import Kind
 from fastfip.fisher.modes import readable
 from fastfip.methods.base import Groups, Run
+from fastfip.nets.flags import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
 
@@ -140,7 +139,7 @@ class Spectral(Space):
         sums = [torch.zeros_like(delta) for delta in self.shifts.deltas]
         count = 0
         self.shifts.refresh()
-        with run.eval_mode(), asking(run.model):
+        with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in _first(run):
                 with recording(self.shifts) as record, readable(run.model):
                     logits = run.task.forward(run.model, batch)
@@ -180,19 +179,6 @@ class Spectral(Space):
             self.shifts.remove()
 
 
-@contextlib.contextmanager
-def asking(model: nn.Module) -> Iterator[None]:
-    """Let every parameter ask for a gradient for a block: a net that was loaded frozen has a Fisher all the same."""
-    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
 def _first(run: Run) -> Iterator[Batch]:
     count = 0
     for batch in run.clean.batches(shuffle=True, generator=torch.Generator().manual_seed(run.seed), device=run.device):
@@ -203,7 +189,7 @@ def _first(run: Run) -> Iterator[Batch]:
 
 
 def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
-    with run.eval_mode(), asking(run.model):
+    with run.eval_mode(), requires_grad(run.model.parameters(), True):
         return fisher_diagonal(
             run.model,
             _first(run),
@@ -213,14 +199,3 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
             params=names,
             seed=run.seed,
         )
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode without hooks' side effects on the original: the net as it was received."""
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:  # what a user's module raises when copied can be anything
-        raise ModelError(f"the model cannot be copied ({type(error).__name__}), which this method needs") from error
-    for p in twin.parameters():
-        p.requires_grad_(False)
-    return twin.eval()

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting

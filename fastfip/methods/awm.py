@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.errors import ModelError
 from fastfip.methods._masks import Masks, per_element, weights_of
 from fastfip.methods._pixels import PixelConfig, PixelRange

@@ -8,26 +8,21 @@ happened, `fold`.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
-from fastfip.errors import ConfigError
+from fastfip.data.batch import Batch
 from fastfip.methods.config import MethodConfig, setting
 from fastfip.methods.run import Run
+from fastfip.registry import Registry
 
 __all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]
 
 Groups = list[dict[str, Any]]
 M = TypeVar("M", bound="type[Method]")
-
-_METHODS: dict[str, type[Method]] = {}
 
 
 class Method(ABC):
@@ -107,29 +102,22 @@ class Method(ABC):
         """
 
 
+_REGISTRY: Registry[type[Method]] = Registry("method", "fastfip.methods")
+
+
 def register(cls: M) -> M:
-    """Make a method known by its `name`."""
-    for attribute in ("name", "summary"):
-        if not isinstance(getattr(cls, attribute, None), str):
-            raise TypeError(f"{cls.__name__} needs a class attribute {attribute}")
-    other = _METHODS.get(cls.name)
-    if other is not None and other.__qualname__ != cls.__qualname__:
-        raise TypeError(f"the methods {other.__qualname__} and {cls.__qualname__} have one name, {cls.name!r}")
-    _METHODS[cls.name] = cls
+    """Make a method known by its `name`.
+
+    Raises:
+        TypeError: it has no `name` or `summary`, or another method has its name.
+    """
+    _REGISTRY.register(cls)
     return cls
-
-
-def _scan() -> None:
-    package = importlib.import_module(__package__ or "fastfip.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):  # shared by methods, none itself
-            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def names() -> list[str]:
     """Return the names of all methods, sorted."""
-    _scan()
-    return sorted(_METHODS)
+    return _REGISTRY.names()
 
 
 def get(name: str) -> type[Method]:
@@ -138,9 +126,4 @@ def get(name: str) -> type[Method]:
     Raises:
         ConfigError: there is none of this name; the nearest is named.
     """
-    known = names()
-    if name not in _METHODS:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no method {name!r}{hint} There are {', '.join(known)}")
-    return _METHODS[name]
+    return _REGISTRY.get(name)

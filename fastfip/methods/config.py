@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from fastfip.errors import ConfigError
+from fastfip.errors import ConfigError, choices, reason
 
 __all__ = ["MethodConfig", "setting"]
 
@@ -146,7 +145,7 @@ class MethodConfig:
         try:
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the config is no YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"the config is no YAML: {reason(error)}") from None
         return cls.from_dict({} if values is None else values)
 
     def save(self, path: str | Path) -> None:
@@ -187,8 +186,7 @@ def _known(cls: type, values: Mapping[str, Any]) -> None:
     names = [item.name for item in fields(cls)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown setting {name!r}: did you mean {near[0]!r}? There are {', '.join(names)}")
+            raise ConfigError(f"unknown setting {name!r}{choices(name, names)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.methods._fip_config import FIPConfig
 from fastfip.methods._objective import Objective, Paper, WorstCase
 from fastfip.methods._released import Released

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FTSAM", "FTSAMConfig", "adaptive_perturbation"]

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.fisher.modes import readable
 from fastfip.methods._pixels import PixelConfig, PixelRange
 from fastfip.methods.base import Groups, Method, Run, register, setting

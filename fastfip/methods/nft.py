@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.errors import ModelError
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.methods._classifier import LastLayer
 from fastfip.methods._features import FeatureSet
 from fastfip.methods._natural import Exact, Kronecker, Solver

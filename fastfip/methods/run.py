@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.task import Batch, Task
-from fastfip.errors import ConfigError, ModelError
+from fastfip.data.task import Task
+from fastfip.errors import ConfigError
 from fastfip.methods.config import MethodConfig
+from fastfip.nets.checks import check_amp
+from fastfip.nets.flags import eval_mode, training_flags
 
 __all__ = ["Run", "autocast_dtype"]
 
@@ -165,25 +168,14 @@ class Run:
         if mode not in ("train", "eval"):
             raise ValueError(f"bn({mode!r}): train or eval")
         layers = self.batchnorms
-        before = [layer.training for layer in layers]
-        for layer in layers:
-            layer.training = mode == "train"
-        try:
+        with training_flags(layers):
+            for layer in layers:
+                layer.training = mode == "train"
             yield
-        finally:
-            for layer, flag in zip(layers, before):
-                layer.training = flag
 
-    @contextlib.contextmanager
-    def eval_mode(self) -> Iterator[None]:
+    def eval_mode(self) -> contextlib.AbstractContextManager[nn.Module]:
         """Set the whole model to eval mode for a block."""
-        before = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, flag in before:
-                module.training = flag
+        return eval_mode(self.model)
 
 
 def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
@@ -192,15 +184,11 @@ def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:
     Raises:
         ConfigError: anything but False, True, "bf16", "fp16".
     """
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if amp is False or amp is None:
+    check_amp(amp)
+    if amp is False:
         return None
     if amp is True:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
         return torch.bfloat16
-    if amp not in names:
-        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
-    if device.type == "meta":
-        raise ModelError("a model on the meta device has no weights")
-    return names[str(amp)]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[str(amp)]

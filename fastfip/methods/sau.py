@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastfip.data.task import Batch
+from fastfip.data.batch import Batch
 from fastfip.methods._pixels import PixelConfig, PixelRange
-from fastfip.methods._space import frozen_copy
 from fastfip.methods.base import Groups, Method, Run, register, setting
+from fastfip.nets.copies import frozen_copy
 
 __all__ = ["SAU", "SAUConfig", "unshared"]
 

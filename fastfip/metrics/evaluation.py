@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.checks import home_of, usable_device
-from fastfip.data.task import Batch, Forward, Loss, Task, check_labels, iter_batches, move_to, to_tensors
+from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
+from fastfip.nets.checks import device_of, usable_device
+from fastfip.nets.flags import eval_mode
 
 __all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
 
@@ -136,13 +138,13 @@ def evaluate(
     notes: list[str] = []
     acc = mean = asr = ra = None
     n = triggered = 0
-    with _evaluating(model, device) as where:
+    with _evaluating(model, device) as place:
         if test_loader is not None:
-            acc, mean, n = _clean(model, test_loader, task, where)
+            acc, mean, n = _clean(model, test_loader, task, place)
             if acc is None:
                 notes.append("labels or outputs are no class indices: ACC not measured, only the loss")
         if asr_loader is not None:
-            asr, ra, triggered = _triggered(model, asr_loader, task, target, where, notes)
+            asr, ra, triggered = _triggered(model, asr_loader, task, target, place, notes)
         else:
             notes.append("no trigger given: ASR not measured")
     return Evaluation(acc=acc, asr=asr, ra=ra, loss=mean, n=n, n_triggered=triggered, notes=tuple(notes))
@@ -178,22 +180,18 @@ def robust_accuracy(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def _evaluating(model: nn.Module, wanted: torch.device | str | None) -> Iterator[torch.device]:
     """Eval mode without gradients; training flags and device are restored."""
-    home = home_of(model)
-    where = home if device is None else usable_device(device)
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        if where != home:
-            model.to(where)
-        with torch.no_grad():
-            yield where
-    finally:
-        if where != home:
-            model.to(home)
-        for module, flag in flags:
-            module.training = flag
+    home = device_of(model)
+    device = home if wanted is None else usable_device(wanted)
+    with eval_mode(model), torch.no_grad():
+        try:
+            if device != home:
+                model.to(device)
+            yield device
+        finally:
+            if device != home:
+                model.to(home)
 
 
 def _logits_shape(logits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastfip.data.augment import augmented
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.methods.run import Run
+from fastfip.nets.flags import requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
 
 __all__ = ["Run", "fit", "learning_rate"]
@@ -97,16 +98,19 @@ class _Tuned:
 
     def __enter__(self) -> _Tuned:
         mine = {id(p) for p in self.tensors}
-        everything = {id(p): p for p in [*self.model.parameters(), *self.tensors]}
-        self.flags = [(p, p.requires_grad) for p in everything.values()]
-        for p in everything.values():
-            p.requires_grad_(id(p) in mine)
-            p.grad = None
+        self.everything = list({id(p): p for p in [*self.model.parameters(), *self.tensors]}.values())
+        self.flags = requires_grad(self.everything, lambda p: id(p) in mine)
+        self.flags.__enter__()
+        self.without_gradients()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for p, flag in self.flags:
-            p.requires_grad_(flag)
+        self.flags.__exit__(None, None, None)
+        self.without_gradients()
+
+    def without_gradients(self) -> None:
+        """Leave no gradient behind, neither the user's nor ours."""
+        for p in self.everything:
             p.grad = None
 
     def state(self) -> list[Tensor]:

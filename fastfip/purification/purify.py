@@ -6,31 +6,59 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 import fastfip
-from fastfip.data.checks import first_outputs, usable_device
+from fastfip.data.batch import Batch
+from fastfip.data.checks import first_outputs
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.logits import logits_task
-from fastfip.data.task import Batch, Forward, Loss, Task
+from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
+from fastfip.nets.checks import check_amp, check_seed, usable_device
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.loop import fit
 from fastfip.purification.process import PeakMemory, seeded
 from fastfip.purification.result import PurifyResult
-from fastfip.purification.scorer import Scorer, in_float32
+from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy
 
 __all__ = ["purify", "purify_"]
 
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class PurifyOptions:
+    """What `purify` was asked for, checked; its fields are the arguments of the same names."""
+
+    clean_loader: Iterable[Batch]
+    recipe: type[Method]
+    config: MethodConfig
+    task: Task
+    seed: int
+    device: torch.device | None
+    amp: bool | str
+    progress: bool | None
+    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]]
+    test_loader: Iterable[Batch] | None
+    asr_loader: Iterable[Batch] | None
+    measure: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_amp(self.amp)
+        odd = [name for name in self.measure if name not in MEASURES]
+        if odd:
+            raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
 
 
 def purify(
@@ -48,6 +76,7 @@ def purify(
     callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] = (),
     test_loader: Iterable[Batch] | None = None,
     asr_loader: Iterable[Batch] | None = None,
+    measure: Iterable[str] = ("acc", "asr"),
     forward: Forward | None = None,
     loss: Loss | None = None,
     inplace: bool = False,
@@ -75,6 +104,8 @@ def purify(
         callbacks: functions `f(run, record)` called after each epoch (True stops), or `callbacks.Callback` objects.
         test_loader: clean test samples; they only score, nothing is selected by them.
         asr_loader: triggered samples, see `fastfip.evaluate`; they only score, nothing is selected by them.
+        measure: what is measured before and after: "acc" (with the clean loss), "asr" (with RA), and "fisher_trace",
+            which is off by default, since it can take a sixth of a short run.
         forward: `forward(model, batch) -> logits`, for nets or batches of another form.
         loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample.
         inplace: work on the model itself; after an error it is as it was.
@@ -91,33 +122,27 @@ def purify(
     """
     start = time.perf_counter()
     recipe = get(method) if isinstance(method, str) else method
-    settings = _config(recipe, config, steps, epochs, overrides)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
-    if amp not in (False, True, "bf16", "fp16"):
-        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
-    task = Task.of(forward, loss)
-    chosen = None if device is None else usable_device(device)
+    options = PurifyOptions(
+        clean_loader=clean_loader,
+        recipe=recipe,
+        config=_config(recipe, config, steps, epochs, overrides),
+        task=Task.of(forward, loss),
+        seed=seed,
+        device=None if device is None else usable_device(device),
+        amp=amp,
+        progress=progress,
+        callbacks=callbacks,
+        test_loader=test_loader,
+        asr_loader=asr_loader,
+        measure=tuple(measure),
+    )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad():
         work = WorkCopy(model, inplace)
-        where = work.home if chosen is None else chosen
+        work_device = work.device if options.device is None else options.device
         try:
-            with PeakMemory(where) as memory:
-                run, history, before, after = _purify(
-                    work,
-                    where,
-                    clean_loader,
-                    recipe,
-                    settings,
-                    task,
-                    seed,
-                    amp,
-                    progress,
-                    callbacks,
-                    test_loader,
-                    asr_loader,
-                )
+            with PeakMemory(work_device) as memory:
+                run, history, before, after = _purify(work, work_device, options)
             result = work.finish(recipe.name)
         except BaseException:
             work.undo()
@@ -132,9 +157,9 @@ def purify(
         seconds=run.seconds,
         peak_memory=memory.peak,
         settings={
-            "config": settings.to_dict(),
+            "config": options.config.to_dict(),
             "seed": seed,
-            "device": str(where),
+            "device": str(work_device),
             "amp": amp,
             "clean_samples": run.given,
             "left_out_samples": run.left_out,
@@ -161,25 +186,16 @@ def purify_(
 
 
 def _purify(
-    work: WorkCopy,
-    device: torch.device,
-    clean_loader: Iterable[Batch],
-    recipe: type[Method],
-    config: MethodConfig,
-    task: Task,
-    seed: int,
-    amp: bool | str,
-    progress: bool | None,
-    callbacks: Iterable[Any],
-    test_loader: Iterable[Batch] | None,
-    asr_loader: Iterable[Batch] | None,
+    work: WorkCopy, device: torch.device, options: PurifyOptions
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
+    """Measure, tune and measure again; return the run, its history and both evaluations."""
     notes: list[str] = []
+    seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
     with seeded(seed, device):
-        clean = CleanSet.of(clean_loader, task)
-        task, classes = _probe(model, clean, task, device, notes)
+        clean = CleanSet.of(options.clean_loader, options.task)
+        task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
@@ -194,7 +210,7 @@ def _purify(
         generator=torch.Generator(device="cpu").manual_seed(seed),
         given=clean.n,
         classes=classes,
-        amp=autocast_dtype(amp, device),
+        amp=autocast_dtype(options.amp, device),
         seed=seed,
         notes=notes,
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
@@ -203,14 +219,14 @@ def _purify(
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
     with run.timed("evaluation"):
-        scorer = Scorer(run, work, test_loader, asr_loader)
+        scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
         before = scorer.measure()
     # Seeded anew, so that the weights do not depend on whether anything was measured.
     with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
             _full_precision(work, run)
-        history = fit(run, recipe(), progress, callbacks)
+        history = fit(run, options.recipe(), options.progress, options.callbacks)
         work.to_own_dtype()
         run.task = task
     try:
@@ -283,7 +299,7 @@ def _full_precision(work: WorkCopy, run: Run) -> None:
     """Tune float16 and bfloat16 weights in float32, if the net can run so; the result is rounded once, at the end."""
     own = run.task
     work.to_float32()
-    run.task = in_float32(own)
+    run.task = own.in_float32()
     try:
         with torch.no_grad():
             run.forward(next(iter(run.clean.batches(2, device=run.device))))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.checks import check_net
 from fastfip.errors import ModelError
+from fastfip.nets.checks import check_net
+from fastfip.nets.copies import copied
+from fastfip.nets.precision import LOW_PRECISION, cast, to_float32
 
-__all__ = ["LOW", "WorkCopy", "cast"]
-
-#: Dtypes whose steps are too coarse to tune in.
-LOW = (torch.float16, torch.bfloat16)
+__all__ = ["WorkCopy"]
 
 
 class WorkCopy:
@@ -35,14 +33,7 @@ class WorkCopy:
                 raise ModelError("the weights were made in inference_mode and cannot be changed: use inplace=False")
             self.model = model
         else:
-            try:
-                with torch.no_grad():
-                    self.model = copy.deepcopy(model)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                raise ModelError(
-                    f"the model cannot be copied ({reason}): pass inplace=True to tune it itself"
-                ) from error
+            self.model = copied(model, "pass inplace=True to tune it itself")
         self.flags = {name: module.training for name, module in self.model.named_modules()}
         self.modules = {name: type(module) for name, module in self.model.named_modules()}
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -61,18 +52,18 @@ class WorkCopy:
         return [*self.parameters.items(), *self.buffers.items()]
 
     @property
-    def home(self) -> torch.device:
+    def device(self) -> torch.device:
         """Return the device of the first parameter (buffers, if there are none)."""
         return next(iter(self.homes.values()))[0]
 
     @property
     def is_low_precision(self) -> bool:
         """Return whether some weights are float16 or bfloat16."""
-        return any(dtype in LOW for _, dtype in self.homes.values())
+        return any(dtype in LOW_PRECISION for _, dtype in self.homes.values())
 
     def to(self, device: torch.device) -> None:
         """Move the net; one that is spread over several devices stays as it is."""
-        if len({d for d, _ in self.homes.values()}) == 1 and self.home != device:
+        if len({d for d, _ in self.homes.values()}) == 1 and self.device != device:
             self.model.to(device)
         if device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             # Convolutions on CPUs are a third faster in this layout; the values are the same.
@@ -80,7 +71,7 @@ class WorkCopy:
 
     def to_float32(self) -> None:
         """Tune float16 and bfloat16 weights in float32: their own steps would round small changes away."""
-        cast(self.model, {name: torch.float32 if d in LOW else d for name, (_, d) in self.homes.items()})
+        to_float32(self.model)
 
     def to_own_dtype(self) -> None:
         """Bring every tensor back to its dtype."""
@@ -121,7 +112,7 @@ class WorkCopy:
     def _flags_and_homes(self) -> None:
         devices = {name: device for name, (device, _) in self.homes.items()}
         if len(set(devices.values())) == 1:
-            self.model.to(self.home)
+            self.model.to(self.device)
         for name, module in self.model.named_modules():
             module.training = self.flags.get(name, module.training)
         for name, p in self.model.named_parameters(remove_duplicate=False):
@@ -150,10 +141,3 @@ def _check(model: nn.Module) -> None:
 
 def _form(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Bring the parameters and buffers that are named to these dtypes, in place."""
-    for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        if name in dtypes and t.dtype != dtypes[name]:
-            t.data = t.data.to(dtypes[name])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task, pick
+from fastfip.data.batch import Batch, pick
+from fastfip.data.task import Task
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.modes import readable
 

@@ -18,8 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task, take
+from fastfip.data.batch import Batch, take
+from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
+from fastfip.nets.flags import requires_grad
 
 __all__ = ["FORMS", "Additive", "Form", "Inverted", "Patch", "invert"]
 
@@ -176,17 +178,11 @@ def invert(
         ModelError: a net that passes no gradient to its inputs.
     """
     search = _Search(model, task, batch, classes, form, reach, chunk, amp, torch.Generator().manual_seed(seed))
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
+    with requires_grad(model.parameters(), False):
         with torch.enable_grad():
             search.run(steps, per_class)
         with torch.no_grad():
             return search.measure(check)
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
 
 
 class _Search:

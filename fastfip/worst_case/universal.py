@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.errors import DataError
+from fastfip.nets.flags import requires_grad
 
 __all__ = ["Perturbations", "perturbable"]
 
@@ -110,15 +112,9 @@ class Perturbations:
         Returns:
             the share of samples that went to their c, as a scalar.
         """
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            for p, _ in flags:
-                p.requires_grad_(False)
+        with requires_grad(model.parameters(), False):
             used, moved = self.moved(task, batch, c)
             return self.step(task.forward(model, moved), used, c, step)
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
 
     def moved(self, task: Task, batch: Batch, c: Tensor) -> tuple[Tensor, Batch]:
         """Return the perturbations of the classes `c` [N] as a leaf [N, ...], and the batch moved by them."""

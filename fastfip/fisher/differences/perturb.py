@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.errors import ModelError
 from fastfip.fisher.differences.shifted import Place, Shifted, flipped, place_of
 from fastfip.fisher.differences.shifts import shift_of

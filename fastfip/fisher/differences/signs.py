@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.task import Batch, Task
+from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.fisher.differences.perturb import Found, default_step, swapped, working_dtype
 
 

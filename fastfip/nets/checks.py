@@ -1,0 +1,74 @@
+"""What is refused before the work: no module, no weights, a device that is not here, an unknown precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastfip.errors import BackendError, ConfigError, ModelError, reason
+
+__all__ = ["check_amp", "check_net", "check_seed", "device_of", "usable_device"]
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return a device that was asked for by name.
+
+    Raises:
+        ConfigError: no such kind of device, or "meta".
+        BackendError: it is not here.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError):
+        raise ConfigError(f"device={name!r}: give cpu, cuda, cuda:1, mps ...") from None
+    if device.type == "meta":
+        raise ConfigError("device='meta' has no numbers to compute with")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackendError(f"device={str(device)!r} cannot be used here: {reason(error)}") from None
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter (buffer, if there are none); the CPU for a model without either."""
+    tensor = next(iter([*model.parameters(), *model.buffers()]), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def check_net(model: nn.Module) -> None:
+    """Refuse what is no model with weights.
+
+    Raises:
+        ModelError: no module, lazy layers, weights on the meta device, NaN or Inf in a parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    parameters = list(model.named_parameters())
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for _, p in parameters):
+        raise ModelError("the model has lazy layers without weights: run one batch through it first")
+    if any(t.device.type == "meta" for _, t in [*parameters, *model.named_buffers()]):
+        raise ModelError("the model is on the meta device, without weights: load them first")
+    for name, p in parameters:
+        if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all()):
+            raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what cannot seed a generator.
+
+    Raises:
+        ConfigError: no whole number, or a negative one.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
+
+
+def check_amp(amp: object) -> None:
+    """Refuse what names no autocast dtype.
+
+    Raises:
+        ConfigError: anything but False, True, "bf16", "fp16".
+    """
+    if amp not in (False, True, "bf16", "fp16"):
+        raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
