@@ -37,11 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.fisher.bench_fisher_diagonal import high_water
 from benchmarks.fisher.fisher_ways import Workload, workload
+from benchmarks.purification.released_fip import surrogate
 from fastfip import env
 from fastfip.errors import BackendError
 from fastfip.fisher.penalty import FisherPenalty, Way
 from fastfip.fisher.trace import trace_and_logits
-from fastfip.methods._released import surrogate
 from fastfip.ops import OPS
 from fastfip.testing import nets
 from fastfip.testing.definitions import loop_trace, worst_error

@@ -1,7 +1,7 @@
 """Audit the real networks with clean images alone: a row for each net, form and seed in `benchmarks/results/audit.csv`.
 
     python -m benchmarks.purification.audit_real                       # what is missing
-    python -m benchmarks.purification.audit_real --nets badnets_mnist --seeds 0 --purify fast_fip --picture audit.png
+    python -m benchmarks.purification.audit_real --nets badnets_mnist --seeds 0 --purify fast_wfip --picture audit.png
 
 The trigger is not used: the target class is only looked up to see at which place the audit ranks it. With `--purify`
 the net is purified first (5 % clean images, default settings) and audited after that as well: `state` says which of

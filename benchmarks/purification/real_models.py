@@ -1,7 +1,7 @@
 """Purify networks that other people backdoored: every method, net, share of clean images and seed; a table and a CSV.
 
     python -m benchmarks.purification.real_models          # everything; rows that are in the CSV already are kept
-    python -m benchmarks.purification.real_models --methods fast_fip --fractions 5 --seeds 0 --nets badnets_mnist
+    python -m benchmarks.purification.real_models --methods fast_wfip --fractions 5 --seeds 0 --nets badnets_mnist
         --settings plain
     python -m benchmarks.purification.real_models --table  # only print what the CSV holds
 
@@ -151,7 +151,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     """Write the rows, sorted, in one go."""
     CSV.parent.mkdir(parents=True, exist_ok=True)
     nets = {name: k for k, name in enumerate(real_data.names())}
-    first = {name: k for k, name in enumerate(("fine_tune", "fip", "fast_fip"))}
+    first = {name: k for k, name in enumerate(("fine_tune", "wfip", "fast_wfip", "fip", "fast_fip"))}
     place = lambda r: (  # noqa: E731
         SETTINGS.index(r["setting"]), nets[r["net"]], float(r["fraction"]), first.get(r["method"], 3), r["method"],
         int(r["seed"]),

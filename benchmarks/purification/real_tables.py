@@ -16,7 +16,7 @@ __all__ = ["BADNETS", "best_first", "by_method", "by_net", "full", "to_readme"]
 
 Row = dict[str, Any]
 Cell = tuple[str, float, str]  # net, fraction, setting
-REFERENCE = "fast_fip"
+REFERENCE = "fast_wfip"
 BASELINE = "fine_tune"
 #: Means that differ by less than this many points of DER are called equal.
 EQUAL = 0.1

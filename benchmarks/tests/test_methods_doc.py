@@ -21,7 +21,7 @@ def test_every_method_has_its_section_and_settings():
         own = {item.name for item in fields(methods.get(name).Config)} - {item.name for item in fields(MethodConfig)}
         assert all(f"| `{setting}` |" in part for setting in own)
         assert len(part.split()) > 15
-    assert "| `bn_mode` | eval |" in text.split("### fast_fip\n")[1].split("\n### ")[0]  # a default of its own
+    assert "| `bn_mode` | eval |" in text.split("### fast_wfip\n")[1].split("\n### ")[0]  # a default of its own
 
 
 def test_formulas_are_code_and_markup_is_escaped():

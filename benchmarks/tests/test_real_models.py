@@ -52,7 +52,7 @@ def test_one_class_is_missing_and_the_seed_says_which():
 
 def row(**values):
     base = dict.fromkeys(real_models.FIELDS, "")
-    base.update(net="badnets_mnist", method="fip", fraction="0.05", setting="plain", seed="0", clean_images="50")
+    base.update(net="badnets_mnist", method="wfip", fraction="0.05", setting="plain", seed="0", clean_images="50")
     base.update(
         acc_before="98", asr_before="99", acc="97", asr="1", ra="90", der="98", seconds="10", peak_memory_mb="5"
     )
@@ -63,7 +63,7 @@ def test_rows_are_added_one_by_one_and_old_files_are_read(tmp_path, monkeypatch)
     monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
     assert real_models.read() == []
-    old = row(method="fast_fip")
+    old = row(method="fast_wfip")
     with real_models.CSV.open("w", newline="") as file:  # from before there were settings and errors
         out = csv.DictWriter(
             file, [n for n in real_models.FIELDS if n not in ("setting", "error")], extrasaction="ignore"
@@ -74,18 +74,18 @@ def test_rows_are_added_one_by_one_and_old_files_are_read(tmp_path, monkeypatch)
     for new in (row(setting="missing"), row(seed=1), row(acc=1), row(acc=2)):
         real_models.add(new)
     assert [(r["method"], r["seed"], r["setting"], r["acc"]) for r in real_models.read()] == [
-        ("fip", "0", "plain", "2"), ("fip", "1", "plain", "97"), ("fast_fip", "0", "plain", "97"),
-        ("fip", "0", "missing", "97"),
+        ("wfip", "0", "plain", "2"), ("wfip", "1", "plain", "97"), ("fast_wfip", "0", "plain", "97"),
+        ("wfip", "0", "missing", "97"),
     ]  # fmt: skip
 
 
 def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
-    item = ("badnets_mnist", "fip", 0.05, 0, "plain")
+    item = ("badnets_mnist", "wfip", 0.05, 0, "plain")
 
     def late(command, timeout, **options):
-        assert command[-5:] == ["badnets_mnist", "fip", "0.05", "0", "plain"]
+        assert command[-5:] == ["badnets_mnist", "wfip", "0.05", "0", "plain"]
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(real_models.subprocess, "run", late)
@@ -102,23 +102,23 @@ def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
 
 
 def test_tables():
-    rows = [row(method="fast_fip", seed=s, der=d, acc=d, cpu_seconds=10) for s, d in ((0, 96), (1, 98))]
-    rows += [row(method="fip", der=99, cpu_seconds=30), row(method="fip", setting="missing", der=50)]
+    rows = [row(method="fast_wfip", seed=s, der=d, acc=d, cpu_seconds=10) for s, d in ((0, 96), (1, 98))]
+    rows += [row(method="wfip", der=99, cpu_seconds=30), row(method="wfip", setting="missing", der=50)]
     rows += [row(method="fine_tune", setting="missing", der=47)]
     gtsrb = [row(method="fine_tune", net="ibau_gtsrb_badnets", der="", asr=asr) for asr in (9, 12)]
     rows += [
-        row(method="fip", net="clean_cifar10_resnet20", der="", asr="", ra="", asr_before="", acc_before=80, acc=79)
+        row(method="wfip", net="clean_cifar10_resnet20", der="", asr="", ra="", asr_before="", acc_before=80, acc=79)
     ]
     rows += [row(method="sau", error="no", **dict.fromkeys(("acc", "asr", "ra", "der", "seconds"), ""))]
     lines = {line.split("|")[1].strip(): line for line in real_tables.by_method(rows).splitlines()[2:]}
-    # By the difference to fast_fip where both have a cell, not by means over different cells (97, 74.5 and 47).
-    assert list(lines) == ["`fip`", "`fast_fip`", "`fine_tune`"]
-    cells = [cell.strip() for cell in lines["`fip`"].split("|")[2:-1]]
+    # By the difference to fast_wfip where both have a cell, not by means over different cells (97, 74.5 and 47).
+    assert list(lines) == ["`wfip`", "`fast_wfip`", "`fine_tune`"]
+    cells = [cell.strip() for cell in lines["`wfip`"].split("|")[2:-1]]
     # 2 cells, mean of 99 and 50, worst 50; against each rival on the one cell that both have; thrice the seconds there
     assert cells[0] == "2" and cells[1].startswith("74.50 ±") and cells[2] == "50.00"
     assert cells[4:7] == ["+3.00", "+2.00", "1 / 0 / 0"] and cells[8:] == ["3.0x (3.0 to 3.0)", "-1.00", "1 of 1"]
-    assert lines["`fine_tune`"].split("|")[6].strip() == "-" and lines["`fast_fip`"].split("|")[6:8] == [" - ", " - "]
-    assert lines["`fast_fip`"].split("|")[5].strip() == "1.41"  # spread over its seeds
+    assert lines["`fine_tune`"].split("|")[6].strip() == "-" and lines["`fast_wfip`"].split("|")[6:8] == [" - ", " - "]
+    assert lines["`fast_wfip`"].split("|")[5].strip() == "1.41"  # spread over its seeds
     assert lines["`fine_tune`"].split("|")[-2].strip() == "-"  # measured without a class only
     for asked, said in ((gtsrb[:1], "1 of 1"), (gtsrb, "0 of 1")):  # the mean over the seeds counts
         last = [
@@ -126,7 +126,7 @@ def test_tables():
         ]
         assert last[0].split("|")[-2].strip() == said
     net_table = real_tables.by_net(rows, 0.05)
-    assert "| `fast_fip` | 97.0 / 1.0 |" in net_table and "| as received | 98.0 / 99.0 | 80.0 |" in net_table
+    assert "| `fast_wfip` | 97.0 / 1.0 |" in net_table and "| as received | 98.0 / 99.0 | 80.0 |" in net_table
     whole = real_tables.full(rows)
     assert "no result: badnets_mnist, sau, 5%, plain, seed 0: no" in whole and "97.00 ± 1.41" in whole
     assert "one class missing" in real_models.readme_text(rows)

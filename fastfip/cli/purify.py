@@ -22,7 +22,7 @@ def purify(
     net: o.Net,
     clean: o.Clean,
     scores: o.Scores,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_fip",
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_wfip",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
     ] = None,

@@ -1,6 +1,6 @@
-"""What FIP and Fast FIP tune: the weights themselves, or their spectral shifts.
+"""What a method moves in: the weights themselves, or their spectral shifts.
 
-Both give an objective the same things: tensors that are tuned, their Fisher diagonal, and the Fisher trace of a batch.
+Both give a method the same things: tensors that are tuned, their Fisher diagonal, and the Fisher trace of a batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fastfip.data.batch import Batch
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.diagonal import Kind
 from fastfip.fisher.modes import readable
-from fastfip.methods.base import Groups, Run
+from fastfip.methods.base import Groups, Method, Run
 from fastfip.nets.flags import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
 
-__all__ = ["Space", "Spectral", "Weights"]
+__all__ = ["Space", "SpaceMethod", "Spectral", "Weights"]
 
 #: Clean samples that the Fisher diagonal of the received net is taken over; more change it by less than its own spread.
 FISHER_SAMPLES = 512
@@ -199,3 +199,36 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
             params=names,
             seed=run.seed,
         )
+
+
+class SpaceMethod(Method):
+    """A method that moves in a space; every parameter, unless `make_space` says otherwise."""
+
+    space: Space
+
+    def setup(self, run: Run) -> None:
+        """Make the space."""
+        self.space = self.make_space(run)
+
+    def make_space(self, run: Run) -> Space:
+        """Return what is tuned."""
+        return Weights(run)
+
+    def parameter_groups(self, run: Run) -> Groups:
+        """Return the coordinates of the space."""
+        return self.space.groups(run)
+
+    @torch.no_grad()
+    def score(self, run: Run) -> dict[str, float]:
+        """Score with the tuned weights in place."""
+        self.space.begin()
+        try:
+            return super().score(run)
+        finally:
+            self.space.leave(fold=False)
+
+    @torch.no_grad()
+    def fold(self, run: Run) -> None:
+        """Give the model plain weights again."""
+        if hasattr(self, "space"):
+            self.space.leave(fold=True)

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.errors import ModelError
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
-from fastfip.methods._objective import take
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.worst_case.universal import perturbable
 

@@ -64,7 +64,7 @@ class PurifyOptions:
 def purify(
     model: nn.Module,
     clean_loader: Iterable[Batch],
-    method: str | type[Method] = "fast_fip",
+    method: str | type[Method] = "fast_wfip",
     *,
     config: MethodConfig | Mapping[str, Any] | None = None,
     steps: int | None = None,
@@ -179,7 +179,7 @@ def purify(
 
 
 def purify_(
-    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_fip", **options: Any
+    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_wfip", **options: Any
 ) -> PurifyResult:
     """Purify a model in place: :func:`purify` with `inplace=True`."""
     return purify(model, clean_loader, method, **{**options, "inplace": True})

@@ -22,7 +22,7 @@ TWO = [
     "--set",
     "fip.steps=2",
     "--set",
-    "fip.search_rounds=1",
+    "fip.eta_r=1",
 ]
 AUDIT = ["audit", "in.pth", *NET, "--data", "data.npz", "--steps", "2", "--no-sharpness"]
 

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from fastfip import methods
 from fastfip.cli import demonstration as demo
 from fastfip.metrics import evaluate
 
@@ -46,8 +45,7 @@ def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("fast_fip" not in methods.names(), reason="fast_fip is not there")
-def test_fast_fip_removes_the_backdoor(tmp_path):
+def test_the_default_removes_the_backdoor(tmp_path):
     found = demo.run_demo(tmp_path, progress=False)
     assert found.result.before.asr > 0.95
     assert found.result.after.asr < 0.05 and found.result.after.acc > found.result.before.acc - 0.02

@@ -142,7 +142,7 @@ class Masked(nn.Module):
 def test_a_masked_class_leaves_every_term_finite() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(40, 3, 8, 8), torch.arange(40) % 3
-    result = fastfip.purify(Masked(), (x, y), "fast_fip", steps=10, progress=False)
+    result = fastfip.purify(Masked(), (x, y), "fast_wfip", steps=10, progress=False)
     assert not any("not finite" in note for note in result.notes)
     assert any("kl" in r for r in result.history) and any("worst_case_loss" in r for r in result.history)
 

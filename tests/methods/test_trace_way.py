@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastfip.errors import ConfigError
-from fastfip.methods.fast_fip import FastFIP, FastFIPConfig
-from fastfip.methods.fip import FIP, FIPConfig
+from fastfip.methods.fip import FIP, FastFIPConfig, FIPConfig
 from fastfip.testing.definitions import relative_error
-from tests.methods.test_fip import data, loop_objective, make_run
+from tests.methods.test_fip import loop_objective
+from tests.support.fip_runs import data, make_run
 
 
 @pytest.mark.parametrize("way", ["auto", "exact", "perturb"])
@@ -22,7 +22,7 @@ def test_the_step_is_that_of_a_per_sample_loop(way):
     model = model.to(x.dtype).eval()
     anchor = copy.deepcopy(model)
     run, method = (
-        make_run(FIPConfig(variant="paper", eta_f=0.3, eta_r=0.0, trace_way=way, bn_mode="eval"), model),
+        make_run(FIPConfig(eta_f=0.3, eta_r=0.0, trace_way=way, bn_mode="eval"), model),
         FIP(),
     )
     method.setup(run)
@@ -38,6 +38,5 @@ def test_the_step_is_that_of_a_per_sample_loop(way):
 
 
 def test_fast_fip_has_a_trace_of_its_own():
-    run = make_run(FastFIPConfig(trace_way="signs"), nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     with pytest.raises(ConfigError, match="trace_way"):
-        FastFIP().setup(run)
+        FastFIPConfig(trace_way="signs")

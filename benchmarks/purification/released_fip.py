@@ -1,6 +1,8 @@
-"""The semantics of the code released with FIP, kept for comparison; its trace term is no trace.
+"""The semantics of the code that was released with FIP (arXiv 2409.00863), kept for comparison; its trace is no trace.
 
-What it does (facts read from the released regulariser, restated in the project's notes on methods):
+    fastfip.purify(model, loader, ReleasedFIP)      # a class, not a name: it is no method of the package
+
+What it does, read from the released regulariser:
 
 - `output[:, target]` on log-probabilities [N, C] with labels [N] gives an N x N matrix, not N numbers; its mean is the
   mean over images of sum_c (n_c / N) log p(c | x): the cross-entropy towards the batch's label histogram.
@@ -8,19 +10,40 @@ What it does (facts read from the released regulariser, restated in the project'
   every tensor, so tensor l of P counts P - l times; the sum is divided by the number of probes.
 - added to the cross-entropy with weight eta_f every fifth step, BatchNorm in train mode, no retainer.
 
-So the term has mean zero over the probes: it is noise shaped by the curvature.
+So the term has mean zero over the probes: it is noise shaped by the curvature. The released code has no runnable path
+for Fast FIP.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.errors import ConfigError
-from fastfip.methods._objective import Objective
+from fastfip.methods._space import SpaceMethod
+from fastfip.methods.base import MethodConfig, Run, setting
 
-__all__ = ["Released", "surrogate"]
+__all__ = ["ReleasedFIP", "ReleasedFIPConfig", "surrogate"]
+
+
+@dataclass(frozen=True)
+class ReleasedFIPConfig(MethodConfig):
+    """Settings of the released code."""
+
+    STEPS: ClassVar[int | None] = 2000
+
+    epochs: int | None = setting(None, "passes over the clean set, instead of steps", low=1)
+    batch_size: int | None = setting(128, "samples a step", low=1)
+    lr: float = setting(0.005, "step size", above=0)
+    momentum: float = setting(0.95, "momentum of SGD", low=0, below=1)
+    schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size")
+    eta_f: float = setting(0.5, "weight of the surrogate", low=0)
+    trace_every: int = setting(5, "the surrogate is added every so many steps", low=1)
+    probes: int = setting(20, "Gaussian vectors of the surrogate", low=1)
 
 
 def surrogate(log_p: Tensor, y: Tensor, tensors: list[Tensor], probes: list[list[Tensor]]) -> Tensor:
@@ -43,18 +66,22 @@ def surrogate(log_p: Tensor, y: Tensor, tensors: list[Tensor], probes: list[list
     return total / len(probes)
 
 
-class Released(Objective):
+class ReleasedFIP(SpaceMethod):
     """Fine-tuning with the released surrogate every `trace_every` steps."""
 
-    def setup(self) -> None:
-        """Refuse what the released code has no meaning for."""
-        super().setup()
-        if self.run.task.loss_hook is not None:
-            raise ConfigError("variant='released' is defined for class labels only: leave loss= out")
+    name = "released_fip"
+    summary = "the code released with FIP: fine-tuning with noise shaped by the curvature"
+    Config = ReleasedFIPConfig
 
-    def backward(self, batch: Batch) -> dict[str, float | Tensor]:
+    def setup(self, run: Run) -> None:
+        """Refuse what the released code has no meaning for."""
+        super().setup(run)
+        if run.task.loss_hook is not None:
+            raise ConfigError("released_fip is defined for class labels only: leave loss= out")
+
+    def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Add the gradients of the cross-entropy and of the surrogate, from one forward pass."""
-        run, config = self.run, self.config
+        config: Any = run.config
         with self.space.as_function():
             with run.autocast():
                 logits = run.forward(batch)
