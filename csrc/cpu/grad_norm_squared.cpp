@@ -1,5 +1,5 @@
-// The products of sum_grad_squared, of which each sample's squares are summed to one number: see sum_grad_squared_kernel.h.
-#include "cpu/sum_grad_squared.h"
+// The op grad_norm_squared: each sample's squares are summed to one number, and its product is stored where it is wanted.
+#include "cpu/products.h"
 
 namespace fastfip {
 

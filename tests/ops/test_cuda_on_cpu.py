@@ -26,7 +26,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, tor
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "cuda_on_cpu.so"
     source = ROOT / "tests" / "support" / "cuda_on_cpu.cpp"
-    include = [f"-I{ROOT / part}" for part in ("csrc", "csrc/cuda", "tests/kernels")]
+    include = [f"-I{ROOT / part}" for part in ("csrc", "csrc/cuda", "tests/support")]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     subprocess.run([COMPILER, *flags, *include, str(source), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))

@@ -1,5 +1,5 @@
 // Copies of operands in the order and type in which a kernel reads them. Included by the files of each instruction set: no inline
-// function of the standard library, everything in an unnamed namespace (see sum_grad_squared_kernel.h).
+// function of the standard library, everything in an unnamed namespace (see products_kernel.h).
 #pragma once
 
 #include <stdint.h>

@@ -4,7 +4,7 @@
 #define FASTFIP_VECTOR_REGISTERS 32
 #include <immintrin.h>
 
-#include "cpu/sum_grad_squared_kernel.h"
+#include "cpu/products_kernel.h"
 
 namespace fastfip {
 namespace {
@@ -66,7 +66,7 @@ struct Pairs {
 
 }  // namespace
 
-Backend sum_grad_squared_bf16() {
+Backend products_bf16() {
     typedef Kernel<float, 16, Pairs> Features;
     return {Features::scratch_bytes, Features::run, 16};
 }

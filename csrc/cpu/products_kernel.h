@@ -1,10 +1,10 @@
-// The kernel of sum_grad_squared, written once with vector extensions. Each instruction set includes it in a file of its own,
-// compiled with its own flags. Everything is in an unnamed namespace and no inline function of the standard library is used: a
-// linker that merged two copies could otherwise put wide instructions on a path that any CPU takes.
+// The products of each sample and their sums, written once with vector extensions. Each instruction set includes this in a file of
+// its own, compiled with its own flags. Everything is in an unnamed namespace and no inline function of the standard library is
+// used: a linker that merged two copies could otherwise put wide instructions on a path that any CPU takes.
 //
 // One operand is packed into panels of lanes, lanes[n][t][NV * W]; of the other one, MR rows at a time are broadcast. A tile
 // of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile. With `Norms`
-// (grad_norm_squared) the squares are summed to one number for the sample instead, and the tile is stored where it is asked for.
+// (grad_norm_squared) the squares are summed to one number for the sample instead, and the tile is stored where it is wanted.
 //   matrix:      rows are packed too, rows[n][t][MR], and the larger or better fitting of o and i are the lanes.
 //   convolution: rows are (channel, kernel position) and are read where they lie: row r at position t is
 //                map[row_offset(r) + position_offset[t]]. The unfolded matrix exists nowhere. Lanes are output channels.
@@ -12,13 +12,13 @@
 
 #include <stdint.h>
 
-#include "cpu/pack.h"
-#include "cpu/sum_grad_squared.h"
+#include "cpu/products.h"
+#include "cpu/products_pack.h"
 
 namespace fastfip {
 namespace {
 
-// How operands are stored and multiplied: as they are. (sum_grad_squared_bf16.cpp has the other way.) One step is one position.
+// How operands are stored and multiplied: as they are. (products_bf16.cpp has the other way.) One step is one position.
 template <class R>
 struct Exact {
     typedef R Element;

@@ -3,8 +3,8 @@
 // are summed in registers. In the words of Problem and Slice: a slice is a range of groups (lanes) with all their rows.
 #pragma once
 
-#include "cpu/pack.h"
-#include "cpu/sum_grad_squared.h"
+#include "cpu/products.h"
+#include "cpu/products_pack.h"
 
 namespace fastfip {
 namespace {

@@ -1,4 +1,4 @@
-// What the dispatcher (sum_grad_squared.cpp) and the files of each instruction set share. See fastfip.h for the contract.
+// What the dispatcher (products.cpp) and the files of each instruction set share. See fastfip.h for the contract.
 #pragma once
 
 #include <stdint.h>
@@ -40,10 +40,10 @@ struct Kind {
 };
 
 // For each instruction set.
-Backend sum_grad_squared_portable(Kind kind);
-Backend sum_grad_squared_avx2(Kind kind);
-Backend sum_grad_squared_avx512(Kind kind);
-Backend sum_grad_squared_bf16();
+Backend products_portable(Kind kind);
+Backend products_avx2(Kind kind);
+Backend products_avx512(Kind kind);
+Backend products_bf16();
 
 // Deal out the roles of the operands and run: the results' addresses are in `p`, everything else is filled in.
 void run_dense(Problem p, const Matrix& g, const Matrix& a, int64_t samples, int64_t positions, int64_t outputs, int64_t inputs,
