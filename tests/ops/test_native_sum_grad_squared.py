@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from fastfip.errors import BackendError
 from fastfip.ops.backends import native
-from fastfip.ops.sum_grad_squared.native import refuses, sources, sum_grad_squared, sum_grad_squared_conv
+from fastfip.ops.backends.native_arguments import sources
+from fastfip.ops.sum_grad_squared.native import sum_grad_squared, sum_grad_squared_conv
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native kernels: {native.reason()}")
 
@@ -229,9 +230,9 @@ def test_padded_indices_are_those_of_torch():
 
 def test_refusals_have_reasons():
     x = torch.zeros(1, 1, 1)
-    assert refuses(x) == ""
-    assert "not on meta" in refuses(x.to("meta"))
-    assert "no torch.int32" in refuses(x, x.int())
+    assert native.refuses(x) == ""
+    assert "not on meta" in native.refuses(x.to("meta"))
+    assert "no torch.int32" in native.refuses(x, x.int())
     with pytest.raises(BackendError, match="no instruction set 'sse9'"):
         sum_grad_squared(x, x, x[0].clone(), isa="sse9")
     with pytest.raises(ValueError, match="beyond the padded map"):  # sizes that do not fit must not be read

@@ -9,8 +9,6 @@ import torch
 from fastfip.ops.backends import native
 from fastfip.ops.backends.constant import constant
 
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def missing() -> str:
     """Why the kernels are not in the native module; empty when they are."""
@@ -60,7 +58,7 @@ def refuses(*tensors: torch.Tensor) -> str:
         if x.device.type != "cuda":
             wrong = f"it runs on CUDA devices, not on {x.device.type}"
             return f"{wrong}; {why}" if why else wrong
-        if x.dtype not in TYPES:
+        if x.dtype not in native.TYPES:
             return f"it has no {x.dtype}"
     if why:
         return why

@@ -8,8 +8,14 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from fastfip.errors import BackendError
 from fastfip.ops.backends.constant import constant
+
+#: enum Type of csrc/fastfip.h, which CUDA kernels use as well.
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @functools.cache
@@ -55,3 +61,18 @@ def isa() -> str:
 def has_bf16() -> bool:
     """Whether this CPU (and the compiler of the module) can multiply bfloat16 numbers."""
     return bool(module().has_bf16)
+
+
+def refuses(*tensors: Tensor, bf16: bool = False) -> str:
+    """Why these tensors cannot be given to the kernels, or ""."""
+    if bf16:
+        if any(x.dtype == torch.float64 for x in tensors):
+            return "bfloat16 products are not for float64"
+        if available() and not has_bf16():
+            return f"bfloat16 products need AVX512_BF16, this CPU has {isa()}"
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it runs on the CPU, not on {x.device.type}"
+        if x.dtype not in TYPES:
+            return f"it has no {x.dtype}"
+    return reason()

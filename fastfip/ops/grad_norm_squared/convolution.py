@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfip.ops.backends import native
 from fastfip.ops.convolution import ConvShape, columns, columns_transpose
 from fastfip.ops.grad_norm_squared import native as kernel
 from fastfip.ops.grad_norm_squared.gram import Lattice, gram
@@ -47,11 +48,11 @@ def _keeps(g: Tensor, x: Tensor, size: int, samples: int) -> bool:
 
 
 class _Conv(torch.autograd.Function):
-    """All three ways, the windows (or the matrices) of a few samples at a time; `native`: G_n by the native kernel."""
+    """All three ways, the windows (or the matrices) of a few samples at a time; `by_kernel`: native code makes G_n."""
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool, native: bool
+        g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool, by_kernel: bool
     ) -> tuple[Tensor, Tensor]:
         way = _way(g, x, shape, samples)
         if way == "places":
@@ -59,7 +60,7 @@ class _Conv(torch.autograd.Function):
         frames, scratch, acc = g.shape[0] // max(1, samples), Scratch(), accumulation_dtype(g.dtype)
         o, i = g.shape[1] // shape.groups, x.shape[1] // shape.groups * shape.taps
         keep = keep and way == "direct" and _keeps(g, x, g.shape[1] * i, samples)
-        if way == "direct" and native:
+        if way == "direct" and by_kernel:
             product = g.new_empty((samples * shape.groups, o, i) if keep else 0, dtype=acc)
             return _native_norms(g, x, shape, frames, product if keep else None), product
         parts, kept = [], []
@@ -80,7 +81,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        g, x, ctx.shape, ctx.samples, _, ctx.native = inputs
+        g, x, ctx.shape, ctx.samples, _, ctx.by_kernel = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(g, x, output[1])
 
@@ -94,7 +95,7 @@ class _Conv(torch.autograd.Function):
         dx: Tensor | None = torch.empty_like(x, dtype=v.dtype) if ctx.needs_input_grad[1] else None
         way = _way(g, x, shape, samples)
         if way == "direct":
-            _direct_gradients(g, x, shape, samples, v, kept, dg, dx, ctx.native)
+            _direct_gradients(g, x, shape, samples, v, kept, dg, dx, ctx.by_kernel)
         else:
             (_places_gradients if way == "places" else _windows_gradients)(g, x, shape, samples, v, kept, dg, dx)
         return dg.to(g.dtype), None if dx is None else dx.to(x.dtype), None, None, None, None
@@ -226,7 +227,7 @@ def _direct_gradients(
     kept: Tensor,
     dg: Tensor,
     dx: Tensor | None,
-    native: bool,
+    by_kernel: bool,
 ) -> None:
     frames, groups, scratch = g.shape[0] // samples, shape.groups, Scratch()
     step = _step(g, x, shape, samples, "direct")
@@ -237,7 +238,7 @@ def _direct_gradients(
         part = slice(k * frames, (k + many) * frames)
         if kept.numel():
             product = kept[k * groups : (k + many) * groups]
-        elif native:
+        elif by_kernel:
             i = x.shape[1] // groups * shape.taps
             product = scratch.take((many * groups, g.shape[1] // groups, i), v, slot=1)
             _native_norms(g[part], x[part], shape, frames, product)
@@ -295,20 +296,20 @@ def _differentiable_gradients(g: Tensor, x: Tensor, v: Tensor, shape: ConvShape,
     return dg.to(g.dtype), columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size).to(x.dtype)
 
 
-def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int, native: bool = False) -> Tensor:
+def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int, by_kernel: bool = False) -> Tensor:
     again = torch.is_grad_enabled() and (g.requires_grad or x.requires_grad)
-    return _Conv.apply(g, x, shape, samples, again, native)[0]
+    return _Conv.apply(g, x, shape, samples, again, by_kernel)[0]
 
 
 def _native_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> str:
     if len(shape.kernel) == 3 and samples and g.shape[0] != samples:
         return "it has no axis left for the frames of a 3-d convolution"
-    return kernel.refuses(g, x)
+    return native.refuses(g, x)
 
 
 GRAD_NORM_SQUARED_CONV = Op(
     "grad_norm_squared_conv",
-    (Backend("native", partial(_norms, native=True), _native_refuses), Backend("reference", _norms)),
+    (Backend("native", partial(_norms, by_kernel=True), _native_refuses), Backend("reference", _norms)),
 )
 
 

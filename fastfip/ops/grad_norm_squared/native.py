@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfip.ops.backends import native
-from fastfip.ops.sum_grad_squared.native import convolution_arguments, isa_argument, matrix_argument, refuses
-
-__all__ = ["grad_norm_squared", "grad_norm_squared_conv", "refuses"]
+from fastfip.ops.backends.native_arguments import convolution_arguments, isa_argument, matrix_argument
 
 
 def grad_norm_squared(

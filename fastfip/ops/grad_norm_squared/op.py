@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import triton
+from fastfip.ops.backends import native, triton
 from fastfip.ops.grad_norm_squared import native as kernel
 from fastfip.ops.grad_norm_squared.autograd import define, differentiable
 from fastfip.ops.grad_norm_squared.gram import gram, prefers_gram
@@ -121,7 +121,7 @@ def _triton(g: Tensor, a: Tensor) -> Tensor:
 GRAD_NORM_SQUARED = Op(
     "grad_norm_squared",
     (
-        Backend("native", _native, kernel.refuses),
+        Backend("native", _native, native.refuses),
         Backend("triton", _triton, triton.refuses, automatic=False),
         Backend("reference", _dense),
     ),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfip.ops.sum_grad_squared.triton import INTERPRETED, _operands, precision
+from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
 class Config(NamedTuple):
@@ -116,7 +116,7 @@ def grad_norm_squared(g: Tensor, a: Tensor, gram: bool) -> Tensor:
     i = a.shape[2]
     if samples == 0 or t == 0:
         return g.new_zeros(samples, dtype=torch.float32)
-    g, a = _operands(g, a)
+    g, a = operands(g, a)
     c = CONFIGS[g.dtype != torch.float32]
     rows, columns = (t, t) if gram else (o, i)
     tiles_m, tiles_n = triton.cdiv(rows, c.block_m), triton.cdiv(columns, c.block_n)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfip.ops.sum_grad_squared.triton import INTERPRETED, _operands, precision
+from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
 class Config(NamedTuple):
@@ -87,7 +87,7 @@ def gram_apply(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty(samples, t, e, device=q.device, dtype=torch.float32)
     if out.numel() == 0:
         return out.to(dtype)
-    q, k, v = _operands(q, k, v)
+    q, k, v = operands(q, k, v)
     c = CONFIGS[q.dtype != torch.float32]
     gram_apply_kernel[(triton.cdiv(t, c.block_t), triton.cdiv(e, c.block_e), samples)](
         q, k, v, out, t, u, d, e, *q.stride(), *k.stride(), *v.stride(),

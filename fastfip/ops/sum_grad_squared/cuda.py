@@ -12,9 +12,6 @@ from torch import Tensor
 from fastfip.errors import BackendError
 from fastfip.ops.backends import native
 
-# csrc/fastfip.h, enum Type
-NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
 
 class Call(NamedTuple):
     """One call as csrc/fastfip.h has it: maps are (address, strides of sample, frame, feature, z, y, x)."""
@@ -67,7 +64,7 @@ def dense(g: Tensor, a: Tensor) -> Call:
     ones, along = [1, 1, 1], [1, 1, positions]
     axes = [along, ones, ones, ones, [0, 0, 0], along]
     sizes = [samples, 1, outputs, a.shape[2], 1]
-    return Call(matrix(g), matrix(a), sizes, axes, NUMBERS[g.dtype], exact())
+    return Call(matrix(g), matrix(a), sizes, axes, native.TYPES[g.dtype], exact())
 
 
 def convolution(
@@ -90,7 +87,7 @@ def convolution(
     axes = [g.shape[2:], kernel, stride, dilation, padding, x.shape[2:]]
     filled = [(zeros if axis is padding else ones) + [int(size) for size in axis] for axis in axes]
     sizes = [g.shape[0] // frames, frames, g.shape[1], x.shape[1], groups]
-    return Call((g.data_ptr(), strides(g)), (x.data_ptr(), strides(x)), sizes, filled, NUMBERS[g.dtype], exact())
+    return Call((g.data_ptr(), strides(g)), (x.data_ptr(), strides(x)), sizes, filled, native.TYPES[g.dtype], exact())
 
 
 def exact() -> bool:

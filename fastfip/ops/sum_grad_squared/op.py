@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import cuda, triton
+from fastfip.ops.backends import cuda, native, triton
 from fastfip.ops.convolution import ConvShape, columns
 from fastfip.ops.memory import CHUNK, Scratch, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
@@ -104,7 +104,7 @@ def _native(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scr
 
 
 def _native_refuses(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, bf16: bool = False) -> str:
-    return kernel.refuses(g, a, out, bf16=bf16)
+    return native.refuses(g, a, out, bf16=bf16)
 
 
 def _native_conv(
@@ -129,7 +129,7 @@ def _native_conv_refuses(
 ) -> str:
     if len(shape.kernel) == 3 and samples and g.shape[0] != samples:
         return "it has no axis left for the frames of a 3-d convolution"
-    return kernel.refuses(g, x, out, bf16=bf16)
+    return native.refuses(g, x, out, bf16=bf16)
 
 
 def _triton(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None, scratch: Scratch) -> None:

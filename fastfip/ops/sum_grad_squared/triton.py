@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfip.ops.backends import triton as here
-
-INTERPRETED = here.interpreted()
+from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
 class Config(NamedTuple):
@@ -45,11 +43,6 @@ def config(outputs: int, inputs: int, dtype: torch.dtype) -> Config:
     """Tiles for a result of that size: a rule, not a search at the first call."""
     size = "large" if min(outputs, inputs) >= 64 else "small"
     return CONFIGS[size, dtype != torch.float32]
-
-
-def precision() -> str:
-    """How float32 products are made: as torch.matmul does; for "highest" by three TF32 products (as exact)."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @triton.jit
@@ -234,24 +227,13 @@ class _Shares:
             y += part[0] if part.shape[0] == 1 else part.sum(0)
 
 
-def _operands(*tensors: Tensor) -> list[Tensor]:
-    """tl.dot multiplies equal types, and offsets in a sample are 32 bits wide."""
-    if len({x.dtype for x in tensors}) > 1:
-        tensors = tuple(x.float() for x in tensors)
-    return [x if _fits(x) else x.contiguous() for x in tensors]
-
-
-def _fits(x: Tensor) -> bool:
-    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:])) < 2**31 - 2**20
-
-
 def sum_grad_squared(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None = None) -> None:
     """Add the sum of squared per-sample gradients of g [N, T, O], a [N, T, I] to out [O, I], and their sum to grad."""
     samples, positions, outputs = g.shape
     inputs = a.shape[2]
     if samples == 0 or positions == 0:
         return
-    g, a = _operands(g, a)
+    g, a = operands(g, a)
     c = config(outputs, inputs, g.dtype)
     tiles_o, tiles_i = triton.cdiv(outputs, c.block_o), triton.cdiv(inputs, c.block_i)
     shares = _shares(samples, tiles_o * tiles_i, g.device)
@@ -278,7 +260,7 @@ def sum_grad_squared_conv(
     """Add the same for the weight of a convolution; the map is read through its windows."""
     if g.numel() == 0:
         return
-    g, x = _operands(g, x)
+    g, x = operands(g, x)
     fill = 3 - (x.dim() - 2)
     kernel = [1] * fill + list(out.shape[2:])
     outputs, inputs = out.shape[0] // groups, out[0].numel()
