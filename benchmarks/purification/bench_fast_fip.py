@@ -116,7 +116,7 @@ def fast_trace(model: nn.Module, x: Tensor, y: Tensor) -> Step:
         optimizer.zero_grad(set_to_none=True)
         shifts.refresh()
         with recording(shifts) as record:
-            with readable(model, twice=True):
+            with readable(model, second_order=True):
                 losses = F.cross_entropy(model(x), y, reduction="none")
             each = delta_gradients(shifts, record, losses, create_graph=True)
             trace = torch.stack([d.square().sum() for d in each]).sum() / len(x)
@@ -137,8 +137,8 @@ def released(model: nn.Module, x: Tensor, y: Tensor) -> Step:
         optimizer.zero_grad(set_to_none=True)
         for shift in shifts.shifts:
             whole = (shift.u * torch.relu(shift.sigma + shift.delta).unsqueeze(1)) @ shift.v.mT
-            for place in shift.places:
-                place.put(whole.reshape(shift.weight.shape))
+            for site in shift.sites:
+                site.put(whole.reshape(shift.weight.shape))
         shifts.installed = True
         F.cross_entropy(model(x), y).backward()
         shifts.remove()

@@ -130,7 +130,7 @@ def spectral(model: nn.Module, rate: float, rank: int | None, trace: bool = Fals
         shifts.refresh()
         if trace and fifth:
             with recording(shifts) as record:
-                with readable(model, twice=True):
+                with readable(model, second_order=True):
                     losses = F.cross_entropy(model(x), y, reduction="none")
                 each = delta_gradients(shifts, record, losses, create_graph=True)
             loss = losses.mean()

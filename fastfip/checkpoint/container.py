@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from fastfip.errors import CheckpointError
 
-__all__ = ["Record", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file"]
+__all__ = ["ZipRecord", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file"]
 
 #: First bytes of the files that torch.save wrote before torch 1.6: a pickle of this number.
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -38,7 +38,7 @@ _DTYPE_BITS = {
 
 
 @dataclass(frozen=True)
-class Record:
+class ZipRecord:
     """Where the bytes of one entry of a zip lie in the file."""
 
     start: int
@@ -49,7 +49,7 @@ class Record:
 class ZipRecords:
     """The entries of a checked zip by name, the name of the folder that holds them all taken off."""
 
-    records: dict[str, Record]
+    records: dict[str, ZipRecord]
 
     def read(self, file: BinaryIO, name: str) -> bytes:
         """Return the bytes of an entry."""
@@ -165,7 +165,7 @@ def check_zip(file: BinaryIO, size: int) -> ZipRecords:
         end = start + info.file_size
         if end > directory:
             raise CheckpointError(f"is a zip whose entry {name} runs beyond the data of the file")
-        records[name[len(root) :]] = Record(start, info.file_size)
+        records[name[len(root) :]] = ZipRecord(start, info.file_size)
     return ZipRecords(records)
 
 

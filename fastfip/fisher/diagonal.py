@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, pick
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError, DataError
-from fastfip.fisher.graph.forms import Form, Work
-from fastfip.fisher.graph.plan import Group, Plan, selected
+from fastfip.fisher.graph.forms import GradientForm, Workspace
+from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, readable
 from fastfip.ops.memory import accumulation_dtype, zeros_like
@@ -52,7 +52,7 @@ class SquaredSum:
         self.out = {k: zeros_like(p.detach(), accumulation_dtype(p.dtype)) for k, p in params.items()}
         self.grad = {k: zeros_like(v, v.dtype) for k, v in self.out.items()} if with_grad else None
         self.coverage: dict[str, str] = {}
-        self.work = Work(backend=backend)
+        self.workspace = Workspace(backend=backend)
 
     def add(
         self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False, leaves: Sequence[Tensor] = ()
@@ -62,10 +62,10 @@ class SquaredSum:
         Returns the ordinary gradients of `leaves`, from the same pass.
         """
 
-        def take(group: Group, form: Form) -> None:
+        def take(group: UseGroup, form: GradientForm) -> None:
             name, view = group.chain.param, group.chain.view
             grad = None if self.grad is None else view(self.grad[name])
-            form.add_squares(view(self.out[name]), grad, self.work)
+            form.add_squares(view(self.out[name]), grad, self.workspace)
 
         with torch.no_grad():
             kept, found = plan.forms(take, weights, retain_graph, leaves)
@@ -143,10 +143,10 @@ def fisher_diagonal(
     chosen = selected(model, params)
     task = smoothed(Task.of(forward, loss), label_smoothing)
     total, count = SquaredSum(chosen, backend=backend), 0
-    place = next(iter(chosen.values())).device if device is None else device
+    device = next(iter(chosen.values())).device if device is None else device
     generator = torch.Generator().manual_seed(seed)
     measure = _Measure(model, task, temperature, chosen, cache_of(model), total)
-    for batch in _bar(iter_batches(data, task, place), data, progress):
+    for batch in _bar(iter_batches(data, task, device), data, progress):
         with torch.enable_grad(), readable(model):
             logits = task.forward(model, batch) / temperature
         for labelled, weights, last in _labellings(task, batch, logits, kind, top_k, generator):

@@ -41,12 +41,12 @@ def _is_instance_norm(m: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
-    """Make a forward pass leave a graph that rules can read, and with `twice` one that has second derivatives.
+def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
+    """Make a forward pass leave a graph that rules can read, and with `second_order` one that has second derivatives.
 
     Recurrent layers are computed step by step rather than by one opaque call, compiled models run eagerly, and fused
     attention, which has no second derivative, gives way to the mathematical form; layers whose second derivative is
-    dear in torch are computed by twice.py.
+    expensive in torch are computed by second_order.py.
     """
     with contextlib.ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -54,13 +54,13 @@ def readable(model: nn.Module, twice: bool = False) -> Iterator[None]:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if is_compiled(model):
             stack.enter_context(_eager())
-        if twice:
+        if second_order:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
-            from fastfip.fisher.second_order import CheapTwice
+            from fastfip.fisher.second_order import CheapSecondOrder
 
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(CheapTwice())
+            stack.enter_context(CheapSecondOrder())
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, pick
 from fastfip.data.task import Task
 from fastfip.errors import ConfigError, ModelError
-from fastfip.fisher.differences.perturb import Found, Uncovered, perturbed, working_dtype
+from fastfip.fisher.differences.perturb import TraceWithGradient, Uncovered, perturbed, working_dtype
 from fastfip.fisher.differences.signs import signed
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import topological
@@ -108,7 +108,8 @@ class FisherPenalty:
             params: names of parameters (or name -> leaf tensor); None: all that require a gradient, at every call.
             loss: `loss(logits, batch) -> [N]`; None: cross-entropy.
             forward: `forward(model, batch) -> logits`, with batch = (x, y).
-            difference: of gradients, for `perturb` and `signs`: "forward", or "central", dearer by half and finer.
+            difference: of gradients, for `perturb` and `signs`: "forward", or "central", which costs half as much again
+                and is finer.
             step: the largest shift of the parameters, relative to their size; None: by dtype.
             seed: of the signs.
 
@@ -205,7 +206,7 @@ class FisherPenalty:
             return found.losses.mean(), trace
         return self._mean_loss(batch, found, params), trace
 
-    def _mean_loss(self, batch: Batch, found: Found, params: dict[str, Tensor]) -> Tensor:
+    def _mean_loss(self, batch: Batch, found: TraceWithGradient, params: dict[str, Tensor]) -> Tensor:
         if found.mean_gradient is not None:
             return attach(found.losses.mean(), found.mean_gradient, params)
         return self._task.loss(self._task.forward(self._model, batch), batch).mean()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastfip.fisher.graph.forms import Form
+from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.reading import Chain
 from fastfip.fisher.graph.verify import Cache, plan_for
 
@@ -25,7 +25,7 @@ def per_sample_gradients(
     with torch.enable_grad():
         plan = plan_for(losses, params, cache)
         gradients = plan.gradients()
-        forms: dict[tuple[int, int], Form] = {}
+        forms: dict[tuple[int, int], GradientForm] = {}
         for uses in [*(g.uses for groups in plan.groups.values() for g in groups), *plan.pulled.values()]:
             for use in uses:
                 g = gradients[use.site]
@@ -39,7 +39,7 @@ def per_sample_gradients(
                 for group in groups:
                     parts = [forms[use.site, use.slot] for use in group.uses if (use.site, use.slot) in forms]
                     if parts:
-                        value = _whole(group.chain, Form.join(parts).one(n), plan.params[name])
+                        value = _whole(group.chain, GradientForm.join(parts).one(n), plan.params[name])
                         mine[name] = mine[name] + value if name in mine else value
             mine.update(plan.pull(n, forms, create_graph=create_graph))
         if looped:

@@ -1,4 +1,4 @@
-"""Layers whose double backward torch makes dear: the same layers with a cheap one, for the forward pass of `exact`.
+"""Layers whose double backward is expensive in torch: the same ones with a cheap one, for the forward pass of `exact`.
 
     convolution: torch writes the second derivative's weight gradient as a convolution with the batch as channels; the
         ordinary weight gradient does it in two thirds of the time and without the transposed copies.
@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastfip.fisher.graph.forms import Sum
+from fastfip.fisher.graph.forms import SumForm
 from fastfip.fisher.graph.layout import candidates
 from fastfip.fisher.graph.recipe import Recipe, Slots, output_shape, rule
 from fastfip.fisher.graph.rules import batch_norm_builders, convolution_recipe
 from fastfip.fisher.graph.sums import centred_sums
+from fastfip.ops.convolution import ConvolutionOptions
 
 _DENSITY = (2 * math.pi) ** -0.5  # of the normal distribution at 0
 _CHUNK = 1 << 14  # numbers at a time: what stays in the cache
-
-Options = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
 def _wanted(ctx: Any) -> list[bool]:
@@ -48,7 +47,7 @@ class _ConvBackward(torch.autograd.Function):
     """Gradients of a convolution with respect to x and w, those that are wanted."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, options: Options, wanted: list[bool]) -> Any:
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, options: ConvolutionOptions, wanted: list[bool]) -> Any:
         ctx.save_for_backward(g, x, w)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -74,11 +73,11 @@ class _ConvBackward(torch.autograd.Function):
         return dg, dx, dw, None, None
 
 
-class _TwiceConvolution(torch.autograd.Function):
+class _SecondOrderConvolution(torch.autograd.Function):
     """A convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, options: ConvolutionOptions) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.options = options
         return torch.ops.aten.convolution(x, w, bias, *options)
@@ -93,8 +92,8 @@ class _TwiceConvolution(torch.autograd.Function):
         return dx, dw, g.sum([0, *range(2, g.dim())]) if need_bias else None, None
 
 
-def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-    return _TwiceConvolution.apply(x, w, bias, options)
+def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, options: ConvolutionOptions) -> Tensor:
+    return _SecondOrderConvolution.apply(x, w, bias, options)
 
 
 class _ScaleBackward(torch.autograd.Function):
@@ -113,7 +112,7 @@ class _ScaleBackward(torch.autograd.Function):
         return dg, ds
 
 
-class _TwiceNorm(torch.autograd.Function):
+class _SecondOrderNorm(torch.autograd.Function):
     """BatchNorm with running statistics."""
 
     @staticmethod
@@ -165,7 +164,7 @@ class _GeluBackward(torch.autograd.Function):
         return dg, dx.view(x.shape)
 
 
-class _TwiceGelu(torch.autograd.Function):
+class _SecondOrderGelu(torch.autograd.Function):
     """The exact GELU."""
 
     @staticmethod
@@ -217,12 +216,12 @@ def _batch_norm(
         return None
     if running_mean.requires_grad or running_var.requires_grad or (weight is None and bias is not None):
         return None
-    return _TwiceNorm.apply(x, running_mean, (running_var + eps).rsqrt(), weight, bias)
+    return _SecondOrderNorm.apply(x, running_mean, (running_var + eps).rsqrt(), weight, bias)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     plain = approximate == "none" and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
-    return _TwiceGelu.apply(x) if plain and x.requires_grad else None
+    return _SecondOrderGelu.apply(x) if plain and x.requires_grad else None
 
 
 def _many(value: Any, dims: int) -> list[int]:
@@ -248,7 +247,7 @@ STANDS_IN: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
-class CheapTwice(TorchFunctionMode):
+class CheapSecondOrder(TorchFunctionMode):
     """While it is entered, the layers above are computed by the functions of this file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -263,7 +262,7 @@ class CheapTwice(TorchFunctionMode):
 # ------------------------------------------------------------------------------------------------------------- rules
 
 
-@rule("_TwiceConvolutionBackward")
+@rule("_SecondOrderConvolutionBackward")
 def _convolution_rule(node: Any, slots: Slots, samples: int) -> Recipe | None:
     stride, padding, dilation, _, _, groups = node.options
     return convolution_recipe(
@@ -271,7 +270,7 @@ def _convolution_rule(node: Any, slots: Slots, samples: int) -> Recipe | None:
     )
 
 
-@rule("_TwiceNormBackward")
+@rule("_SecondOrderNormBackward")
 def _batch_norm_rule(node: Any, slots: Slots, samples: int) -> Recipe | None:
     z = output_shape(node)
     if 0 in slots:
@@ -282,4 +281,4 @@ def _batch_norm_rule(node: Any, slots: Slots, samples: int) -> Recipe | None:
         return x, mean, rstd
 
     builders = batch_norm_builders(slots, 3, saved)
-    return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, Sum))
+    return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, SumForm))

@@ -92,8 +92,8 @@ def sharpness(
     if iterations < 1 or probes < 0:
         raise ConfigError("iterations must be at least 1 and probes at least 0")
     task, chosen = Task.of(forward, loss), selected(model, params)
-    place = next(iter(chosen.values())).device if device is None else device
-    batches = list(itertools.islice(iter_batches(data, task, place), max_batches))
+    device = next(iter(chosen.values())).device if device is None else device
+    batches = list(itertools.islice(iter_batches(data, task, device), max_batches))
     with eval_mode(model):
         problem = _Problem(model, task, chosen, batches)
         fisher, n = problem.fisher()
@@ -143,16 +143,16 @@ class _Problem:
         self.model, self.task, self.batches = model, task, batches
         self.names, self.params = params, list(params.values())
 
-    def losses(self, twice: bool) -> Iterator[Tensor]:
+    def losses(self, second_order: bool) -> Iterator[Tensor]:
         for batch in self.batches:
             with torch.enable_grad():
-                with readable(self.model, twice=twice):
+                with readable(self.model, second_order=second_order):
                     logits = self.task.forward(self.model, batch)
                 yield self.task.loss(logits, batch)
 
     def slopes(self) -> Iterator[list[Tensor]]:
         """The gradient of each batch's summed loss, with its graph."""
-        for losses in self.losses(twice=True):
+        for losses in self.losses(second_order=True):
             with torch.enable_grad():
                 got = torch.autograd.grad(losses.sum(), self.params, create_graph=True, allow_unused=True)
                 yield [torch.zeros_like(p) if g is None else g for g, p in zip(got, self.params)]
@@ -195,7 +195,7 @@ class _Problem:
     def fisher(self) -> tuple[float, int]:
         """Tr(F) and the number of samples."""
         total, n = 0.0, 0
-        for losses in self.losses(twice=False):
+        for losses in self.losses(second_order=False):
             norms = squared_norms(losses, self.names, cache=cache_of(self.model), create_graph=False)
             total, n = total + float(norms.double().sum()), n + losses.shape[0]
         return total / n, n

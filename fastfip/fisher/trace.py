@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
-from fastfip.fisher.graph.forms import Form
-from fastfip.fisher.graph.plan import Group, Plan, selected
+from fastfip.fisher.graph.forms import GradientForm
+from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, readable
 
@@ -44,7 +44,7 @@ def _norms(plan: Plan) -> Tensor:
     """The values alone: one backward pass, forms dropped as soon as they are used."""
     total = torch.zeros(plan.samples, dtype=torch.float64, device=plan.losses.device)
 
-    def take(group: Group, form: Form) -> None:
+    def take(group: UseGroup, form: GradientForm) -> None:
         total.add_(form.norms())
 
     with torch.no_grad():
@@ -59,9 +59,9 @@ def _norms_with_graph(plan: Plan) -> Tensor:
     """The same as a differentiable function of everything that the losses depend on."""
     with torch.enable_grad():
         gradients = plan.gradients()
-        forms: dict[tuple[int, int], Form] = {}
+        forms: dict[tuple[int, int], GradientForm] = {}
 
-        def form(site: int, slot: int) -> Form | None:
+        def form(site: int, slot: int) -> GradientForm | None:
             g = gradients[site]
             if g is None:
                 return None
@@ -72,7 +72,7 @@ def _norms_with_graph(plan: Plan) -> Tensor:
             for group in groups:
                 made = [found for use in group.uses if (found := form(use.site, use.slot)) is not None]
                 if made:
-                    parts.append(Form.join(made).norms())
+                    parts.append(GradientForm.join(made).norms())
         if plan.pulled or plan.loop:
             kept = {use: found for use in plan.pulled_uses() if (found := form(*use)) is not None}
             each = []
@@ -111,7 +111,7 @@ def trace_and_logits(
     create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
     chosen = selected(model, params)
     with torch.enable_grad():
-        with readable(model, twice=create_graph):
+        with readable(model, second_order=create_graph):
             logits = task.forward(model, batch)
         losses = task.loss(logits, batch)
         norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)

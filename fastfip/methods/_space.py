@@ -162,7 +162,7 @@ class Spectral(Space):
         Between `begin` and `end`, as its backward pass has to be.
         """
         with run.eval_mode(), recording(self.shifts) as record:
-            with readable(run.model, twice=True):
+            with readable(run.model, second_order=True):
                 logits = run.task.forward(run.model, batch)
             losses = run.task.loss(logits, batch)
             each = delta_gradients(self.shifts, record, losses, create_graph=True)

@@ -198,7 +198,7 @@ class IBAU(Method):
         moved = self.range.moved(run, batch, delta)
         # Second derivatives in float16 overflow without a scaler of their own.
         cast = contextlib.nullcontext() if run.amp == torch.float16 else run.autocast()
-        with readable(run.model, twice=True), cast:
+        with readable(run.model, second_order=True), cast:
             return run.loss(run.forward(moved), batch).mean()
 
     def inner(self, run: Run, batch: Batch, delta: Tensor) -> Tensor:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
+
+#: What torch.ops.aten.convolution takes: stride, padding, dilation, transposed, output padding, groups.
+ConvolutionOptions = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
 
 
 @dataclass(frozen=True)

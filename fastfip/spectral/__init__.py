@@ -2,6 +2,6 @@
 
 from fastfip.spectral.decompose import Rank
 from fastfip.spectral.shift import SpectralShifts
-from fastfip.spectral.weight import Shift
+from fastfip.spectral.weight import SpectralShift
 
-__all__ = ["Rank", "Shift", "SpectralShifts"]
+__all__ = ["Rank", "SpectralShift", "SpectralShifts"]

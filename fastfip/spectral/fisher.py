@@ -20,9 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from fastfip.fisher import per_sample_gradients
 from fastfip.ops.spectral.op import project
-from fastfip.spectral.place import Record, Use
 from fastfip.spectral.shift import SpectralShifts, is_transposed
-from fastfip.spectral.weight import Shift
+from fastfip.spectral.site import ForwardRecord, LayerUse
+from fastfip.spectral.weight import SpectralShift
 
 __all__ = ["delta_gradients", "recording"]
 
@@ -31,18 +31,20 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
 
 
 @contextlib.contextmanager
-def recording(shifts: SpectralShifts) -> Iterator[Record]:
+def recording(shifts: SpectralShifts) -> Iterator[ForwardRecord]:
     """Record what the layers whose weights are shifted compute, for `delta_gradients`; W(delta) must be in place."""
     if not shifts.installed:
         raise RuntimeError("refresh() the shifts first: there is nothing to record on the model's own weights")
-    shifts.recorder.current = record = Record()
+    shifts.recorder.current = record = ForwardRecord()
     try:
         yield record
     finally:
         shifts.recorder.current = None
 
 
-def delta_gradients(shifts: SpectralShifts, record: Record, losses: Tensor, create_graph: bool = False) -> list[Tensor]:
+def delta_gradients(
+    shifts: SpectralShifts, record: ForwardRecord, losses: Tensor, create_graph: bool = False
+) -> list[Tensor]:
     """Return for each shift the gradients of every sample's own loss with respect to delta, [N, G, R].
 
     Args:
@@ -89,7 +91,7 @@ def delta_gradients(shifts: SpectralShifts, record: Record, losses: Tensor, crea
 
 
 def _refuted(
-    shifts: SpectralShifts, record: Record, losses: Tensor, out: list[Tensor | None], alone: set[int]
+    shifts: SpectralShifts, record: ForwardRecord, losses: Tensor, out: list[Tensor | None], alone: set[int]
 ) -> set[int]:
     """Find the shifts for which one sample's gradient is not that of its own backward pass.
 
@@ -99,12 +101,12 @@ def _refuted(
     kind = (len(losses), *((k, *(tuple(use.output.shape) for use in uses)) for k, uses in record.uses.items()))
     if kind not in shifts.verified:
         m = int(losses.detach().nan_to_num().argmax())
-        asked = [k for k, each in enumerate(out) if each is not None and k in record.uses and k not in alone]
+        checked = [k for k, each in enumerate(out) if each is not None and k in record.uses and k not in alone]
         wrong = set()
-        if asked:
-            deltas = [shifts.shifts[k].delta for k in asked]
+        if checked:
+            deltas = [shifts.shifts[k].delta for k in checked]
             own = torch.autograd.grad(losses[m], deltas, retain_graph=True, allow_unused=True)
-            for k, right in zip(asked, own):
+            for k, right in zip(checked, own):
                 shift, each = shifts.shifts[k], out[k]
                 assert each is not None
                 # W(delta)'s other uses come later, one sample at a time.
@@ -130,7 +132,7 @@ def _looped(shifts: SpectralShifts, which: list[int], losses: Tensor, create_gra
     }
 
 
-def _products(use: Use, shift: Shift, g: Tensor, n: int) -> Tensor:
+def _products(use: LayerUse, shift: SpectralShift, g: Tensor, n: int) -> Tensor:
     """sum_t (g U)(a V) of one use, [N, G, R]."""
     module = use.module
     other = project(g, shift.u, shift.v, use.shape, right=is_transposed(module))

@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.spectral.op import prefers_dense, spectral_conv, spectral_linear
-from fastfip.spectral.place import Place, Recorder, Use
 from fastfip.spectral.relu import keep_signs
-from fastfip.spectral.weight import Shift
+from fastfip.spectral.site import LayerUse, Recorder, WeightSite
+from fastfip.spectral.weight import SpectralShift
 
 __all__ = ["replaced_forward"]
 
@@ -34,16 +34,16 @@ _OWN = {
 }
 
 
-def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder) -> bool:
+def replaced_forward(number: int, shift: SpectralShift, site: WeightSite, recorder: Recorder) -> bool:
     """Let a layer compute through the spectral ops, if its forward is its class's own; `number` is for the record.
 
     Returns:
         whether it does.
     """
-    module = place.module
-    if place.replaced:
+    module = site.module
+    if site.replaced:
         return True
-    if place.attribute != "weight" or type(module).forward not in _OWN:
+    if site.attribute != "weight" or type(module).forward not in _OWN:
         return False
     if "forward" in module.__dict__ or module._parameters.get("weight") is None:
         return False  # somebody else replaced it already
@@ -75,23 +75,23 @@ def replaced_forward(number: int, shift: Shift, place: Place, recorder: Recorder
                 return compute(module, shift, x.to(dtype), bias, *args, **kwargs)[0]
             # The bias is added where the autograd graph shows it: its per-sample gradients are read from there.
             y, known, shape = compute(module, shift, x.to(dtype), None, *args, **kwargs)
-            recorder.current.uses.setdefault(number, []).append(Use(module, known, y, shape))
+            recorder.current.uses.setdefault(number, []).append(LayerUse(module, known, y, shape))
             if bias is None:
                 return y
             return y + (bias if shape is None else bias.reshape(-1, *[1] * len(shape.kernel)))
 
     module.__dict__["forward"] = forward
-    place.replaced = True
+    site.replaced = True
     return True
 
 
-def _dense(module: Any, shift: Shift, x: Tensor, dtype: torch.dtype) -> bool:
+def _dense(module: Any, shift: SpectralShift, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's own layer with the gradient of the whole weight is the cheaper one."""
     if isinstance(module, _ConvTransposeNd):
         return False
     taps = math.prod(module.kernel_size) if isinstance(module, _ConvNd) else None
     positions = _positions(module, x)
-    # Weak directions are looked for last: they only make the op dearer.
+    # Weak directions are looked for last: they only make the op slower.
     return prefers_dense(shift.u, shift.v, taps, positions) or prefers_dense(
         shift.u, shift.v, taps, positions, shift.directions(dtype, positions)[1].weak
     )
@@ -117,12 +117,12 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 Computed = tuple[Tensor, Tensor, ConvShape | None]
 
 
-def _linear(module: nn.Linear, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed:
+def _linear(module: nn.Linear, shift: SpectralShift, x: Tensor, bias: Tensor | None) -> Computed:
     weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
-    return *spectral_linear(x, weight, factors, shift.delta, bias, scratch=scratch, asked=shift.asked), None
+    return *spectral_linear(x, weight, factors, shift.delta, bias, scratch=scratch, wanted=shift.wanted), None
 
 
-def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed:
+def _conv(module: Any, shift: SpectralShift, x: Tensor, bias: Tensor | None) -> Computed:
     dims = len(module.kernel_size)
     batched = x.dim() == dims + 2
     x = x if batched else x.unsqueeze(0)
@@ -137,13 +137,13 @@ def _conv(module: Any, shift: Shift, x: Tensor, bias: Tensor | None) -> Computed
         pads = tuple(module.padding)
     shape = ConvShape(module.kernel_size, module.stride, pads, module.dilation, module.groups)
     weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
-    y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, scratch=scratch, asked=shift.asked)
+    y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, scratch=scratch, wanted=shift.wanted)
     return (y if batched else y[0]), p, shape
 
 
 def _transposed(
     module: Any,
-    shift: Shift,
+    shift: SpectralShift,
     x: Tensor,
     bias: Tensor | None,
     output_size: list[int] | None = None,
@@ -165,6 +165,6 @@ def _transposed(
     shape = ConvShape(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
     weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
     full = (x.shape[0], module.out_channels, *size)
-    options: dict[str, Any] = {"transposed_to": full, "scratch": scratch, "asked": shift.asked}
+    options: dict[str, Any] = {"transposed_to": full, "scratch": scratch, "wanted": shift.wanted}
     y, q = spectral_conv(x, weight, factors, shift.delta, shape, bias, **options)
     return (y if batched else y[0]), q, shape

@@ -28,10 +28,10 @@ from fastfip.ops.memory import Scratch
 from fastfip.spectral.decompose import Rank, check_rank, decompose
 from fastfip.spectral.layers import replaced_forward
 from fastfip.spectral.norms import FrozenNorms
-from fastfip.spectral.place import Place, Recorder
-from fastfip.spectral.weight import Shift
+from fastfip.spectral.site import Recorder, WeightSite
+from fastfip.spectral.weight import SpectralShift
 
-__all__ = ["Shift", "SpectralShifts"]
+__all__ = ["SpectralShift", "SpectralShifts"]
 
 
 class SpectralShifts:
@@ -46,7 +46,7 @@ class SpectralShifts:
     takes the tensors out again.
     """
 
-    def __init__(self, shifts: list[Shift], modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, shifts: list[SpectralShift], modules: Iterable[nn.Module] = ()) -> None:
         self.shifts = shifts
         self.norms = FrozenNorms(modules)
         self.recorder = Recorder()
@@ -62,7 +62,7 @@ class SpectralShifts:
             ConfigError: the rank is none.
         """
         check_rank(rank)
-        found: dict[int, tuple[nn.Parameter, list[str], list[Place]]] = {}
+        found: dict[int, tuple[nn.Parameter, list[str], list[WeightSite]]] = {}
         for name, module in model.named_modules():
             for attribute in _weights(module):
                 weight = module._parameters.get(attribute)  # None where the user's own parametrisation computes it
@@ -70,13 +70,13 @@ class SpectralShifts:
                     continue
                 entry = found.setdefault(id(weight), (weight, [], []))
                 entry[1].append(f"{name}.{attribute}" if name else attribute)
-                entry[2].append(Place(module, attribute))
+                entry[2].append(WeightSite(module, attribute))
         # A tied weight moves wherever it is held: in an embedding, as a bare parameter.
         for name, module in model.named_modules():
             for attribute, parameter in module._parameters.items():
                 if id(parameter) in found and attribute not in _weights(module):
                     found[id(parameter)][1].append(f"{name}.{attribute}" if name else attribute)
-                    found[id(parameter)][2].append(Place(module, attribute))
+                    found[id(parameter)][2].append(WeightSite(module, attribute))
         if not found:
             raise ModelError("the model has no Linear or convolution weight of its own: there is nothing to shift")
         return cls(_shifts(list(found.values()), rank), model.modules())
@@ -101,11 +101,11 @@ class SpectralShifts:
         self.installed = True  # first: what an interruption leaves half done is then taken out again
         for number, shift in enumerate(self.shifts):
             shift.refresh()
-            for place in shift.places:
-                if replaced_forward(number, shift, place, self.recorder):
-                    place.put_made(shift.read)
+            for site in shift.sites:
+                if replaced_forward(number, shift, site, self.recorder):
+                    site.put_made(shift.read)
                 else:
-                    place.put(shift.leaf())
+                    site.put(shift.leaf())
         self.norms.put()
 
     def collect(self) -> None:
@@ -121,12 +121,12 @@ class SpectralShifts:
     def inputs_only(self) -> Iterator[None]:
         """Leave the deltas out of the passes of a block: calls of `torch.autograd.grad` for gradients of inputs."""
         for shift in self.shifts:
-            shift.asked.deltas = False
+            shift.wanted.deltas = False
         try:
             yield
         finally:
             for shift in self.shifts:
-                shift.asked.deltas = True
+                shift.wanted.deltas = True
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -139,8 +139,8 @@ class SpectralShifts:
         try:
             for shift in self.shifts:
                 value = shift.recompose()
-                for place in shift.places:
-                    place.put(value)
+                for site in shift.sites:
+                    site.put(value)
             yield
         finally:
             self.remove()
@@ -150,8 +150,8 @@ class SpectralShifts:
         if not self.installed:
             return
         for shift in self.shifts:
-            for place in shift.places:
-                place.restore(shift.weight)
+            for site in shift.sites:
+                site.restore(shift.weight)
         self.norms.remove()
         self.installed = False
 
@@ -173,18 +173,18 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _shifts(found: list[tuple[nn.Parameter, list[str], list[Place]]], rank: Rank) -> list[Shift]:
+def _shifts(found: list[tuple[nn.Parameter, list[str], list[WeightSite]]], rank: Rank) -> list[SpectralShift]:
     matrices: list[Tensor] = []
-    for weight, names, places in found:
+    for weight, names, sites in found:
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{names[0]} holds NaN or Inf: it has no singular values")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        groups = getattr(places[0].module, "groups", 1)
+        groups = getattr(sites[0].module, "groups", 1)
         matrices.append(weight.detach().reshape(groups, weight.shape[0] // groups, -1).to(dtype))
     scratch = Scratch()
     return [
-        Shift(names, places, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True), scratch)
-        for (weight, names, places), (u, sigma, v) in zip(found, decompose(matrices, rank))
+        SpectralShift(names, sites, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True), scratch)
+        for (weight, names, sites), (u, sigma, v) in zip(found, decompose(matrices, rank))
     ]
 
 

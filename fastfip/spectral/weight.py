@@ -8,37 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.ops.memory import Scratch
-from fastfip.ops.spectral.op import Asked, Factors, is_even, recompose
-from fastfip.spectral.place import Place
+from fastfip.ops.spectral.op import SpectralFactors, WantedGradients, is_even, recompose
+from fastfip.spectral.site import WeightSite
 
-__all__ = ["Shift"]
+__all__ = ["SpectralShift"]
 
 #: Numbers of a weight up to which W(delta) is kept from product to product: below a megabyte it is no matter.
 SMALL = 1 << 16
 
 #: The same where making do without it costs more than this share of a product (K over the positions or over the wider
 #: side of the weight, by form): two such shares a step are what a second weight in memory saves.
-DEAR = 1 / 8
+EXPENSIVE = 1 / 8
 
 
 @dataclass
-class Shift:
+class SpectralShift:
     """One weight, the singular directions that move, and delta.
 
     Attributes:
         names: the weight's names in the model (several if it is tied).
-        places: where the model holds it.
+        sites: where the model holds it.
         weight: the parameter itself; it is not changed before `fold`.
         u: [G, O, R]. sigma: [G, R]. v: [G, I, R], in float32, or float64 for a float64 weight.
-        delta: [G, R], a leaf that asks for a gradient.
+        delta: [G, R], a leaf that requires a gradient.
         scratch: memory in which W(delta) is put together for the length of a product.
         value: W(delta) as a leaf for the gradients of uses that are no layer of their own, made when it is first read.
         factors: the directions at the present delta, for the layers' own op. held: W(delta) for its products, where it
-            is kept: small, dear to make, or in another dtype than the weight's.
+            is kept: small, expensive to make, or in another dtype than the weight's.
     """
 
     names: list[str]
-    places: list[Place]
+    sites: list[WeightSite]
     weight: nn.Parameter
     u: Tensor
     sigma: Tensor
@@ -46,8 +46,8 @@ class Shift:
     delta: Tensor
     scratch: Scratch = field(default_factory=Scratch, repr=False)
     value: Tensor | None = field(default=None, repr=False)
-    asked: Asked = field(default_factory=Asked, repr=False)
-    factors: dict[torch.dtype, Factors] = field(default_factory=dict, repr=False)
+    wanted: WantedGradients = field(default_factory=WantedGradients, repr=False)
+    factors: dict[torch.dtype, SpectralFactors] = field(default_factory=dict, repr=False)
     held: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
     _even: dict[torch.dtype, bool] = field(default_factory=dict, repr=False)
     _fresh: bool = field(default=False, repr=False)
@@ -91,7 +91,7 @@ class Shift:
         return self.recompose() if torch.compiler.is_compiling() else self.leaf()
 
     @torch.no_grad()
-    def directions(self, dtype: torch.dtype, positions: int) -> tuple[Tensor, Factors, Scratch | None]:
+    def directions(self, dtype: torch.dtype, positions: int) -> tuple[Tensor, SpectralFactors, Scratch | None]:
         """Return the op's weight, directions and scratch memory, for products over so many positions.
 
         `dtype` is that of the products; autocast's may be another than the weight's.
@@ -100,12 +100,12 @@ class Shift:
             if dtype not in self._even:
                 self._even[dtype] = is_even(self.sigma, dtype)
             delta = self.delta.detach()
-            self.factors[dtype] = Factors.of(self.u, self.v, self.sigma, delta, dtype, self._even[dtype])
+            self.factors[dtype] = SpectralFactors.of(self.u, self.v, self.sigma, delta, dtype, self._even[dtype])
         factors = self.factors[dtype]
         if self._fresh and dtype == self.weight.dtype:
             assert self.value is not None
             return self.value.detach(), factors, None
-        cheap = self.sigma.shape[1] <= DEAR * max(positions, self.u.shape[1], self.v.shape[1])
+        cheap = self.sigma.shape[1] <= EXPENSIVE * max(positions, self.u.shape[1], self.v.shape[1])
         if dtype == self.weight.dtype and self.weight.numel() > SMALL and cheap:
             return self.weight, factors, self.scratch
         if dtype not in self.held:

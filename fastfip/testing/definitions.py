@@ -60,7 +60,7 @@ def loop_gradients(
     each = []
     for n in range(samples):
         one = pick(batch, n, samples)
-        with torch.enable_grad(), readable(model, twice=create_graph):
+        with torch.enable_grad(), readable(model, second_order=create_graph):
             loss = task.loss(task.forward(model, one), one).sum()
             got = torch.autograd.grad(loss, list(chosen.values()), create_graph=create_graph, allow_unused=True)
         each.append({k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(chosen.items(), got)})

@@ -23,7 +23,7 @@ from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.flags import requires_grad
 
-__all__ = ["FORMS", "Additive", "Form", "Inverted", "Patch", "invert"]
+__all__ = ["FORMS", "Additive", "Inverted", "Patch", "TriggerForm", "invert"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Inverted:
     apply: Callable[[Tensor, int], Tensor]
 
 
-class Form(ABC):
+class TriggerForm(ABC):
     """One form of change, with parameters for every class."""
 
     name: ClassVar[str]
@@ -81,7 +81,7 @@ class Form(ABC):
         return None
 
 
-class Additive(Form):
+class Additive(TriggerForm):
     """x + delta, kept in the range that the clean inputs span."""
 
     name = "additive"
@@ -105,7 +105,7 @@ class Additive(Form):
         return self.delta.flatten(1).square().sum(1).add(1e-20).sqrt() * scale / self.unit
 
 
-class Patch(Form):
+class Patch(TriggerForm):
     """(1 - m) x + m p: mask and pattern in the range of the clean inputs; one mask value for all channels."""
 
     name = "patch"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastfip.fisher.second_order import CheapTwice
+from fastfip.fisher.second_order import CheapSecondOrder
 from fastfip.fisher.trace import trace_and_logits
 from fastfip.testing.definitions import loop_trace
 
@@ -29,9 +29,9 @@ def test_convolutions(case, bias):
     inputs = [wide(*x), wide(*w), *([wide(w[0])] if bias else [])]
 
     def stand_in(*inputs):
-        with CheapTwice():
+        with CheapSecondOrder():
             z = function(*inputs, **options)
-        assert z.grad_fn.name() == "_TwiceConvolutionBackward"
+        assert z.grad_fn.name() == "_SecondOrderConvolutionBackward"
         return z
 
     torch.testing.assert_close(stand_in(*inputs), function(*inputs, **options))
@@ -46,9 +46,9 @@ def test_batch_norm(shape, affine):
     inputs = [wide(*shape), *[wide(2) for _ in range({"both": 2, "weight": 1, "none": 0}[affine])]]
 
     def stand_in(x, *rest):
-        with CheapTwice():
+        with CheapSecondOrder():
             z = F.batch_norm(x, mean, var, *rest)
-        assert z.grad_fn.name() == "_TwiceNormBackward"
+        assert z.grad_fn.name() == "_SecondOrderNormBackward"
         return z
 
     torch.testing.assert_close(stand_in(*inputs), F.batch_norm(inputs[0], mean, var, *inputs[1:]))
@@ -62,9 +62,9 @@ def test_gelu(chunk, monkeypatch, nan_empty):
     x = (3 * torch.randn(3, 2, 4, dtype=torch.float64)).transpose(0, 2).requires_grad_()
 
     def stand_in(x):
-        with CheapTwice():
+        with CheapSecondOrder():
             z = F.gelu(x)
-        assert z.grad_fn.name() == "_TwiceGeluBackward"
+        assert z.grad_fn.name() == "_SecondOrderGeluBackward"
         return z
 
     torch.testing.assert_close(stand_in(x), F.gelu(x))
@@ -81,11 +81,11 @@ def test_gelu(chunk, monkeypatch, nan_empty):
 
 def test_what_does_not_apply_is_left_to_torch():
     x, w = wide(2, 3, 5, 4), wide(4, 3, 3, 3)
-    with CheapTwice():
-        assert "_Twice" not in F.gelu(x, approximate="tanh").grad_fn.name()
-        assert "_Twice" not in F.conv2d(x, w, padding="same").grad_fn.name()
+    with CheapSecondOrder():
+        assert "_SecondOrder" not in F.gelu(x, approximate="tanh").grad_fn.name()
+        assert "_SecondOrder" not in F.conv2d(x, w, padding="same").grad_fn.name()
         assert (
-            "_Twice"
+            "_SecondOrder"
             not in F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), training=True).grad_fn.name()
         )
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_weight_gradients_that_nobody_wants_are_not_computed(monkeypatch):
     backward = torch.ops.aten.convolution_backward
     monkeypatch.setattr(torch.ops.aten, "convolution_backward", lambda *a: asked.append(a[-1]) or backward(*a))
     x, w = wide(2, 3, 5, 4), wide(4, 3, 3, 3)
-    with CheapTwice():
+    with CheapSecondOrder():
         z = F.conv2d(x * 1, w)
     torch.autograd.grad(z.sum(), x, create_graph=True)
     assert asked == [[True, False, False]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
 from fastfip.ops.spectral.linear_map import TINY, SpectralMap
-from fastfip.ops.spectral.op import Factors, spectral_conv, spectral_linear
+from fastfip.ops.spectral.op import SpectralFactors, spectral_conv, spectral_linear
 
 FORMS = ["held", "recomposed", "factored"]
 SIZES = [(7, 5, 3), (5, 9, 4), (6, 6, 6), (3, 8, 1), (1, 4, 1)]  # O, I, K
@@ -30,11 +30,11 @@ class Weight:
         shift = torch.relu(self.sigma + delta) - self.sigma
         return self.w + ((self.u * shift.unsqueeze(1)) @ self.v.mT).reshape(self.w.shape)
 
-    def now(self, delta: Tensor) -> tuple[Tensor, Factors]:
+    def now(self, delta: Tensor) -> tuple[Tensor, SpectralFactors]:
         with torch.no_grad():
-            return self.of(delta), Factors.of(self.u, self.v, self.sigma, delta)
+            return self.of(delta), SpectralFactors.of(self.u, self.v, self.sigma, delta)
 
-    def given(self, form: str) -> tuple[tuple[Tensor, Factors], Scratch | None]:
+    def given(self, form: str) -> tuple[tuple[Tensor, SpectralFactors], Scratch | None]:
         """The op's weight, directions and scratch memory, which holds NaN."""
         value, factors = self.now(self.delta)
         if form == "held":
@@ -185,7 +185,7 @@ def test_the_division_by_s_keeps_the_precision(dtype: torch.dtype) -> None:
     with torch.no_grad():
         weight.delta.copy_(-weight.sigma + weight.sigma[0, 0] * torch.logspace(0, -5, 8))
     value, factors = weight.now(weight.delta)
-    factors = Factors.of(factors.u, factors.v, weight.sigma, weight.delta.detach(), dtype)
+    factors = SpectralFactors.of(factors.u, factors.v, weight.sigma, weight.delta.detach(), dtype)
     assert factors.weak is not None and 0 < len(factors.weak) < 8
     x = torch.randn(256, 64)
     p = spectral_linear(x.to(dtype), value.to(dtype), factors, weight.delta)[1]

@@ -38,7 +38,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param != "as it pays":
         monkeypatch.setattr(layers, "prefers_dense", lambda *args: False)
         monkeypatch.setattr(weight, "SMALL", 0)
-        monkeypatch.setattr(weight, "DEAR", 1.0)
+        monkeypatch.setattr(weight, "EXPENSIVE", 1.0)
     return request.param
 
 

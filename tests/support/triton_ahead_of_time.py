@@ -19,7 +19,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr")
 
 
-def compile_one(kernel, constants, dtype, architecture, config):
+def compile_one(kernel, constants, dtype, architecture, tiles):
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -29,7 +29,7 @@ def compile_one(kernel, constants, dtype, architecture, config):
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in signature if name.endswith("_ptr")
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -38,30 +38,30 @@ def compile_one(kernel, constants, dtype, architecture, config):
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     tensor_core = len(re.findall(r"wgmma\.mma|mma\.sync", done.asm["ptx"]))
-    print(kernel.fn.__name__, dtype, f"sm_{architecture}", *config, registers, stack, tensor_core, flush=True)
+    print(kernel.fn.__name__, dtype, f"sm_{architecture}", *tiles, registers, stack, tensor_core, flush=True)
 
 
-for (_, half), config in kernels.CONFIGS.items():
+for (_, half), tiles in kernels.TILES.items():
     constants = {
         "GRADIENT": True,
         "INTERPRET": False,
         "PRECISION": "tf32x3",
-        "BLOCK_O": config.block_o,
-        "BLOCK_I": config.block_i,
-        "BLOCK_T": config.block_t,
+        "BLOCK_O": tiles.block_o,
+        "BLOCK_I": tiles.block_i,
+        "BLOCK_T": tiles.block_t,
     }
     window = {f"{name}_{axis}": 1 for name in ("STEP", "PAD", "DILATION") for axis in "ZYX"}
     window.update(KERNEL_Z=1, KERNEL_Y=3, KERNEL_X=3, DIMS=2)
     for architecture in (80, 90):
         for dtype in ("bf16",) if half else ("fp32",):
-            compile_one(kernels.dense_kernel, constants, dtype, architecture, config)
-            compile_one(kernels.conv_kernel, constants | window, dtype, architecture, config)
+            compile_one(kernels.dense_kernel, constants, dtype, architecture, tiles)
+            compile_one(kernels.conv_kernel, constants | window, dtype, architecture, tiles)
 
 for module, kernel in ((norms, norms.norm_kernel), (applied, applied.gram_apply_kernel)):
-    for half, config in module.CONFIGS.items():
-        blocks = {name.upper(): size for name, size in config._asdict().items() if name.startswith("block")}
+    for half, tiles in module.TILES.items():
+        blocks = {name.upper(): size for name, size in tiles._asdict().items() if name.startswith("block")}
         constants = {"INTERPRET": False, "PRECISION": "tf32x3", **blocks}
         for architecture in (80, 90):
             for gram in (True, False) if module is norms else (None,):
                 chosen = constants if gram is None else constants | {"GRAM": gram}
-                compile_one(kernel, chosen, "bf16" if half else "fp32", architecture, config)
+                compile_one(kernel, chosen, "bf16" if half else "fp32", architecture, tiles)

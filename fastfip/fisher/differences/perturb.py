@@ -2,7 +2,7 @@
 
     d Tr F / dW = (2 / N) sum_n H_n g_n,       H_n g_n = (grad l_n at W + h g_n  -  grad l_n at W) / h  +  O(h)
 
-One forward and backward pass gives every sample's gradient (capture.py; the ordinary weight gradients are their sums
+One forward and backward pass gives every sample's gradient (graph/plan.py; the ordinary weight gradients are their sums
 where they are formed). In the next pass sample n runs with W + h G_n, and an ordinary backward pass sums the gradients
 at the shifted weights. So fused attention stays fused.
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.errors import ModelError
-from fastfip.fisher.differences.shifted import Place, Shifted, flipped, place_of
+from fastfip.fisher.differences.shifted import ShiftedForward, ShiftTarget, flipped, target_of
 from fastfip.fisher.differences.shifts import shift_of
-from fastfip.fisher.graph.forms import Dense, Form
-from fastfip.fisher.graph.plan import Group, Plan
+from fastfip.fisher.graph.forms import DenseForm, GradientForm
+from fastfip.fisher.graph.plan import Plan, UseGroup
 from fastfip.fisher.graph.verify import Cache, plan_for
 from fastfip.fisher.modes import readable
 
@@ -50,7 +50,7 @@ class Uncovered(ModelError):
     """Parameters that the asked-for way cannot do."""
 
 
-class Found(NamedTuple):
+class TraceWithGradient(NamedTuple):
     """A trace with its gradient, computed."""
 
     trace: Tensor  # scalar
@@ -83,7 +83,7 @@ def perturbed(
     difference: str = "forward",
     step: float | None = None,
     loss_scale: float = 1.0,
-) -> Found:
+) -> TraceWithGradient:
     """Return the trace of a batch and its gradient by per-sample shifts of the weights.
 
     Args:
@@ -109,16 +109,16 @@ def perturbed(
         losses = task.loss(logits, batch)
         plan = plan_for(losses, params, cache)
     refuse(plan)
-    places = {id(group): place_of(plan, group) for groups in plan.groups.values() for group in groups}
+    targets = {id(group): target_of(plan, group) for groups in plan.groups.values() for group in groups}
     central = difference == "central"
-    mean, samples = _first_pass(plan, places, None if central else params, loss_scale)
-    h, norms = _step_size(plan, places, params, step)
+    mean, samples = _first_pass(plan, targets, None if central else params, loss_scale)
+    h, norms = _step_size(plan, targets, params, step)
     losses, logits = losses.detach(), logits.detach()
     if change is not None:
         room = float(torch.where(norms > 0, losses.clamp(max=1) / norms, torch.inf).min())
         h = min(h, change * room) if room > 0 else h
     del plan
-    ends = [_shifted_pass(model, batch, task, params, list(places.values()), h * sign, loss_scale, samples, exact)
+    ends = [_shifted_pass(model, batch, task, params, list(targets.values()), h * sign, loss_scale, samples, exact)
             for sign in ((1.0, -1.0) if central else (1.0,))]  # fmt: skip
     # The kept gradients are those of scaled losses, so h G_n is a shift by (h loss_scale) g_n.
     scale = 2 / (samples * h * loss_scale * loss_scale)
@@ -129,7 +129,7 @@ def perturbed(
             gradient[name] = (high - low).mul_(scale / 2 if central else scale)
     if mean is not None:
         mean = {name: g.div(samples * loss_scale) for name, g in mean.items()}
-    return Found((norms / loss_scale**2).mean().to(losses.dtype), gradient, losses, logits, mean)
+    return TraceWithGradient((norms / loss_scale**2).mean().to(losses.dtype), gradient, losses, logits, mean)
 
 
 def refuse(plan: Plan) -> None:
@@ -153,23 +153,23 @@ def uncovered(names: list[str]) -> Uncovered:
 
 
 def _first_pass(
-    plan: Plan, places: Mapping[int, Place], params: Mapping[str, Tensor] | None, loss_scale: float
+    plan: Plan, targets: Mapping[int, ShiftTarget], params: Mapping[str, Tensor] | None, loss_scale: float
 ) -> tuple[dict[str, Tensor] | None, int]:
-    """Fill the places with shifts; with `params` return the sums of gradients that came along or were asked for."""
+    """Give the targets their shifts; with `params` return the sums of gradients that came along or were asked for."""
     lost: list[str] = []
     # The ordinary gradient of a parameter is a sum of per-sample ones where those are formed; which, the shapes tell.
-    leaves = {} if params is None else {name: p for name, p in params.items() if not _formed(plan, places, name)}
+    leaves = {} if params is None else {name: p for name, p in params.items() if not _formed(plan, targets, name)}
 
-    def take(group: Group, form: Form) -> None:
-        place = places[id(group)]
-        if isinstance(form, Dense):
-            place.flip = flipped(plan, group)
-            if place.flip and not form.flip:  # joined forms are those of the parameter [I, O]
-                form = Dense(form.a, form.g)
+    def take(group: UseGroup, form: GradientForm) -> None:
+        target = targets[id(group)]
+        if isinstance(form, DenseForm):
+            target.flip = flipped(plan, group)
+            if target.flip and not form.flip:  # joined forms are those of the parameter [I, O]
+                form = DenseForm(form.a, form.g)
         shift = shift_of(form)
         if shift is None:
-            lost.append(place.name)
-        place.shift = shift
+            lost.append(target.name)
+        target.shift = shift
 
     with torch.no_grad():
         weights = torch.full_like(plan.losses, loss_scale)
@@ -181,35 +181,35 @@ def _first_pass(
     mean = {name: g for name, g in zip(leaves, found) if g is not None}
     for name in params:
         if name not in leaves and name in plan.groups:
-            mean[name] = _summed(plan, places, name, params[name])
+            mean[name] = _summed(plan, targets, name, params[name])
     return mean, plan.samples
 
 
-def _formed(plan: Plan, places: Mapping[int, Place], name: str) -> bool:
+def _formed(plan: Plan, targets: Mapping[int, ShiftTarget], name: str) -> bool:
     """Whether all uses of a parameter give their sum over the samples for nothing."""
-    return bool(plan.groups.get(name)) and all(places[id(group)].summed for group in plan.groups[name])
+    return bool(plan.groups.get(name)) and all(targets[id(group)].summed for group in plan.groups[name])
 
 
-def _summed(plan: Plan, places: Mapping[int, Place], name: str, param: Tensor) -> Tensor:
+def _summed(plan: Plan, targets: Mapping[int, ShiftTarget], name: str, param: Tensor) -> Tensor:
     out = torch.zeros_like(param)
     for group in plan.groups[name]:
-        shift = places[id(group)].shift
+        shift = targets[id(group)].shift
         total = None if shift is None else shift.total()
         if total is not None:
             view = group.chain.view(out)
-            view.add_((total.mT if places[id(group)].flip else total).reshape(view.shape).to(out.dtype))
+            view.add_((total.mT if targets[id(group)].flip else total).reshape(view.shape).to(out.dtype))
     return out
 
 
 def _step_size(
-    plan: Plan, places: Mapping[int, Place], params: Mapping[str, Tensor], step: float
+    plan: Plan, targets: Mapping[int, ShiftTarget], params: Mapping[str, Tensor], step: float
 ) -> tuple[float, Tensor]:
     """Return h and the squared norm of each sample's (scaled) gradient, [N]."""
     acc = torch.promote_types(plan.losses.dtype, torch.float32)
     norms = torch.zeros(plan.samples, dtype=acc, device=plan.losses.device)
-    for place in places.values():
-        if place.shift is not None:
-            norms += place.shift.norms().detach().to(norms)
+    for target in targets.values():
+        if target.shift is not None:
+            norms += target.shift.norms().detach().to(norms)
     size = torch.stack([torch.linalg.vector_norm(p.detach(), dtype=acc) for p in params.values()]).norm()
     largest = float(norms.max().sqrt())
     # No gradient at all: any step will do. One that overflowed: what comes out is not finite either.
@@ -221,14 +221,14 @@ def _shifted_pass(
     batch: Batch,
     task: Task,
     params: Mapping[str, Tensor],
-    places: list[Place],
+    targets: list[ShiftTarget],
     h: float,
     loss_scale: float,
     samples: int,
     exact: bool,
 ) -> dict[str, Tensor]:
     """Return the gradient of the (scaled) sum of the losses where sample n has the weights W + h G_n."""
-    mode = Shifted(places, h, samples, exact)
+    mode = ShiftedForward(targets, h, samples, exact)
     with torch.enable_grad():
         with readable(model), mode:
             logits = task.forward(model, batch)

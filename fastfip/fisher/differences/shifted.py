@@ -1,7 +1,7 @@
 """The forward pass with shifted weights: a torch function mode that replaces the operations that use parameters.
 
-Which call uses what is known from the graph of an earlier pass (Place): a call is recognised by the memory that its
-argument views, and by the kind of operation that is due. A call that should have come and did not is reported.
+Which call uses what is known from the graph of an earlier pass (ShiftTarget): a call is recognised by the memory that
+its argument views, and by the kind of operation that is due. A call that should have come and did not is reported.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastfip.fisher.differences.shifts import (
-    Options,
-    Shift,
-    Table,
-    Values,
+    RowShift,
+    ValueShift,
+    WeightShift,
     convolution,
     fits_convolution,
     fits_matrix,
     linear,
 )
-from fastfip.fisher.graph.forms import Conv, Dense, Sum
+from fastfip.fisher.graph.forms import ConvForm, DenseForm, SumForm
 from fastfip.fisher.graph.layout import Layout
-from fastfip.fisher.graph.plan import Group, Plan
+from fastfip.fisher.graph.plan import Plan, UseGroup
+from fastfip.ops.convolution import ConvolutionOptions
 
 Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Use:
+class ScheduledUse:
     """One use of a parameter, in the order of execution."""
 
     order: int
     operation: str  # name of the autograd node
     layout: Layout
     shape: torch.Size  # that the layout speaks of
-    options: Options | None = None  # of a convolution
+    options: ConvolutionOptions | None = None  # of a convolution
     padded: tuple[int, ...] = ()  # spatial size of the input that it saw
 
 
 @dataclass
-class Place:
+class ShiftTarget:
     """A parameter, or a part of one, and where its shift is due."""
 
     name: str
     key: Key
-    uses: list[Use]
+    uses: list[ScheduledUse]
     summed: bool  # the shift will know the sum of the gradients
-    shift: Shift | None = None
+    shift: WeightShift | None = None
     flip: bool = False  # the parameter is [I, O]
     done: int = 0
 
-    def due(self) -> Use | None:
+    def due(self) -> ScheduledUse | None:
         """The use that comes next."""
         return self.uses[self.done] if self.done < len(self.uses) else None
 
@@ -70,7 +70,7 @@ def key_of(t: Tensor) -> Key:
     return t.untyped_storage().data_ptr(), t.storage_offset(), *ends
 
 
-def place_of(plan: Plan, group: Group) -> Place:
+def target_of(plan: Plan, group: UseGroup) -> ShiftTarget:
     """Describe a group of uses before its gradients are there."""
     view = group.chain.view(plan.params[group.chain.param].detach())
     uses, summed, positions = [], True, 0
@@ -78,24 +78,28 @@ def place_of(plan: Plan, group: Group) -> Place:
         site = plan.sites[use.site]
         node: Any = site.node
         z, makes = site.recipe.shape, site.recipe.makes[use.slot]
-        options, padded = None, ()
-        if makes is Conv:
+        options: ConvolutionOptions | None = None
+        padded: tuple[int, ...] = ()
+        if makes is ConvForm:
             dims = len(z) - 2
-            options = tuple(_spatial(getattr(node, f"_saved_{k}"), dims) for k in ("stride", "padding", "dilation"))
-            options += (node._saved_transposed, _spatial(node._saved_output_padding, dims), node._saved_groups)
+            stride, padding, dilation, output_padding = (
+                _spatial(getattr(node, f"_saved_{k}"), dims)
+                for k in ("stride", "padding", "dilation", "output_padding")
+            )
+            options = stride, padding, dilation, node._saved_transposed, output_padding, node._saved_groups
             x = node._saved_input.shape
             padded, summed = tuple(x[2:]), fits_convolution(view.numel(), (math.prod(z) + math.prod(x)) // plan.samples)
-        elif makes is Dense:
+        elif makes is DenseForm:
             positions += z[0] // plan.samples
             summed = fits_matrix(positions, *view.shape)
-        elif makes is not Sum:
+        elif makes is not SumForm:
             summed = False
-        uses.append(Use(node._sequence_nr(), node.name(), plan.layouts[use.site], z, options, padded))
+        uses.append(ScheduledUse(node._sequence_nr(), node.name(), plan.layouts[use.site], z, options, padded))
     uses.sort(key=lambda use: use.order)
-    return Place(group.chain.param, key_of(view), uses, summed)
+    return ShiftTarget(group.chain.param, key_of(view), uses, summed)
 
 
-def flipped(plan: Plan, group: Group) -> bool:
+def flipped(plan: Plan, group: UseGroup) -> bool:
     """Whether the matrix of a product is used as [I, O], behind the data: what its graph sees of x W^T is W^T."""
     use = group.uses[0]
     return (plan.sites[use.site].node.name(), use.slot) in (("AddmmBackward0", 2), ("MmBackward0", 1))
@@ -106,26 +110,26 @@ def _spatial(value: Any, dims: int) -> tuple[int, ...]:
     return value * dims if len(value) == 1 else value
 
 
-class Shifted(TorchFunctionMode):
-    """Run what is inside with W + h G_n for sample n, wherever `places` say so."""
+class ShiftedForward(TorchFunctionMode):
+    """Run what is inside with W + h G_n for sample n, wherever `targets` say so."""
 
-    def __init__(self, places: Sequence[Place], h: float, samples: int, exact: bool) -> None:
+    def __init__(self, targets: Sequence[ShiftTarget], h: float, samples: int, exact: bool) -> None:
         super().__init__()
-        self.places, self.h, self.samples, self.exact = places, h, samples, exact
-        self.at: dict[Key, Place] = {}
-        for place in places:
-            place.done = 0
-            if place.shift is not None:
-                self.at[place.key] = place
+        self.targets, self.h, self.samples, self.exact = targets, h, samples, exact
+        self.at: dict[Key, ShiftTarget] = {}
+        for target in targets:
+            target.done = 0
+            if target.shift is not None:
+                self.at[target.key] = target
         self.memory = {key[0] for key in self.at}
-        self.casts: dict[int, tuple[Tensor, Place]] = {}  # copies of parameters in another dtype
+        self.casts: dict[int, tuple[Tensor, ShiftTarget]] = {}  # copies of parameters in another dtype
 
     def missed(self) -> list[str]:
         """Names of the parameters some of whose uses were not met."""
-        return sorted({place.name for place in self.places if place.shift is not None and place.due() is not None})
+        return sorted({target.name for target in self.targets if target.shift is not None and target.due() is not None})
 
-    def place(self, value: Any) -> Place | None:
-        """The place that an argument stands for."""
+    def target(self, value: Any) -> ShiftTarget | None:
+        """The target that an argument stands for."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         if id(value) in self.casts:
@@ -134,14 +138,14 @@ class Shifted(TorchFunctionMode):
             return None
         return self.at.get(key_of(value))
 
-    def take(self, value: Any, *operations: str) -> tuple[Shift, Use] | None:
+    def take(self, value: Any, *operations: str) -> tuple[WeightShift, ScheduledUse] | None:
         """The shift of an argument, if it is due in one of these operations now."""
-        place = self.place(value)
-        use = None if place is None else place.due()
-        if place is None or use is None or place.shift is None or use.operation not in operations:
+        target = self.target(value)
+        use = None if target is None else target.due()
+        if target is None or use is None or target.shift is None or use.operation not in operations:
             return None
-        place.done += 1
-        return place.shift, use
+        target.done += 1
+        return target.shift, use
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace a call, or let it be."""
@@ -158,9 +162,9 @@ class Shifted(TorchFunctionMode):
                 return out
         out = func(*args, **kwargs)
         if getattr(func, "__name__", "") in _CASTS and isinstance(out, Tensor) and out is not args[0]:
-            place = self.place(args[0])
-            if place is not None and out.shape == args[0].shape:
-                self.casts[id(out)] = out, place
+            target = self.target(args[0])
+            if target is not None and out.shape == args[0].shape:
+                self.casts[id(out)] = out, target
         return out
 
     def values(self, value: Any, operations: Sequence[str], after: int = 0) -> Tensor | None:
@@ -169,10 +173,10 @@ class Shifted(TorchFunctionMode):
         if got is None:
             return None
         shift, use = got
-        assert isinstance(shift, Values)
+        assert isinstance(shift, ValueShift)
         return value.reshape(*value.shape, *(1,) * after) + self.spread(shift, use, value.shape, after).to(value.dtype)
 
-    def spread(self, shift: Values, use: Use, shape: torch.Size, after: int) -> Tensor:
+    def spread(self, shift: ValueShift, use: ScheduledUse, shape: torch.Size, after: int) -> Tensor:
         """Return h G_n, to be broadcast against the operation's output."""
         each = shift.each
         if each.shape[1:] != shape and [s for s in each.shape[1:] if s != 1] != [s for s in shape if s != 1]:
@@ -205,7 +209,7 @@ def _opened(func: types.FunctionType) -> types.FunctionType:
 
 # --------------------------------------------------------------------------------------------------- the operations
 
-Handler = Callable[[Shifted, Any, tuple[Any, ...], dict[str, Any]], "Tensor | None"]
+Handler = Callable[[ShiftedForward, Any, tuple[Any, ...], dict[str, Any]], "Tensor | None"]
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -227,13 +231,13 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> li
 _PRODUCTS = ("AddmmBackward0", "MmBackward0")
 
 
-def _product(mode: Shifted, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _product(mode: ShiftedForward, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return x W^T + b of x [*, I], W [O, I]; None if nothing is due."""
     due, added = mode.take(weight, *_PRODUCTS), mode.take(bias, *_PRODUCTS, "AddBackward0")
     if due is None:
         if added is None or bias is None:
             return None
-        assert isinstance(added[0], Values)
+        assert isinstance(added[0], ValueShift)
         z, (shift, use) = F.linear(x, weight, bias), added
         moved = mode.spread(added[0], use, bias.shape, 0).to(z.dtype)
         return (z.reshape(use.shape) + moved).view(z.shape)
@@ -244,29 +248,29 @@ def _product(mode: Shifted, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if bias is not None:
         z = z + bias.to(z.dtype)
     if added is not None:
-        assert isinstance(added[0], Values)
+        assert isinstance(added[0], ValueShift)
         z = z + (mode.h * added[0].each)[:, None].to(z.dtype)
     z = z.flatten(0, 1) if major else z.transpose(0, 1).flatten(0, 1)
     return z.view(*x.shape[:-1], -1)
 
 
 @handles("linear")
-def _linear(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _linear(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     return _product(mode, *_arguments(args, kwargs, "input", "weight", "bias"))
 
 
 @handles("matmul", "__matmul__", "mm")
-def _matmul(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _matmul(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     if len(args) < 2:
         return None
     x, weight = args[:2]
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or mode.place(weight) is None:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or mode.target(weight) is None:
         return None
     return _product(mode, x, weight.t(), None)
 
 
 @handles("addmm")
-def _addmm(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _addmm(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     if kwargs or len(args) != 3 or (args[0].dim() > 1 and args[0].shape[0] != 1):
         return None
     return _product(mode, args[1], args[2].t(), args[0].reshape(-1) if args[0].dim() > 1 else args[0])
@@ -276,7 +280,7 @@ _CONVOLUTIONS = ("ConvolutionBackward0", "ConvolutionOverrideableBackward0")
 
 
 @handles("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _convolution(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _convolution(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     x, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
     due = mode.take(weight, *_CONVOLUTIONS)
     moved = None if bias is None else mode.values(bias, _CONVOLUTIONS, after=x.dim() - 2)
@@ -302,7 +306,7 @@ def _convolution(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | N
 
 
 def _affine(
-    mode: Shifted, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], nodes: tuple[str, ...], after: int
+    mode: ShiftedForward, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], nodes: tuple[str, ...], after: int
 ) -> Tensor | None:
     """A norm: without its affine map, which follows with the shift."""
     known = dict(zip(names, args)) | kwargs
@@ -321,19 +325,19 @@ def _affine(
 
 
 @handles("layer_norm")
-def _layer_norm(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _layer_norm(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
     return _affine(mode, func, args, kwargs, names, ("NativeLayerNormBackward0",), 0)
 
 
 @handles("rms_norm")
-def _rms_norm(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _rms_norm(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     names = ("input", "normalized_shape", "weight", "eps")
     return _affine(mode, func, args, kwargs, names, ("FusedRmsNormBackward0", "MulBackward0"), 0)
 
 
 @handles("group_norm")
-def _group_norm(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _group_norm(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     names = ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")
     return _affine(mode, func, args, kwargs, names, ("NativeGroupNormBackward0",), args[0].dim() - 2)
 
@@ -342,18 +346,18 @@ _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBa
 
 
 @handles("batch_norm", "instance_norm")
-def _batch_norm(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _batch_norm(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
     return _affine(mode, func, args, kwargs, names, _BATCH_NORMS, args[0].dim() - 2)
 
 
 @handles("embedding", "__getitem__", "index_select")
-def _embedding(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _embedding(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     due = mode.take(args[0], "EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
     if due is None:
         return None
     shift, use = due
-    assert isinstance(shift, Table)
+    assert isinstance(shift, RowShift)
     z = func(*args, **kwargs)
     index = args[2] if use.operation == "IndexSelectBackward0" else args[1]
     index = index[0] if isinstance(index, tuple) else index
@@ -370,12 +374,12 @@ def _merged(each: Tensor, layout: Layout) -> Tensor:
 
 
 @handles("expand", "expand_as")
-def _expand(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def _expand(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
     due = mode.take(args[0], "ExpandBackward0")
     if due is None:
         return None
     shift, use = due
-    assert isinstance(shift, Values)
+    assert isinstance(shift, ValueShift)
     return func(*args, **kwargs) + mode.spread(shift, use, args[0].shape, 0).to(args[0].dtype)
 
 
@@ -388,7 +392,7 @@ _ELEMENTWISE = {
 
 
 def _pointwise(node: str) -> Handler:
-    def handler(mode: Shifted, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    def handler(mode: ShiftedForward, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         moved = [mode.values(a, (node,)) for a in args[:2]]
         if all(m is None for m in moved):
             return None

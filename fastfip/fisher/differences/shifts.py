@@ -1,7 +1,8 @@
 """Weights that differ from sample to sample: W_n = W + h G_n, with G_n the gradient of sample n's own loss.
 
-A form (forms.py) says what G_n is; a shift keeps it until the next forward pass, as the matrices themselves or as the
-factors g and a where those are smaller, and computes the operation with the shifted weights. First-order autograd only.
+A form (graph/forms.py) says what G_n is; a shift keeps it until the next forward pass, as the matrices themselves or as
+the factors g and a where those are smaller, and computes the operation with the shifted weights. First-order autograd
+only.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.fisher.graph.forms import Conv, Dense, Form, Rows, Sum
-from fastfip.ops.convolution import ConvShape, columns, columns_transpose
+from fastfip.fisher.graph.forms import ConvForm, DenseForm, GradientForm, RowsForm, SumForm
+from fastfip.ops.convolution import ConvolutionOptions, ConvShape, columns, columns_transpose
 from fastfip.ops.memory import accumulation_dtype
 
 #: G_n is kept as it is where it takes at most this many times the memory of its factors.
@@ -22,7 +23,7 @@ ROOM = 2.0
 _CHUNK = 1 << 22  # elements of the windows of a convolution that are formed at a time
 
 
-class Shift:
+class WeightShift:
     """Per-sample gradients of one tensor, kept from one pass to the next."""
 
     def norms(self) -> Tensor:
@@ -34,7 +35,7 @@ class Shift:
         return None
 
 
-class Whole(Shift):
+class WholeShift(WeightShift):
     """G_n itself, [N, *shape]; `at` turns it into W + h G_n in the same memory."""
 
     def __init__(self, each: Tensor) -> None:
@@ -42,11 +43,11 @@ class Whole(Shift):
         self.h = 0.0  # 0: `each` is G_n
 
     def norms(self) -> Tensor:
-        """See :meth:`Shift.norms`."""
+        """See :meth:`WeightShift.norms`."""
         return torch.linalg.vector_norm(self.each.flatten(1), dim=1).square()
 
     def total(self) -> Tensor | None:
-        """See :meth:`Shift.total`."""
+        """See :meth:`WeightShift.total`."""
         return self.each.sum(0)
 
     def at(self, weight: Tensor, h: float) -> Tensor:
@@ -60,14 +61,14 @@ class Whole(Shift):
         return self.each
 
 
-class Factors(Shift):
+class FactoredShift(WeightShift):
     """G_n = g_n^T a_n by its factors g [N, T, O] and a [N, T, I]."""
 
     def __init__(self, g: Tensor, a: Tensor, norms: Tensor) -> None:
         self.g, self.a, self._norms = g.detach(), a.detach(), norms  # without the first pass's graph
 
     def norms(self) -> Tensor:
-        """See :meth:`Shift.norms`."""
+        """See :meth:`WeightShift.norms`."""
         return self._norms
 
     def apply(self, x: Tensor) -> Tensor:
@@ -77,37 +78,37 @@ class Factors(Shift):
         return (x @ self.a.mT) @ self.g
 
 
-class Windows(Shift):
+class WindowShift(WeightShift):
     """G_n of a convolution's weight by the gradient at its output and its input."""
 
-    def __init__(self, form: Conv) -> None:
+    def __init__(self, form: ConvForm) -> None:
         self._norms = form.norms()
-        self.form = Conv(form.g.detach(), form.x.detach(), form.shape, form.samples)
+        self.form = ConvForm(form.g.detach(), form.x.detach(), form.shape, form.samples)
 
     def norms(self) -> Tensor:
-        """See :meth:`Shift.norms`."""
+        """See :meth:`WeightShift.norms`."""
         return self._norms
 
 
-class Values(Shift):
+class ValueShift(WeightShift):
     """G_n of a bias, a norm's affine map, a token: [N, *shape]."""
 
     def __init__(self, each: Tensor) -> None:
         self.each = each.detach()
 
     def norms(self) -> Tensor:
-        """See :meth:`Shift.norms`."""
+        """See :meth:`WeightShift.norms`."""
         return self.each.flatten(1).square().sum(1)
 
     def total(self) -> Tensor | None:
-        """See :meth:`Shift.total`."""
+        """See :meth:`WeightShift.total`."""
         return self.each.sum(0)
 
 
-class Table(Shift):
+class RowShift(WeightShift):
     """G_n of an embedding: only the rows that sample n reads."""
 
-    def __init__(self, form: Rows) -> None:
+    def __init__(self, form: RowsForm) -> None:
         self.size, self._norms = form.size, form.norms()
         self.keys, where = self._key(form.index).reshape(-1).unique(return_inverse=True)
         g = form.g.detach().reshape(where.shape[0], -1).to(accumulation_dtype(form.g.dtype))
@@ -125,7 +126,7 @@ class Table(Shift):
         return self.rows[where] * (self.keys[where] == key)[..., None]
 
     def norms(self) -> Tensor:
-        """See :meth:`Shift.norms`."""
+        """See :meth:`WeightShift.norms`."""
         return self._norms
 
 
@@ -139,28 +140,28 @@ def fits_convolution(size: int, maps: int) -> bool:
     return size <= ROOM * maps
 
 
-def shift_of(form: Form) -> Shift | None:
+def shift_of(form: GradientForm) -> WeightShift | None:
     """Return the shift of a form, or None where the form is of a kind that has none."""
-    if isinstance(form, Dense):
+    if isinstance(form, DenseForm):
         g, a = form.g, form.a
         t, o, i = g.shape[1], g.shape[2], a.shape[2]
         if fits_matrix(t, o, i):
             acc = accumulation_dtype(g.dtype)
-            return Whole(g.mT.to(acc) @ a.to(acc))
-        return Factors(g, a, form.norms())
-    if isinstance(form, Conv):
+            return WholeShift(g.mT.to(acc) @ a.to(acc))
+        return FactoredShift(g, a, form.norms())
+    if isinstance(form, ConvForm):
         size = form.g.shape[1] * (form.x.shape[1] // form.shape.groups) * form.shape.taps
         if fits_convolution(size, (form.g.numel() + form.x.numel()) // form.samples):
-            return Whole(_conv_products(form))
-        return Windows(form)
-    if isinstance(form, Sum):
-        return Values(form.h.to(accumulation_dtype(form.h.dtype)))
-    if isinstance(form, Rows):
-        return Table(form)
+            return WholeShift(_conv_products(form))
+        return WindowShift(form)
+    if isinstance(form, SumForm):
+        return ValueShift(form.h.to(accumulation_dtype(form.h.dtype)))
+    if isinstance(form, RowsForm):
+        return RowShift(form)
     return None
 
 
-def _conv_products(form: Conv) -> Tensor:
+def _conv_products(form: ConvForm) -> Tensor:
     """G_n of every sample, [N, *weight]."""
     g, x, shape, samples = form.g, form.x, form.shape, form.samples
     acc, frames, groups = accumulation_dtype(g.dtype), g.shape[0] // samples, shape.groups
@@ -199,27 +200,26 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
-def linear(x: Tensor, weight: Tensor, shift: Shift, h: float, exact: bool) -> Tensor:
+def linear(x: Tensor, weight: Tensor, shift: WeightShift, h: float, exact: bool) -> Tensor:
     """x_n (W + h G_n)^T of x [N, T, I] and W [O, I]; `exact`: in the precision of W, where W + h G_n can be written."""
-    if isinstance(shift, Whole):
+    if isinstance(shift, WholeShift):
         if exact:
             return _Linear.apply(x, weight, shift.at(weight, h))
         moved = torch.matmul(x, shift.each.to(x.dtype).mT)
     else:
-        assert isinstance(shift, Factors)
-        moved = shift.apply(x) if exact else Factors(shift.g.to(x.dtype), shift.a.to(x.dtype), shift.norms()).apply(x)
+        assert isinstance(shift, FactoredShift)
+        moved = (
+            shift.apply(x) if exact else FactoredShift(shift.g.to(x.dtype), shift.a.to(x.dtype), shift.norms()).apply(x)
+        )
     z = F.linear(x, weight)
     return z + (h * moved).to(z.dtype)
-
-
-Options = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
 
 class _Convolution(torch.autograd.Function):
     """The convolution of each sample with its own weight, with the ordinary gradient for the common one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, each: Tensor, options: Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, each: Tensor, options: ConvolutionOptions) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.each, ctx.options = each, options
         samples = each.shape[0]
@@ -249,7 +249,7 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def _at_once(x: Tensor, samples: int, options: Options) -> bool:
+def _at_once(x: Tensor, samples: int, options: ConvolutionOptions) -> bool:
     """Whether all samples go into one grouped convolution: many small maps do better so, few large ones do not."""
     return x.shape[0] == samples and not options[3] and (x.is_cuda or math.prod(x.shape[2:]) < 512)
 
@@ -294,14 +294,16 @@ def _joined(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> tuple[Tenso
     return _frames(cols, samples), _frames(g.reshape(*cols.shape[:2], -1, cols.shape[3]), samples)
 
 
-def convolution(x: Tensor, weight: Tensor, shift: Shift, h: float, options: Options, exact: bool) -> Tensor:
+def convolution(
+    x: Tensor, weight: Tensor, shift: WeightShift, h: float, options: ConvolutionOptions, exact: bool
+) -> Tensor:
     """The convolution of x [N*F, C, *in] with W + h G_n."""
-    if isinstance(shift, Whole):
+    if isinstance(shift, WholeShift):
         if exact and x.dtype == weight.dtype:
             return _Convolution.apply(x, weight, shift.at(weight, h), options)
         moved = _Convolution.apply(x, shift.each.to(x.dtype)[0], shift.each.to(x.dtype), options)
     else:
-        assert isinstance(shift, Windows)
+        assert isinstance(shift, WindowShift)
         form = shift.form
         if options[3]:
             raise NotImplementedError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
-from fastfip.fisher.differences.perturb import Found, default_step, swapped, working_dtype
+from fastfip.fisher.differences.perturb import TraceWithGradient, default_step, swapped, working_dtype
 
 
 def signed(
@@ -27,7 +27,7 @@ def signed(
     step: float | None = None,
     generator: torch.Generator | None = None,
     loss_scale: float = 1.0,
-) -> Found:
+) -> TraceWithGradient:
     """Return one draw of the trace and of its gradient; arguments as for `perturbed`.
 
     The model runs as it is, compiled or not; its parameters are given other memory for the shifted passes.
@@ -50,7 +50,9 @@ def signed(
     sizes = [torch.linalg.vector_norm(t.detach(), dtype=acc) for t in params.values()]
     norm = torch.stack([torch.linalg.vector_norm(g, dtype=acc) for g in here.values()] or [losses.new_zeros(())]).norm()
     if not float(norm) > 0:
-        return Found(norm.square(), {name: torch.zeros_like(g) for name, g in here.items()}, losses, logits, None)
+        return TraceWithGradient(
+            norm.square(), {name: torch.zeros_like(g) for name, g in here.items()}, losses, logits, None
+        )
     h = step * float(torch.stack(sizes).norm()) / float(norm)
 
     def at(h: float) -> dict[str, Tensor]:
@@ -61,4 +63,4 @@ def signed(
     if difference == "central":
         low, width = at(-h), 2 * h
     out = {name: (g - low[name]) * (2 / width) for name, g in high.items()}
-    return Found(norm.square(), out, losses, logits, None)
+    return TraceWithGradient(norm.square(), out, losses, logits, None)

@@ -21,17 +21,17 @@ from fastfip.ops.sum_grad_squared.op import sum_grad_squared, sum_grad_squared_c
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """What a pass over the data uses for its products."""
 
     scratch: Scratch = field(default_factory=kept_scratch)
     backend: str = "auto"
 
 
-class Form:
+class GradientForm:
     """Per-sample gradients of one tensor."""
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
+    def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
         """Add sum_n G_n^2 to `out` and, if there is one, sum_n G_n to `grad`; both have the tensor's shape."""
         raise NotImplementedError
 
@@ -48,54 +48,54 @@ class Form:
         raise NotImplementedError
 
     @staticmethod
-    def join(forms: Sequence[Form]) -> Form:
+    def join(forms: Sequence[GradientForm]) -> GradientForm:
         """The sum of several forms of one tensor as one form; they are of one kind, and of one that JOINED names."""
         if len(forms) == 1:
             return forms[0]
         return type(forms[0])._join(forms)
 
     @classmethod
-    def _join(cls, forms: Sequence[Any]) -> Form:
+    def _join(cls, forms: Sequence[Any]) -> GradientForm:
         raise NotImplementedError
 
 
 @dataclass
-class Dense(Form):
+class DenseForm(GradientForm):
     """G_n = sum_t g[n, t] a[n, t]^T of a tensor [O, I], or its transpose of a tensor [I, O] if `flip`."""
 
     g: Tensor  # [N, T, O]
     a: Tensor  # [N, T, I]
     flip: bool = False
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
-        """See :meth:`Form.add_squares`."""
+    def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
+        """See :meth:`GradientForm.add_squares`."""
         g, a = (self.a, self.g) if self.flip else (self.g, self.a)
         if not out.is_contiguous() and out.t().is_contiguous():
             g, a, out, grad = a, g, out.t(), None if grad is None else grad.t()
-        sum_grad_squared(g, a, out=out, grad=grad, scratch=work.scratch, backend=work.backend)
+        sum_grad_squared(g, a, out=out, grad=grad, scratch=workspace.scratch, backend=workspace.backend)
 
     def norms(self) -> Tensor:
-        """See :meth:`Form.norms`."""
+        """See :meth:`GradientForm.norms`."""
         return grad_norm_squared(self.g, self.a)
 
     def one(self, n: int) -> Tensor:
-        """See :meth:`Form.one`."""
+        """See :meth:`GradientForm.one`."""
         acc = accumulation_dtype(self.g.dtype)
         product = self.g[n].to(acc).t() @ self.a[n].to(acc)
         return product.t() if self.flip else product
 
     def scale(self, n: int) -> Tensor:
-        """See :meth:`Form.scale`."""
+        """See :meth:`GradientForm.scale`."""
         return self.g[n].double().norm() * self.a[n].double().norm()
 
     @classmethod
-    def _join(cls, forms: Sequence[Dense]) -> Form:
+    def _join(cls, forms: Sequence[DenseForm]) -> GradientForm:
         turned = [(f.a, f.g) if f.flip else (f.g, f.a) for f in forms]
-        return Dense(torch.cat([g for g, _ in turned], 1), torch.cat([a for _, a in turned], 1))
+        return DenseForm(torch.cat([g for g, _ in turned], 1), torch.cat([a for _, a in turned], 1))
 
 
 @dataclass
-class Conv(Form):
+class ConvForm(GradientForm):
     """Gradients of a convolution's weight; for a transposed one `g` is its input and `x` the gradient at its output."""
 
     g: Tensor  # [N*F, O, *out]
@@ -103,8 +103,8 @@ class Conv(Form):
     shape: ConvShape
     samples: int
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
-        """See :meth:`Form.add_squares`."""
+    def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
+        """See :meth:`GradientForm.add_squares`."""
         sum_grad_squared_conv(
             self.g,
             self.x,
@@ -112,12 +112,12 @@ class Conv(Form):
             samples=self.samples,
             out=out,
             grad=grad,
-            scratch=work.scratch,
-            backend=work.backend,
+            scratch=workspace.scratch,
+            backend=workspace.backend,
         )
 
     def norms(self) -> Tensor:
-        """See :meth:`Form.norms`."""
+        """See :meth:`GradientForm.norms`."""
         return grad_norm_squared_conv(self.g, self.x, self.shape, samples=self.samples)
 
     def _of(self, n: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ class Conv(Form):
         return self.g[part].to(acc), self.x[part].to(acc)
 
     def one(self, n: int) -> Tensor:
-        """See :meth:`Form.one`."""
+        """See :meth:`GradientForm.one`."""
         g, x = self._of(n)
         cols = columns(x, self.shape, tuple(g.shape[2:]))  # [F, groups, I, T]
         left = g.reshape(*cols.shape[:2], -1, cols.shape[3])
@@ -135,47 +135,47 @@ class Conv(Form):
         return product.reshape(g.shape[1], x.shape[1] // self.shape.groups, *self.shape.kernel)
 
     def scale(self, n: int) -> Tensor:
-        """See :meth:`Form.scale`."""
+        """See :meth:`GradientForm.scale`."""
         g, x = self._of(n)
         return g.double().norm() * x.double().norm() * self.shape.taps**0.5
 
 
 @dataclass
-class Sum(Form):
+class SumForm(GradientForm):
     """Gradients that are at hand: h[n] is G_n (biases, norm affine parameters, tokens)."""
 
     h: Tensor  # [N, *shape]
     parts: Tensor | None = None  # [N, ...] what was added up
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
-        """See :meth:`Form.add_squares`."""
-        squares = work.scratch.take(tuple(self.h.shape), self.h)
+    def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
+        """See :meth:`GradientForm.add_squares`."""
+        squares = workspace.scratch.take(tuple(self.h.shape), self.h)
         out.add_(torch.square(self.h, out=squares).sum(0))
         if grad is not None:
             grad.add_(self.h.sum(0))
 
     def norms(self) -> Tensor:
-        """See :meth:`Form.norms`."""
+        """See :meth:`GradientForm.norms`."""
         return self.h.reshape(self.h.shape[0], -1).square().sum(1)
 
     def one(self, n: int) -> Tensor:
-        """See :meth:`Form.one`."""
+        """See :meth:`GradientForm.one`."""
         return self.h[n]
 
     def scale(self, n: int) -> Tensor:
-        """See :meth:`Form.scale`."""
+        """See :meth:`GradientForm.scale`."""
         return (self.h if self.parts is None else self.parts)[n].double().norm()
 
     @classmethod
-    def _join(cls, forms: Sequence[Sum]) -> Form:
+    def _join(cls, forms: Sequence[SumForm]) -> GradientForm:
         total = forms[0].h
         for form in forms[1:]:
             total = total + form.h
-        return Sum(total)
+        return SumForm(total)
 
 
 @dataclass
-class Rows(Form):
+class RowsForm(GradientForm):
     """Gradients of a table [V, *row]: position t of sample n adds g[n, t] to row `index[n, t]` (-1: to none)."""
 
     g: Tensor  # [N, T, *row]
@@ -194,35 +194,35 @@ class Rows(Form):
         total = rows.new_zeros(keys.shape[0], rows.shape[1]).index_add(0, where, rows)
         return keys // self.size, keys % self.size, total
 
-    def add_squares(self, out: Tensor, grad: Tensor | None, work: Work) -> None:
-        """See :meth:`Form.add_squares`."""
+    def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
+        """See :meth:`GradientForm.add_squares`."""
         _, row, total = self._summed()
         if grad is not None:
             grad.view(self.size, -1).index_add_(0, row, total)
         out.view(self.size, -1).index_add_(0, row, total.square())
 
     def norms(self) -> Tensor:
-        """See :meth:`Form.norms`."""
+        """See :meth:`GradientForm.norms`."""
         sample, _, total = self._summed()
         return total.new_zeros(self.index.shape[0]).index_add(0, sample, total.square().sum(1))
 
     def one(self, n: int) -> Tensor:
-        """See :meth:`Form.one`."""
+        """See :meth:`GradientForm.one`."""
         kept = self.index[n] >= 0
         rows = self.g[n].to(accumulation_dtype(self.g.dtype))[kept]
         return rows.new_zeros(self.size, *rows.shape[1:]).index_add(0, self.index[n][kept].long(), rows)
 
     def scale(self, n: int) -> Tensor:
-        """See :meth:`Form.scale`."""
+        """See :meth:`GradientForm.scale`."""
         return self.g[n].double().norm()
 
     @classmethod
-    def _join(cls, forms: Sequence[Rows]) -> Form:
-        return Rows(torch.cat([f.g for f in forms], 1), torch.cat([f.index for f in forms], 1), forms[0].size)
+    def _join(cls, forms: Sequence[RowsForm]) -> GradientForm:
+        return RowsForm(torch.cat([f.g for f in forms], 1), torch.cat([f.index for f in forms], 1), forms[0].size)
 
 
 @dataclass
-class Opaque(Form):
+class BackwardForm(GradientForm):
     """Gradients through an operation that no rule knows: its own backward, fed with one sample's part at a time."""
 
     node: Any  # the autograd node
@@ -231,15 +231,15 @@ class Opaque(Form):
     owner: Tensor  # of g's shape: the sample that each element belongs to
 
     def one(self, n: int) -> Tensor:
-        """See :meth:`Form.one`."""
+        """See :meth:`GradientForm.one`."""
         call = self.node if callable(self.node) else self.node.apply
         found = call(self.g * (self.owner == n))
         return found[self.slot] if isinstance(found, tuple) else found
 
     def scale(self, n: int) -> Tensor:
-        """See :meth:`Form.scale`."""
+        """See :meth:`GradientForm.scale`."""
         return self.g.new_zeros((), dtype=torch.float64)
 
 
 #: Forms whose sums are forms of the same kind.
-JOINED = (Dense, Sum, Rows)
+JOINED = (DenseForm, SumForm, RowsForm)

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from fastfip.errors import ModelError
 from fastfip.fisher.graph import rules  # noqa: F401  (registers them)
-from fastfip.fisher.graph.forms import JOINED, Form
+from fastfip.fisher.graph.forms import JOINED, GradientForm
 from fastfip.fisher.graph.layout import Layout
 from fastfip.fisher.graph.reading import (
     Chain,
@@ -27,9 +27,9 @@ from fastfip.fisher.graph.reading import (
     Reading,
     Site,
     chain_to,
+    elements,
     gradient_edge,
     is_leaf,
-    places,
     read,
     variable_of,
 )
@@ -37,7 +37,7 @@ from fastfip.fisher.graph.recipe import recipe_for, refuse_batch_statistics
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One parameter-side input of a site."""
 
     site: int  # index into plan.sites
@@ -47,11 +47,11 @@ class Use:
 
 
 @dataclass
-class Group:
+class UseGroup:
     """Uses of the same elements of a parameter: their forms are joined and added to one view of it."""
 
     chain: Chain
-    uses: list[Use]
+    uses: list[ParameterUse]
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Plan:
     reading: Reading
     layouts: list[Layout]
     loop: frozenset[str]
-    groups: dict[str, list[Group]] = field(default_factory=dict)  # parameters that forms are made for
-    pulled: dict[str, list[Use]] = field(default_factory=dict)  # those that need one sample's gradient at a time
+    groups: dict[str, list[UseGroup]] = field(default_factory=dict)  # parameters that forms are made for
+    pulled: dict[str, list[ParameterUse]] = field(default_factory=dict)  # those that need one sample after the other
 
     @property
     def samples(self) -> int:
@@ -79,14 +79,14 @@ class Plan:
     def routed(self) -> Plan:
         """Decide for every parameter how its uses are put together; returns the plan itself."""
         self.groups, self.pulled = {}, {}
-        uses: dict[str, list[Use]] = {}
+        uses: dict[str, list[ParameterUse]] = {}
         names = {id(p): name for name, p in self.params.items()}
         for i, site in enumerate(self.sites):
             for slot, edge in site.recipe.edges.items():
-                chain = None if site.recipe.opaque else chain_to(edge, names)
+                chain = None if site.recipe.without_rule else chain_to(edge, names)
                 for name in self.reading.below[edge[0]]:
                     if name not in self.loop:
-                        uses.setdefault(name, []).append(Use(i, slot, edge, chain))
+                        uses.setdefault(name, []).append(ParameterUse(i, slot, edge, chain))
         for name, mine in uses.items():
             groups = self._grouped(mine, self.params[name].shape)
             if groups is None:
@@ -95,20 +95,20 @@ class Plan:
                 self.groups[name] = groups
         return self
 
-    def _grouped(self, uses: list[Use], shape: torch.Size) -> list[Group] | None:
+    def _grouped(self, uses: list[ParameterUse], shape: torch.Size) -> list[UseGroup] | None:
         if len(uses) == 1:
-            return None if uses[0].chain is None else [Group(uses[0].chain, uses)]
-        groups: dict[Any, Group] = {}
+            return None if uses[0].chain is None else [UseGroup(uses[0].chain, uses)]
+        groups: dict[Any, UseGroup] = {}
         for use in uses:
             if use.chain is None:
                 return None
-            groups.setdefault(_same_elements(use.chain), Group(use.chain, [])).uses.append(use)
+            groups.setdefault(_same_elements(use.chain), UseGroup(use.chain, [])).uses.append(use)
         for group in groups.values():
             makes = {self.sites[use.site].recipe.makes[use.slot] for use in group.uses}
             if len(group.uses) > 1 and (len(makes) > 1 or not makes <= set(JOINED)):
                 return None
         if len(groups) > 1:  # slices of one parameter: each by itself, unless they overlap
-            seen = torch.cat([places(group.chain, shape) for group in groups.values()])
+            seen = torch.cat([elements(group.chain, shape) for group in groups.values()])
             if seen.unique().numel() != seen.numel():
                 return None
         return list(groups.values())
@@ -154,22 +154,22 @@ class Plan:
 
     def forms(
         self,
-        take: Callable[[Group, Form], None],
+        take: Callable[[UseGroup, GradientForm], None],
         weights: Tensor | None = None,
         retain_graph: bool = False,
         leaves: Sequence[Tensor] = (),
-    ) -> tuple[dict[tuple[int, int], Form], list[Tensor | None]]:
+    ) -> tuple[dict[tuple[int, int], GradientForm], list[Tensor | None]]:
         """Walk backward once and call `take(group, form)` for every group, as soon as its form is complete.
 
         Returns the forms by (site, slot) that `pull` needs, and the ordinary gradients of `leaves`.
         """
-        at: dict[int, list[tuple[int, int, Group]]] = {}
+        at: dict[int, list[tuple[int, int, UseGroup]]] = {}
         for groups in self.groups.values():
             for group in groups:
                 for use in group.uses:
                     at.setdefault(use.site, []).append((use.slot, id(group), group))
-        parts: dict[int, tuple[Group, list[Form]]] = {}
-        pulled, kept = self.pulled_uses(), dict[tuple[int, int], Form]()
+        parts: dict[int, tuple[UseGroup, list[GradientForm]]] = {}
+        pulled, kept = self.pulled_uses(), dict[tuple[int, int], GradientForm]()
 
         def handle(site: int, g: Tensor) -> None:
             for slot, key, group in at.get(site, ()):
@@ -177,7 +177,7 @@ class Plan:
                 mine.append(self.form(site, slot, g))
                 if len(mine) == len(group.uses):
                     del parts[key]
-                    take(group, Form.join(mine))
+                    take(group, GradientForm.join(mine))
             for slot in self.sites[site].recipe.edges:
                 if (site, slot) in pulled:
                     kept[site, slot] = self.form(site, slot, g)
@@ -187,7 +187,7 @@ class Plan:
         weights = torch.ones_like(self.losses) if weights is None else weights.detach()
         found = self.stream(weights, handle, retain_graph or self.needs_graph, leaves)
         for group, mine in parts.values():  # no gradient came to the rest of the uses
-            take(group, Form.join(mine))
+            take(group, GradientForm.join(mine))
         return kept, found
 
     def gradients(self) -> list[Tensor | None]:
@@ -199,20 +199,22 @@ class Plan:
         found = torch.autograd.grad(self.losses.sum(), edges, create_graph=True, allow_unused=True)
         return [None if g is None else _natural(site, g) for site, g in zip(self.sites, found)]
 
-    def form(self, site: int, slot: int, g: Tensor) -> Form:
+    def form(self, site: int, slot: int, g: Tensor) -> GradientForm:
         """Return the form of one use, given the gradient at its site."""
         return self.sites[site].recipe.builders[slot](g, self.layouts[site], self.samples)
 
     @property
     def needs_graph(self) -> bool:
         """Whether operations of the data side are run again after the pass."""
-        return any(self.sites[use.site].recipe.opaque for uses in self.pulled.values() for use in uses)
+        return any(self.sites[use.site].recipe.without_rule for uses in self.pulled.values() for use in uses)
 
     def pulled_uses(self) -> set[tuple[int, int]]:
         """(site, slot) of every use whose form `pull` needs."""
         return {(use.site, use.slot) for uses in self.pulled.values() for use in uses}
 
-    def pull(self, n: int, forms: Mapping[tuple[int, int], Form], create_graph: bool = False) -> dict[str, Tensor]:
+    def pull(
+        self, n: int, forms: Mapping[tuple[int, int], GradientForm], create_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Return sample n's gradient of every `pulled` parameter, through whatever lies between it and its uses."""
         ends: dict[Edge, Tensor] = {}
         for site, slot in sorted(self.pulled_uses() & set(forms)):

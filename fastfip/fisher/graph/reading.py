@@ -150,7 +150,7 @@ def chain_to(edge: Edge, names: Mapping[int, str]) -> Chain | None:
     return chain if end.shape == shape_of(edge) else None
 
 
-def places(chain: Chain, shape: torch.Size) -> Tensor:
+def elements(chain: Chain, shape: torch.Size) -> Tensor:
     """Which elements of the parameter a chain leads to, as flat indices."""
     return chain.view(torch.arange(math.prod(shape)).view(shape)).reshape(-1)
 

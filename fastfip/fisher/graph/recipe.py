@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastfip.errors import ModelError
-from fastfip.fisher.graph.forms import Form, Opaque
+from fastfip.fisher.graph.forms import BackwardForm, GradientForm
 from fastfip.fisher.graph.layout import Layout, candidates
 from fastfip.fisher.graph.reading import Edge, inputs_of
 
 Slots = dict[int, Edge]
-Builder = Callable[[Tensor, Layout, int], Form]  # (natural gradient, layout, N)
+Builder = Callable[[Tensor, Layout, int], GradientForm]  # (natural gradient, layout, N)
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Recipe:
     layouts: tuple[Layout, ...]
     edges: Slots  # the parameter-side inputs; the forms are gradients of them
     builders: Mapping[int, Builder]
-    makes: Mapping[int, type[Form]]  # which form each builder returns
+    makes: Mapping[int, type[GradientForm]]  # which form each builder returns
     params: frozenset[str] = frozenset()
     natural: Callable[[Tensor], Tensor] | None = None  # from the gradient of output 0 to the one the layouts speak of
-    opaque: bool = False
+    without_rule: bool = False
 
 
 Rule = Callable[[Any, Slots, int], "Recipe | None"]
@@ -64,7 +64,7 @@ def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozense
     if recipe is not None and not recipe.layouts:
         recipe = None
     if recipe is None and (data or name not in RULES):
-        recipe = _opaque(node, slots, data, samples)
+        recipe = _backward_recipe(node, slots, data, samples)
     if recipe is None or not recipe.layouts:
         return None
     params = frozenset().union(*(below[edge[0]] for edge in recipe.edges.values()))
@@ -89,7 +89,7 @@ def output_shape(node: Any) -> torch.Size:
     return torch.Size(node._input_metadata[0].shape)
 
 
-def _opaque(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
+def _backward_recipe(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
     """An operation with one output that no rule knows: its own backward, once for each sample."""
     if len(node._input_metadata) != 1 or not (callable(node) or hasattr(node, "apply")):
         return None
@@ -97,9 +97,9 @@ def _opaque(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
     dims = range(len(z)) if data else range(min(2, len(z)))
 
     def builder(slot: int) -> Builder:
-        def build(g: Tensor, layout: Layout, samples: int) -> Form:
+        def build(g: Tensor, layout: Layout, samples: int) -> GradientForm:
             owner = layout.owner(g.shape, samples, torch.arange(g.numel(), device=g.device)).view(g.shape)
-            return Opaque(node, slot, g, owner)
+            return BackwardForm(node, slot, g, owner)
 
         return build
 
@@ -110,6 +110,6 @@ def _opaque(node: Any, slots: Slots, data: bool, samples: int) -> Recipe | None:
         candidates(dims, z, samples),
         slots,
         builders,
-        dict.fromkeys(slots, Opaque),
-        opaque=True,
+        dict.fromkeys(slots, BackwardForm),
+        without_rule=True,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.fisher.graph.forms import Conv, Dense, Form, Rows, Sum
+from fastfip.fisher.graph.forms import ConvForm, DenseForm, GradientForm, RowsForm, SumForm
 from fastfip.fisher.graph.layout import Layout, candidates
 from fastfip.fisher.graph.reading import inputs_of, shape_of
 from fastfip.fisher.graph.recipe import Builder, Recipe, Slots, output_shape, rule
@@ -28,10 +28,10 @@ from fastfip.ops.convolution import ConvShape
 def _dense(side: Tensor | None, flip: bool, factor: float = 1.0) -> Builder:
     """The gradient of a matrix in z = a W (g natural [M, O]); `side` is a [M, I]."""
 
-    def build(g: Tensor, layout: Layout, samples: int) -> Form:
+    def build(g: Tensor, layout: Layout, samples: int) -> GradientForm:
         assert side is not None
         g, a = layout.split(g, samples), layout.split(side, samples)
-        return Dense(g if factor == 1 else g * factor, a, flip)
+        return DenseForm(g if factor == 1 else g * factor, a, flip)
 
     return build
 
@@ -50,7 +50,9 @@ def _matmul(node: Any, slots: Slots, samples: int, first: int, saved: tuple[str,
         side = getattr(node, saved[1])
         shape = torch.Size((z[1], z[0]))
         build = {first: _dense(None if side is None else side.t(), False, alpha)}
-        return Recipe("linear", shape, candidates((0,), shape, samples), slots, build, {first: Dense}, natural=torch.t)
+        return Recipe(
+            "linear", shape, candidates((0,), shape, samples), slots, build, {first: DenseForm}, natural=torch.t
+        )
     builders: dict[int, Builder] = {}
     if first + 1 in slots:  # a W, the end has the shape [I, O]
         builders[first + 1] = _late(lambda: _dense(getattr(node, saved[0]), True, alpha))
@@ -59,7 +61,7 @@ def _matmul(node: Any, slots: Slots, samples: int, first: int, saved: tuple[str,
         if len(ending) > 1 and ending[0] != 1:
             return None
         builders[0] = _elementwise(lambda g: g if beta == 1 else g * beta, ending)
-    makes = {slot: Sum if slot < first else Dense for slot in builders}
+    makes = {slot: SumForm if slot < first else DenseForm for slot in builders}
     return Recipe("linear", z, candidates((0,), z, samples), slots, builders, makes)
 
 
@@ -115,14 +117,14 @@ def convolution_recipe(
         stride, padding, dilation = (_spatial(option, dims) for option in options)
         shape = ConvShape(kernel, stride, padding, dilation, groups)
 
-        def weight(g: Tensor, layout: Layout, samples: int) -> Form:
+        def weight(g: Tensor, layout: Layout, samples: int) -> GradientForm:
             g, x = (_one_after_another(t, layout, samples) for t in (g, saved()))
-            return Conv(x, g, shape, samples) if transposed else Conv(g, x, shape, samples)
+            return ConvForm(x, g, shape, samples) if transposed else ConvForm(g, x, shape, samples)
 
         builders[1] = weight
     if 2 in slots:
         builders[2] = _elementwise(lambda g: g, shape_of(slots[2]), after=dims)
-    return Recipe("convolution", z, candidates((0,), z, samples), slots, builders, {1: Conv, 2: Sum})
+    return Recipe("convolution", z, candidates((0,), z, samples), slots, builders, {1: ConvForm, 2: SumForm})
 
 
 def _spatial(value: Any, dims: int) -> tuple[int, ...]:
@@ -133,7 +135,7 @@ def _spatial(value: Any, dims: int) -> tuple[int, ...]:
 # --------------------------------------------------------------------------------------------------- elementwise
 
 
-def _reduced(h: Tensor, layout: Layout, samples: int, ending: torch.Size, after: int) -> Sum:
+def _reduced(h: Tensor, layout: Layout, samples: int, ending: torch.Size, after: int) -> SumForm:
     """Sum contributions h to a parameter-side tensor of shape `ending` that is broadcast (`after` more dimensions)."""
     size = tuple(ending) + (1,) * after
     size = (1,) * (h.dim() - len(size)) + size
@@ -142,7 +144,7 @@ def _reduced(h: Tensor, layout: Layout, samples: int, ending: torch.Size, after:
     if per.dtype in (torch.float16, torch.bfloat16):
         per = per.float()
     total = per.sum(gone) if gone else per
-    return Sum(total.reshape(samples, *ending), per)
+    return SumForm(total.reshape(samples, *ending), per)
 
 
 def _elementwise(contribution: Callable[[Tensor], Tensor], ending: torch.Size, after: int = 0) -> Builder:
@@ -168,7 +170,7 @@ def _pointwise(
     endings = {slot: shape_of(edge) for slot, edge in slots.items()}
     dims = _broadcast_dims(z, list(endings.values()))
     builders = {slot: _elementwise(parts[slot], endings[slot]) for slot in slots}
-    return Recipe(kind, z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, Sum))
+    return Recipe(kind, z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, SumForm))
 
 
 @rule("AddBackward0")
@@ -224,7 +226,7 @@ def _norm(
     z = output_shape(node)
     parts = {1: lambda g: g * x_hat(), 2: lambda g: g}
     builders = {slot: _elementwise(parts[slot], shape_of(edge), after) for slot, edge in slots.items()}
-    return Recipe("norm", z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, Sum))
+    return Recipe("norm", z, candidates(dims, z, samples), slots, builders, dict.fromkeys(slots, SumForm))
 
 
 def _channelwise(t: Tensor, like: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
         return node._saved_input, node._saved_running_mean, (node._saved_running_var + node._saved_eps).rsqrt()
 
     builders = batch_norm_builders(slots, 1, saved)
-    return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, Sum))
+    return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, SumForm))
 
 
 def batch_norm_builders(
@@ -256,7 +258,7 @@ def batch_norm_builders(
     last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # weight and bias come from the same sums
 
     def builder(slot: int) -> Builder:
-        def build(g: Tensor, layout: Layout, samples: int) -> Form:
+        def build(g: Tensor, layout: Layout, samples: int) -> GradientForm:
             x, mean, scale = saved()
             if last and last[0][0] is g:
                 sums = last.pop()[1]
@@ -264,7 +266,7 @@ def batch_norm_builders(
                 sums = centred_sums(g, x, mean)
                 last[:] = [(g, sums)] if len(slots) > 1 else []
             total = sums[0] * scale.to(sums[0].dtype) if slot == weight else sums[1]
-            return Sum(layout.split(total, samples).sum(1), layout.split(g, samples))
+            return SumForm(layout.split(total, samples).sum(1), layout.split(g, samples))
 
         return build
 
@@ -299,7 +301,7 @@ def _instance_norm(node: Any, slots: Slots, samples: int, own_statistics: bool) 
     parts = {1: lambda g: g * x_hat(), 2: lambda g: g}
     edges = {slot: edge for slot, edge in inner.items() if edge is not None}
     builders = {slot: _elementwise(parts[slot], shape_of(edge), len(z) - 2) for slot, edge in edges.items()}
-    layouts, makes = candidates((0,), natural, samples), dict.fromkeys(slots, Sum)
+    layouts, makes = candidates((0,), natural, samples), dict.fromkeys(slots, SumForm)
     return Recipe("norm", natural, layouts, edges, builders, makes, natural=lambda g: g.reshape(natural))
 
 
@@ -358,13 +360,13 @@ def _table(node: Any, slots: Slots, samples: int, index: Callable[[], Tensor], l
     z = output_shape(node)
     size = shape_of(slots[0])
 
-    def build(g: Tensor, layout: Layout, samples: int) -> Form:
+    def build(g: Tensor, layout: Layout, samples: int) -> GradientForm:
         where = layout.split(index(), samples)
         where = where.reshape(samples, -1)
         g = layout.split(g, samples)
-        return Rows(g.reshape(samples, where.shape[1], *size[1:]), where, size[0])
+        return RowsForm(g.reshape(samples, where.shape[1], *size[1:]), where, size[0])
 
-    return Recipe("embedding", z, candidates(range(lead), z, samples), slots, {0: build}, {0: Rows})
+    return Recipe("embedding", z, candidates(range(lead), z, samples), slots, {0: build}, {0: RowsForm})
 
 
 @rule("EmbeddingBackward0")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from fastfip.errors import DataError, ModelError
-from fastfip.fisher.graph.forms import Form
+from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.layout import Layout, Probe, weights_for
 from fastfip.fisher.graph.plan import Plan, read_graph
 from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of
@@ -184,7 +184,7 @@ def _refuted_by_one_sample(plan: Plan) -> tuple[frozenset[str], bool]:
     rest = _own_gradient(plan, m, names)  # what the plan finds is taken away from it: one buffer, not two
     sizes = {name: _norm(value) for name, value in rest.items()}
     scale: dict[str, float] = {}
-    forms: dict[tuple[int, int], Form] = {}
+    forms: dict[tuple[int, int], GradientForm] = {}
     pulled = plan.pulled_uses()
     direct: dict[int, list[tuple[int, str, Chain]]] = {}
     for name, groups in plan.groups.items():

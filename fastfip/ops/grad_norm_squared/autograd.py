@@ -82,7 +82,7 @@ torch.library.register_vmap("fastfip::grad_norm_squared", _under_vmap, lib=LIBRA
 torch.library.register_vmap("fastfip::grad_norm_squared_backward", _backward_under_vmap, lib=LIBRARY)
 
 
-class _Backward(torch.autograd.Function):
+class _GradNormSquaredBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -106,7 +106,7 @@ class _Backward(torch.autograd.Function):
         return dg.to(saved_g.dtype), da.to(saved_a.dtype), dv, None
 
 
-class _Forward(torch.autograd.Function):
+class _GradNormSquared(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -121,10 +121,10 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         g, a, kept = ctx.saved_tensors
-        dg, da = _Backward.apply(g, a, v, kept)
+        dg, da = _GradNormSquaredBackward.apply(g, a, v, kept)
         return dg, da, None, None
 
 
 def differentiable(g: Tensor, a: Tensor, backend: str, keep: bool = False) -> Tensor:
     """Return s [N] of g [N, T, O] and a [N, T, I], by that backend; `keep`: see the op."""
-    return _Forward.apply(g, a, backend, keep)[0]
+    return _GradNormSquared.apply(g, a, backend, keep)[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
-class Config(NamedTuple):
+class NormTiles(NamedTuple):
     """Rows and columns of a tile, and how many products are summed at a time."""
 
     block_m: int
@@ -28,7 +28,7 @@ class Config(NamedTuple):
 
 
 # By whether operands have 16 bits; the tests compile both ahead of time and fail if one spills.
-CONFIGS = {False: Config(32, 32, 16, 4, 2), True: Config(64, 64, 32, 4, 3)}
+TILES = {False: NormTiles(32, 32, 16, 4, 2), True: NormTiles(64, 64, 32, 4, 3)}
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def grad_norm_squared(g: Tensor, a: Tensor, gram: bool) -> Tensor:
     if samples == 0 or t == 0:
         return g.new_zeros(samples, dtype=torch.float32)
     g, a = operands(g, a)
-    c = CONFIGS[g.dtype != torch.float32]
+    c = TILES[g.dtype != torch.float32]
     rows, columns = (t, t) if gram else (o, i)
     tiles_m, tiles_n = triton.cdiv(rows, c.block_m), triton.cdiv(columns, c.block_n)
     part = torch.empty(samples, tiles_m * tiles_n, device=g.device, dtype=torch.float32)

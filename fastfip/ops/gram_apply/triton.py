@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
-class Config(NamedTuple):
+class GramTiles(NamedTuple):
     """Rows of the result, rows of k and v at a time, columns of q and k at a time, columns of the result."""
 
     block_t: int
@@ -24,7 +24,7 @@ class Config(NamedTuple):
 
 
 # By whether operands have 16 bits; the tests compile both ahead of time and fail if one spills.
-CONFIGS = {False: Config(32, 32, 16, 64, 4, 2), True: Config(32, 64, 32, 64, 4, 2)}
+TILES = {False: GramTiles(32, 32, 16, 64, 4, 2), True: GramTiles(32, 64, 32, 64, 4, 2)}
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def gram_apply(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if out.numel() == 0:
         return out.to(dtype)
     q, k, v = operands(q, k, v)
-    c = CONFIGS[q.dtype != torch.float32]
+    c = TILES[q.dtype != torch.float32]
     gram_apply_kernel[(triton.cdiv(t, c.block_t), triton.cdiv(e, c.block_e), samples)](
         q, k, v, out, t, u, d, e, *q.stride(), *k.stride(), *v.stride(),
         BLOCK_T=c.block_t, BLOCK_U=c.block_u, BLOCK_D=c.block_d, BLOCK_E=c.block_e, PRECISION=precision(),

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
 
-__all__ = ["Asked", "Factors", "SpectralMap", "is_even", "prefers_dense", "recompose"]
+__all__ = ["SpectralFactors", "SpectralMap", "WantedGradients", "is_even", "prefers_dense", "recompose"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -41,7 +41,7 @@ MOVED = 64
 
 
 @dataclass
-class Asked:
+class WantedGradients:
     """Which gradients backward passes are for; autograd tells its own operations, but not a Python function.
 
     Attributes:
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Factors:
+class SpectralFactors:
     """The moving directions of a weight.
 
     Attributes:
@@ -78,7 +78,7 @@ class Factors:
         delta: Tensor,
         dtype: torch.dtype | None = None,
         even: bool | None = None,
-    ) -> Factors:
+    ) -> SpectralFactors:
         """Return the directions at delta; `dtype` is that of the layer's products (None: that of u)."""
         s = torch.relu(sigma + delta)
         tiny = TINY[u.dtype if dtype is None else dtype]
@@ -105,13 +105,13 @@ class SpectralMap:
     def __init__(
         self,
         weight: Tensor,
-        factors: Factors,
+        factors: SpectralFactors,
         conv: ConvShape | None,
-        asked: Asked | None = None,
+        wanted: WantedGradients | None = None,
         scratch: Scratch | None = None,
     ) -> None:
         self.weight, self.f, self.conv, self.scratch = weight, factors, conv, scratch
-        self.asked = Asked() if asked is None else asked
+        self.wanted = WantedGradients() if wanted is None else wanted
         _, self.o, self.k = factors.u.shape
         self.i = factors.v.shape[1]
 
@@ -299,7 +299,7 @@ def prefers_dense(u: Tensor, v: Tensor, taps: int | None, positions: int, weak: 
     """Return whether the gradient of the whole weight costs less than the two projections, in products a position.
 
     Args:
-        u: as in `Factors`.
+        u: as in `SpectralFactors`.
         v: as there.
         weak: as there.
         taps: of a convolution's kernel; None for a Linear.

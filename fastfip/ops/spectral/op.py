@@ -24,12 +24,28 @@ from torch import Tensor
 
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
-from fastfip.ops.spectral.linear_map import Asked, Factors, SpectralMap, is_even, prefers_dense, recompose
+from fastfip.ops.spectral.linear_map import (
+    SpectralFactors,
+    SpectralMap,
+    WantedGradients,
+    is_even,
+    prefers_dense,
+    recompose,
+)
 
-__all__ = ["Asked", "Factors", "is_even", "prefers_dense", "project", "recompose", "spectral_conv", "spectral_linear"]
+__all__ = [
+    "SpectralFactors",
+    "WantedGradients",
+    "is_even",
+    "prefers_dense",
+    "project",
+    "recompose",
+    "spectral_conv",
+    "spectral_linear",
+]
 
 
-class _Forward(torch.autograd.Function):
+class _SpectralForward(torch.autograd.Function):
     """(x, delta, bias) -> (y, p); p is an output so that second derivatives go through it."""
 
     @staticmethod
@@ -50,7 +66,7 @@ class _Forward(torch.autograd.Function):
         gx = gdelta = gbias = None
         if gy is not None:
             gx, gdelta = _back(ctx, m, delta, p, gy)
-            if ctx.needs_input_grad[2] and m.asked.deltas:
+            if ctx.needs_input_grad[2] and m.wanted.deltas:
                 gbias = gy.movedim(-1 if m.conv is None else 1, -1).flatten(0, -2).sum(0) if gy.dim() > 1 else gy
         if gp is not None and ctx.needs_input_grad[0]:
             other = m.right_adjoint(gp, ctx.size)
@@ -59,16 +75,16 @@ class _Forward(torch.autograd.Function):
 
 
 def _back(ctx: Any, m: SpectralMap, delta: Tensor, p: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if not m.asked.deltas and not torch.is_grad_enabled():
+    if not m.wanted.deltas and not torch.is_grad_enabled():
         return (m.adjoint(gy, ctx.size) if ctx.needs_input_grad[0] else None), None
     if ctx.needs_input_grad[0]:
-        gx, q = _Adjoint.apply(gy, delta, m, ctx.size)
+        gx, q = _SpectralAdjoint.apply(gy, delta, m, ctx.size)
     else:
         gx, q = None, m.left(gy) if ctx.needs_input_grad[1] else None
     return gx, m.total(p, q) if ctx.needs_input_grad[1] else None
 
 
-class _Adjoint(torch.autograd.Function):
+class _SpectralAdjoint(torch.autograd.Function):
     """(g, delta) -> (W(delta)^T g, g U)."""
 
     @staticmethod
@@ -87,7 +103,7 @@ class _Adjoint(torch.autograd.Function):
         m: SpectralMap = ctx.map
         gg = gdelta = None
         if gx is not None:
-            gg, p = _Forward.apply(gx, delta, None, m)
+            gg, p = _SpectralForward.apply(gx, delta, None, m)
             if ctx.needs_input_grad[1]:
                 gdelta = m.total(p, q)
         if gq is not None and ctx.needs_input_grad[0]:
@@ -99,32 +115,32 @@ class _Adjoint(torch.autograd.Function):
 def spectral_linear(
     x: Tensor,  # [..., I]
     weight: Tensor,  # [O, I]
-    factors: Factors,
+    factors: SpectralFactors,
     delta: Tensor,  # [1, K]
     bias: Tensor | None = None,  # [O]
     *,
     scratch: Scratch | None = None,
-    asked: Asked | None = None,
+    wanted: WantedGradients | None = None,
 ) -> tuple[Tensor, Tensor]:  # [..., O], [..., K]
     """Return y = x W(delta)^T + bias, and p = x V.
 
     `weight` is W(delta), or with `scratch` it is W, which must not change before the backward pass.
     """
     _check(x, weight, factors, delta)
-    return _Forward.apply(x, delta, bias, SpectralMap(weight.detach(), factors, None, asked, scratch))
+    return _SpectralForward.apply(x, delta, bias, SpectralMap(weight.detach(), factors, None, wanted, scratch))
 
 
 def spectral_conv(
     x: Tensor,  # [N, C, *in]
     weight: Tensor,  # [O, C/G, *kernel]
-    factors: Factors,
+    factors: SpectralFactors,
     delta: Tensor,  # [G, K]
     shape: ConvShape,
     bias: Tensor | None = None,  # [O]
     *,
     transposed_to: tuple[int, ...] | None = None,
     scratch: Scratch | None = None,
-    asked: Asked | None = None,
+    wanted: WantedGradients | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, O, *out], [N, G*K, *out]
     """Return the convolution of x with W(delta), and p; `weight` and `scratch` as for `spectral_linear`.
 
@@ -132,20 +148,20 @@ def spectral_conv(
     second result is x U.
     """
     _check(x, weight, factors, delta)
-    m = SpectralMap(weight.detach(), factors, shape, asked, scratch)
+    m = SpectralMap(weight.detach(), factors, shape, wanted, scratch)
     if transposed_to is not None:
-        y, q = _Adjoint.apply(x, delta, m, transposed_to)
+        y, q = _SpectralAdjoint.apply(x, delta, m, transposed_to)
         return (y if bias is None else y + bias.reshape(-1, *[1] * len(shape.kernel))), q
-    return _Forward.apply(x, delta, bias, m)
+    return _SpectralForward.apply(x, delta, bias, m)
 
 
 def project(x: Tensor, u: Tensor, v: Tensor, shape: ConvShape | None, *, right: bool) -> Tensor:
     """Return x V (`right`) or x U, differentiable: [.., K], or [N, G*K, *out] for a convolution's map."""
-    m = SpectralMap(x, Factors(u, v, u, u), shape)
+    m = SpectralMap(x, SpectralFactors(u, v, u, u), shape)
     return m.right(x) if right else m.left(x)
 
 
-def _check(x: Tensor, weight: Tensor, factors: Factors, delta: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, factors: SpectralFactors, delta: Tensor) -> None:
     groups, o, k = factors.u.shape
     i = factors.v.shape[1]
     if factors.v.shape != (groups, i, k) or factors.s.shape != (groups, k) or delta.shape != (groups, k):

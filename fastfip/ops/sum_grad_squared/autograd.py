@@ -92,7 +92,7 @@ def _fake_backward(g: Tensor, a: Tensor, at_out: Tensor, at_grad: Tensor | None)
     return dg, da
 
 
-class _Backward(torch.autograd.Function):
+class _SumGradSquaredBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -117,7 +117,7 @@ class _Backward(torch.autograd.Function):
         return dg.to(g.dtype), da.to(a.dtype), at_c, None if d is None else p.sum(0)
 
 
-class _Forward(torch.autograd.Function):
+class _SumGradSquared(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -132,11 +132,11 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, at_out: Tensor, at_grad: Tensor) -> tuple[Tensor | None, ...]:
         g, a = ctx.saved_tensors
-        dg, da = _Backward.apply(g, a, at_out, at_grad if ctx.gradient else None)
+        dg, da = _SumGradSquaredBackward.apply(g, a, at_out, at_grad if ctx.gradient else None)
         return dg, da, None, None
 
 
 def differentiable(g: Tensor, a: Tensor, gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Return out [O, I] and grad [O, I] (empty unless `gradient`) of g [N, T, O] and a [N, T, I], by that backend."""
-    out, grad = _Forward.apply(g, a, gradient, backend)
+    out, grad = _SumGradSquared.apply(g, a, gradient, backend)
     return out, grad

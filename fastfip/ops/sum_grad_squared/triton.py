@@ -19,7 +19,7 @@ from torch import Tensor
 from fastfip.ops.backends.triton_operands import INTERPRETED, operands, precision
 
 
-class Config(NamedTuple):
+class ProductTiles(NamedTuple):
     """Tile of the result (O by I), positions at a time, warps, stages of the pipeline."""
 
     block_o: int
@@ -31,18 +31,18 @@ class Config(NamedTuple):
 
 # By size of the result and whether operands have 16 bits. The tests compile each one ahead of time for sm_80 and sm_90
 # and fail if one spills registers (which 64 x 64 x 32 does in float32).
-CONFIGS = {
-    ("small", False): Config(32, 32, 16, 4, 2),
-    ("large", False): Config(64, 64, 16, 8, 2),
-    ("small", True): Config(32, 32, 32, 4, 3),
-    ("large", True): Config(128, 64, 32, 8, 3),
+TILES = {
+    ("small", False): ProductTiles(32, 32, 16, 4, 2),
+    ("large", False): ProductTiles(64, 64, 16, 8, 2),
+    ("small", True): ProductTiles(32, 32, 32, 4, 3),
+    ("large", True): ProductTiles(128, 64, 32, 8, 3),
 }
 
 
-def config(outputs: int, inputs: int, dtype: torch.dtype) -> Config:
+def tiles_for(outputs: int, inputs: int, dtype: torch.dtype) -> ProductTiles:
     """Tiles for a result of that size: a rule, not a search at the first call."""
     size = "large" if min(outputs, inputs) >= 64 else "small"
-    return CONFIGS[size, dtype != torch.float32]
+    return TILES[size, dtype != torch.float32]
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def sum_grad_squared(g: Tensor, a: Tensor, out: Tensor, grad: Tensor | None = No
     if samples == 0 or positions == 0:
         return
     g, a = operands(g, a)
-    c = config(outputs, inputs, g.dtype)
+    c = tiles_for(outputs, inputs, g.dtype)
     tiles_o, tiles_i = triton.cdiv(outputs, c.block_o), triton.cdiv(inputs, c.block_i)
     shares = _shares(samples, tiles_o * tiles_i, g.device)
     parts = _Shares(shares, out, grad)
@@ -264,7 +264,7 @@ def sum_grad_squared_conv(
     fill = 3 - (x.dim() - 2)
     kernel = [1] * fill + list(out.shape[2:])
     outputs, inputs = out.shape[0] // groups, out[0].numel()
-    c = config(outputs, inputs, g.dtype)
+    c = tiles_for(outputs, inputs, g.dtype)
     tiles_o, tiles_i = triton.cdiv(outputs, c.block_o), triton.cdiv(inputs, c.block_i)
     shares = _shares(g.shape[0], tiles_o * tiles_i * groups, g.device)
     parts = _Shares(shares, out, grad)

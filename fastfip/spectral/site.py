@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastfip.errors import ModelError
 from fastfip.ops.convolution import ConvShape
 
-__all__ = ["Place", "Record", "Recorder", "Use"]
+__all__ = ["ForwardRecord", "LayerUse", "Recorder", "WeightSite"]
 
 
 _MAKER = "_makes_"
@@ -26,7 +26,7 @@ class _NoCopy:
 
 
 @dataclass
-class Place:
+class WeightSite:
     """A module and the name of its parameter; the parameters' order is kept, so that the state dict's is."""
 
     module: nn.Module
@@ -90,7 +90,7 @@ def _made_on_reading(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     return _MADE[cls, attribute]
 
 
-class Use(NamedTuple):
+class LayerUse(NamedTuple):
     """One computation of a shifted layer.
 
     `known` is p = x V, or for a transposed convolution q = x U; `output` is where its other side's gradient is had.
@@ -103,14 +103,14 @@ class Use(NamedTuple):
 
 
 @dataclass
-class Record:
+class ForwardRecord:
     """What the forward pass left, by the number of the shift."""
 
-    uses: dict[int, list[Use]] = field(default_factory=dict)
+    uses: dict[int, list[LayerUse]] = field(default_factory=dict)
 
 
 @dataclass
 class Recorder:
     """Holds the record that is being taken, if one is."""
 
-    current: Record | None = None
+    current: ForwardRecord | None = None
