@@ -56,14 +56,14 @@ def find_state(root: Mapping[Any, Any], key: str | None, expected: Iterable[str]
     if is_state(root):
         return ()
     named = [(name, *rest) for name in NESTINGS if name in root for rest in _inside(root[name])]
-    found = named or [(name,) for name, value in root.items() if isinstance(name, str) and is_state(value)]
-    if expected is not None and len(found) > 1:
+    paths = named or [(name,) for name, value in root.items() if isinstance(name, str) and is_state(value)]
+    if expected is not None and len(paths) > 1:
         wanted = set(expected)
-        found = [path for path in found if set(align(_at(root, path), wanted)) >= wanted] or found
-    if len(found) == 1 or (found and named):
-        return found[0]
-    if found:
-        raise CheckpointError(f"has several state dicts, {_names(p[0] for p in found)}: say which by key=")
+        paths = [path for path in paths if set(align(_at(root, path), wanted)) >= wanted] or paths
+    if len(paths) == 1 or (paths and named):
+        return paths[0]
+    if paths:
+        raise CheckpointError(f"has several state dicts, {_names(p[0] for p in paths)}: say which by key=")
     if _mostly_state(root):
         return ()
     raise CheckpointError(f"holds no state dict; its entries are {_names(root) or 'none: it is empty'}")

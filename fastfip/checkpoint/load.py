@@ -191,8 +191,8 @@ def tied_names(state: Mapping[str, Any]) -> dict[str, list[str]]:
             and value.numel()
             and value.device.type != "meta"
         ):
-            place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-            groups.setdefault(place, []).append(name)
+            memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            groups.setdefault(memory, []).append(name)
     return {name: [n for n in group if n != name] for group in groups.values() if len(group) > 1 for name in group}
 
 

@@ -36,12 +36,12 @@ def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
             metadata = check_safetensors(file, size)
             return kind, _load_safetensors(path), metadata
         if kind == "zip":
-            found = _check_zip_claims(file, check_zip(file, size))
+            scanned = _check_zip_claims(file, check_zip(file, size))
         elif kind == "legacy":
-            found = _check_legacy_claims(file, size)
+            scanned = _check_legacy_claims(file, size)
         else:
             _refuse_plain_pickle(file)
-        return kind, _load(file, found), {}
+        return kind, _load(file, scanned), {}
 
 
 def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -57,17 +57,17 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 def _check_zip_claims(file: BinaryIO, archive: ZipRecords) -> Scan:
     if "byteorder" in archive.records and archive.read(file, "byteorder") not in (b"little", b"big"):
         raise CheckpointError("is damaged: its byte order is neither little nor big")
-    found = scan(io.BytesIO(archive.read(file, "data.pkl")))
-    found.refuse()
-    _refuse_what_is_no_dict(found.root)
-    for key, storage in found.storages.items():
+    scanned = scan(io.BytesIO(archive.read(file, "data.pkl")))
+    scanned.refuse()
+    _refuse_what_is_no_dict(scanned.root)
+    for key, storage in scanned.storages.items():
         record = archive.records.get(f"data/{key}")
         claimed = storage.numel * storage.width
         stored = record.size if record else 0
         if claimed != stored:
-            raise CheckpointError(f"claims {claimed} bytes for {_users(found, key)} and stores {stored}")
-    _check_tensors(found)
-    return found
+            raise CheckpointError(f"claims {claimed} bytes for {_users(scanned, key)} and stores {stored}")
+    _check_tensors(scanned)
+    return scanned
 
 
 def _check_legacy_claims(file: BinaryIO, size: int) -> Scan:
@@ -75,37 +75,37 @@ def _check_legacy_claims(file: BinaryIO, size: int) -> Scan:
     magic, version, _ = (scan(file).root for _ in range(3))
     if magic != _MAGIC or version != _LEGACY_VERSION:
         raise CheckpointError(f"is damaged, or of an unknown version ({version if type(version) is int else '?'})")
-    found = scan(file)
-    found.refuse()
-    _refuse_what_is_no_dict(found.root)
-    _check_tensors(found)
+    scanned = scan(file)
+    scanned.refuse()
+    _refuse_what_is_no_dict(scanned.root)
+    _check_tensors(scanned)
     keys = scan(file).root
-    if not isinstance(keys, list) or {str(k) for k in keys if isinstance(k, (str, int))} != set(found.storages):
+    if not isinstance(keys, list) or {str(k) for k in keys if isinstance(k, (str, int))} != set(scanned.storages):
         raise CheckpointError("is damaged: the blocks that it stores are not those that its tensors need")
     position = file.tell()
     for key in keys:
-        storage = found.storages[str(key)]
+        storage = scanned.storages[str(key)]
         file.seek(position)
         stored = int.from_bytes(file.read(8), "little")
         if stored != storage.numel and position + 8 <= size:
-            raise CheckpointError(f"claims {storage.numel} values for {_users(found, str(key))} and stores {stored}")
+            raise CheckpointError(f"claims {storage.numel} values for {_users(scanned, str(key))} and stores {stored}")
         position += 8 + storage.numel * storage.width
         if position > size:
             raise CheckpointError(
-                f"is truncated: it ends {position - size} bytes before {_users(found, str(key))} does"
+                f"is truncated: it ends {position - size} bytes before {_users(scanned, str(key))} does"
             )
-    return found
+    return scanned
 
 
 def _refuse_plain_pickle(file: BinaryIO) -> NoReturn:
     file.seek(0)
-    found = scan(file)
-    if not found.modules and set(found.foreign) <= {"torch.storage._load_from_bytes"}:
-        _refuse_what_is_no_dict(found.root)
+    scanned = scan(file)
+    if not scanned.modules and set(scanned.foreign) <= {"torch.storage._load_from_bytes"}:
+        _refuse_what_is_no_dict(scanned.root)
         raise CheckpointError(
             "is a pickle that torch.save did not write: where you trust it, load it, then torch.save(state_dict, path)"
         )
-    found.refuse()
+    scanned.refuse()
     raise CheckpointError("is a pickle that torch.save did not write")
 
 
@@ -120,23 +120,25 @@ def _refuse_what_is_no_dict(root: Any) -> None:
     raise CheckpointError(f"holds {what}, not a state dict")
 
 
-def _check_tensors(found: Scan) -> None:
-    for tensor in found.tensors:
+def _check_tensors(scanned: Scan) -> None:
+    for tensor in scanned.tensors:
         if not isinstance(tensor, Claim):
-            raise CheckpointError(f"{_tensor_name(found, tensor)} is {tensor.what}: save a plain dense tensor instead")
+            raise CheckpointError(
+                f"{_tensor_name(scanned, tensor)} is {tensor.what}: save a plain dense tensor instead"
+            )
         fault = tensor.fault()
         if fault:
-            raise CheckpointError(f"{_tensor_name(found, tensor)} {fault}")
+            raise CheckpointError(f"{_tensor_name(scanned, tensor)} {fault}")
 
 
-def _tensor_name(found: Scan, tensor: Any) -> str:
-    path = find_path(found.root, lambda value: value is tensor)
+def _tensor_name(scanned: Scan, tensor: Any) -> str:
+    path = find_path(scanned.root, lambda value: value is tensor)
     return ".".join(path) if path else "a tensor"
 
 
-def _users(found: Scan, key: str) -> str:
+def _users(scanned: Scan, key: str) -> str:
     """Return the name of a tensor that lies in a storage."""
-    path = find_path(found.root, lambda value: isinstance(value, Claim) and value.storage.key == key)
+    path = find_path(scanned.root, lambda value: isinstance(value, Claim) and value.storage.key == key)
     return ".".join(path) if path else f"storage {key}"
 
 
@@ -155,26 +157,26 @@ def find_path(root: Any, wanted: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _load(file: BinaryIO, found: Scan) -> Any:
+def _load(file: BinaryIO, scanned: Scan) -> Any:
     file.seek(0)
     try:
-        with _numpy_allowed(found):
+        with _numpy_allowed(scanned):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # whatever a damaged file makes of torch's reader, the file is what is wrong
         raise CheckpointError(f"is damaged, or this torch cannot read it: {_first_line(error)}") from None
 
 
 @contextlib.contextmanager
-def _numpy_allowed(found: Scan) -> Iterator[None]:
+def _numpy_allowed(scanned: Scan) -> Iterator[None]:
     """Let torch's restricted unpickler build the plain NumPy values that were found, and nothing else."""
-    if not found.numpy:
+    if not scanned.numpy:
         yield
         return
     import numpy as np
 
-    kinds = {type(np.dtype(code)) for code in found.numpy_dtypes}
+    kinds = {type(np.dtype(code)) for code in scanned.numpy_dtypes}
     wanted: list[Any] = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    for name in found.numpy:
+    for name in scanned.numpy:
         module, _, attribute = name.rpartition(".")
         if module == "numpy.core.multiarray" and np.lib.NumpyVersion(np.__version__) >= "2.0.0b1":
             module = "numpy._core.multiarray"  # the file keeps the name that NumPy 1 used

@@ -116,11 +116,11 @@ def _write_torch(state: Mapping[str, Any], path: Path, like: Checkpoint | None, 
     out: OrderedDict[str, Any] = OrderedDict()
     for name, value in state.items():
         if isinstance(value, Tensor):
-            place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-            if place not in compact:  # a view would drag the whole of its storage along; tied weights stay tied
+            memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if memory not in compact:  # a view would drag the whole of its storage along; tied weights stay tied
                 whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-                compact[place] = value.to("cpu") if whole else value.to("cpu").clone()
-            value = compact[place]
+                compact[memory] = value.to("cpu") if whole else value.to("cpu").clone()
+            value = compact[memory]
         out[name] = value
     if isinstance(versions, Mapping) and (like is None or like._metadata is not None):
         prefix = like.prefix if like is not None else ""

@@ -319,10 +319,10 @@ class _Machine:
             self._foreign(of)
             return Odd("pickled without torch.save")
         elif of.module in _NUMPY or name == "numpy.dtype":
-            found = self._numpy(of, args)
-            if found is not None:
+            value = self._numpy(of, args)
+            if value is not None:
                 self.out.numpy[name] = None
-                return found
+                return value
         return self._foreign(of)
 
     def _ordered(self, args: tuple[Any, ...]) -> dict[Any, Any]:

@@ -62,12 +62,12 @@ def backward_with_fisher(
     ours = {id(p) for p in chosen.values()}
     leaves = [variable_of(node) for node in plan.reading.nodes if is_leaf(node)]
     rest = [leaf for leaf in leaves if id(leaf) not in ours]
-    found = total.add(plan, retain_graph=retain_graph, leaves=rest)
+    leaf_gradients = total.add(plan, retain_graph=retain_graph, leaves=rest)
     share = 1 / losses.shape[0]
     with torch.no_grad():
         reached = {id(leaf) for leaf in leaves}
         pairs = [(p, total.grad[name]) for name, p in chosen.items() if id(p) in reached]
-        for leaf, g in [*pairs, *((leaf, g) for leaf, g in zip(rest, found) if g is not None)]:
+        for leaf, g in [*pairs, *((leaf, g) for leaf, g in zip(rest, leaf_gradients) if g is not None)]:
             g = (g.mul_(share) if reduction == "mean" else g).to(leaf.dtype)
             leaf.grad = g if leaf.grad is None else leaf.grad.add_(g)
         for value in total.out.values():

@@ -68,11 +68,11 @@ class SquaredSum:
             form.add_squares(view(self.out[name]), grad, self.workspace)
 
         with torch.no_grad():
-            kept, found = plan.forms(take, weights, retain_graph, leaves)
+            kept, leaf_gradients = plan.forms(take, weights, retain_graph, leaves)
             for n in range(plan.samples) if plan.pulled else ():
                 self.add_one(plan.pull(n, kept))
         self.coverage.update({name: plan.coverage(name) for name in self.params})
-        return found
+        return leaf_gradients
 
     def add_one(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the square of one sample's gradients."""

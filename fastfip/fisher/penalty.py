@@ -162,8 +162,8 @@ class FisherPenalty:
         with eval_mode(self._inner):
             check_modes(self._inner)
             if not torch.is_grad_enabled():
-                found = trace_and_logits(self._inner, batch, self._task, params=params, create_graph=False)
-                return found.losses.detach().mean(), found.trace.detach()
+                output = trace_and_logits(self._inner, batch, self._task, params=params, create_graph=False)
+                return output.losses.detach().mean(), output.trace.detach()
             self._look(batch)
             if self.way != "exact":
                 try:
@@ -195,20 +195,20 @@ class FisherPenalty:
         while True:
             common["loss_scale"] = self._scale if half else 1.0
             if self.way == "perturb":
-                found = perturbed(self._inner, batch, self._task, params, cache=cache_of(self._inner), **common)
+                estimate = perturbed(self._inner, batch, self._task, params, cache=cache_of(self._inner), **common)
             else:
-                found = signed(self._model, batch, self._task, params, generator=self._generator, **common)
-            if not half or self._scale == 1 or torch.isfinite(found.trace):
+                estimate = signed(self._model, batch, self._task, params, generator=self._generator, **common)
+            if not half or self._scale == 1 or torch.isfinite(estimate.trace):
                 break
             self._scale /= 16
-        trace = attach(found.trace, found.gradient, params)
+        trace = attach(estimate.trace, estimate.gradient, params)
         if not with_loss:
-            return found.losses.mean(), trace
-        return self._mean_loss(batch, found, params), trace
+            return estimate.losses.mean(), trace
+        return self._mean_loss(batch, estimate, params), trace
 
-    def _mean_loss(self, batch: Batch, found: TraceWithGradient, params: dict[str, Tensor]) -> Tensor:
-        if found.mean_gradient is not None:
-            return attach(found.losses.mean(), found.mean_gradient, params)
+    def _mean_loss(self, batch: Batch, estimate: TraceWithGradient, params: dict[str, Tensor]) -> Tensor:
+        if estimate.mean_gradient is not None:
+            return attach(estimate.losses.mean(), estimate.mean_gradient, params)
         return self._task.loss(self._task.forward(self._model, batch), batch).mean()
 
 

@@ -225,8 +225,8 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
 
 
 def _many(value: Any, dims: int) -> list[int]:
-    found = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
-    return found * dims if len(found) == 1 else found
+    sizes = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    return sizes * dims if len(sizes) == 1 else sizes
 
 
 def _float(x: Tensor, other: Tensor) -> bool:
@@ -253,10 +253,10 @@ class CheapSecondOrder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See torch.overrides; None from a stand-in means that it does not apply."""
         kwargs = kwargs or {}
-        found = None
+        out = None
         if func in STANDS_IN and torch.is_grad_enabled() and {*types} <= {Tensor, torch.nn.Parameter}:
-            found = STANDS_IN[func](*args, **kwargs)
-        return func(*args, **kwargs) if found is None else found
+            out = STANDS_IN[func](*args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
 
 
 # ------------------------------------------------------------------------------------------------------------- rules

@@ -70,11 +70,11 @@ def _norms_with_graph(plan: Plan) -> Tensor:
         parts: list[Tensor] = []
         for groups in plan.groups.values():
             for group in groups:
-                made = [found for use in group.uses if (found := form(use.site, use.slot)) is not None]
+                made = [one for use in group.uses if (one := form(use.site, use.slot)) is not None]
                 if made:
                     parts.append(GradientForm.join(made).norms())
         if plan.pulled or plan.loop:
-            kept = {use: found for use in plan.pulled_uses() if (found := form(*use)) is not None}
+            kept = {use: one for use in plan.pulled_uses() if (one := form(*use)) is not None}
             each = []
             for n in range(plan.samples):
                 mine = (*plan.pull(n, kept, create_graph=True).values(), *_looped(plan, n, create_graph=True))

@@ -40,11 +40,11 @@ _KEPT = threading.local()
 
 def kept_scratch() -> Scratch:
     """Return this thread's scratch memory, kept from pass to pass; buffers of more than CHUNK numbers are not kept."""
-    found: Scratch = getattr(_KEPT, "scratch", None) or Scratch()
-    _KEPT.scratch = found
-    for key in [key for key, buffer in found._buffers.items() if buffer.numel() > CHUNK or not buffer.is_cpu]:
-        del found._buffers[key]
-    return found
+    scratch: Scratch = getattr(_KEPT, "scratch", None) or Scratch()
+    _KEPT.scratch = scratch
+    for key in [key for key, buffer in scratch._buffers.items() if buffer.numel() > CHUNK or not buffer.is_cpu]:
+        del scratch._buffers[key]
+    return scratch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,7 +33,7 @@ def decompose(matrices: Sequence[Tensor], rank: Rank = None) -> list[Factored]:
         ConfigError: the rank is no positive int and no float between 0 and 1.
     """
     check_rank(rank)
-    found: dict[int, Factored] = {}
+    factored: dict[int, Factored] = {}
     by_shape: dict[tuple[object, ...], list[int]] = {}
     for k, matrix in enumerate(matrices):
         by_shape.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append(k)
@@ -41,8 +41,8 @@ def decompose(matrices: Sequence[Tensor], rank: Rank = None) -> list[Factored]:
         stack = torch.stack([matrices[k] for k in members])
         for k, factors in zip(members, _batched(stack, rank)):
             u, sigma, v = _largest(*factors, rank)
-            found[k] = tuple(t.to(stack.dtype).contiguous() for t in (u, sigma, v))  # type: ignore[assignment]
-    return [found[k] for k in range(len(matrices))]
+            factored[k] = tuple(t.to(stack.dtype).contiguous() for t in (u, sigma, v))  # type: ignore[assignment]
+    return [factored[k] for k in range(len(matrices))]
 
 
 def check_rank(rank: Rank) -> None:

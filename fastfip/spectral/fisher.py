@@ -56,7 +56,7 @@ def delta_gradients(
     uses = [(k, use) for k, entries in record.uses.items() for use in entries]
     values = {k: shift.value for k, shift in enumerate(shifts.shifts) if shift.value is not None}
     outputs = [use.output for _, use in uses]
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         losses.sum(),
         [*outputs, *values.values()],
         create_graph=create_graph,
@@ -66,7 +66,7 @@ def delta_gradients(
     n = losses.shape[0]
     out: list[Tensor | None] = [None] * len(shifts)
     alone: set[int] = set()  # shifts whose uses are not one sample after the other
-    for (k, use), g in zip(uses, found):
+    for (k, use), g in zip(uses, gradients):
         if g is None:
             continue
         if use.output.shape[0] % n or use.known.dim() < 2:
@@ -78,7 +78,7 @@ def delta_gradients(
     if alone:
         for k, each in _looped(shifts, sorted(alone), losses, create_graph).items():
             out[k] = each
-    elsewhere = {k: values[k] for k, g in zip(values, found[len(outputs) :]) if g is not None}
+    elsewhere = {k: values[k] for k, g in zip(values, gradients[len(outputs) :]) if g is not None}
     if elsewhere:
         for k, each in _pulled(shifts, elsewhere, losses, create_graph).items():
             out[k] = each if out[k] is None else out[k] + each  # type: ignore[operator]

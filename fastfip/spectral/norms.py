@@ -40,7 +40,7 @@ class FrozenNorms:
 
 
 def _forward(norm: _BatchNorm):  # type: ignore[no-untyped-def]
-    found: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+    cached: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(x: Tensor) -> Tensor:
         tuned = any(p is not None and p.requires_grad for p in (norm.weight, norm.bias))
@@ -52,10 +52,10 @@ def _forward(norm: _BatchNorm):  # type: ignore[no-untyped-def]
             return _scaled(x, *_constants(norm, x.dtype))
         parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         state = (x.dtype, *((id(p), None if p is None else p._version) for p in parts))
-        if state not in found:
-            found.clear()
-            found[state] = _constants(norm, x.dtype)
-        return _scaled(x, *found[state])
+        if state not in cached:
+            cached.clear()
+            cached[state] = _constants(norm, x.dtype)
+        return _scaled(x, *cached[state])
 
     return forward
 

@@ -62,24 +62,24 @@ class SpectralShifts:
             ConfigError: the rank is none.
         """
         check_rank(rank)
-        found: dict[int, tuple[nn.Parameter, list[str], list[WeightSite]]] = {}
+        held: dict[int, tuple[nn.Parameter, list[str], list[WeightSite]]] = {}
         for name, module in model.named_modules():
             for attribute in _weights(module):
                 weight = module._parameters.get(attribute)  # None where the user's own parametrisation computes it
                 if weight is None or not weight.is_floating_point() or weight.numel() == 0:
                     continue
-                entry = found.setdefault(id(weight), (weight, [], []))
+                entry = held.setdefault(id(weight), (weight, [], []))
                 entry[1].append(f"{name}.{attribute}" if name else attribute)
                 entry[2].append(WeightSite(module, attribute))
         # A tied weight moves wherever it is held: in an embedding, as a bare parameter.
         for name, module in model.named_modules():
             for attribute, parameter in module._parameters.items():
-                if id(parameter) in found and attribute not in _weights(module):
-                    found[id(parameter)][1].append(f"{name}.{attribute}" if name else attribute)
-                    found[id(parameter)][2].append(WeightSite(module, attribute))
-        if not found:
+                if id(parameter) in held and attribute not in _weights(module):
+                    held[id(parameter)][1].append(f"{name}.{attribute}" if name else attribute)
+                    held[id(parameter)][2].append(WeightSite(module, attribute))
+        if not held:
             raise ModelError("the model has no Linear or convolution weight of its own: there is nothing to shift")
-        return cls(_shifts(list(found.values()), rank), model.modules())
+        return cls(_shifts(list(held.values()), rank), model.modules())
 
     def __len__(self) -> int:
         """Return how many weights are shifted."""
@@ -173,9 +173,9 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _shifts(found: list[tuple[nn.Parameter, list[str], list[WeightSite]]], rank: Rank) -> list[SpectralShift]:
+def _shifts(held: list[tuple[nn.Parameter, list[str], list[WeightSite]]], rank: Rank) -> list[SpectralShift]:
     matrices: list[Tensor] = []
-    for weight, names, sites in found:
+    for weight, names, sites in held:
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{names[0]} holds NaN or Inf: it has no singular values")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -184,7 +184,7 @@ def _shifts(found: list[tuple[nn.Parameter, list[str], list[WeightSite]]], rank:
     scratch = Scratch()
     return [
         SpectralShift(names, sites, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True), scratch)
-        for (weight, names, sites), (u, sigma, v) in zip(found, decompose(matrices, rank))
+        for (weight, names, sites), (u, sigma, v) in zip(held, decompose(matrices, rank))
     ]
 
 

@@ -115,24 +115,24 @@ class Patch(TriggerForm):
         super().__init__(x)
         shape = (classes, 1, *x.shape[2:]) if x.dim() > 2 else (classes, *x.shape[1:])
         draw = lambda shape: torch.randn(shape, generator=generator, device="cpu").to(x)  # noqa: E731
-        self.where = (0.1 * draw(shape) - 2.0).requires_grad_(True)
-        self.what = (0.1 * draw((classes, *x.shape[1:]))).requires_grad_(True)
-        self.parameters = [self.where, self.what]
+        self.mask_logits = (0.1 * draw(shape) - 2.0).requires_grad_(True)
+        self.pattern_logits = (0.1 * draw((classes, *x.shape[1:]))).requires_grad_(True)
+        self.parameters = [self.mask_logits, self.pattern_logits]
         self.usual = float(self.size().detach().mean())
 
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return the inputs with the patch of class c on them."""
-        m = (self.where.sigmoid()[c] * _like(scale, x)).clamp(max=1)
-        return x + m * (self.low + (self.high - self.low) * self.what.sigmoid()[c] - x)
+        m = (self.mask_logits.sigmoid()[c] * _like(scale, x)).clamp(max=1)
+        return x + m * (self.low + (self.high - self.low) * self.pattern_logits.sigmoid()[c] - x)
 
     def size(self, scale: Tensor | float = 1.0) -> Tensor:
         """Return the sum of the mask."""
-        m = self.where.sigmoid().flatten(1)
+        m = self.mask_logits.sigmoid().flatten(1)
         return (m * (scale[:, None] if isinstance(scale, Tensor) else scale)).clamp(max=1).sum(1)
 
     def mask(self, scale: Tensor) -> Tensor:
         """Return the mask."""
-        return (self.where.sigmoid() * _like(scale, self.where)).clamp(max=1)
+        return (self.mask_logits.sigmoid() * _like(scale, self.mask_logits)).clamp(max=1)
 
 
 FORMS: dict[str, type[Additive] | type[Patch]] = {form.name: form for form in (Additive, Patch)}
@@ -293,8 +293,8 @@ class _Search:
 
         @torch.no_grad()
         def apply(x: Tensor, k: int) -> Tensor:
-            place = torch.full((len(x),), k, device=x.device)
-            return form.apply(x, place, high[place])
+            c = torch.full((len(x),), k, device=x.device)
+            return form.apply(x, c, high[c])
 
         return Inverted(
             form.name,

@@ -173,12 +173,12 @@ def _first_pass(
 
     with torch.no_grad():
         weights = torch.full_like(plan.losses, loss_scale)
-        _, found = plan.forms(take, weights, leaves=list(leaves.values()))
+        _, leaf_gradients = plan.forms(take, weights, leaves=list(leaves.values()))
     if lost:
         raise uncovered(sorted(set(lost)))
     if params is None:
         return None, plan.samples
-    mean = {name: g for name, g in zip(leaves, found) if g is not None}
+    mean = {name: g for name, g in zip(leaves, leaf_gradients) if g is not None}
     for name in params:
         if name not in leaves and name in plan.groups:
             mean[name] = _summed(plan, targets, name, params[name])
@@ -236,8 +236,8 @@ def _shifted_pass(
         if missed:
             raise uncovered(missed)
         losses = task.loss(logits, batch)
-        found = torch.autograd.grad(losses.sum() * loss_scale, list(params.values()), allow_unused=True)
-    return {name: g for name, g in zip(params, found) if g is not None}
+        gradients = torch.autograd.grad(losses.sum() * loss_scale, list(params.values()), allow_unused=True)
+    return {name: g for name, g in zip(params, gradients) if g is not None}
 
 
 @contextlib.contextmanager

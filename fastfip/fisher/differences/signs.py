@@ -41,8 +41,8 @@ def signed(
             if e is None:
                 e = torch.randint(0, 2, losses.shape, generator=generator, device="cpu").to(losses) * 2 - 1
             total = (e * losses).sum() * (loss_scale / losses.shape[0] ** 0.5)
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-        named = {name: g / loss_scale for name, g in zip(params, found) if g is not None}
+            gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+        named = {name: g / loss_scale for name, g in zip(params, gradients) if g is not None}
         return named, e, losses.detach(), logits.detach()
 
     here, e, losses, logits = gradient(None)

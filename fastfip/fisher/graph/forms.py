@@ -233,8 +233,8 @@ class BackwardForm(GradientForm):
     def one(self, n: int) -> Tensor:
         """See :meth:`GradientForm.one`."""
         call = self.node if callable(self.node) else self.node.apply
-        found = call(self.g * (self.owner == n))
-        return found[self.slot] if isinstance(found, tuple) else found
+        gradients = call(self.g * (self.owner == n))
+        return gradients[self.slot] if isinstance(gradients, tuple) else gradients
 
     def scale(self, n: int) -> Tensor:
         """See :meth:`GradientForm.scale`."""

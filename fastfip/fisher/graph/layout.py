@@ -50,11 +50,11 @@ class Layout:
 
 def candidates(dims: Iterable[int], shape: torch.Size, samples: int) -> tuple[Layout, ...]:
     """Return the layouts that a tensor of that shape may have if its batch lies in one of `dims`, likelier first."""
-    found = []
+    layouts = []
     for dim in dims:
         if Layout(dim).fits(shape, samples):
-            found += [Layout(dim)] if shape[dim] == samples else [Layout(dim), Layout(dim, major=False)]
-    return tuple(sorted(found, key=lambda one: shape[one.dim] != samples))
+            layouts += [Layout(dim)] if shape[dim] == samples else [Layout(dim), Layout(dim, major=False)]
+    return tuple(sorted(layouts, key=lambda one: shape[one.dim] != samples))
 
 
 def weights_for(samples: int, like: Tensor, seed: int) -> Tensor:

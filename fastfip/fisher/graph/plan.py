@@ -143,14 +143,14 @@ class Plan:
             wanted: list[Any] = [gradient_edge((self.sites[i].node, 0)) for i in last]
             with torch.enable_grad():  # a scalar: to check given gradients torch imports sympy, 50 MB and half a second
                 total = (self.losses * weights.to(self.losses.dtype)).sum()
-            found = torch.autograd.grad(total, [*wanted, *leaves], retain_graph=retain_graph, allow_unused=True)
+            gradients = torch.autograd.grad(total, [*wanted, *leaves], retain_graph=retain_graph, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
-        for i, g in zip(last, found):
+        for i, g in zip(last, gradients):
             if i not in done:
                 pass_on(i, (g,))
-        return list(found[len(last) :])
+        return list(gradients[len(last) :])
 
     def forms(
         self,
@@ -185,10 +185,10 @@ class Plan:
         if not (at or pulled or leaves):
             return kept, []
         weights = torch.ones_like(self.losses) if weights is None else weights.detach()
-        found = self.stream(weights, handle, retain_graph or self.needs_graph, leaves)
+        leaf_gradients = self.stream(weights, handle, retain_graph or self.needs_graph, leaves)
         for group, mine in parts.values():  # no gradient came to the rest of the uses
             take(group, GradientForm.join(mine))
-        return kept, found
+        return kept, leaf_gradients
 
     def gradients(self) -> list[Tensor | None]:
         """Return the gradient of the summed losses at every site, with a graph of its own."""
@@ -196,8 +196,8 @@ class Plan:
             return []
         edges = [gradient_edge((site.node, 0)) for site in self.sites]
         # A scalar: to check given gradients torch imports sympy, 50 MB and half a second.
-        found = torch.autograd.grad(self.losses.sum(), edges, create_graph=True, allow_unused=True)
-        return [None if g is None else _natural(site, g) for site, g in zip(self.sites, found)]
+        gradients = torch.autograd.grad(self.losses.sum(), edges, create_graph=True, allow_unused=True)
+        return [None if g is None else _natural(site, g) for site, g in zip(self.sites, gradients)]
 
     def form(self, site: int, slot: int, g: Tensor) -> GradientForm:
         """Return the form of one use, given the gradient at its site."""

@@ -1,4 +1,4 @@
-"""Reading the autograd graph: which operations use which parameters, and how a parameter gets to the place of its use.
+"""Reading the autograd graph: which operations use which parameters, and how a parameter gets to where it is used.
 
 A graph that torch has recorded names every use of every parameter: a Linear called twice, a weight used by a function
 outside its module, a class token, the slices of a packed projection. Reading it needs no hook on the model, changes

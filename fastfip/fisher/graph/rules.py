@@ -377,8 +377,8 @@ def _embedding(node: Any, slots: Slots, samples: int) -> Recipe | None:
     padding = padding - (1 << 64) if padding >= 1 << 63 else padding
 
     def index() -> Tensor:
-        found = node._saved_indices
-        return found if padding < 0 else found.masked_fill(found == padding, -1)
+        indices = node._saved_indices
+        return indices if padding < 0 else indices.masked_fill(indices == padding, -1)
 
     return _table(node, slots, samples, index, len(output_shape(node)) - 1)
 

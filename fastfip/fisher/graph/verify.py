@@ -67,9 +67,9 @@ def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None =
     if known is not None and known.settled:
         if known.shared:
             reading = read_graph(losses, params, known.shared)
-        found = _resolved(known, reading, losses.shape[0])
-        if found is not None:
-            return Plan(losses, params, reading, found, known.stuck | reading.at_root).routed()
+        resolved = _resolved(known, reading, losses.shape[0])
+        if resolved is not None:
+            return Plan(losses, params, reading, resolved, known.stuck | reading.at_root).routed()
     try:
         plan, now = _verified(losses, params, reading, tries=0 if known is None else known.tries)
         cache[key] = now if known is None else _both(known, now)
@@ -110,15 +110,15 @@ def _resolved(known: Known, reading: Reading, samples: int) -> list[Layout] | No
     """
     if len(known.layouts) != len(reading.sites):
         return None
-    found = []
+    resolved = []
     for site, layouts in zip(reading.sites, known.layouts):
         fits = [one for one in layouts if one.fits(site.recipe.shape, samples)]
         if not fits:
             return None
         if known.tries < _TRIES and any(not fits[0].same(one, site.recipe.shape, samples) for one in fits[1:]):
             return None
-        found.append(fits[0])
-    return found
+        resolved.append(fits[0])
+    return resolved
 
 
 def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries: int) -> tuple[Plan, Known]:
@@ -127,8 +127,8 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
     stuck, at_first = frozenset[str](), reading.at_root
     for rounds in itertools.count():
         plan = Plan(losses, params, reading, [site.recipe.layouts[0] for site in reading.sites], reading.at_root)
-        found, evidence = _sample_axes(plan)
-        wrong = [i for i, layouts in enumerate(found) if not layouts and not plan.sites[i].params <= stuck]
+        agreeing, evidence = _sample_axes(plan)
+        wrong = [i for i, layouts in enumerate(agreeing) if not layouts and not plan.sites[i].params <= stuck]
         # No layout, and nothing but parameters goes in: the same for all samples, so the cut lies further up.
         up = [] if rounds == _ROUNDS else [i for i in wrong if not _has_data(plan, i)]
         stuck |= frozenset().union(*(plan.sites[i].params for i in wrong if i not in up))
@@ -140,7 +140,7 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
         if lost:  # data after all (samples that see each other): what lies above must not go the slow way with it
             stuck |= frozenset().union(*(moved.pop(i) for i in lost))
             reading = read_graph(losses, params, frozenset(moved))
-    layouts = tuple(good or site.recipe.layouts for good, site in zip(found, plan.sites))
+    layouts = tuple(good or site.recipe.layouts for good, site in zip(agreeing, plan.sites))
     plan = Plan(losses, params, reading, [good[0] for good in layouts], stuck | reading.at_root).routed()
     refuted, seen = _refuted_by_one_sample(plan)
     if refuted:
@@ -219,11 +219,13 @@ def _refuted_by_one_sample(plan: Plan) -> tuple[frozenset[str], bool]:
 def _own_gradient(plan: Plan, m: int, names: list[str]) -> dict[str, Tensor]:
     """The gradient of sample m's loss by an ordinary backward pass, in memory that may be written to."""
     inputs = [plan.params[name] for name in names]
-    found: list[Tensor | None] = [*torch.autograd.grad(plan.losses[m], inputs, retain_graph=True, allow_unused=True)]
+    gradients: list[Tensor | None] = [
+        *torch.autograd.grad(plan.losses[m], inputs, retain_graph=True, allow_unused=True)
+    ]
     out: dict[str, Tensor] = {}
     taken: set[int] = set()
     for i, name in enumerate(names):
-        g, found[i] = found[i], None
+        g, gradients[i] = gradients[i], None
         if g is None:
             continue
         if not g.is_contiguous() or g.data_ptr() in taken:  # expanded, or one tensor for two parameters

@@ -113,9 +113,9 @@ def _launch(call: Call, like: Tensor, out: Tensor, grad: Tensor | None) -> None:
     many = shares * (1 + (grad is not None)) * math.prod(out.shape) if shares > 1 else 0
     room = torch.empty(many, dtype=accumulated, device=device)  # the allocator keeps it until this stream is past it
     addresses = [0 if r is None else r.buffer.data_ptr() for r in results]
-    where: list[Any] = [device.index, torch.cuda.current_stream(device).cuda_stream]
+    launch: list[Any] = [device.index, torch.cuda.current_stream(device).cuda_stream]
     try:
-        module.cuda_sum_grad_squared(*call, *addresses, room.data_ptr() if many else 0, shares, *where)
+        module.cuda_sum_grad_squared(*call, *addresses, room.data_ptr() if many else 0, shares, *launch)
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"backend cuda: {error}") from None
     for result in results:
