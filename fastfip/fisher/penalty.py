@@ -178,7 +178,7 @@ class FisherPenalty:
             return out.losses.mean(), out.trace
 
     def _look(self, batch: Batch) -> None:
-        """See once what kind of net it is."""
+        """Look once at what kind of net it is."""
         if self._looked or (self.way == "exact" and not self._open):
             return
         way, reason = choose_way(self._model, batch, self._task)

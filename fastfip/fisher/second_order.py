@@ -251,7 +251,7 @@ class CheapSecondOrder(TorchFunctionMode):
     """While it is entered, the layers above are computed by the functions of this file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See torch.overrides; None from a stand-in means that it does not apply."""
+        """Compute a layer by its stand-in, where one applies; None from a stand-in says that it does not."""
         kwargs = kwargs or {}
         out = None
         if func in STANDS_IN and torch.is_grad_enabled() and {*types} <= {Tensor, torch.nn.Parameter}:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from fastfip.fisher.graph.forms import ConvForm, DenseForm, GradientForm, RowsForm, SumForm
 from fastfip.ops.convolution import ConvolutionOptions, ConvShape, columns, columns_transpose
@@ -42,12 +43,12 @@ class WholeShift(WeightShift):
         self.each = each.detach()
         self.h = 0.0  # 0: `each` is G_n
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`WeightShift.norms`."""
         return torch.linalg.vector_norm(self.each.flatten(1), dim=1).square()
 
+    @override
     def total(self) -> Tensor | None:
-        """See :meth:`WeightShift.total`."""
         return self.each.sum(0)
 
     def at(self, weight: Tensor, h: float) -> Tensor:
@@ -67,8 +68,8 @@ class FactoredShift(WeightShift):
     def __init__(self, g: Tensor, a: Tensor, norms: Tensor) -> None:
         self.g, self.a, self._norms = g.detach(), a.detach(), norms  # without the first pass's graph
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`WeightShift.norms`."""
         return self._norms
 
     def apply(self, x: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ class WindowShift(WeightShift):
         self._norms = form.norms()
         self.form = ConvForm(form.g.detach(), form.x.detach(), form.shape, form.samples)
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`WeightShift.norms`."""
         return self._norms
 
 
@@ -96,12 +97,12 @@ class ValueShift(WeightShift):
     def __init__(self, each: Tensor) -> None:
         self.each = each.detach()
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`WeightShift.norms`."""
         return self.each.flatten(1).square().sum(1)
 
+    @override
     def total(self) -> Tensor | None:
-        """See :meth:`WeightShift.total`."""
         return self.each.sum(0)
 
 
@@ -125,8 +126,8 @@ class RowShift(WeightShift):
         where = torch.searchsorted(self.keys, key).clamp_(max=self.keys.shape[0] - 1)
         return self.rows[where] * (self.keys[where] == key)[..., None]
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`WeightShift.norms`."""
         return self._norms
 
 

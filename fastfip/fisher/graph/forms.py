@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fastfip.ops.convolution import ConvShape, columns
 from fastfip.ops.grad_norm_squared.convolution import grad_norm_squared_conv
@@ -67,28 +68,29 @@ class DenseForm(GradientForm):
     a: Tensor  # [N, T, I]
     flip: bool = False
 
+    @override
     def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
-        """See :meth:`GradientForm.add_squares`."""
         g, a = (self.a, self.g) if self.flip else (self.g, self.a)
         if not out.is_contiguous() and out.t().is_contiguous():
             g, a, out, grad = a, g, out.t(), None if grad is None else grad.t()
         sum_grad_squared(g, a, out=out, grad=grad, scratch=workspace.scratch, backend=workspace.backend)
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`GradientForm.norms`."""
         return grad_norm_squared(self.g, self.a)
 
+    @override
     def one(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.one`."""
         acc = accumulation_dtype(self.g.dtype)
         product = self.g[n].to(acc).t() @ self.a[n].to(acc)
         return product.t() if self.flip else product
 
+    @override
     def scale(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.scale`."""
         return self.g[n].double().norm() * self.a[n].double().norm()
 
     @classmethod
+    @override
     def _join(cls, forms: Sequence[DenseForm]) -> GradientForm:
         turned = [(f.a, f.g) if f.flip else (f.g, f.a) for f in forms]
         return DenseForm(torch.cat([g for g, _ in turned], 1), torch.cat([a for _, a in turned], 1))
@@ -103,8 +105,8 @@ class ConvForm(GradientForm):
     shape: ConvShape
     samples: int
 
+    @override
     def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
-        """See :meth:`GradientForm.add_squares`."""
         sum_grad_squared_conv(
             self.g,
             self.x,
@@ -116,8 +118,8 @@ class ConvForm(GradientForm):
             backend=workspace.backend,
         )
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`GradientForm.norms`."""
         return grad_norm_squared_conv(self.g, self.x, self.shape, samples=self.samples)
 
     def _of(self, n: int) -> tuple[Tensor, Tensor]:
@@ -126,16 +128,16 @@ class ConvForm(GradientForm):
         acc = accumulation_dtype(self.g.dtype)
         return self.g[part].to(acc), self.x[part].to(acc)
 
+    @override
     def one(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.one`."""
         g, x = self._of(n)
         cols = columns(x, self.shape, tuple(g.shape[2:]))  # [F, groups, I, T]
         left = g.reshape(*cols.shape[:2], -1, cols.shape[3])
         product = (left @ cols.transpose(2, 3)).sum(0)
         return product.reshape(g.shape[1], x.shape[1] // self.shape.groups, *self.shape.kernel)
 
+    @override
     def scale(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.scale`."""
         g, x = self._of(n)
         return g.double().norm() * x.double().norm() * self.shape.taps**0.5
 
@@ -147,26 +149,27 @@ class SumForm(GradientForm):
     h: Tensor  # [N, *shape]
     parts: Tensor | None = None  # [N, ...] what was added up
 
+    @override
     def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
-        """See :meth:`GradientForm.add_squares`."""
         squares = workspace.scratch.take(tuple(self.h.shape), self.h)
         out.add_(torch.square(self.h, out=squares).sum(0))
         if grad is not None:
             grad.add_(self.h.sum(0))
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`GradientForm.norms`."""
         return self.h.reshape(self.h.shape[0], -1).square().sum(1)
 
+    @override
     def one(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.one`."""
         return self.h[n]
 
+    @override
     def scale(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.scale`."""
         return (self.h if self.parts is None else self.parts)[n].double().norm()
 
     @classmethod
+    @override
     def _join(cls, forms: Sequence[SumForm]) -> GradientForm:
         total = forms[0].h
         for form in forms[1:]:
@@ -194,29 +197,30 @@ class RowsForm(GradientForm):
         total = rows.new_zeros(keys.shape[0], rows.shape[1]).index_add(0, where, rows)
         return keys // self.size, keys % self.size, total
 
+    @override
     def add_squares(self, out: Tensor, grad: Tensor | None, workspace: Workspace) -> None:
-        """See :meth:`GradientForm.add_squares`."""
         _, row, total = self._summed()
         if grad is not None:
             grad.view(self.size, -1).index_add_(0, row, total)
         out.view(self.size, -1).index_add_(0, row, total.square())
 
+    @override
     def norms(self) -> Tensor:
-        """See :meth:`GradientForm.norms`."""
         sample, _, total = self._summed()
         return total.new_zeros(self.index.shape[0]).index_add(0, sample, total.square().sum(1))
 
+    @override
     def one(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.one`."""
         kept = self.index[n] >= 0
         rows = self.g[n].to(accumulation_dtype(self.g.dtype))[kept]
         return rows.new_zeros(self.size, *rows.shape[1:]).index_add(0, self.index[n][kept].long(), rows)
 
+    @override
     def scale(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.scale`."""
         return self.g[n].double().norm()
 
     @classmethod
+    @override
     def _join(cls, forms: Sequence[RowsForm]) -> GradientForm:
         return RowsForm(torch.cat([f.g for f in forms], 1), torch.cat([f.index for f in forms], 1), forms[0].size)
 
@@ -230,14 +234,14 @@ class BackwardForm(GradientForm):
     g: Tensor
     owner: Tensor  # of g's shape: the sample that each element belongs to
 
+    @override
     def one(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.one`."""
         call = self.node if callable(self.node) else self.node.apply
         gradients = call(self.g * (self.owner == n))
         return gradients[self.slot] if isinstance(gradients, tuple) else gradients
 
+    @override
     def scale(self, n: int) -> Tensor:
-        """See :meth:`GradientForm.scale`."""
         return self.g.new_zeros((), dtype=torch.float64)
 
 
