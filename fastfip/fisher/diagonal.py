@@ -128,8 +128,8 @@ def fisher_diagonal(
         ConfigError: an unknown kind, or options that exclude each other.
         BackendError: the backend asked for cannot run here.
 
-    Source: methods.md 1.1 and 1.3 of the project; the Fisher by labels drawn from the model: Kunstner et al. 2019
-    (arXiv 1905.12558).
+    Source: the retainer of FIP (arXiv 2409.00863) and NGF (arXiv 2306.17441); the Fisher by labels drawn from the
+    model: Kunstner et al. 2019 (arXiv 1905.12558).
     """
     if kind not in ("empirical", "mc", "exact"):
         raise ConfigError(f"kind must be 'empirical', 'mc' or 'exact', not {kind!r}")

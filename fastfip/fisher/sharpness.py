@@ -87,7 +87,7 @@ def sharpness(
         DataError: data that cannot be used.
         ConfigError: iterations below 1, a negative number of probes.
 
-    Source: Lanczos 1950; Hutchinson 1989; methods.md 1.1 of the project for what they are used for.
+    Source: Lanczos 1950; Hutchinson 1989; as measures of a backdoored minimum: FIP (arXiv 2409.00863).
     """
     if iterations < 1 or probes < 0:
         raise ConfigError("iterations must be at least 1 and probes at least 0")

@@ -149,7 +149,7 @@ def fisher_trace(
             model.
         DataError: the batch cannot be used.
 
-    Source: methods.md 1.1 and kernels.md 3 ("exact") of the project.
+    Source: the trace term of FIP (arXiv 2409.00863); docs/trace.md for the three ways to its gradient.
     """
     batch = x if y is None else (x, y)
     return trace_and_logits(model, batch, Task.of(forward, loss), params=params, create_graph=create_graph).trace

@@ -175,7 +175,7 @@ class Site:
 
     node: Node
     position: int
-    recipe: Any  # rules.Recipe
+    recipe: Any  # recipe.Recipe
     terminal: bool = False  # no other site lies below: its gradient is asked for, the others' pass through a hook
 
     @property

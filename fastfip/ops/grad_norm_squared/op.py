@@ -151,7 +151,7 @@ def grad_norm_squared(
         ValueError: the shapes do not fit each other.
         BackendError: the backend asked for cannot run here.
 
-    Source: the "ghost norm" of Goodfellow 2015 (arXiv 1510.01799) and Li et al. 2022 (arXiv 2110.05679); kernels.md 2.
+    Source: the "ghost norm" of Goodfellow 2015 (arXiv 1510.01799) and Li et al. 2022 (arXiv 2110.05679).
     """
     if g.dim() != 3 or a.dim() != 3 or g.shape[:2] != a.shape[:2]:
         raise ValueError(

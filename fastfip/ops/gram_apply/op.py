@@ -128,7 +128,7 @@ def gram_apply(
         ValueError: the shapes do not fit each other.
         BackendError: the backend asked for cannot run here.
 
-    Source: kernels.md 2 and 3 of the project; linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5).
+    Source: linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5).
     """
     fits = q.dim() == k.dim() == v.dim() == 3 and q.shape[0] == k.shape[0] == v.shape[0]
     if not fits or q.shape[2] != k.shape[2] or k.shape[1] != v.shape[1]:

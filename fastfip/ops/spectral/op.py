@@ -11,8 +11,8 @@ Shapes: a Linear weight is [O, I] with u [1, O, K], v [1, I, K], s and delta [1,
 *kernel] with u [G, O/G, K], v [G, C/G * taps, K], s and delta [G, K]. u and v have orthonormal columns that are
 singular vectors of `weight`. A transposed convolution is the adjoint: its input plays the part of dl/dy.
 
-Differentiable any number of times with respect to x, delta and bias. Source: FIP (arXiv 2409.00863), Fast FIP;
-kernels.md 4.
+Differentiable any number of times with respect to x, delta and bias. Source: Fast FIP, in
+FIP (arXiv 2409.00863).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ feature maps and never needs more of the windows than a few samples at a time.
 
 `out` and `grad`, where given, are added to: a pass over a data set accumulates in place, in one buffer for each, and is
 no part of an autograd graph. Without them the op is differentiable and can be traced and transformed (`torch.compile`,
-`torch.func`): sum_grad_squared_autograd.py.
+`torch.func`): autograd.py.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def sum_grad_squared(
         ValueError: the shapes do not fit each other.
         BackendError: the backend asked for cannot run here.
 
-    Source: kernels.md 1 of the project; the definition of the empirical Fisher's diagonal.
+    Source: the definition of the empirical Fisher's diagonal; docs/kernels.md for how the kernels compute it.
     """
     _check(g, a)
     if out is None and grad is None and scratch is None:
