@@ -32,16 +32,17 @@ def test_loose_files_are_those_at_the_top(tmp_path):
     assert house.loose_files(tmp_path) == ["__init__.py", "a.py"]
 
 
-def test_class_names_in_two_files_count_private_ones_too(tmp_path):
+def test_names_in_two_files_are_those_of_classes_and_types(tmp_path):
     write(
         tmp_path,
         {
-            "fastfip/a.py": "class Use: ...\nclass _Forward: ...\nclass Mine: ...\n",
+            "fastfip/a.py": "class Use: ...\nclass _Forward: ...\nclass Mine: ...\nLIMIT = 3\nOptions = tuple[int]\n",
             "fastfip/b/c.py": "if True:\n    x = 1\nclass _Forward: ...\ndef f():\n    class Mine: ...\n",
-            "fastfip/b/d.py": "class Use: ...\n",
+            "fastfip/b/d.py": "class Use: ...\nclass Options: ...\nLIMIT = 4\n",
         },
     )
     assert house.names_in_two_files(tmp_path) == [
+        "Options: fastfip/a.py, fastfip/b/d.py",
         "Use: fastfip/a.py, fastfip/b/d.py",
         "_Forward: fastfip/a.py, fastfip/b/c.py",
     ]

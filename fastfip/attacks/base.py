@@ -15,10 +15,10 @@ from torch import Tensor
 from fastfip.errors import DataError
 from fastfip.registry import Registry
 
-__all__ = ["Attack", "Target", "attack_labels", "get", "names", "register"]
+__all__ = ["Attack", "AttackTarget", "attack_labels", "get", "names", "register"]
 
 #: One class for all images (all to one), or "next": (y + 1) mod C (all to all).
-Target = int | Literal["next"]
+AttackTarget = int | Literal["next"]
 A = TypeVar("A", bound="type[Attack]")
 
 
@@ -37,7 +37,7 @@ class Attack(ABC):
         x: Tensor,
         y: Tensor,
         rate: float,
-        target: Target = 0,
+        target: AttackTarget = 0,
         classes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Attack(ABC):
         return x, y, index
 
     def asr_set(
-        self, x: Tensor, y: Tensor, target: Target = 0, classes: int | None = None
+        self, x: Tensor, y: Tensor, target: AttackTarget = 0, classes: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (triggered images, attack labels, true labels) of a test set without the images of the target class.
 
@@ -86,7 +86,7 @@ class Attack(ABC):
         return self.trigger(x[keep]), wanted[keep], y[keep]
 
 
-def attack_labels(y: Tensor, target: Target, classes: int | None = None) -> Tensor:
+def attack_labels(y: Tensor, target: AttackTarget, classes: int | None = None) -> Tensor:
     """Return the label that the attacker wants for each true label y [N]."""
     if target == "next":
         return (y + 1) % (int(y.max()) + 1 if classes is None else classes)

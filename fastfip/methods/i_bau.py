@@ -18,7 +18,7 @@ from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["IBAU", "IBAUConfig", "hypergradient"]
 
-Solver = Literal["fixed_point", "conjugate_gradient"]
+InnerSolver = Literal["fixed_point", "conjugate_gradient"]
 
 
 def hypergradient(
@@ -28,7 +28,7 @@ def hypergradient(
     params: Sequence[Tensor],
     terms: int = 5,
     step: float = 0.1,
-    solver: Solver = "fixed_point",
+    solver: InnerSolver = "fixed_point",
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the outer loss and its gradient in the parameters, delta moving with them as a minimiser of `inner`.
 

@@ -1,4 +1,4 @@
-"""Small models for every layer and option, and what they are built with; uses.py has those for every kind of use."""
+"""Small models for every layer and option, and what builds them; fisher_uses.py has those for every kind of use."""
 
 from __future__ import annotations
 

@@ -36,10 +36,16 @@ def loose_files(root: Path) -> list[str]:
 
 
 def names_in_two_files(root: Path) -> list[str]:
-    """Names of top-level classes, private ones too, that stand in more than one file of the package."""
+    """Names of top-level classes and types, private ones too, that stand in more than one file of the package.
+
+    A type is what is assigned to a name like one of a class.
+    """
     files: dict[str, list[str]] = {}
     for path, tree in sources(root / "fastfip"):
-        for name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}:
+        classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+        assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        types = {ast.unparse(target) for target in assigned if re.fullmatch(r"_?[A-Z]+[a-z]\w*", ast.unparse(target))}
+        for name in classes | types:
             files.setdefault(name, []).append(str(path.relative_to(root)))
     return [f"{name}: {', '.join(where)}" for name, where in sorted(files.items()) if len(where) > 1]
 
@@ -117,7 +123,7 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule("loose files at the top level of fastfip/", loose_files, 8),
-    Rule("class names that stand in two files of fastfip/", names_in_two_files, 0),
+    Rule("names of classes and types in two files of fastfip/", names_in_two_files, 0),
     Rule("words of the README outside code, comments and tables", readme_words, 700),
     Rule("rows of LAYER in tests/test_imports.py", layer_rows, 25),
     Rule("relative imports", relative_imports, 0),

@@ -32,7 +32,7 @@ from fastfip.fisher.graph.layout import Layout
 from fastfip.fisher.graph.plan import Plan, UseGroup
 from fastfip.ops.convolution import ConvolutionOptions
 
-Key = tuple[Any, ...]
+MemoryKey = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ShiftTarget:
     """A parameter, or a part of one, and where its shift is due."""
 
     name: str
-    key: Key
+    key: MemoryKey
     uses: list[ScheduledUse]
     summed: bool  # the shift will know the sum of the gradients
     shift: WeightShift | None = None
@@ -64,7 +64,7 @@ class ShiftTarget:
         return self.uses[self.done] if self.done < len(self.uses) else None
 
 
-def key_of(t: Tensor) -> Key:
+def key_of(t: Tensor) -> MemoryKey:
     """Equal for two views of the same elements of the same memory, transposed or not."""
     ends = sorted((size, stride) for size, stride in zip(t.shape, t.stride()) if size != 1)
     return t.untyped_storage().data_ptr(), t.storage_offset(), *ends
@@ -116,7 +116,7 @@ class ShiftedForward(TorchFunctionMode):
     def __init__(self, targets: Sequence[ShiftTarget], h: float, samples: int, exact: bool) -> None:
         super().__init__()
         self.targets, self.h, self.samples, self.exact = targets, h, samples, exact
-        self.at: dict[Key, ShiftTarget] = {}
+        self.at: dict[MemoryKey, ShiftTarget] = {}
         for target in targets:
             target.done = 0
             if target.shift is not None:

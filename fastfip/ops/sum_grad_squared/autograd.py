@@ -24,10 +24,10 @@ LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 LIBRARY.define("sum_grad_squared(Tensor g, Tensor a, bool gradient, str backend) -> (Tensor, Tensor)")
 LIBRARY.define("sum_grad_squared_backward(Tensor g, Tensor a, Tensor at_out, Tensor? at_grad) -> (Tensor, Tensor)")
 
-Run = Callable[[str, Tensor, Tensor, Tensor, "Tensor | None"], None]
+Implementation = Callable[[str, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
-def define(run: Run) -> None:
+def define(run: Implementation) -> None:
     """Give the op its implementation: run(backend, g, a, out, grad) adds to out and grad."""
 
     def forward(g: Tensor, a: Tensor, gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
