@@ -15,15 +15,15 @@ from fastfip.auditing.anomaly import LEVEL, SMALLER, anomaly
 from fastfip.auditing.result import Audit, NetAudit, Retuning
 from fastfip.auditing.subject import Subject, about, subjects_of
 from fastfip.data.batch import Batch, take
-from fastfip.data.checks import first_outputs, reading
 from fastfip.data.cleanset import CleanSet
+from fastfip.data.outputs import first_outputs, reading
 from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError, reason
 from fastfip.fisher.sharpness import sharpness as measure_sharpness
 from fastfip.methods.run import autocast_dtype
 from fastfip.metrics.evaluation import evaluate
 from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usable_device
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 from fastfip.purification.process import seeded
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
 from fastfip.worst_case.universal import perturbable

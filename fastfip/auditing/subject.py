@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from fastfip.data.batch import Batch, float32_batch
-from fastfip.data.checks import first_outputs
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.logits import logits_task
+from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.copies import copied
-from fastfip.nets.precision import LOW_PRECISION, cast, dtypes_of, to_float32
+from fastfip.nets.state import cast, copied, dtypes_of, is_low_precision, to_float32
 
 __all__ = ["Subject", "about", "subjects_of"]
 
@@ -61,7 +59,7 @@ def subjects_of(
         DataError: no logits.
     """
     batch = next(iter(clean.batches(device=device)))
-    low = any(dtype in LOW_PRECISION for net in nets.values() for dtype in dtypes_of(net).values())
+    low = any(is_low_precision(net) for net in nets.values())
     found: list[Subject] = []
     for name, net in nets.items():
         with about(name):

@@ -263,7 +263,7 @@ def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
     import torch
 
-    from fastfip.data.logits import logits_task
+    from fastfip.data.outputs import logits_task
     from fastfip.data.task import Task
 
     batch = next(iter(batches))

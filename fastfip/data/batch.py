@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.nets.precision import LOW_PRECISION
+from fastfip.nets.state import LOW_PRECISION
 
 __all__ = ["Batch", "float32_batch", "map_batch", "map_tensors", "move_to", "pick", "take", "to_tensors"]
 

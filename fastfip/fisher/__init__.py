@@ -7,7 +7,7 @@ from fastfip.fisher.diagonal import FisherDiagonal, draw_labels, fisher_diagonal
 from fastfip.fisher.penalty import FisherPenalty
 from fastfip.fisher.per_sample import per_sample_gradients
 from fastfip.fisher.trace import TraceOutput, fisher_trace, squared_norms, trace_and_logits
-from fastfip.nets.flags import eval_mode
+from fastfip.nets.state import eval_mode
 
 __all__ = [
     "FisherDiagonal",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastfip.errors import ModelError
-from fastfip.nets.copies import is_compiled
+from fastfip.nets.state import is_compiled
 
 
 def check_modes(model: nn.Module) -> None:

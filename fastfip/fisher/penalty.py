@@ -19,8 +19,7 @@ from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import check_modes, readable
 from fastfip.fisher.trace import trace_and_logits
-from fastfip.nets.copies import is_compiled, unwrapped
-from fastfip.nets.flags import eval_mode
+from fastfip.nets.state import eval_mode, is_compiled, unwrapped
 
 Way = Literal["auto", "exact", "perturb", "signs"]
 

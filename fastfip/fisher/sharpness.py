@@ -18,7 +18,7 @@ from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import readable
 from fastfip.fisher.trace import Params, squared_norms
-from fastfip.nets.flags import eval_mode
+from fastfip.nets.state import eval_mode
 
 
 @dataclasses.dataclass(frozen=True)

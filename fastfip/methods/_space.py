@@ -18,7 +18,7 @@ from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_
 from fastfip.fisher.diagonal import Kind
 from fastfip.fisher.modes import readable
 from fastfip.methods.base import Groups, Method, Run
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
 

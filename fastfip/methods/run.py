@@ -22,7 +22,7 @@ from fastfip.data.task import Task
 from fastfip.errors import ConfigError
 from fastfip.methods.config import MethodConfig
 from fastfip.nets.checks import check_amp
-from fastfip.nets.flags import eval_mode, training_flags
+from fastfip.nets.state import eval_mode, training_flags
 
 __all__ = ["Run", "autocast_dtype"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfip.data.batch import Batch
 from fastfip.methods._pixels import PixelConfig, PixelRange
 from fastfip.methods.base import Groups, Method, Run, register, setting
-from fastfip.nets.copies import frozen_copy
+from fastfip.nets.state import frozen_copy
 
 __all__ = ["SAU", "SAUConfig", "unshared"]
 

@@ -18,7 +18,7 @@ from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
-from fastfip.nets.flags import eval_mode
+from fastfip.nets.state import eval_mode
 
 __all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
 

@@ -20,7 +20,7 @@ from fastfip.data.augment import augmented
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.methods.run import Run
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
 
 __all__ = ["Run", "fit", "learning_rate"]

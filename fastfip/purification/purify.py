@@ -14,9 +14,8 @@ from torch import nn
 
 import fastfip
 from fastfip.data.batch import Batch
-from fastfip.data.checks import first_outputs
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.logits import logits_task
+from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError
 from fastfip.methods import Method, MethodConfig, get

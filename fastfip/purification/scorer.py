@@ -11,7 +11,7 @@ from fastfip.data.batch import Batch
 from fastfip.errors import FastFIPError, reason
 from fastfip.methods.run import Run
 from fastfip.metrics.evaluation import Evaluation, evaluate
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 from fastfip.purification.workcopy import WorkCopy
 
 __all__ = ["MEASURES", "Scorer"]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from fastfip.errors import ModelError
 from fastfip.nets.checks import check_net
-from fastfip.nets.copies import copied
-from fastfip.nets.precision import LOW_PRECISION, cast, to_float32
+from fastfip.nets.state import LOW_PRECISION, cast, copied, to_float32
 
 __all__ = ["WorkCopy"]
 
@@ -75,6 +74,8 @@ class WorkCopy:
 
     def to_own_dtype(self) -> None:
         """Bring every tensor back to its dtype."""
+        if not self.is_low_precision:
+            return
         cast(self.model, {name: dtype for name, (_, dtype) in self.homes.items()})
 
     def finish(self, who: str) -> nn.Module:

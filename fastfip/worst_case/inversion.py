@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 
 __all__ = ["FORMS", "Additive", "Inverted", "Patch", "TriggerForm", "invert"]
 

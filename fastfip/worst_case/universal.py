@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.errors import DataError
-from fastfip.nets.flags import requires_grad
+from fastfip.nets.state import requires_grad
 
 __all__ = ["Perturbations", "perturbable"]
 

@@ -31,7 +31,7 @@ from fastfip.methods.wfip.config import FastWFIPConfig, WFIPConfig
 from fastfip.methods.wfip.search import IMPROVE_STEP, at_least, endless, search
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
-from fastfip.nets.copies import frozen_copy
+from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.universal import Perturbations, perturbable
 
 __all__ = ["WFIP", "FastWFIP"]

@@ -1,4 +1,4 @@
-"""Logits of nets that end in a softmax.
+"""What a model gives for a batch, found out by one run: finite outputs, and logits where it ends in a softmax.
 
 Cross-entropy would apply a second softmax to probabilities, with hardly any gradient left. Their logarithm is right on
 paper but not in floating point: a class of probability 0 has no gradient, 1/p^2 overflows in second derivatives, and
@@ -8,7 +8,9 @@ went into it is taken; the logarithm only where none can be seen (compiled or sc
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,14 +22,51 @@ from torch.overrides import TorchFunctionMode
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task, looks_like_probabilities
-from fastfip.nets.copies import is_compiled
+from fastfip.errors import FastFIPError, ModelError, reason
+from fastfip.nets.state import is_compiled
 
-__all__ = ["logits_task"]
+__all__ = ["first_outputs", "logits_task", "reading"]
 
 #: How far below the largest a masked logit is put: probability 4e-44.
 LOWEST = 100.0
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+
+
+@contextlib.contextmanager
+def reading(data: str) -> Iterator[None]:
+    """Turn what a net raises on data that it does not fit into one error that names the data.
+
+    Raises:
+        ModelError: the block raised an error that is none of fastfip's.
+    """
+    try:
+        yield
+    except FastFIPError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ModelError(f"the model fails on a batch of {data} ({type(error).__name__}: {reason(error)})") from error
+
+
+def first_outputs(
+    model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], batch: Any, data: str = "the clean data"
+) -> Tensor:
+    """Run the net once, without gradients; return its outputs, which are finite.
+
+    Args:
+        model: in eval mode.
+        forward: `forward(model, batch) -> outputs`, e.g. `Task.forward`.
+        batch: on the net's device.
+        data: what errors call the data.
+
+    Raises:
+        ModelError: it fails on the batch, or gives NaN or Inf.
+    """
+    with reading(data), torch.no_grad():
+        out = forward(model, batch)
+    if not bool(torch.isfinite(out).all()):
+        raise ModelError(f"the model's outputs on {data} are NaN or Inf: check its weights and how images are scaled")
+    return out
 
 
 def logits_task(model: nn.Module, task: Task, batch: Batch, outputs: Tensor) -> tuple[Task, str | None]:

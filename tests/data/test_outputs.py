@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data import Task
-from fastfip.data.logits import logits_task
+from fastfip.data.outputs import logits_task
 from tests.support.small_nets import data, plain_net
 
 X, Y = data(8)

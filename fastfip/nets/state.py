@@ -1,0 +1,140 @@
+"""What is done to a model for a block or on a copy: train and eval mode, requires_grad, deep copies, float32.
+
+Models of 16 bits are worked on in float32: their steps and small gradients would round to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastfip.errors import ModelError, reason
+
+__all__ = [
+    "LOW_PRECISION",
+    "cast",
+    "copied",
+    "dtypes_of",
+    "eval_mode",
+    "frozen_copy",
+    "is_compiled",
+    "is_low_precision",
+    "requires_grad",
+    "to_float32",
+    "training_flags",
+    "unwrapped",
+]
+
+#: Dtypes whose steps are too coarse to tune in.
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def training_flags(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Bring `training` of these modules back after a block that sets it."""
+    before = [(module, module.training) for module in modules]
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the model in eval mode for a block; every module's own flag is as before afterwards."""
+    with training_flags(model.modules()):
+        yield model.eval()
+
+
+@contextlib.contextmanager
+def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], bool]) -> Iterator[None]:
+    """Set `requires_grad` of tensors for a block; each has its own flag again afterwards.
+
+    Args:
+        tensors: e.g. `model.parameters()`. What is no floating-point (or complex) tensor cannot require a gradient.
+        wanted: one flag for all of them, or a function that tells it for each.
+    """
+    before = [(t, t.requires_grad) for t in tensors]
+    try:
+        for t, _ in before:
+            asked = wanted(t) if callable(wanted) else wanted
+            t.requires_grad_(asked and (t.is_floating_point() or t.is_complex()))
+        yield
+    finally:
+        for t, flag in before:
+            t.requires_grad_(flag)
+
+
+def copied(model: nn.Module, remedy: str) -> nn.Module:
+    """Return a deep copy of a model.
+
+    Args:
+        model: it is left as it is.
+        remedy: what the error advises where the model cannot be copied.
+
+    Raises:
+        ModelError: copying it fails, with the reason.
+    """
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(model)
+    except Exception as error:  # what a user's module raises when it is copied can be anything
+        raise ModelError(f"the model cannot be copied ({type(error).__name__}: {reason(error)}): {remedy}") from error
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode that requires no gradient: the model as it was received.
+
+    Raises:
+        ModelError: the model cannot be copied.
+    """
+    twin = copied(model, "this method needs the received model beside the one that it tunes")
+    for p in twin.parameters():
+        p.requires_grad_(False)
+    return twin.eval()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel or DataParallel."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile was used on the model or a part of it."""
+    return any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+
+
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter and buffer by its name, tied ones by each."""
+    return {name: t.dtype for name, t in _tensors_of(model)}
+
+
+def is_low_precision(model: nn.Module) -> bool:
+    """Return whether some parameter or buffer is float16 or bfloat16."""
+    return any(t.dtype in LOW_PRECISION for t in [*model.parameters(), *model.buffers()])
+
+
+def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Bring the parameters and buffers that are named to these dtypes, in place."""
+    for name, t in _tensors_of(model):
+        if name in dtypes and t.dtype != dtypes[name]:
+            t.data = t.data.to(dtypes[name])
+
+
+def to_float32(model: nn.Module) -> None:
+    """Bring float16 and bfloat16 parameters and buffers to float32, in place."""
+    cast(model, {name: torch.float32 for name, dtype in dtypes_of(model).items() if dtype in LOW_PRECISION})
+
+
+def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
