@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastfip.auditing.anomaly import LEVEL, SMALLER, Anomaly
-from fastfip.reporting.table import Sheet, to_json
+from fastfip.reporting.plots import new_figure, saved
+from fastfip.reporting.table import Report, Sheet
 from fastfip.worst_case.inversion import Inverted
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
@@ -122,7 +123,7 @@ class NetAudit:
 
 
 @dataclass
-class Audit:
+class Audit(Report):
     """The evidence on a net, and on its purified copy where that was given."""
 
     received: NetAudit
@@ -176,12 +177,6 @@ class Audit:
                     f"Tr(F) {s['trace_fisher']:.4g} on {s['n']} clean samples"
                 )
 
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain values."""
         return {
@@ -193,23 +188,15 @@ class Audit:
             "caveat": CAVEAT,
         }
 
-    def to_json(self) -> str:
-        """Return everything but the pictures as JSON text."""
-        return to_json(self.to_dict())
-
     def plot(self, path: str | Path | None = None, most: int = 4) -> Any:
         """Draw the changes of the classes that stand out most on the received net, there and on the purified net.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plot() needs matplotlib: pip install 'fastfip[plot]'") from None
         lines = [(net, form) for form in self.received.anomaly for net in self.nets]
         wide = min(most, max([len(found.classes) for found in self.received.anomaly.values()], default=1))
-        figure = Figure(figsize=(2 * wide + 1, 2.3 * max(1, len(lines)) + 0.5), layout="constrained")
+        figure = new_figure(2 * wide + 1, 2.3 * max(1, len(lines)) + 0.5)
         grid = figure.subplots(max(1, len(lines)), wide, squeeze=False)
         for axes in grid.flat:
             axes.set_xticks([])
@@ -225,9 +212,7 @@ class Audit:
                 axes.set_title(f"class {c}: {bound}{float(one.size[k]):.3g}", fontsize=8)
                 axes.set_xlabel(f"success {100 * float(one.success[k]):.0f} %", fontsize=7)
         figure.suptitle("Smallest changes that send clean inputs to a class", fontsize=10)
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return saved(figure, path)
 
 
 def _picture(one: Inverted, k: int) -> Any:

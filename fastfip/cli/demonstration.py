@@ -6,7 +6,6 @@ so that a trigger of 2x2 pixels is as small a part of the image as triggers are 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastfip.attacks.badnets import BadNets
 from fastfip.purification.process import seeded
 from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
+from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Demo", "digit_net", "run_demo", "train_backdoored"]
 
@@ -35,31 +35,24 @@ OPTIONS: dict[str, dict[str, Any]] = {"fast_wfip": {"lr": 0.05}}
 
 
 @dataclass
-class Demo:
+class Demo(Report):
     """What the demo found: the purification, lambda_max before and after, and the files it wrote."""
 
     result: PurifyResult
     lambda_max: tuple[float | None, float | None]
     files: list[Path]
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Return the table: what, before, after."""
+    def table(self) -> Sheet:
+        """Return what is printed: the result's table with lambda_max, and the files."""
         shown = ["-" if value is None else f"{value:.4g}" for value in self.lambda_max]
-        return [*self.result.rows(), ("lambda_max", shown[0], shown[1])]
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
         title = f"Handwritten digits with a BadNets trigger, purified by {self.result.title}"
-        table = Table()
-        for column in ("", "before", "after"):
-            table.add_column(column, justify="right" if column else "left")
-        for row in self.rows():
-            table.add_row(*row)
+        rows = [*self.result.rows(), ("lambda_max", shown[0], shown[1])]
         lines = [*self.result.footer(), *(f"wrote {path}" for path in self.files)]
-        return Group(Text(title, style="bold"), table, *(Text(line) for line in lines))
+        return Sheet(title, ("", "before>", "after>"), rows, lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result's figures and lambda_max before and after."""
+        return {**self.result.to_dict(), "lambda_max": list(self.lambda_max)}
 
 
 def digit_net(classes: int = 10) -> nn.Sequential:
@@ -166,9 +159,9 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
     with torch.no_grad():
         answers = [net.eval()(triggered[0]).argmax(1) for net in (model, result.model)]
     _picture(files[0], result, triggered[0], triggered[2], answers[0], answers[1])
-    values = {**json.loads(result.to_json()), "lambda_max": list(lambda_max)}
-    files[1].write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return Demo(result, lambda_max, files)
+    shown = Demo(result, lambda_max, files)
+    shown.to_json(files[1])
+    return shown
 
 
 def _lambda_max(model: nn.Module, sample: tuple[Tensor, Tensor]) -> float | None:

@@ -53,12 +53,10 @@ def demo(
     """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
     from fastfip.cli.demonstration import run_demo
     from fastfip.errors import BackendError
-    from fastfip.reporting.table import Sheet, show
+    from fastfip.reporting.table import show
 
     try:
         shown = run_demo(out, seed=seed)
     except ModuleNotFoundError as error:
         raise BackendError(str(error)) from None
-    title = f"Handwritten digits with a BadNets trigger, purified by {shown.result.title}"
-    lines = [*shown.result.footer(), *(f"wrote {path}" for path in shown.files)]
-    show(Sheet(title, ("", "before>", "after>"), shown.rows(), lines))
+    show(shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +12,8 @@ from typing import Any
 
 from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
-from fastfip.reporting.table import Sheet, to_json
+from fastfip.reporting.plots import new_figure, saved
+from fastfip.reporting.table import Report, Sheet, write_text
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
 
@@ -100,7 +100,7 @@ class Summary:
 
 
 @dataclass
-class Comparison:
+class Comparison(Report):
     """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there."""
 
     rows: list[Row]
@@ -151,22 +151,9 @@ class Comparison:
         head = ("method", "ACC>", "ASR>", "RA>", "DER>", "seconds>", "extra MiB>", "runs>")
         return Sheet(title, head, cells, lines)
 
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {"rows": [asdict(row) for row in self.rows], "interrupted": self.interrupted}
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it if `path` is given."""
-        text = to_json(self.to_dict())
-        if path is not None:
-            _replace(Path(path), text + "\n")
-        return text
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the rows as CSV text, and write it if `path` is given. `config` is JSON in its cell."""
@@ -179,7 +166,7 @@ class Comparison:
             cells = {name: "" if value is None else value for name, value in values.items()}
             out.writerow({**cells, "config": json.dumps(row.config, default=str)})
         if path is not None:
-            _replace(Path(path), stream.getvalue())
+            write_text(path, stream.getvalue())
         return stream.getvalue()
 
     @classmethod
@@ -208,14 +195,10 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plot() needs matplotlib: pip install 'fastfip[plot]'") from None
         found = [s for s in self.summary() if "test_acc" in s.mean]
         across = "test_asr" if any("test_asr" in s.mean for s in found) else "seconds"
         longest = max([s.mean.get("seconds", 0.0) for s in found], default=0.0) or 1.0
-        figure = Figure(figsize=(7, 5), layout="constrained")
+        figure = new_figure(7, 5)
         axes = figure.subplots()
         factor = 100 if across == "test_asr" else 1
         for place, s in enumerate(s for s in found if across in s.mean):
@@ -235,9 +218,7 @@ class Comparison:
         axes.set_ylabel("ACC (%)")
         axes.margins(0.15)
         axes.set_title("top left is better; area: seconds", fontsize=9)
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return saved(figure, path)
 
 
 def _row(cells: dict[str, Any]) -> Row:
@@ -257,16 +238,6 @@ def _row(cells: dict[str, Any]) -> Row:
         else:
             values[name] = text
     return Row(**values)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write to a file beside it and rename: a run that is stopped leaves no half of a file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _percent(s: Summary, name: str) -> str:

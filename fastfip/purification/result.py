@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 
 from fastfip.metrics import evaluation as metrics
 from fastfip.metrics.evaluation import Evaluation
+from fastfip.reporting.plots import new_figure, saved
+from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["PurifyResult"]
 
 
-@dataclass
-class PurifyResult:
+@dataclass(repr=False)
+class PurifyResult(Report):
     """A purified net, what was done to it and what that did.
 
     Attributes:
@@ -60,7 +61,7 @@ class PurifyResult:
         return None if self.after.acc is None or self.after.ra is None else metrics.rir(self.before, self.after)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Return the table: what, before, after."""
+        """Return the rows of the table: what, before, after."""
         out = []
         for name, word in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("loss", "loss"), ("fisher_trace", "Tr(F)")):
             pair = [getattr(side, name) for side in (self.before, self.after)]
@@ -70,6 +71,10 @@ class PurifyResult:
             shown = [_show(value, percent) for value in pair]
             out.append((word, shown[0], shown[1]))
         return out
+
+    def table(self) -> Sheet:
+        """Return what is printed: figures before and after, then ratings, time, memory and notes."""
+        return Sheet(self.title, ("", "before>", "after>"), self.rows(), self.footer())
 
     def footer(self) -> list[str]:
         """Return the lines below the table: ratings, time, memory, notes."""
@@ -90,27 +95,8 @@ class PurifyResult:
         """Return the line above the table."""
         return f"{self.method} on {self.settings.get('clean_samples', '?')} clean samples"
 
-    def __str__(self) -> str:
-        rows = [("", "before", "after"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-        return "\n".join([self.title, *table, *self.footer()])
-
     def __repr__(self) -> str:
         return f"<PurifyResult {self.method}: before {self.before}; after {self.after}>"
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table()
-        table.add_column("")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
-        for row in self.rows():
-            table.add_row(*row)
-        return Group(Text(self.title, style="bold"), table, *(Text(line) for line in self.footer()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the model as plain values."""
@@ -129,24 +115,14 @@ class PurifyResult:
             "interrupted": self.interrupted,
         }
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """Return everything but the model as JSON text; numbers that are not finite become null."""
-        return json.dumps(_plain(self.to_dict()), indent=indent, allow_nan=False)
-
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the history and the figures before and after (needs matplotlib), to a file if `path` is given."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plot() needs matplotlib: pip install 'fastfip[plot]'") from None
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        figure = new_figure(9, 3.5)
         course, bars = figure.subplots(1, 2, width_ratios=(3, 2))
         self.draw_history(course)
         self.draw_bars(bars)
         figure.suptitle(self.title, fontsize=10)
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return saved(figure, path)
 
     def draw_history(self, axes: Any) -> None:
         """Draw loss and held-out score by epoch on matplotlib axes."""
@@ -178,15 +154,3 @@ def _show(value: float | None, percent: bool) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return str(value)

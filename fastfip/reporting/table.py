@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["Sheet", "evaluation_sheet", "mapping_sheet", "methods_sheet", "settings_sheet", "show", "to_json"]
+__all__ = [
+    "Report",
+    "Sheet",
+    "evaluation_sheet",
+    "mapping_sheet",
+    "methods_sheet",
+    "settings_sheet",
+    "show",
+    "to_json",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,31 @@ class Sheet:
             table.add_row(*(Text(cell) for cell in row))
         title = [Text(self.title, style="bold")] if self.title else []
         return Group(*title, table, *(Text(line) for line in self.lines))
+
+
+class Report(ABC):
+    """A result that prints as a table, in a terminal and as plain text, and goes to JSON."""
+
+    @abstractmethod
+    def table(self) -> Sheet:
+        """Return what is printed."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but models and pictures as plain values."""
+
+    def to_json(self, path: str | Path | None = None, indent: int | None = 2) -> str:
+        """Return `to_dict()` as JSON text, and write it if `path` is given; numbers that are not finite become null."""
+        text = to_json(self.to_dict(), indent)
+        if path is not None:
+            write_text(path, text + "\n")
+        return text
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table()
 
 
 def evaluation_sheet(evaluation: Any, title: str) -> Sheet:
@@ -109,9 +147,20 @@ def show(what: Any, stream: TextIO | None = None) -> None:
         print(what, file=stream)
 
 
-def to_json(values: Any) -> str:
+def to_json(values: Any, indent: int | None = 2) -> str:
     """Return JSON text; numbers that are not finite become null, what JSON does not know becomes text."""
-    return json.dumps(_plain(values), indent=2, allow_nan=False)
+    return json.dumps(_plain(values), indent=indent, allow_nan=False)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write to a file beside it and rename: a run that is stopped leaves no half of a file."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
