@@ -14,7 +14,7 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.state import cast, copied, dtypes_of, is_low_precision, to_float32
+from fastfip.nets.state import LOW_PRECISION, cast, copied, dtypes_of, to_float32
 
 __all__ = ["Subject", "about", "subjects_of"]
 
@@ -59,7 +59,8 @@ def subjects_of(
         DataError: no logits.
     """
     batch = next(iter(clean.batches(device=device)))
-    low = any(is_low_precision(net) for net in nets.values())
+    tensors = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
+    low = any(t.dtype in LOW_PRECISION for t in tensors)
     found: list[Subject] = []
     for name, net in nets.items():
         with about(name):

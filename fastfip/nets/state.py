@@ -22,7 +22,6 @@ __all__ = [
     "eval_mode",
     "frozen_copy",
     "is_compiled",
-    "is_low_precision",
     "requires_grad",
     "to_float32",
     "training_flags",
@@ -117,11 +116,6 @@ def is_compiled(model: nn.Module) -> bool:
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
     """Return the dtype of each parameter and buffer by its name, tied ones by each."""
     return {name: t.dtype for name, t in _tensors_of(model)}
-
-
-def is_low_precision(model: nn.Module) -> bool:
-    """Return whether some parameter or buffer is float16 or bfloat16."""
-    return any(t.dtype in LOW_PRECISION for t in [*model.parameters(), *model.buffers()])
 
 
 def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
