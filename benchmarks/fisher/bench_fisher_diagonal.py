@@ -25,28 +25,26 @@ draws them, and writes the table of docs/fisher.md and README.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import csv
-import ctypes
-import gc
-import re
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.fisher.fisher_ways import TITLES, Way, Workload, ways, workload
-from fastfip import env
+from benchmarks.harness import Row
 from fastfip.errors import BackendError
 from fastfip.testing import nets
 from fastfip.testing.definitions import loop_diagonal, worst_error
 
-RESULTS = Path(__file__).parents[1] / "results" / "fisher_diagonal.csv"
-COLUMNS = "workload way threads ratio ms plain_ms clock memory memory_first error left_out".split()
-Row = dict[str, object]
+RESULTS = harness.Results(
+    "fisher_diagonal",
+    "workload way threads ratio ms plain_ms clock memory memory_first error left_out commit torch cpu native",
+    run="workload way threads",
+    kept="memory memory_first",
+    order=lambda r: (str(r["threads"]), r["workload"], list(ways()).index(r["way"])),
+)
 SHOWN = {  # way -> what it is called in the table and in the plot, colour
     "fastfip native": ("fastfip", "#1b6ca8"),
     "fastfip with gradient": ("fastfip, gradient and diagonal", "#7fb3d5"),
@@ -68,7 +66,7 @@ def checked(w: Workload, way: Way) -> tuple[str, int]:
     except (ImportError, BackendError) as error:
         return f"not here: {error}", 0
     except Exception as error:  # a peer that cannot do this net says so in many ways
-        return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}", 0
+        return f"fails: {harness.failure(error)}", 0
     if not got:
         return "finds nothing", len(want)
     error = worst_error(got, {name: want[name] for name in got}, 1e-6)
@@ -80,11 +78,6 @@ def is_good(name: str, error: str) -> bool:
     return error[0].isdigit() and (float(error) < 1e-3 or "bf16" in name)
 
 
-def seconds(threads: int) -> float:
-    """The clock: CPU time with one thread. With more, threads that wait for each other would count as work."""
-    return time.process_time() if threads == 1 else time.perf_counter()
-
-
 def measure(key: str, threads: int, repeat: int, peers: bool, only: str | None = None) -> list[Row]:
     w, rows, calls = workload(key), list[Row](), dict[str, Way]()
     for name, way in ways(peers).items():
@@ -93,101 +86,50 @@ def measure(key: str, threads: int, repeat: int, peers: bool, only: str | None =
         entry: Row = {"workload": key, "way": name, "threads": threads, "error": "", "left_out": 0}
         if name != "plain":
             entry["error"], entry["left_out"] = checked(w, way)
-        if name == "plain" or is_good(name, str(entry["error"])):
+        if name == "plain" or is_good(name, entry["error"]):
             calls[name] = way
         rows.append(entry)
-    names = {name: set(way(w)) for name, way in calls.items()}  # warm, and verified
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeat):
-        for name in list(calls) if turn % 2 else reversed(list(calls)):
-            if turn >= 2 and min(times[name]) > 3 * min(times["plain"]):
-                continue
-            start = seconds(threads)
-            got = calls[name](w)
-            times[name].append(seconds(threads) - start)
-            assert set(got) == names[name], f"{name} does not give every time what it gave first"
-            del got
-    base, clock = min(times["plain"]), "cpu" if threads == 1 else "wall"
+    names: dict[str, set[str]] = {}
+
+    def after(name: str, got: dict[str, Tensor]) -> None:
+        assert set(got) == names.setdefault(name, set(got)), f"{name} does not give every time what it gave first"
+
+    works = {name: partial(way, w) for name, way in calls.items()}
+    times = harness.take_turns(works, repeat, threads=threads, patience=3, after=after)
+    kind = harness.clock(threads)
+    base = getattr(times["plain"], kind)  # of the same process: rows are added workload by workload
     for entry in rows:
         if entry["way"] in times:
-            best = min(times[str(entry["way"])])
-            entry |= {"ratio": round(best / base, 3), "ms": round(best * 1e3, 1), "clock": clock}
-            entry["plain_ms"] = round(base * 1e3, 1)  # of the same process: rows are added workload by workload
+            best = getattr(times[entry["way"]], kind)
+            entry |= {"ratio": round(best / base, 3), "ms": round(best * 1e3, 1), "clock": kind}
+            entry["plain_ms"] = round(base * 1e3, 1)
     return rows
 
 
-def high_water() -> int:
-    """Peak memory of this process in kB (getrusage would count the process that started it)."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
-
-
 def peaks_here(key: str, way: str) -> tuple[int, int]:
-    """Peak memory of this process in kB during the first call, and during the third one."""
-    w, call = workload(key), ways()[way]
-    call(w)
-    first = high_water()
-    call(w)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
-    call(w)
-    return first, high_water()
+    """Peak memory of this process during the first call, and during the third one."""
+    call, made = ways()[way], dict[str, Workload]()
+    first = harness.peak(lambda: call(made.setdefault(key, workload(key))))
+    call(made[key])
+    harness.release()
+    return first, harness.peak(lambda: call(made[key]))
 
 
-def peaks(key: str, way: str, threads: int) -> tuple[int, int]:
+def peaks(key: str, way: str, threads: int) -> list[int]:
     """Peak memory in bytes of a fresh process that does nothing else: first call, later call."""
-    command = [sys.executable, "-m", "benchmarks.fisher.bench_fisher_diagonal", "--peak", way, "--workloads", key]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
-    first, later = done.stdout.split()[-2:]
-    return int(first) * 1024, int(later) * 1024
+    options = ("--peak", way, "--workloads", key, "--threads", threads)
+    return harness.fresh("benchmarks.fisher.bench_fisher_diagonal", *options)
 
 
-def add_memory(keys: str, threads: int, only: str | None) -> None:
+def add_memory(key: str, threads: int, only: str | None) -> None:
     """Measure the peak memory of the ways that have a time, and write it into their rows."""
-    rows = load()
-    for key in keys:
-        mine = [r for r in rows if (r["workload"], r["threads"]) == (key, str(threads)) and r["ratio"] != ""]
-        size, base = 4 * nets.parameter_count(workload(key).model), peaks(key, "plain", threads)
-        for r in mine:
-            if r["way"] != "plain" and (not only or only in r["way"]):
-                found = peaks(key, r["way"], threads)
-                r["memory_first"], r["memory"] = (str(round((x - y) / size, 2)) for x, y in zip(found, base))
-                print(key, r["way"], r["memory"], "first", r["memory_first"], flush=True)
-    write(rows)
-
-
-def load() -> list[dict[str, str]]:
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-
-
-def save(rows: list[Row]) -> None:
-    """Replace the rows of the same workloads, ways and threads; keep the others, and what memory they had."""
-    here = env.collect()
-    stamp = {key: here[key] for key in ("commit", "torch", "cpu", "native")}
-
-    def name(r: Row) -> tuple[str, ...]:
-        return str(r["workload"]), str(r["way"]), str(r["threads"])
-
-    old: dict[tuple[str, ...], Row] = {name(dict(r)): dict(r) for r in load()}
-    for r in rows:
-        memory = {k: v for k, v in old.get(name(r), {}).items() if k.startswith("memory")}
-        old[name(r)] = {**memory, **r, **stamp}
-    write(list(old.values()))
-
-
-def write(rows: list[Row] | list[dict[str, str]]) -> None:
-    order = list(ways())
-
-    def place(r: Row) -> tuple[object, ...]:
-        return str(r["threads"]), str(r["workload"]), order.index(str(r["way"]))
-
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "commit", "torch", "cpu", "native"], restval="")
-        writer.writeheader()
-        writer.writerows(sorted((dict(r) for r in rows), key=place))
+    size, base = 4 * nets.parameter_count(workload(key).model), peaks(key, "plain", threads)
+    for r in RESULTS.read():
+        timed = (r["workload"], r["threads"]) == (key, str(threads)) and r["ratio"] != "" and r["way"] != "plain"
+        if timed and (not only or only in r["way"]):
+            first, later = (round((x - y) / size, 2) for x, y in zip(peaks(key, r["way"], threads), base))
+            RESULTS.add([{**r, "memory_first": first, "memory": later}])
+            print(key, r["way"], later, "first", first, flush=True)
 
 
 def plot(path: Path) -> None:
@@ -197,7 +139,7 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = {(r["workload"], r["way"]): r for r in load() if r["threads"] == "1"}
+    rows = {(r["workload"], r["way"]): r for r in RESULTS.read() if r["threads"] == "1"}
     keys = sorted({key for key, _ in rows})
     figure, axes = plt.subplots(1, len(keys), figsize=(3.1 * len(keys), 3.4), sharey=True, squeeze=False)
     for axis, key in zip(axes[0], keys):
@@ -229,63 +171,50 @@ def plot(path: Path) -> None:
 
 def table(threads: str = "1") -> str:
     """Return the ratios as a table in markdown, with the extra memory in brackets where it was measured."""
-    rows = {(r["workload"], r["way"]): r for r in load() if r["threads"] == threads}
-    lines = ["| | " + " | ".join(f"({key}) {title}" for key, title in TITLES.items()) + " |", "|---" * 6 + "|"]
-    for way, (label, _) in SHOWN.items():
-        cells = []
-        for key in TITLES:
-            r = rows.get((key, way))
-            if r is None or not r["ratio"]:
-                cells.append("-" if r is None else "fails")
-                continue
-            ratio = float(r["ratio"])
-            text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-            text += f" ({float(r['memory']):.1f})" if r["memory"] else ""
-            cells.append(text + (f", {r['left_out']} parameters left out" if r["left_out"] not in ("", "0") else ""))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = {(r["workload"], r["way"]): r for r in RESULTS.read() if r["threads"] == threads}
 
+    def cell(key: str, way: str) -> str:
+        r = rows.get((key, way))
+        if r is None or not r["ratio"]:
+            return "-" if r is None else "fails"
+        ratio = float(r["ratio"])
+        text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        text += f" ({float(r['memory']):.1f})" if r["memory"] else ""
+        return text + (f", {r['left_out']} parameters left out" if r["left_out"] not in ("", "0") else "")
 
-def write_tables() -> None:
-    """Put the table between the marks in the documents that have them."""
-    begin, end = "<!-- fisher:begin -->", "<!-- fisher:end -->"
-    root = Path(__file__).parents[2]
-    for path in (root / "README.md", root / "docs" / "fisher.md"):
-        text = path.read_text()
-        if begin in text and end in text:
-            before, after = text.split(begin)[0], text.split(end)[1]
-            path.write_text(f"{before}{begin}\n{table()}\n{end}{after}")
+    lines = [[label, *(cell(key, way) for key in TITLES)] for way, (label, _) in SHOWN.items()]
+    return harness.table(["", *(f"({key}) {title}" for key, title in TITLES.items())], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__, "threads", "repeat", "peak")
     parser.add_argument("--workloads", default="abcde")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", help="only ways with this in their name")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-file", action="store_true", help="print, but do not write the rows")
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of the ways that have a time")
     parser.add_argument("--plot", action="store_true", help="draw the rows that are there, write the table")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser.parse()
     if options.peak:
         print(*peaks_here(options.workloads, options.peak))
-    elif options.plot:
-        plot(RESULTS.with_suffix(".png"))
-        write_tables()
-    elif options.memory:
-        add_memory(options.workloads, options.threads, options.only)
-    else:
-        for key in options.workloads:
-            found = measure(key, options.threads, options.repeat, not options.no_peers, options.only)
-            for entry in found:
-                left_out = f"{entry['left_out']} left out" if entry["left_out"] else ""
-                cells = (key, f"{entry['way']:<22}", entry.get("ratio", ""), entry.get("ms", ""), entry["error"])
-                print("  ".join(f"{cell!s:>8}" for cell in (*cells, left_out)), flush=True)
-            if not options.no_file:  # the plain pass of a full run stays
-                save([r for r in found if not options.only or r["way"] != "plain"])
+        return
+    if options.plot:
+        plot(RESULTS.path.with_suffix(".png"))
+        for path in (harness.README, harness.DOCS / "fisher.md"):
+            harness.splice(path, "fisher", table())
+        return
+    for key in options.workloads:
+        if options.memory:
+            add_memory(key, options.threads, options.only)
+            continue
+        found = measure(key, options.threads, options.repeat, not options.no_peers, options.only)
+        for entry in found:
+            shown = {name: entry.get(name, "") for name in ("workload", "way", "ratio", "ms", "error")}
+            harness.show(
+                {**shown, "left_out": f"{entry['left_out']} left out" if entry["left_out"] else ""}, 8, way=-22
+            )
+        if not options.no_file:  # the plain pass of a full run stays
+            RESULTS.add([r for r in found if not options.only or r["way"] != "plain"])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ wraps or extends a model) is done once and kept on the workload, so that only th
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,16 +86,13 @@ def plain(w: Workload) -> Diagonal:
     return {}
 
 
-def ours(backend: str) -> Way:
-    def run(w: Workload) -> Diagonal:
-        return fisher_diagonal(w.model, (w.x, w.y), backend=backend)
-
-    return run
+def ours(w: Workload, backend: str = "auto") -> Diagonal:
+    return fisher_diagonal(w.model, (w.x, w.y), backend=backend)
 
 
-def together(w: Workload) -> Diagonal:
+def together(w: Workload, backend: str = "auto") -> Diagonal:
     w.model.zero_grad()
-    return backward_with_fisher(w.losses(), w.model)
+    return backward_with_fisher(w.losses(), w.model, backend=backend)
 
 
 def one_by_one(w: Workload) -> Diagonal:
@@ -106,15 +104,19 @@ def one_by_one(w: Workload) -> Diagonal:
     return {k: v / len(w.x) for k, v in out.items()}
 
 
-def vmap_grad(w: Workload) -> Diagonal:
-    params = {k: p.detach() for k, p in w.model.named_parameters()}
+def vmap_gradients(w: Workload, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each sample's own gradient by torch.func, where the parameters have these values."""
     buffers = dict(w.model.named_buffers())
 
     def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         z = torch.func.functional_call(w.model, (p, buffers), (x[None],))
         return F.cross_entropy(z, y[None])
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, w.x, w.y)
+    return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, w.x, w.y)
+
+
+def vmap_grad(w: Workload) -> Diagonal:
+    each = vmap_gradients(w, {k: p.detach() for k, p in w.model.named_parameters()})
     return {k: g.square().mean(0) for k, g in each.items()}
 
 
@@ -196,7 +198,7 @@ def nngeometry(w: Workload) -> Diagonal:
 def ways(peers: bool = True) -> dict[str, Way]:
     found: dict[str, Way] = {"plain": plain}
     for backend in OPS["sum_grad_squared"].backends:
-        found[f"fastfip {backend.name}"] = ours(backend.name)
+        found[f"fastfip {backend.name}"] = functools.partial(ours, backend=backend.name)
     found["fastfip with gradient"] = together
     found |= {"one backward each": one_by_one, "vmap(grad)": vmap_grad}
     return {**found, "backpack": backpack, "opacus": opacus, "nngeometry": nngeometry} if peers else found
