@@ -17,17 +17,11 @@ Rows go to benchmarks/results/fisher_trace.csv.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import csv
 import functools
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.fisher.bench_fisher_diagonal import high_water
-from benchmarks.fisher.fisher_ways import Workload, workload
+from benchmarks import harness
+from benchmarks.fisher.fisher_ways import Workload, plain, vmap_gradients, workload
+from benchmarks.harness import Row
 from benchmarks.purification.released_fip import surrogate
-from fastfip import env
 from fastfip.errors import BackendError
 from fastfip.fisher.penalty import FisherPenalty, Way
 from fastfip.fisher.trace import trace_and_logits
@@ -46,8 +40,13 @@ from fastfip.ops import OPS
 from fastfip.testing import nets
 from fastfip.testing.definitions import loop_trace, worst_error
 
-RESULTS = Path(__file__).parents[1] / "results" / "fisher_trace.csv"
-Call = Callable[[Workload], None]
+RESULTS = harness.Results(
+    "fisher_trace",
+    "workload way ratio ms wall error memory threads commit torch cpu native",
+    run="workload way threads",
+    order=lambda r: (str(r["threads"]), r["workload"]),
+)
+Call = Callable[[Workload], object]
 
 
 def load(key: str) -> Workload:
@@ -56,10 +55,6 @@ def load(key: str) -> Workload:
 
 
 # ----------------------------------------------------------------------------------------------------------- the ways
-
-
-def plain(w: Workload) -> None:
-    w.losses().mean().backward()
 
 
 @contextlib.contextmanager
@@ -168,15 +163,10 @@ def one_by_one(w: Workload) -> None:
 
 def vmap_grad(w: Workload) -> None:
     params = dict(w.model.named_parameters())
-    buffers = dict(w.model.named_buffers())
-
-    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        z = torch.func.functional_call(w.model, (p, buffers), (x[None],))
-        return F.cross_entropy(z, y[None])
 
     def trace(p: dict[str, Tensor]) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(p, w.x, w.y)
+            each = vmap_gradients(w, p)
         return torch.stack([g.flatten(1).square().sum(1).mean() for g in each.values()]).sum()
 
     for name, g in torch.func.grad(trace)({k: p.detach() for k, p in params.items()}).items():
@@ -208,98 +198,76 @@ def checked(w: Workload, call: Call) -> str:
     except BackendError as error:
         return f"not here: {error}"
     except Exception as error:  # a peer that cannot do this net says so in many ways
-        return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        return f"fails: {harness.failure(error)}"
     got = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in w.model.named_parameters()}
     return f"{worst_error(got, dict(zip(params, want)), 1e-6):.1e}"
 
 
-def measure(key: str, repeat: int, slow: bool, names: str | None) -> list[dict[str, object]]:
-    w, rows = load(key), list[dict[str, object]]()
-    calls: dict[str, tuple[Call, str]] = {}
+def measure(key: str, repeat: int, slow: bool, names: str | None) -> list[Row]:
+    w, rows, calls = load(key), list[Row](), dict[str, Call]()
     for name, call in ways(slow).items():
         if names and name != "plain" and not any(part in name for part in names.split(",")):
             continue
-        error = {"plain": "", "released term": "no trace"}.get(name) or ("" if name == "plain" else checked(w, call))
-        if error.startswith(("not here", "fails")):
-            rows.append({"workload": key, "way": name, "ratio": "", "ms": "", "wall": "", "error": error})
-            continue
-        calls[name] = (call, error)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for call, _ in calls.values():
-        run(w, call)
-    for round_ in range(repeat):
-        for name in list(calls) if round_ % 2 else reversed(list(calls)):
-            times[name].append(run(w, calls[name][0]))
-    base = [min(column) for column in zip(*times["plain"])]
-    for name, (_, error) in calls.items():
-        best = [min(column) for column in zip(*times[name])]
-        row = {"workload": key, "way": name, "ratio": round(best[0] / base[0], 2), "ms": round(best[0] * 1e3, 1)}
-        rows.append({**row, "wall": round(best[1] / base[1], 2), "error": error})
+        error = {"plain": "", "released term": "no trace"}.get(name)
+        error = checked(w, call) if error is None else error
+        if not error.startswith(("not here", "fails")):
+            calls[name] = call
+        rows.append({"workload": key, "way": name, "ratio": "", "ms": "", "wall": "", "error": error})
+    works = {name: functools.partial(call, w) for name, call in calls.items()}
+    times = harness.take_turns(works, repeat, before=lambda: forget(w))
+    base = times["plain"]
+    for row in rows:
+        if row["way"] in times:
+            cpu, wall = times[row["way"]]
+            row |= {"ratio": round(cpu / base.cpu, 2), "ms": round(cpu * 1e3, 1), "wall": round(wall / base.wall, 2)}
     return rows
 
 
-def run(w: Workload, call: Call) -> tuple[float, float]:
-    """CPU seconds and seconds of one call; gradients are there before, as in training."""
+def forget(w: Workload) -> None:
     for p in w.model.parameters():
         p.grad = None
-    start = time.process_time(), time.perf_counter()
-    call(w)
-    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def peak_here(key: str, way: str) -> int:
+    """Peak memory of this process while the workload is made and the way runs twice."""
+
+    def twice() -> None:
+        w, call = load(key), ways(True)[way]
+        for _ in range(2):
+            forget(w)
+            call(w)
+
+    return harness.peak(twice)
 
 
 def peak(key: str, way: str, threads: int) -> int:
     """Peak memory in bytes of a fresh process that does nothing else."""
-    command = [sys.executable, "-m", "benchmarks.fisher.bench_fisher_trace", "--peak", way, "--workloads", key]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * 1024
+    options = ("--peak", way, "--workloads", key, "--threads", threads)
+    return harness.fresh("benchmarks.fisher.bench_fisher_trace", *options)[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__, "threads", "repeat", "peak")
     parser.add_argument("--workloads", default="abc")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", help="only ways with one of these (separated by commas) in their name")
     parser.add_argument("--slow", action="store_true", help="the loop over samples and torch.func as well")
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of each way as well")
     parser.add_argument("--dry", action="store_true", help="write no file")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser.parse()
     if options.peak:
-        w = load(options.workloads)
-        for _ in range(2):
-            run(w, ways(True)[options.peak])
-        print(high_water())
+        print(peak_here(options.workloads, options.peak))
         return
-    rows = []
     for key in options.workloads:
         found = measure(key, options.repeat, options.slow, options.only)
         size = 4 * nets.parameter_count(workload(key).model)
         base = peak(key, "plain", options.threads) if options.memory else 0
-        for entry in found:
-            entry["memory"] = ""
-            if options.memory and entry["ratio"] != "":
-                entry["memory"] = round((peak(key, str(entry["way"]), options.threads) - base) / size, 2)
-            print("  ".join(f"{v!s:<24}" if k == "way" else f"{v!s:>9}" for k, v in entry.items()), flush=True)
-        rows += found
-    if not options.dry:
-        save(rows, options.threads)
-
-
-def save(rows: list[dict[str, object]], threads: int) -> None:
-    """Replace the rows of the same workloads, ways and threads; keep the others."""
-    here = env.collect()
-    stamp = {"threads": threads, **{key: here[key] for key in ("commit", "torch", "cpu", "native")}}
-    new = [{**row, **stamp} for row in rows]
-    mine = {(str(r["workload"]), str(r["way"]), str(threads)) for r in new}
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    kept = [r for r in old if (r["workload"], r["way"], r["threads"]) not in mine]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["workload", "way", "ratio", "ms", "wall", "error", "memory", *stamp])
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *new], key=lambda r: (str(r["threads"]), str(r["workload"]))))
+        for row in found:
+            row["memory"] = ""
+            if options.memory and row["ratio"] != "":
+                row["memory"] = round((peak(key, row["way"], options.threads) - base) / size, 2)
+            harness.show(row, way=-24)
+        if not options.dry:
+            RESULTS.add(found)
 
 
 if __name__ == "__main__":

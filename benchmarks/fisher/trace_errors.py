@@ -9,18 +9,16 @@ as the step shrinks. Rows go to benchmarks/results/trace_errors.csv.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import csv
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip import env
+from benchmarks import harness
+from benchmarks.harness import Row
 from fastfip.data import Task
 from fastfip.fisher import fisher_trace
 from fastfip.fisher.differences.perturb import default_step, perturbed
@@ -28,7 +26,11 @@ from fastfip.fisher.graph.plan import selected
 from fastfip.testing import nets
 from fastfip.testing.definitions import relative_error
 
-RESULTS = Path(__file__).parents[1] / "results" / "trace_errors.csv"
+RESULTS = harness.Results(
+    "trace_errors",
+    "net trained precision difference step default error size commit torch cpu native",
+    run="net trained",
+)
 STEPS = {
     "float64": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9),
     "float32": (1e-2, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6),
@@ -63,7 +65,7 @@ def flat(gradients: Iterable[Tensor]) -> Tensor:
     return torch.cat([g.detach().double().flatten() for g in gradients])
 
 
-def measure(name: str, trained: int) -> list[dict[str, object]]:
+def measure(name: str, trained: int) -> list[Row]:
     torch.manual_seed(0)
     model, x = NETS[name]()
     model, y = nets.randomize_norms(model).eval(), torch.randint(0, 10, (len(x),))
@@ -86,28 +88,20 @@ def measure(name: str, trained: int) -> list[dict[str, object]]:
                 with low:
                     found = perturbed(net, (x.to(dtype), y), Task(), params, difference=difference, step=step)
                 got = flat(found.gradient.get(k, torch.zeros_like(p)) for k, p in params.items())
-                row: dict[str, object] = {"net": name, "trained": trained, "precision": precision}
+                row: Row = {"net": name, "trained": trained, "precision": precision}
                 row |= {"difference": difference, "step": f"{step:.0e}", "default": step == default}
                 row |= {"error": f"{relative_error(got, want):.1e}", "size": f"{float(got.norm() / want.norm()):.3g}"}
                 rows.append(row)
-                print("  ".join(f"{v!s:>9}" for v in row.values()), flush=True)
+                harness.show(row)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["mlp", "conv", "vit", "relu"])
     parser.add_argument("--trained", type=int, nargs="+", default=[0, 60], help="steps of training before")
-    options = parser.parse_args()
-    stamp = {key: env.collect()[key] for key in ("commit", "torch")}
-    new = [{**row, **stamp} for name in options.nets for t in options.trained for row in measure(name, t)]
-    mine = {(str(row["net"]), str(row["trained"])) for row in new}
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(new[0]))
-        writer.writeheader()
-        writer.writerows([*(row for row in old if (row["net"], row["trained"]) not in mine), *new])
+    options = parser.parse()
+    RESULTS.add([row for name in options.nets for t in options.trained for row in measure(name, t)])
 
 
 if __name__ == "__main__":
