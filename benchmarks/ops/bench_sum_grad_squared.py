@@ -11,20 +11,21 @@ Rows go to benchmarks/results/sum_grad_squared.csv.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import functools
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from fastfip import env
-from fastfip.ops import OPS, ConvShape, sum_grad_squared, sum_grad_squared_conv
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.ops import problems
+from benchmarks.ops.problems import Problem
 
-RESULTS = Path(__file__).parents[1] / "results" / "sum_grad_squared.csv"
+RESULTS = harness.Results(
+    "sum_grad_squared",
+    "workload size dtype backend ms gflops sgemm weight_gradient error gradient threads commit torch cpu native",
+    run="gradient threads",
+)
 
 # N, T, O, I; the named ones are workloads (a) and (d) of docs/kernels.md
 DENSE = {
@@ -51,144 +52,40 @@ CONV = {
 }
 
 
-def cpu_time(call: Callable[[], object], repeat: int) -> float:
-    """Least CPU time of one call, in seconds."""
-    call()
-    best = float("inf")
-    for _ in range(repeat):
-        start = time.process_time()
-        call()
-        best = min(best, time.process_time() - start)
-    return best
-
-
-def gemm_rate(dtype: torch.dtype, repeat: int) -> float:
-    """Operations a second of CPU time that torch.mm does."""
-    x, y = torch.randn(2, 1024, 1024, dtype=dtype)
-    out = torch.empty_like(x)
-    return 2 * 1024**3 / cpu_time(lambda: torch.mm(x, y, out=out), repeat)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def dense_rows(gradient: bool, repeat: int) -> list[dict[str, object]]:
-    rows = []
-    for dtype in (torch.float32, torch.float64):
-        rate = gemm_rate(dtype, repeat)
-        for name, (n, t, o, i) in DENSE.items():
-            g, a = torch.randn(n, t, o, dtype=dtype), torch.randn(n, t, i, dtype=dtype)
-            part = slice(0, 4)  # enough for the check
-            exact = torch.einsum("nto,nti->noi", g[part].double(), a[part].double()).square().sum(0)
-            out, grad = torch.zeros(o, i, dtype=dtype), torch.zeros(o, i, dtype=dtype) if gradient else None
-            for backend in OPS["sum_grad_squared"].backends:
-                why = backend.refuses(g, a, out, grad)
-                if why:
-                    print(f"{name}: {backend.name} cannot run: {why}")
-                    continue
-                error = relative_error(sum_grad_squared(g[part], a[part], backend=backend.name), exact)
-                assert error < (1e3 * torch.finfo(dtype).eps if backend.automatic else 1e-2), (
-                    name,
-                    backend.name,
-                    error,
-                )
-                call = functools.partial(sum_grad_squared, g, a, out=out, grad=grad, backend=backend.name)
-                seconds = cpu_time(call, repeat)
-                rows.append(row(name, f"{n}x{t}x{o}x{i}", dtype, backend.name, seconds, 2 * n * t * o * i, rate, error))
-    return rows
-
-
-def conv_rows(gradient: bool, repeat: int) -> list[dict[str, object]]:
-    rows = []
-    dtype = torch.float32
-    rate = gemm_rate(dtype, repeat)
-    for name, (n, c, o, size, k, s, groups) in CONV.items():
-        shape = ConvShape((k, k), (s, s), (k // 2, k // 2), (1, 1), groups)
-        x, weight = torch.randn(n, c, size, size), torch.randn(o, c // groups, k, k)
-        g = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, s, k // 2, 1, groups))
-
-        def weight_gradient(g: Tensor, x: Tensor, w: Tensor, shape: ConvShape = shape) -> Tensor:
-            return torch.ops.aten.convolution_backward(
-                g,
-                x,
-                w,
-                None,
-                shape.stride,
-                shape.padding,
-                shape.dilation,
-                False,
-                [0, 0],
-                shape.groups,
-                [False, True, False],
-            )[1]
-
-        part = slice(0, 2)
-        wide = weight.double()
-        exact = sum(
-            weight_gradient(y[None].double(), z[None].double(), wide).square() for y, z in zip(g[part], x[part])
-        )
-        plain = cpu_time(functools.partial(weight_gradient, g, x, weight), repeat)
-        out, grad = torch.zeros_like(weight), torch.zeros_like(weight) if gradient else None
-        for backend in OPS["sum_grad_squared_conv"].backends:
-            why = backend.refuses(g, x, shape, n, out, grad)
-            if why:
-                print(f"{name}: {backend.name} cannot run: {why}")
-                continue
-            error = relative_error(sum_grad_squared_conv(g[part], x[part], shape, backend=backend.name), exact)
-            assert error < (1e3 * torch.finfo(dtype).eps if backend.automatic else 1e-2), (name, backend.name, error)
-            call = functools.partial(sum_grad_squared_conv, g, x, shape, out=out, grad=grad, backend=backend.name)
-            seconds = cpu_time(call, repeat)
-            work = 2 * g.numel() * (c // groups) * k * k
-            entry = row(
-                name, f"{n}x{c}x{o}x{size} k{k} s{s} g{groups}", dtype, backend.name, seconds, work, rate, error
-            )
-            rows.append({**entry, "weight_gradient": round(plain / seconds, 2)})
-    return rows
-
-
-def row(
-    name: str, size: str, dtype: torch.dtype, backend: str, seconds: float, work: int, rate: float, error: float
-) -> dict[str, object]:
-    entry = {
-        "workload": name,
-        "size": size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "backend": backend,
-        "ms": round(seconds * 1e3, 3),
-        "gflops": round(work / seconds / 1e9, 1),
-        "sgemm": round(work / seconds / rate, 2),
-        "error": f"{error:.1e}",
-    }
-    print("  ".join(f"{value!s:<18}" if key == "workload" else f"{value!s:>10}" for key, value in entry.items()))
-    return entry
+def measure(workload: str, problem: Problem, rate: float, gradient: bool, repeat: int) -> Iterator[Row]:
+    """Time every backend, after a look at its error."""
+    g, a, exact, dtype = problem.g, problem.a, problem.exact(), problem.g.dtype
+    out, grad = problem.results(), problem.results() if gradient else None
+    plain = harness.least(partial(problem.weight_gradient, g, a), repeat) if problem.shape else None
+    for backend, why in problem.backends(out, grad):
+        if why:
+            print(f"{workload}: {backend.name} cannot run: {why}")
+            continue
+        error = problem.error(backend.name, exact)
+        assert error < (1e3 * torch.finfo(dtype).eps if backend.automatic else 1e-2), (workload, backend.name, error)
+        seconds = harness.least(partial(problem.ours, g, a, out=out, grad=grad, backend=backend.name), repeat)
+        row = {"workload": workload, "size": problem.size, "dtype": problems.name_of(dtype), "backend": backend.name}
+        row |= problems.rates(seconds, problem.work, rate, error)
+        harness.show(row, 10, workload=-18)
+        yield {**row, "gradient": gradient, "weight_gradient": round(plain / seconds, 2) if plain else ""}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = harness.Parser(__doc__, "threads")
     parser.add_argument("--gradient", action="store_true", help="also return the gradient from the same pass")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, no file")
-    options = parser.parse_args()
+    options = parser.parse()
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    repeat = 2 if options.quick else 7
-    rows = dense_rows(options.gradient, repeat) + conv_rows(options.gradient, repeat)
-    if options.quick:
-        return
-    here = env.collect()
-    stamp = {key: here[key] for key in ("commit", "torch", "cpu", "native")}
-    stamp = {"gradient": options.gradient, "threads": options.threads, **stamp}
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    same = (str(options.gradient), str(options.threads))
-    kept = [r for r in old if (r["gradient"], r["threads"]) != same]
-    new = [{"weight_gradient": "", **r, **stamp} for r in rows]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        columns = ["workload", "size", "dtype", "backend", "ms", "gflops", "sgemm", "weight_gradient", "error", *stamp]
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows([*kept, *new])
+    repeat, rows = 2 if options.quick else 7, list[Row]()
+    for dtype in (torch.float32, torch.float64):
+        rate = problems.gemm_rate(dtype, repeat)
+        for workload, sizes in DENSE.items():
+            rows += measure(workload, problems.dense(*sizes, dtype), rate, options.gradient, repeat)
+    rate = problems.gemm_rate(torch.float32, repeat)
+    for workload, layer in CONV.items():
+        rows += measure(workload, problems.conv(*layer, torch.float32), rate, options.gradient, repeat)
+    if not options.quick:
+        RESULTS.add(rows)
 
 
 if __name__ == "__main__":
