@@ -16,30 +16,29 @@ images are those of `benchmarks.purification.real_data`.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.purification import real_data
-from fastfip import env
-from fastfip.data import Task
-from fastfip.fisher import trace_and_logits
-from fastfip.fisher.modes import readable
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.purification import real_data, steps
+from benchmarks.purification.steps import Step
 from fastfip.spectral import SpectralShifts
-from fastfip.spectral.fisher import delta_gradients, recording
 from fastfip.testing import nets
 
-RESULTS = Path(__file__).parents[1] / "results" / "same_loss.csv"
+RESULTS = harness.Results(
+    "same_loss",
+    "net way rate steps seconds loss before reached commit torch cpu native",
+    run="net way rate",
+    order=lambda r: (list(MAKE).index(r["net"]), list(WAYS).index(r["way"]), float(r["rate"])),
+)
 TARGET = 1.0
 IMAGES, BATCH, WRONG, MOST = 128, 32, 0.4, 10
-ETA = 1e-3
-Step = Callable[[Tensor, Tensor, bool], float]
 
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "preact_resnet18": nets.preact_resnet18,
@@ -70,7 +69,7 @@ def start(name: str) -> nn.Module:
     """The net that has learned the wrong labels; trained once, then read."""
     torch.manual_seed(0)
     model = MAKE[name]()
-    path = real_data.cache_dir() / f"same_loss_{name}.pt"
+    path = harness.cache_dir() / f"same_loss_{name}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
@@ -95,104 +94,44 @@ def start(name: str) -> nn.Module:
     return model.eval()
 
 
-def every_weight(model: nn.Module, rate: float, trace: bool) -> Step:
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.99))
-
-    def step(x: Tensor, y: Tensor, fifth: bool) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        if trace and fifth:
-            found = trace_and_logits(model, (x, y), Task())
-            loss = found.losses.mean()
-            (loss + ETA * found.trace).backward()
-        else:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-def spectral(model: nn.Module, rate: float, rank: int | None, trace: bool = False, rebuilt: bool = False) -> Step:
-    model.requires_grad_(False)
-    shifts = SpectralShifts.of(model, rank)
-    small = [p.requires_grad_(True) for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.Adam([*shifts.deltas, *small], lr=rate, betas=(0.9, 0.99))
-
-    def step(x: Tensor, y: Tensor, fifth: bool) -> float:
-        optimizer.zero_grad(set_to_none=True)
-        if rebuilt:
-            with shifts.differentiable():
-                loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return float(loss.detach())
-        shifts.refresh()
-        if trace and fifth:
-            with recording(shifts) as record:
-                with readable(model, second_order=True):
-                    losses = F.cross_entropy(model(x), y, reduction="none")
-                each = delta_gradients(shifts, record, losses, create_graph=True)
-            loss = losses.mean()
-            (loss + ETA * torch.stack([d.square().sum() for d in each]).sum() / len(x)).backward()
-        else:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-        shifts.collect()
-        shifts.remove()
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-WAYS: dict[str, tuple[Callable[[nn.Module, float], Step], tuple[float, ...]]] = {
-    "fine-tuning": (lambda m, rate: every_weight(m, rate, False), (1e-4, 3e-4)),
-    "fip, with trace": (lambda m, rate: every_weight(m, rate, True), (1e-4, 3e-4)),
-    "fast_fip full rank": (lambda m, rate: spectral(m, rate, None), (0.01, 0.03)),
-    "fast_fip K=64": (lambda m, rate: spectral(m, rate, 64), (0.01, 0.03)),
-    "fast_fip K=64, with trace": (lambda m, rate: spectral(m, rate, 64, trace=True), (0.01, 0.03)),
-    "released layers": (lambda m, rate: spectral(m, rate, None, rebuilt=True), (0.01, 0.03)),
+WEIGHTS, SPECTRAL = (1e-4, 3e-4), (0.01, 0.03)
+spectral = partial(steps.singular_values, affine=True)
+#: Way -> how its steps are made, step sizes, whether every fifth step has the trace.
+WAYS: dict[str, tuple[Callable[..., Step], tuple[float, ...], bool]] = {
+    "fine-tuning": (steps.weights, WEIGHTS, False),
+    "fip, with trace": (steps.weights, WEIGHTS, True),
+    "fast_fip full rank": (spectral, SPECTRAL, False),
+    "fast_fip K=64": (partial(spectral, rank=64), SPECTRAL, False),
+    "fast_fip K=64, with trace": (partial(spectral, rank=64), SPECTRAL, True),
+    "released layers": (partial(spectral, rebuilt=SpectralShifts.differentiable), SPECTRAL, False),
 }
 
 
-def measure(name: str, way: str, rate: float) -> dict[str, object]:
+def adam(tensors: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(tensors, lr=rate, betas=(0.9, 0.99))
+
+
+def measure(name: str, way: str, rate: float) -> Row:
     model = start(name)
     x, y, _ = images()
     with torch.no_grad():
         before = float(F.cross_entropy(model(x), y))
+    make, _, trace = WAYS[way]
     begin = time.process_time()
-    step, steps, mean, used = WAYS[way][0](model, rate), 0, float("inf"), 0.0
+    step, count, mean, used = make(model, partial(adam, rate=rate)), 0, float("inf"), 0.0
     for batches in passes(x, y, MOST):
         mean = 0.0
         for a, b in batches:
-            mean += step(a, b, steps % 5 == 4) / len(batches)
-            steps += 1
+            mean += float(step(a, b, trace and count % 5 == 4)) / len(batches)
+            count += 1
         used = time.process_time() - begin
-        print(f"{name} {way} {rate}: {steps} steps, {used:.1f} s, loss {mean:.3f}", flush=True)
+        print(f"{name} {way} {rate}: {count} steps, {used:.1f} s, loss {mean:.3f}", flush=True)
         if mean <= TARGET or not mean < 20:
             break
     return {
-        "net": name, "way": way, "rate": rate, "steps": steps, "seconds": round(used, 1), "loss": round(mean, 3),
+        "net": name, "way": way, "rate": rate, "steps": count, "seconds": round(used, 1), "loss": round(mean, 3),
         "before": round(before, 3), "reached": mean <= TARGET,
     }  # fmt: skip
-
-
-def load() -> list[dict[str, str]]:
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-
-
-def add(row: dict[str, object]) -> None:
-    here = env.collect()
-    new = {k: str(v) for k, v in {**row, **{key: here[key] for key in ("commit", "torch", "cpu", "native")}}.items()}
-    same = ("net", "way", "rate")
-    rows = [*(r for r in load() if [r[k] for k in same] != [new[k] for k in same]), new]
-    order = {way: k for k, way in enumerate(WAYS)}
-    rows.sort(key=lambda r: (list(MAKE).index(r["net"]), order[r["way"]], float(r["rate"])))
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(new))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def score(row: dict[str, str]) -> tuple[bool, float]:
@@ -201,51 +140,42 @@ def score(row: dict[str, str]) -> tuple[bool, float]:
     return not reached, float(row["seconds" if reached else "loss"])
 
 
-def write_table() -> None:
-    """Put the better step size of each way between the marks in docs/performance.md."""
+def table() -> str:
+    """Return a table in Markdown: the better step size of each way on each net."""
     best: dict[tuple[str, str], dict[str, str]] = {}
-    for row in load():
-        key, old = (row["net"], row["way"]), best.get((row["net"], row["way"]))
-        rank = score(row)
-        if old is None or rank < score(old):
-            best[key] = row
+    for row in sorted(RESULTS.read(), key=score):
+        best.setdefault((row["net"], row["way"]), row)
     names = [name for name in MAKE if any(key[0] == name for key in best)]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for way in WAYS:
-        cells = []
-        for name in names:
-            found, plain = best.get((name, way)), best.get((name, "fine-tuning"))
-            if found is None or plain is None:
-                cells.append("-")
-            elif found["reached"] != "True":
-                cells.append(f"not in {found['steps']} steps: {float(found['loss']):.2f}")
-            else:
-                share = float(found["seconds"]) / float(plain["seconds"])
-                cells.append(f"{share:.2f} ({float(found['seconds']):.0f} s, {found['steps']} steps)")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    path = Path(__file__).parents[2] / "docs" / "performance.md"
-    begin, end = "<!-- same_loss:begin -->", "<!-- same_loss:end -->"
-    text = path.read_text()
-    path.write_text(f"{text.split(begin)[0]}{begin}\n" + "\n".join(lines) + f"\n{end}{text.split(end)[1]}")
+
+    def cell(name: str, way: str) -> str:
+        found, plain = best.get((name, way)), best.get((name, "fine-tuning"))
+        if found is None or plain is None:
+            return "-"
+        if found["reached"] != "True":
+            return f"not in {found['steps']} steps: {float(found['loss']):.2f}"
+        share = float(found["seconds"]) / float(plain["seconds"])
+        return f"{share:.2f} ({float(found['seconds']):.0f} s, {found['steps']} steps)"
+
+    return harness.table(["", *names], [[way, *(cell(name, way) for name in names)] for way in WAYS])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__)
     parser.add_argument("--nets", nargs="*", default=list(MAKE), choices=list(MAKE))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rates", nargs="*", type=float, help="step sizes; default: two for each way")
     parser.add_argument("--start", action="store_true", help="only make the net that the runs start from")
     parser.add_argument("--table", action="store_true", help="write the rows into docs/performance.md")
-    options = parser.parse_args()
+    options = parser.parse()
     torch.set_num_threads(1)
     if options.table:
-        write_table()
+        harness.splice(harness.DOCS / "performance.md", "same_loss", table())
         return
     for name in options.nets:
         start(name)
         for way in [] if options.start else options.ways:
             for rate in options.rates or WAYS[way][1]:
-                add(measure(name, way, rate))
+                RESULTS.add([measure(name, way, rate)])
 
 
 if __name__ == "__main__":
