@@ -11,39 +11,26 @@ CPU times; the ways take turns. Rows go to benchmarks/results/ngf.csv.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.purification.real_models import commit, machine
+from benchmarks import harness
+from benchmarks.harness import Row
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods.base import Run
 from fastfip.methods.ngf import NGF, NGFConfig
 from fastfip.testing import nets
 
-RESULTS = Path(__file__).parents[1] / "results" / "ngf.csv"
-FIELDS = "solver samples batch full_ms fisher_ms solve_ms step_ms ratio features_s machine threads torch commit".split()
+RESULTS = harness.Results(
+    "ngf",
+    "solver samples batch full_ms fisher_ms solve_ms step_ms ratio features_s machine threads torch commit native",
+)
 
 
-def least(work: Callable[[], object], repeat: int, inner: int = 1) -> float:
-    """Return the least CPU time of a call, in milliseconds."""
-    work()
-    best = float("inf")
-    for _ in range(repeat):
-        start = time.process_time()
-        for _ in range(inner):
-            work()
-        best = min(best, (time.process_time() - start) / inner)
-    return 1000 * best
-
-
-def measure(solver: str, batch: int, samples: int, repeat: int) -> dict[str, object]:
+def measure(solver: str, batch: int, samples: int, repeat: int) -> Row:
     """Return one row."""
     torch.manual_seed(0)
     model = nets.randomize_norms(nets.preact_resnet18()).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it, its stubs do not
@@ -65,7 +52,7 @@ def measure(solver: str, batch: int, samples: int, repeat: int) -> dict[str, obj
         model.zero_grad()
         F.cross_entropy(model(x[:batch]), y[:batch]).backward()
 
-    full_ms = least(full, max(2, repeat // 2))
+    full_ms = 1e3 * harness.least(full, max(2, repeat // 2))
     model.zero_grad()
     method = NGF()
     start = time.process_time()
@@ -80,27 +67,23 @@ def measure(solver: str, batch: int, samples: int, repeat: int) -> dict[str, obj
         optimizer.step()
         method.after_step(run)
 
-    with_fisher = least(lambda: step(0), repeat, 3)
-    without = least(lambda: step(1), repeat, 20)
+    with_fisher = 1e3 * harness.least(lambda: step(0), repeat, 3)
+    without = 1e3 * harness.least(lambda: step(1), repeat, 20)
     mean = (with_fisher + (config.every - 1) * without) / config.every
     method.fold(run)
     return {
         "solver": solver, "samples": samples, "batch": batch, "full_ms": round(full_ms, 1),
         "fisher_ms": round(with_fisher - without, 3), "solve_ms": round(without, 3), "step_ms": round(mean, 3),
-        "ratio": round(full_ms / mean), "features_s": round(features_s, 2), "machine": machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+        "ratio": round(full_ms / mean), "features_s": round(features_s, 2),
     }  # fmt: skip
 
 
 def main() -> None:
     """Measure both solvers, print the rows and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__, "threads", "repeat")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser.parse()
     rows = []
     for solver in ("exact", "kronecker"):
         row = measure(solver, args.batch, args.samples, args.repeat)
@@ -109,11 +92,7 @@ def main() -> None:
             f"{solver:10s} forward and backward {row['full_ms']} ms, step {row['step_ms']} ms "
             f"(Fisher {row['fisher_ms']} ms every tenth): {row['ratio']} times cheaper", flush=True
         )  # fmt: skip
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        out = csv.DictWriter(file, FIELDS)
-        out.writeheader()
-        out.writerows(rows)
+    RESULTS.add(rows)
 
 
 if __name__ == "__main__":
