@@ -9,16 +9,15 @@ is written by hand.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import re
 import sys
 import textwrap
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks import harness
 from benchmarks.purification import real_models, real_tables
 from benchmarks.purification.real_tables import BADNETS
 from fastfip import methods
@@ -38,15 +37,15 @@ PAPERS = (
     ("awm", "NFT, Table 1", 0.01, 92.96, 100.0, 87.85, 5.72),
     ("fine_tune", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 90.29, 1.70),
 )
-FILE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+FILE = harness.DOCS / "methods.md"
 
 
 def registry() -> str:
     """Return a table of all methods, then a section for each."""
     kinds = [methods.get(name) for name in methods.names()]
-    lines = ["| method | what it does |", "|---|---|"]
-    lines += [f"| [`{kind.name}`](#{kind.name}) | {_inline(kind.summary)} |" for kind in kinds]
-    return "\n".join([*lines, "", *(section(kind) for kind in kinds)]).rstrip()
+    rows = [(f"[`{kind.name}`](#{kind.name})", _inline(kind.summary)) for kind in kinds]
+    whole = harness.table(["method", "what it does"], rows)
+    return "\n".join([whole, "", *(section(kind) for kind in kinds)]).rstrip()
 
 
 def section(kind: Any) -> str:
@@ -60,21 +59,21 @@ def section(kind: Any) -> str:
         value = getattr(values, item.name)
         if item.name not in common or common[item.name] != value:
             shown = "none" if value is None else f"{value}"
-            rows.append(f"| `{item.name}` | {shown} | {_inline(str(item.metadata.get('help', '')))} |")
+            rows.append((f"`{item.name}`", shown, _inline(str(item.metadata.get("help", "")))))
     if rows:
         parts += _markdown(inspect.getdoc(kind.Config) or "")
-        parts.append("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]))
+        parts.append(harness.table(["setting", "default", "meaning"], rows))
     return "\n\n".join(parts) + "\n"
 
 
 def measured() -> str:
     """Return how the methods did on the real networks."""
-    return real_tables.by_method(real_models.read())
+    return real_tables.by_method(real_models.RESULTS.read())
 
 
 def papers() -> str:
     """Return what papers report of BadNets on CIFAR-10 beside what the same methods did on the three nets here."""
-    rows = [row for row in real_tables.good(real_models.read()) if row["setting"] == "plain"]
+    rows = [row for row in real_tables.good(real_models.RESULTS.read()) if row["setting"] == "plain"]
 
     def here(method: str, net: str, share: float) -> str:
         found = [r for r in rows if (r["method"], r["net"], float(r["fraction"])) == (method, net, share)]
@@ -83,13 +82,11 @@ def papers() -> str:
         change = mean(float(r["acc"]) - float(r["acc_before"]) for r in found)
         return f"{change:+.1f} / {mean(float(r['asr']) for r in found):.1f}"
 
-    lines = ["| method | paper | clean images | there | " + " | ".join(f"`{net}`" for net in BADNETS) + " |",
-             "|---|---|---|---|" + "---|" * len(BADNETS)]  # fmt: skip
+    lines = []
     for method, where, share, acc, asr, acc_after, asr_after in PAPERS:
         there = f"{acc_after - acc:+.1f} / {asr_after:.1f} (from {asr:.0f})"
-        ours = [here(method, net, share) for net in BADNETS]
-        lines.append(f"| `{method}` | {where} | {share:.0%} | {there} | " + " | ".join(ours) + " |")
-    return "\n".join(lines)
+        lines.append([f"`{method}`", where, f"{share:.0%}", there, *(here(method, net, share) for net in BADNETS)])
+    return harness.table(["method", "paper", "clean images", "there", *(f"`{net}`" for net in BADNETS)], lines)
 
 
 def _markdown(text: str) -> list[str]:
@@ -110,23 +107,16 @@ def _inline(text: str) -> str:
     return "`".join(parts)
 
 
-def put(text: str, mark: str, new: str) -> str:
-    """Return the text with what stands between the marks replaced."""
-    head, rest = text.split(f"<!-- {mark}:begin -->")
-    _, tail = rest.split(f"<!-- {mark}:end -->")
-    return f"{head}<!-- {mark}:begin -->\n{new}\n<!-- {mark}:end -->{tail}"
-
-
 def main() -> None:
     """Rewrite or check the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    old = FILE.read_text(encoding="utf-8")
-    new = put(old, "methods", registry())
-    if args.check:
+    if parser.parse().check:
+        old = FILE.read_text(encoding="utf-8")
+        new = harness.spliced(old, "methods", registry())
         sys.exit(0 if new == old else "docs/methods.md is out of date: python -m benchmarks.methods_doc")
-    FILE.write_text(put(put(new, "measured", measured()), "papers", papers()), encoding="utf-8")
+    for mark, make in (("methods", registry), ("measured", measured), ("papers", papers)):
+        harness.splice(FILE, mark, make())
 
 
 if __name__ == "__main__":

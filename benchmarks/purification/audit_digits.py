@@ -8,16 +8,21 @@ nets of `benchmarks.purification.audit_real`. `benchmarks/results/audit_digits.c
 
 from __future__ import annotations
 
-import argparse
-import csv
-from pathlib import Path
 from typing import Any
 
 import fastfip
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.purification.audit_real import ranked
 from fastfip.cli import demonstration as demo
 
-CSV = Path(__file__).resolve().parents[1] / "results" / "audit_digits.csv"
-FIELDS = "net seed form first place_of_target index index_of_second ratio p flagged verdict reached".split()
+RESULTS = harness.Results(
+    "audit_digits",
+    "net seed form first place_of_target index index_of_second ratio p flagged verdict reached "
+    "machine threads torch fastfip commit native",
+    run="seed",
+    order=lambda r: (r["net"], int(r["seed"]), r["form"]),
+)
 
 
 class _NoAttack:
@@ -25,39 +30,26 @@ class _NoAttack:
         return x, y, None
 
 
-def run(seed: int) -> list[dict[str, Any]]:
+def run(seed: int) -> list[Row]:
     """Train both nets and audit them."""
     x, y, _, _ = demo.digits(seed)
     rows = []
     for name, attack in (("badnets", demo.BadNets(size=2)), ("clean", _NoAttack())):
         model = demo.train_backdoored(x, y, attack, seed)  # type: ignore[arg-type]
         found = fastfip.audit(model, [(x[:300], y[:300])], seed=seed, sharpness=False).received
-        for form, ranks in found.anomaly.items():
-            rows.append({
-                "net": name, "seed": seed, "form": form, "first": ranks.classes[0],
-                "place_of_target": ranks.classes.index(demo.TARGET) + 1 if name == "badnets" else "",
-                "index": round(ranks.index[0], 2), "index_of_second": round(ranks.index[1], 2),
-                "ratio": round(ranks.ratio, 3), "p": "" if found.p(form) is None else f"{found.p(form):.2g}",
-                "flagged": " ".join(map(str, found.flagged)), "verdict": found.verdict,
-                "reached": int(found.inverted[form].reached.sum()),
-            })  # fmt: skip
-            print({key: rows[-1][key] for key in FIELDS}, flush=True)
+        for form in found.anomaly:
+            target = demo.TARGET if name == "badnets" else None
+            rows.append({"net": name, "seed": seed, **ranked(found, form, target)})
+            print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
     """Run the seeds and add their rows to the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(10)))
-    for seed in parser.parse_args().seeds:
-        new = run(seed)
-        old = list(csv.DictReader(CSV.open(newline=""))) if CSV.exists() else []
-        rows = [row for row in old if int(row["seed"]) != seed] + new
-        rows.sort(key=lambda row: (row["net"], int(row["seed"]), row["form"]))
-        with CSV.open("w", newline="") as file:
-            out = csv.DictWriter(file, FIELDS)
-            out.writeheader()
-            out.writerows(rows)
+    for seed in parser.parse().seeds:
+        RESULTS.add(run(seed))
 
 
 if __name__ == "__main__":

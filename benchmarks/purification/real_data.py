@@ -9,6 +9,7 @@ do. Nothing of them is part of the package. CIFAR-10 is decoded once into `bench
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import harness
 from fastfip.testing import nets
 
-ROOT = Path(__file__).resolve().parents[1]
 Images = np.ndarray  # uint8 [N, H, W, 3], or [N, H, W] for MNIST
 
 _CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -30,19 +31,23 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def data_dir() -> Path:
     """Return where the data should be."""
-    return Path(os.environ.get("FASTFIP_DATA") or ROOT.parent.parent / "shared" / "data")
-
-
-def cache_dir() -> Path:
-    """Return where decoded images are kept."""
-    path = Path(os.environ.get("FASTFIP_CACHE") or ROOT / ".cache")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    return Path(os.environ.get("FASTFIP_DATA") or harness.ROOT.parent / "shared" / "data")
 
 
 def available() -> bool:
     """Return whether the data is there."""
     return (data_dir() / "checkpoints").is_dir()
+
+
+def require() -> None:
+    """End the program where the data is not there."""
+    if not available():
+        sys.exit(f"skipped: no real networks in {data_dir()} (set FASTFIP_DATA)")
+
+
+def loader(x: Tensor, y: Tensor) -> torch.utils.data.DataLoader:
+    """Return the loader that a clean set is given in."""
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=128, shuffle=True)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def cifar10() -> dict[str, np.ndarray]:
     """Return CIFAR-10 (the JPEG copy), decoded: train_x, train_y, test_x, test_y. The first call takes a minute."""
     out = {}
     for split in ("train", "test"):
-        fx, fy = (cache_dir() / f"cifar10_jpeg_{split}_{v}.npy" for v in "xy")
+        fx, fy = (harness.cache_dir() / f"cifar10_jpeg_{split}_{v}.npy" for v in "xy")
         if not (fx.exists() and fy.exists()):
             _decode_cifar10(split, fx, fy)
         out[f"{split}_x"], out[f"{split}_y"] = np.load(fx, mmap_mode="r"), np.load(fy)

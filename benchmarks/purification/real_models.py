@@ -16,58 +16,39 @@ Several of these may run at a time: each row is added to what the CSV then holds
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastfip
+from benchmarks import harness
+from benchmarks.harness import Row
 from benchmarks.purification import real_data, real_tables
 from fastfip.metrics import Evaluation, der
 
-CSV = Path(__file__).resolve().parents[1] / "results" / "real_models.csv"
-FIELDS = (
-    "net method fraction setting seed clean_images acc_before asr_before ra_before acc asr ra der seconds "
-    "seconds_train cpu_seconds peak_memory_mb steps amp machine threads torch fastfip commit error"
-).split()
 #: bfloat16 autocast of the clean and worst-case losses; the weights stay float32.
 AMP = "bf16"
 SETTINGS = ("plain", "hidden", "missing")
 HIDDEN = 0.005
 PER_CLASS = {"ibau_gtsrb_badnets": 100}
-
-
-def commit() -> str:
-    """Return the commit of the checkout, with a plus if the code differs from it."""
-    try:
-        root = Path(__file__).resolve().parents[1]
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "../fastfip"], cwd=root, capture_output=True, text=True
-        )
-        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-    except OSError:
-        return ""
-
-
-def machine() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown"
+FIRST = ("fine_tune", "wfip", "fast_wfip", "fip", "fast_fip")  # of the methods, in the file
+RESULTS = harness.Results(
+    "real_models",
+    "net method fraction setting seed clean_images acc_before asr_before ra_before acc asr ra der seconds "
+    "seconds_train cpu_seconds peak_memory_mb steps amp machine threads torch fastfip commit error native",
+    run="net method fraction seed setting",
+    order=lambda r: (
+        SETTINGS.index(r["setting"]), real_data.names().index(r["net"]), float(r["fraction"]),
+        FIRST.index(r["method"]) if r["method"] in FIRST else len(FIRST), r["method"], int(r["seed"]),
+    ),
+    absent={"setting": "plain"},
+)  # fmt: skip
 
 
 def clean_set(real: real_data.RealNet, fraction: float, seed: int, setting: str) -> tuple[Tensor, Tensor]:
@@ -94,19 +75,18 @@ def clean_set(real: real_data.RealNet, fraction: float, seed: int, setting: str)
 
 def run(
     name: str, method: str, fraction: float, seed: int, setting: str = "plain", first: dict[str, str] | None = None
-) -> dict[str, Any]:
+) -> Row:
     """Purify one net once and score it."""
     real = real_data.load_real(name)
     real.model.to(memory_format=torch.channels_last)
     x, y = clean_set(real, fraction, seed, setting)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=128, shuffle=True)
     old = {k: float(first[f"{k}_before"]) for k in ("acc", "asr", "ra") if first[f"{k}_before"]} if first else None
     old = real_data.score(real) if old is None else old
     start = time.process_time()
-    result = fastfip.purify(real.model, loader, method, seed=seed, amp=AMP, progress=False)
+    result = fastfip.purify(real.model, real_data.loader(x, y), method, seed=seed, amp=AMP, progress=False)
     spent = time.process_time() - start
     new = real_data.score(real, result.model.to(memory_format=torch.channels_last))
-    row: dict[str, Any] = {
+    row: Row = {
         "net": name,
         "method": method,
         "fraction": fraction,
@@ -119,11 +99,6 @@ def run(
         "peak_memory_mb": round((result.peak_memory or 0) / 2**20),
         "steps": result.settings["steps"],
         "amp": AMP,
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastfip": fastfip.__version__,
-        "commit": commit(),
     }
     for key in ("acc", "asr", "ra"):
         row[key] = "" if key not in new else round(new[key], 2)
@@ -131,57 +106,14 @@ def run(
     row["der"] = ""
     if "asr" in new:
         row["der"] = round(100 * der(*(Evaluation(acc=s["acc"] / 100, asr=s["asr"] / 100) for s in (old, new))), 2)
-    return row
-
-
-def read() -> list[dict[str, Any]]:
-    """Return the rows of the CSV; those from before there were settings are plain ones."""
-    if not CSV.exists():
-        return []
-    with CSV.open(newline="") as file:
-        return [{**dict.fromkeys(FIELDS, ""), "setting": "plain", **row} for row in csv.DictReader(file)]
-
-
-def key(row: dict[str, Any]) -> tuple[str, str, float, int, str]:
-    """Return what names a run."""
-    return row["net"], row["method"], float(row["fraction"]), int(row["seed"]), row["setting"]
-
-
-def write(rows: list[dict[str, Any]]) -> None:
-    """Write the rows, sorted, in one go."""
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    nets = {name: k for k, name in enumerate(real_data.names())}
-    first = {name: k for k, name in enumerate(("fine_tune", "wfip", "fast_wfip", "fip", "fast_fip"))}
-    place = lambda r: (  # noqa: E731
-        SETTINGS.index(r["setting"]), nets[r["net"]], float(r["fraction"]), first.get(r["method"], 3), r["method"],
-        int(r["seed"]),
-    )  # fmt: skip
-    part = CSV.with_suffix(f".{os.getpid()}.part")
-    with part.open("w", newline="") as file:
-        out = csv.DictWriter(file, FIELDS)
-        out.writeheader()
-        out.writerows(sorted(rows, key=place))
-    os.replace(part, CSV)
-
-
-@contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Keep other runs from the CSV: what they added since it was read must not be lost."""
-    with (real_data.cache_dir() / "real_models.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def add(row: dict[str, Any]) -> None:
-    """Put one row into the CSV, in the place of one of the same run."""
-    with locked():
-        write([r for r in read() if key(r) != key(row)] + [row])
+    return RESULTS.stamped(row)
 
 
 def one(item: tuple[str, str, float, int, str], threads: int, limit: float | None) -> None:
     """Run one purification in a process of its own, so that its peak memory is its own, and add its row."""
     name, method, fraction, seed, setting = item
-    row: dict[str, Any] = {"net": name, "method": method, "fraction": fraction, "seed": seed, "setting": setting}
+    row: Row = {"net": name, "method": method, "fraction": fraction, "seed": seed, "setting": setting}
+    row["threads"] = threads
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.purification.real_models", "--one", *map(str, item)],
@@ -195,12 +127,12 @@ def one(item: tuple[str, str, float, int, str], threads: int, limit: float | Non
             row["error"] = f"exit code {done.returncode}: {' '.join(said[0].split())[:200]}"
     except subprocess.TimeoutExpired:
         row["error"] = f"over the time limit of {limit:.0f} s"
-    add(row)
+    RESULTS.add([row])
     print({k: row[k] for k in ("net", "method", "fraction", "setting", "seed", "acc", "asr", "der", "seconds", "error")
            if row.get(k) not in (None, "")}, flush=True)  # fmt: skip
 
 
-def readme_text(rows: list[dict[str, Any]]) -> str:
+def readme_text(rows: list[dict[str, str]]) -> str:
     """Return what the README shows: a line for each method, then ACC / ASR on each net."""
     parts = [real_tables.by_method(rows)]
     present = sorted({(r["setting"], -float(r["fraction"])) for r in rows}, key=lambda p: (SETTINGS.index(p[0]), p[1]))
@@ -217,7 +149,7 @@ def readme_text(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, add its row to the CSV after every run, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__, "again")
     parser.add_argument("--nets", nargs="*", default=None)
     parser.add_argument("--methods", nargs="*", default=None, help="default: all that are registered")
     parser.add_argument("--fractions", nargs="*", type=float, default=[5, 1], help="in percent, or below 1 as shares")
@@ -225,24 +157,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="purifications at a time; they share the cores")
     parser.add_argument("--time-limit", type=float, default=None, metavar="S", help="seconds for one run, scoring too")
-    parser.add_argument("--again", action="store_true", help="replace rows that are there")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
     parser.add_argument("--table", action="store_true", help="only print what the CSV holds")
     parser.add_argument("--readme", action="store_true", help="put what the CSV holds into the README")
     parser.add_argument(
         "--one", nargs=5, metavar=("NET", "METHOD", "FRACTION", "SEED", "SETTING"), help=argparse.SUPPRESS
     )
-    args = parser.parse_args()
+    args = parser.parse()
     if args.table or args.readme:
-        print(real_tables.full(read()), real_tables.by_method(read()), sep="\n\n")
+        rows = RESULTS.read()
+        print(real_tables.full(rows), real_tables.by_method(rows), sep="\n\n")
         if args.readme:
-            real_tables.to_readme(readme_text(read()), Path(__file__).resolve().parents[2] / "README.md")
+            harness.splice(harness.README, "real", readme_text(rows))
         return
-    if not real_data.available():
-        sys.exit(f"skipped: no real networks in {real_data.data_dir()} (set FASTFIP_DATA)")
+    real_data.require()
     if args.one:
         name, method, fraction, seed, setting = args.one
-        first = next((r for r in read() if r["net"] == name and not r["error"]), None)
+        first = next((r for r in RESULTS.read() if r["net"] == name and not r["error"]), None)
         row = run(name, method, float(fraction), int(seed), setting, first)
         print("ROW", *(f"{k}={v}" for k, v in row.items()), sep="\t")
         return
@@ -255,15 +186,15 @@ def main() -> None:
         for method in args.methods or fastfip.methods.names()
         if setting != "hidden" or real_data.SPECS[net].trigger is not None
     ]
-    there = set() if args.again else {key(r) for r in read() if not (args.retry and r["error"])}
-    todo = [item for item in todo if item not in there]
+    there = set() if args.again else {RESULTS.key(r) for r in RESULTS.read() if not (args.retry and r["error"])}
+    todo = [item for item in todo if tuple(map(str, item)) not in there]
     real_data.cifar10()  # decoded once, before the processes start
     # Two threads that are held to one core wait for each other: a run took ten times as long.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda item: one(item, threads, args.time_limit), todo))
-    print(real_tables.by_method(read()))
+    print(real_tables.by_method(RESULTS.read()))
 
 
 if __name__ == "__main__":

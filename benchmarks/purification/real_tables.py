@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
-__all__ = ["BADNETS", "best_first", "by_method", "by_net", "full", "to_readme"]
+from benchmarks import harness
+from benchmarks.harness import Row
 
-Row = dict[str, Any]
+__all__ = ["BADNETS", "best_first", "by_method", "by_net", "full"]
+
 Cell = tuple[str, float, str]  # net, fraction, setting
 REFERENCE = "fast_wfip"
 BASELINE = "fine_tune"
@@ -58,11 +58,6 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f}{tail}"
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def full(rows: Sequence[Row]) -> str:
     """Return every cell of every method: means over the seeds, +- is their standard deviation."""
     groups: dict[tuple[str, str, float, str], list[Row]] = defaultdict(list)
@@ -85,7 +80,7 @@ def full(rows: Sequence[Row]) -> str:
         f"seed {row['seed']}: {row['error']}"
         for row in broken
     ]
-    return _markdown(head, lines) + "\n".join(["", *tail] if tail else [])
+    return harness.table(head, lines) + "\n".join(["", *tail] if tail else [])
 
 
 def best_first(rows: Sequence[Row], reference: str = REFERENCE) -> list[str]:
@@ -138,7 +133,7 @@ def by_method(rows: Sequence[Row], reference: str = REFERENCE) -> str:
         )  # fmt: skip
     head = ["method", "cells", "DER", "worst", "sd over seeds", f"DER - {BASELINE}", f"DER - {reference}",
             "better / equal / worse", "CPU seconds", f"/ {reference}", "clean net", "BadNets removed"]  # fmt: skip
-    return _markdown(head, lines)
+    return harness.table(head, lines)
 
 
 def _removed(cells: dict[Cell, list[Row]]) -> str:
@@ -161,11 +156,4 @@ def by_net(rows: Sequence[Row], fraction: float, setting: str = "plain") -> str:
 
     lines = [["as received", *(figures([r for r in chosen if r["net"] == n][:1], "_before") for n in nets)]]
     lines += [[f"`{method}`", *(figures(cell(method, n)) for n in nets)] for method in best_first(chosen)]
-    return _markdown(["ACC / ASR", *nets], lines)
-
-
-def to_readme(text: str, path: Path) -> None:
-    """Put a table between its markers in the README."""
-    head, rest = path.read_text(encoding="utf-8").split("<!-- real:begin -->")
-    _, tail = rest.split("<!-- real:end -->")
-    path.write_text(f"{head}<!-- real:begin -->\n{text}\n<!-- real:end -->{tail}", encoding="utf-8")
+    return harness.table(["ACC / ASR", *nets], lines)

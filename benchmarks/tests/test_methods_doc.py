@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from benchmarks import methods_doc
+from benchmarks import harness, methods_doc
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
 
 def test_the_document_is_up_to_date():
     text = methods_doc.FILE.read_text(encoding="utf-8")
-    assert methods_doc.put(text, "methods", methods_doc.registry()) == text, "python -m benchmarks.methods_doc"
+    assert harness.spliced(text, "methods", methods_doc.registry()) == text, "python -m benchmarks.methods_doc"
 
 
 def test_every_method_has_its_section_and_settings():

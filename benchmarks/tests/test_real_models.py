@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import harness
 from benchmarks.purification import real_data, real_models, real_tables
 
 
@@ -51,7 +52,7 @@ def test_one_class_is_missing_and_the_seed_says_which():
 
 
 def row(**values):
-    base = dict.fromkeys(real_models.FIELDS, "")
+    base = dict.fromkeys(real_models.RESULTS.columns, "")
     base.update(net="badnets_mnist", method="wfip", fraction="0.05", setting="plain", seed="0", clean_images="50")
     base.update(
         acc_before="98", asr_before="99", acc="97", asr="1", ra="90", der="98", seconds="10", peak_memory_mb="5"
@@ -60,28 +61,29 @@ def row(**values):
 
 
 def test_rows_are_added_one_by_one_and_old_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
+    monkeypatch.setattr(real_models.RESULTS, "path", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
-    assert real_models.read() == []
+    assert real_models.RESULTS.read() == []
     old = row(method="fast_wfip")
-    with real_models.CSV.open("w", newline="") as file:  # from before there were settings and errors
+    with real_models.RESULTS.path.open("w", newline="") as file:  # from before there were settings and errors
         out = csv.DictWriter(
-            file, [n for n in real_models.FIELDS if n not in ("setting", "error")], extrasaction="ignore"
+            file, [n for n in real_models.RESULTS.columns if n not in ("setting", "error")], extrasaction="ignore"
         )
         out.writeheader()
         out.writerow(old)
-    assert real_models.read() == [old]
+    assert real_models.RESULTS.read() == [old]
     for new in (row(setting="missing"), row(seed=1), row(acc=1), row(acc=2)):
-        real_models.add(new)
-    assert [(r["method"], r["seed"], r["setting"], r["acc"]) for r in real_models.read()] == [
+        real_models.RESULTS.add([new])
+    assert [(r["method"], r["seed"], r["setting"], r["acc"]) for r in real_models.RESULTS.read()] == [
         ("wfip", "0", "plain", "2"), ("wfip", "1", "plain", "97"), ("fast_wfip", "0", "plain", "97"),
         ("wfip", "0", "missing", "97"),
     ]  # fmt: skip
 
 
 def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(real_models, "CSV", tmp_path / "r.csv")
+    monkeypatch.setattr(real_models.RESULTS, "path", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(harness, "here", dict)  # it runs git
     item = ("badnets_mnist", "wfip", 0.05, 0, "plain")
 
     def late(command, timeout, **options):
@@ -90,15 +92,15 @@ def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(real_models.subprocess, "run", late)
     real_models.one(item, 1, 7.0)
-    assert real_models.read()[0]["error"] == "over the time limit of 7 s"
+    assert real_models.RESULTS.read()[0]["error"] == "over the time limit of 7 s"
     broken = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: no\n")
     monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: broken)
     real_models.one(item, 1, None)
-    assert [r["error"] for r in real_models.read()] == ["exit code 1: ValueError: no"]
+    assert [r["error"] for r in real_models.RESULTS.read()] == ["exit code 1: ValueError: no"]
     good = "\t".join(["ROW", *(f"{k}={v}" for k, v in row().items())])
     monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, good, ""))
     real_models.one(item, 1, None)
-    assert [(r["error"], r["der"]) for r in real_models.read()] == [("", "98")]
+    assert [(r["error"], r["der"]) for r in real_models.RESULTS.read()] == [("", "98")]
 
 
 def test_tables():
@@ -130,10 +132,3 @@ def test_tables():
     whole = real_tables.full(rows)
     assert "no result: badnets_mnist, sau, 5%, plain, seed 0: no" in whole and "97.00 ± 1.41" in whole
     assert "one class missing" in real_models.readme_text(rows)
-
-
-def test_the_readme_keeps_what_is_around_the_table(tmp_path):
-    path = tmp_path / "R.md"
-    path.write_text("a\n<!-- real:begin -->\nold\n<!-- real:end -->\nb\n")
-    real_tables.to_readme("new", path)
-    assert path.read_text() == "a\n<!-- real:begin -->\nnew\n<!-- real:end -->\nb\n"
