@@ -12,23 +12,22 @@ numbers mean nothing and are not kept.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from benchmarks import gpu_measure as measure
-from fastfip import env
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.ops.problems import conv, dense
 from fastfip.ops.backends import cuda, triton
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "gpu.csv"
-COLUMNS = ["part", "workload", "size", "dtype", "way", "ms", "rate", "unit", "of_ceiling", "ratio", "error"]
+COLUMNS = "part workload size dtype way ms rate unit of_ceiling ratio error"
+RESULTS = harness.Results("gpu", f"{COLUMNS} device torch commit cuda triton cpu")  # each run replaces all rows
 NO_GPU = 3
 CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
 
@@ -44,7 +43,7 @@ def pytest(*arguments: str, before: tuple[str, ...] = ()) -> str:
     """Run tests in a process of their own; how they ended, in pytest's words."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if before else dict(os.environ)
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
+    done = subprocess.run(command, cwd=harness.ROOT, text=True, capture_output=True, env=environment)
     last = (done.stdout.strip().splitlines() or ["printed nothing"])[-1].strip("= ")
     if done.returncode not in (0, 5):
         print(done.stdout[-6000:] + done.stderr[-2000:])
@@ -52,7 +51,7 @@ def pytest(*arguments: str, before: tuple[str, ...] = ()) -> str:
     return last
 
 
-def tests() -> Iterator[dict[str, object]]:
+def tests() -> Iterator[Row]:
     """Run every GPU test there is: a row for each group."""
     missing = triton.reason()
     yield {
@@ -69,24 +68,24 @@ def tests() -> Iterator[dict[str, object]]:
         yield {"part": "tests", "workload": f"CUDA kernels under {tool}", "error": said}
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.rehearse:
-        clock = measure.Clock("cpu", 1, 0.01)
+        clock = harness.Clock("cpu", 1, 0.01)
         dtypes = [torch.float32, torch.bfloat16]
         yield from measure.ceilings(clock, 64, dtypes)
-        yield from measure.dense(clock, {"tiny": (2, 3, 8, 8)}, dtypes)
-        yield from measure.conv(clock, {"tiny": (2, 4, 4, 6, 3, 1, 1)}, [torch.float32])
+        yield from measure.kernels(clock, "dense", dense, {"tiny": (2, 3, 8, 8)}, dtypes)
+        yield from measure.kernels(clock, "conv", conv, {"tiny": (2, 4, 4, 6, 3, 1, 1)}, [torch.float32])
         yield from measure.passes(clock, measure.SMALL_NETS, False)
         return
-    clock = measure.Clock("cuda", 3 if options.quick else 7, 20 if options.quick else 200)
+    clock = harness.Clock("cuda", 3 if options.quick else 7, 20 if options.quick else 200)
     halves = [torch.bfloat16] if options.quick else [torch.bfloat16, torch.float16]
     yield from measure.ceilings(clock, 8192, [*halves, torch.float32])
-    yield from measure.dense(clock, measure.DENSE, [*halves[:1], torch.float32])
-    yield from measure.conv(clock, measure.CONV, [*halves[:1], torch.float32])
+    yield from measure.kernels(clock, "dense", dense, measure.DENSE, [*halves[:1], torch.float32])
+    yield from measure.kernels(clock, "conv", conv, measure.CONV, [*halves[:1], torch.float32])
     yield from measure.passes(clock, measure.NETS, not options.no_peers)
 
 
-def with_ceiling(found: list[dict[str, object]]) -> None:
+def with_ceiling(found: list[Row]) -> None:
     """Fill in the share of the device's own matrix product of the same type."""
     best = {r["dtype"]: float(str(r["rate"])) for r in found if r["part"] == "ceiling" and "dtype" in r}
     for r in found:
@@ -95,49 +94,39 @@ def with_ceiling(found: list[dict[str, object]]) -> None:
 
 
 def shown(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def table(found: list[dict[str, object]], title: str) -> None:
+def table(found: list[Row], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     view = Table(title=title, title_justify="left")
-    for column in COLUMNS:
+    for column in COLUMNS.split():
         view.add_column(column, justify="right" if column in ("ms", "rate", "of_ceiling", "ratio") else "left")
     before = None
     for r in found:
         if before not in (None, (r["part"], r["workload"])):
             view.add_section()
         before = (r["part"], r["workload"])
-        view.add_row(*(shown(r.get(column, "")) for column in COLUMNS))
+        view.add_row(*(shown(r.get(column, "")) for column in COLUMNS.split()))
     Console(width=None if sys.stdout.isatty() else 200).print(view)
 
 
-def save(found: list[dict[str, object]]) -> None:
-    here = env.collect()
-    stamp = {"device": torch.cuda.get_device_name(), "torch": here["torch"], "commit": here["commit"]}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *stamp], restval="")
-        writer.writeheader()
-        for r in found:
-            writer.writerow({k: shown(v) for k, v in {**r, **stamp}.items()})
+def save(found: list[Row]) -> None:
+    device = torch.cuda.get_device_name()
+    RESULTS.add([{**{k: shown(v) for k, v in r.items()}, "device": device} for r in found])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny sizes, no tests, nothing kept")
-    options = parser.parse_args()
+    options = parser.parse()
     why = why_not()
     if why and not options.rehearse:
         print(f"no GPU to measure: {why}")

@@ -195,10 +195,13 @@ def nngeometry(w: Workload) -> Diagonal:
     return out
 
 
+PEERS: dict[str, Way] = {"backpack": backpack, "opacus": opacus, "nngeometry": nngeometry}
+
+
 def ways(peers: bool = True) -> dict[str, Way]:
     found: dict[str, Way] = {"plain": plain}
     for backend in OPS["sum_grad_squared"].backends:
         found[f"fastfip {backend.name}"] = functools.partial(ours, backend=backend.name)
     found["fastfip with gradient"] = together
     found |= {"one backward each": one_by_one, "vmap(grad)": vmap_grad}
-    return {**found, "backpack": backpack, "opacus": opacus, "nngeometry": nngeometry} if peers else found
+    return {**found, **PEERS} if peers else found

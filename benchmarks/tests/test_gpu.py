@@ -20,7 +20,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
 
 
 def test_rehearsal(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.csv")
+    monkeypatch.setattr(gpu.RESULTS, "path", tmp_path / "gpu.csv")
     assert run(monkeypatch, "--rehearse") == 0
     printed = capsys.readouterr()
     rows = [dict(cell.split("=", 1) for cell in line.split("  ") if "=" in cell) for line in printed.err.splitlines()]
@@ -30,7 +30,7 @@ def test_rehearsal(monkeypatch, capsys, tmp_path):
         if r.get("way", "").endswith(("reference", "reference + gradient")):
             assert float(r["ms"]) > 0 and float(r["error"]) < 1e-2
     assert sum("cannot run: it runs on CUDA devices" in r.get("error", "") for r in rows) >= 6
-    assert not gpu.RESULTS.exists()  # a rehearsal's numbers mean nothing
+    assert not gpu.RESULTS.path.exists()  # a rehearsal's numbers mean nothing
 
 
 def test_a_failed_test_is_the_exit_code(monkeypatch):
@@ -52,3 +52,14 @@ def test_shares_of_the_ceiling_compare_equal_types():
     ]
     gpu.with_ceiling(rows)
     assert rows[1]["of_ceiling"] == 0.25 and "of_ceiling" not in rows[2]
+
+
+def test_rows_are_kept_with_the_device_they_are_of(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu.RESULTS, "path", tmp_path / "gpu.csv")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    for part in ("dense", "conv"):
+        gpu.save([{"part": part, "ms": 1234.5}, {"part": "tests", "ms": 0.12345, "error": "3 passed"}])
+    rows = [(r["part"], r["ms"], r["error"], r["device"], r["torch"]) for r in gpu.RESULTS.read()]
+    assert rows == [("conv", "1234", "", "some GPU", torch.__version__),
+                    ("tests", "0.123", "3 passed", "some GPU", torch.__version__)]  # fmt: skip
