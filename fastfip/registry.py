@@ -1,17 +1,43 @@
-"""Tables of what has a name and a file of its own: methods, attacks. A file that is in the folder is found."""
+"""Tables of what has a name and a file of its own: methods, attacks. A file that is in the folder is found.
+
+Other packages add to them by entry points, in a group named like the package here, e.g. `fastfip.methods`; each is a
+class. A class that nobody registered is named by where it is: `module:Class`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fastfip.errors import ConfigError, choices
+from fastfip.errors import ConfigError, choices, reason
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "working_folder_importable"]
 
 T = TypeVar("T", bound=type)
+
+
+@contextlib.contextmanager
+def working_folder_importable() -> Iterator[None]:
+    """Let modules in the working folder be imported in a block, after everything that is installed.
+
+    Last and only for the block: a folder that was downloaded may hold a module with the name of a dependency.
+    """
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.reverse()  # the last one is the one that was appended
+        sys.path.remove(here)
+        sys.path.reverse()
 
 
 class Registry(Generic[T]):
@@ -20,15 +46,17 @@ class Registry(Generic[T]):
     Modules and folders whose name begins with an underscore are parts that several share, and are passed over.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, base: type) -> None:
         """Make an empty table.
 
         Args:
             kind: what errors call an entry, e.g. "method".
-            package: the full name of the package whose modules register themselves.
+            package: the full name of the package whose modules register themselves, and of the group of entry points.
+            base: what every entry is a subclass of.
         """
-        self.kind, self.package = kind, package
+        self.kind, self.package, self.base = kind, package, base
         self._known: dict[str, T] = {}
+        self._plugins_loaded = False
 
     def register(self, cls: T) -> T:
         """Make a class known by its `name`; a class decorator.
@@ -54,14 +82,44 @@ class Registry(Generic[T]):
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self.package}.{module.name}")
+        self._load_plugins()
         return sorted(self._known)
 
+    def _load_plugins(self) -> None:
+        """Register what other packages offer; one that is broken is said to be so, and the others are there."""
+        if self._plugins_loaded:
+            return
+        self._plugins_loaded = True
+        for point in importlib.metadata.entry_points(group=self.package):
+            try:
+                self.register(self._checked(point.load(), point.value))
+            except Exception as error:  # whatever somebody else's package raises
+                said = f"the {self.kind} {point.name!r} ({point.value}) cannot be used"
+                warnings.warn(f"{said}: {type(error).__name__}: {reason(error)}", stacklevel=2)
+
+    def _checked(self, entry: Any, where: str) -> T:
+        if not (isinstance(entry, type) and issubclass(entry, self.base)):
+            raise ConfigError(f"{where} is no {self.kind}: it must be a subclass of {self.base.__name__}")
+        return entry  # type: ignore[return-value]  # T is the base's type
+
+    def _from_module(self, place: str) -> T:
+        """Return the class that `module:Class` names; modules of the working folder are found as well."""
+        module, _, name = place.partition(":")
+        try:
+            with working_folder_importable():
+                entry = getattr(importlib.import_module(module), name)
+        except Exception as error:  # whatever the user's module raises
+            raise ConfigError(f"no {self.kind} {place!r}: {type(error).__name__}: {reason(error)}") from error
+        return self.register(self._checked(entry, place))
+
     def get(self, name: str) -> T:
-        """Return the class of this name.
+        """Return the class of this name, or the one that `module:Class` names.
 
         Raises:
             ConfigError: there is none; the nearest is named.
         """
+        if ":" in str(name):
+            return self._from_module(name)
         own_file = f"{self.package}.{name}"
         if name not in self._known and str(name).isidentifier() and importlib.util.find_spec(own_file):
             importlib.import_module(own_file)  # without importing all the others

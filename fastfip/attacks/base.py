@@ -95,7 +95,7 @@ def attack_labels(y: Tensor, target: AttackTarget, classes: int | None = None) -
     return torch.full_like(y, target)
 
 
-_REGISTRY: Registry[type[Attack]] = Registry("attack", "fastfip.attacks")
+_REGISTRY: Registry[type[Attack]] = Registry("attack", "fastfip.attacks", Attack)
 
 
 def register(cls: A) -> A:

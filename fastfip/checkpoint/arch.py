@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastfip.errors import ConfigError, ModelError
+from fastfip.registry import working_folder_importable
 
 __all__ = ["load_arch"]
 
@@ -36,14 +36,19 @@ def load_arch(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Modul
     if module_name.endswith(".py") or "/" in module_name or "\\" in module_name:
         name = module_name.removesuffix(".py").replace("\\", "/").strip("./").replace("/", ".")
         raise ConfigError(f"arch {spec!r} must name a module, not a file: {name}:{path}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    with working_folder_importable():
+        model = _built(spec, module_name, path, arguments or {})
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"arch {spec!r} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _built(spec: str, module_name: str, path: str, arguments: Mapping[str, Any]) -> Any:
     try:
         factory: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]
-        why = f"there is none here ({here}) or installed" if missing else f"{type(error).__name__}: {error}"
+        why = f"there is none here ({Path.cwd()}) or installed" if missing else f"{type(error).__name__}: {error}"
         raise ModelError(f"arch {spec!r}: module {module_name} cannot be imported: {why}") from error
     for part in path.split("."):
         if not hasattr(factory, part):
@@ -54,11 +59,8 @@ def load_arch(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Modul
     if not callable(factory):
         raise ModelError(f"arch {spec!r} is a {type(factory).__name__}, not a function or class")
     try:
-        model = factory(**(arguments or {}))
+        return factory(**arguments)
     except TypeError as error:
-        raise ConfigError(f"arch {spec!r} does not take {dict(arguments or {})}: {error}") from error
+        raise ConfigError(f"arch {spec!r} does not take {dict(arguments)}: {error}") from error
     except Exception as error:
         raise ModelError(f"arch {spec!r} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"arch {spec!r} returned a {type(model).__name__}, not an nn.Module")
-    return model

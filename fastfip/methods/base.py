@@ -102,7 +102,7 @@ class Method(ABC):
         """
 
 
-_REGISTRY: Registry[type[Method]] = Registry("method", "fastfip.methods")
+_REGISTRY: Registry[type[Method]] = Registry("method", "fastfip.methods", Method)
 
 
 def register(cls: M) -> M:
