@@ -58,8 +58,6 @@ class TriggerForm(ABC):
     """One form of change, with parameters for every class."""
 
     name: ClassVar[str]
-    rate: float  # of Adam
-    usual: float  # a usual size, by which the penalty is scaled
 
     def __init__(self, x: Tensor) -> None:
         axes = [0, *range(2, x.dim())]
@@ -76,24 +74,35 @@ class TriggerForm(ABC):
     def size(self, scale: Tensor | float = 1.0) -> Tensor:
         """Return the size [C] of the changes, enlarged `scale` times."""
 
+    @abstractmethod
+    def step(self, reached: Tensor, left: float) -> None:
+        """Move by the gradient: smaller where the class is reached [C], larger where not; `left` falls from 1 to 0."""
+
     def mask(self, scale: Tensor) -> Tensor | None:
         """Return the mask, where the form has one."""
         return None
 
 
 class Additive(TriggerForm):
-    """x + delta, kept in the range that the clean inputs span."""
+    """x + delta, kept in the range that the clean inputs span.
+
+    The direction of delta follows the gradient and its norm is set apart (Rony et al., CVPR 2019). Steps of Adam are
+    alike in every coordinate: a change that needs only a few of them came out twice as large as it has to be after
+    100 steps, no smaller than those of other classes.
+    """
 
     name = "additive"
-    usual = 0.1
 
     def __init__(self, x: Tensor, classes: int, generator: torch.Generator) -> None:
         super().__init__(x)
         start = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu").to(x)
         spread = self.unit / math.sqrt(x[0].numel())
-        self.rate = 0.02 * spread
         self.delta = (1e-3 * spread * start).requires_grad_(True)
         self.parameters = [self.delta]
+        self.norm = torch.full((classes,), 0.1 * self.unit, dtype=x.dtype, device=x.device)
+        # Larger than a change of everything by the whole range is pointless.
+        self.largest = float((self.high - self.low).expand(1, *x.shape[1:]).square().sum().sqrt())
+        self.course = torch.zeros_like(self.delta)
 
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return x + scale * delta_c, clamped."""
@@ -102,14 +111,24 @@ class Additive(TriggerForm):
 
     def size(self, scale: Tensor | float = 1.0) -> Tensor:
         """Return the L2 norm over that of a typical input."""
-        return self.delta.flatten(1).square().sum(1).add(1e-20).sqrt() * scale / self.unit
+        return _norm(self.delta) * scale / self.unit
+
+    def step(self, reached: Tensor, left: float) -> None:
+        """Turn delta by at most a fifth of its norm, and shrink or enlarge the norm by at most a twentieth."""
+        gradient = self.delta.grad
+        assert gradient is not None
+        pace = math.sin(math.pi / 2 * left)
+        with torch.no_grad():
+            self.course.lerp_(gradient / _like(_norm(gradient), gradient), 0.5)
+            moved = self.delta - _like(0.2 * pace * self.norm / _norm(self.course), gradient) * self.course
+            self.norm = (self.norm * torch.where(reached, 1 - 0.05 * pace, 1 + 0.05 * pace)).clamp(max=self.largest)
+            self.delta.copy_(moved * _like(self.norm / _norm(moved), moved))
 
 
 class Patch(TriggerForm):
     """(1 - m) x + m p: mask and pattern in the range of the clean inputs; one mask value for all channels."""
 
     name = "patch"
-    rate = 0.1
 
     def __init__(self, x: Tensor, classes: int, generator: torch.Generator) -> None:
         super().__init__(x)
@@ -118,7 +137,10 @@ class Patch(TriggerForm):
         self.mask_logits = (0.1 * draw(shape) - 2.0).requires_grad_(True)
         self.pattern_logits = (0.1 * draw((classes, *x.shape[1:]))).requires_grad_(True)
         self.parameters = [self.mask_logits, self.pattern_logits]
-        self.usual = float(self.size().detach().mean())
+        self.usual = float(self.size().detach().mean())  # by which the penalty is scaled
+        # Strong at first and falling: from below, a change is never large in places that it does not need.
+        self.weight = torch.full((classes,), 10.0, device=x.device)
+        self.adam = torch.optim.Adam(self.parameters, lr=0.1, betas=(0.5, 0.9))
 
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return the inputs with the patch of class c on them."""
@@ -129,6 +151,12 @@ class Patch(TriggerForm):
         """Return the sum of the mask."""
         m = self.mask_logits.sigmoid().flatten(1)
         return (m * (scale[:, None] if isinstance(scale, Tensor) else scale)).clamp(max=1).sum(1)
+
+    def step(self, reached: Tensor, left: float) -> None:
+        """Let Adam make a step on the loss and the penalty, whose weight rises while the class is reached."""
+        (self.weight * self.size() / self.usual).sum().backward()
+        self.adam.step()
+        self.weight = torch.where(reached, self.weight * 1.2, self.weight / 1.2).clamp(1e-4, 1e4)
 
     def mask(self, scale: Tensor) -> Tensor:
         """Return the mask."""
@@ -155,9 +183,10 @@ def invert(
 ) -> Inverted:
     """Look for the smallest change of one form for every class.
 
-    For each class the cross-entropy towards it plus a multiple of the size is minimised by Adam; the multiple rises
-    while the class is reached and falls while it is not (Neural Cleanse, sec. 4). Then the changes are scaled, class
-    by class, to the size at which just `reach` of the samples go there, so that sizes are compared at equal success.
+    For each class the cross-entropy towards it is minimised while the size is pressed down as long as the class is
+    reached and let go while it is not: for patches by a penalty with Adam (Neural Cleanse, sec. 4), for additive
+    changes by setting their norm. Then the changes are scaled, class by class, to the size at which just `reach` of the
+    samples go there, so that sizes are compared at equal success.
 
     Args:
         model: in eval mode; its parameters get no gradient.
@@ -227,16 +256,14 @@ class _Search:
         """Minimise."""
         form, C = self.form, self.classes
         device = self.x.device
-        optimizer = torch.optim.Adam(form.parameters, lr=form.rate, betas=(0.5, 0.9))
-        # Strong at first and falling: from below, a change is never large in places that it does not need.
-        weight = torch.full((C,), 10.0, device=device)
         success = torch.zeros(C, device=device)
         best = [p.detach().clone() for p in form.parameters]
         smallest = torch.full((C,), math.inf, device=device)
         c_all = torch.arange(C, device=device).repeat_interleave(per_class)
-        for _ in range(steps):
+        for step in range(steps):
             index = self.draw(per_class).flatten()
-            optimizer.zero_grad()
+            for p in form.parameters:
+                p.grad = None
             hits = torch.zeros(C, device=device)
             for part in torch.arange(len(index), device=device).split(self.chunk):
                 c = c_all[part]
@@ -249,16 +276,15 @@ class _Search:
                         "search needs: give the net in floating point"
                     )
                 hits.index_add_(0, c, (logits.detach().argmax(1) == wanted).float())
-            size = form.size()
-            (weight * size / form.usual).sum().backward()
+            size = form.size().detach()
             success = 0.7 * success + 0.3 * hits / per_class
-            # The multiplier makes the size swing: what is kept is the smallest that did reach, or else the last.
-            better = (success >= self.reach) & (size.detach() < smallest) | smallest.isinf()
+            reached = success >= self.reach
+            # The size swings: what is kept is the smallest that did reach, or else the last.
+            better = reached & (size < smallest) | smallest.isinf()
             for kept, now in zip(best, form.parameters):
                 kept[better] = now.detach()[better]
-            smallest = torch.where(better & (success >= self.reach), size.detach(), smallest)
-            optimizer.step()
-            weight = torch.where(success >= self.reach, weight * 1.2, weight / 1.2).clamp(1e-4, 1e4)
+            smallest = torch.where(better & reached, size, smallest)
+            form.step(reached, 1 - step / steps)
         with torch.no_grad():
             for kept, now in zip(best, form.parameters):
                 now.copy_(kept)
@@ -307,6 +333,11 @@ class _Search:
             form.mask(high),
             apply,
         )
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the L2 norm [C] of each class's part, never 0."""
+    return x.flatten(1).square().sum(1).add(1e-20).sqrt()
 
 
 def _like(scale: Tensor, x: Tensor) -> Tensor:

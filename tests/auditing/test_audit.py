@@ -46,12 +46,37 @@ def audited(digits):
     return fastfip.audit(bad, clean, purified=good, poisoned=poisoned, asr_loader=[triggered], steps=80)
 
 
-def test_the_planted_class_is_first_and_flagged_and_the_clean_twin_is_not(audited):
-    bad, good = audited.received, audited.purified
-    for form in FORMS:
-        assert bad.anomaly[form].classes[0] == TARGET
-    assert bad.flagged == [TARGET] and bad.verdict == "flagged"
-    assert good.flagged == [] and good.verdict != "flagged"
+@pytest.fixture(scope="module")
+def others(audited):
+    """What is found on two more backdoored nets and a clean one, of other triggers and other images, by name."""
+    from fastfip import demo
+
+    found = {"white, 0": audited.received, "clean, 0": audited.purified}
+    for name, seed, attack in (
+        ("checker, 0", 0, demo.BadNets(size=3, pattern="checker")),
+        ("away from the border, 1", 1, demo.BadNets(size=2, margin=2)),
+        ("clean, 1", 1, NoAttack()),
+    ):
+        x, y, _, _ = demo.digits(seed)
+        net = demo.train_backdoored(x, y, attack, seed, epochs=6)
+        found[name] = fastfip.audit(net, [(x[:300], y[:300])], steps=80, sharpness=False).received
+    return found
+
+
+def test_the_planted_class_is_first_and_flagged_and_the_clean_twin_is_not(audited, others):
+    """The margins are wide: nets differ by the instruction set they were trained with, as by another seed."""
+    for name, net in others.items():
+        for form, ranks in net.anomaly.items():
+            size = net.inverted[form].size
+            if name.startswith("clean"):
+                assert ranks.ratio > 0.5, (name, form, ranks)
+            else:
+                assert ranks.classes[0] == TARGET, (name, form, size)
+                # Measured over three seeds and three instruction sets: at most 0.67, additive, and 0.19, patch.
+                assert float(size[TARGET]) < {"additive": 0.8, "patch": 0.5}[form] * float(size[1:].min()), (name, size)
+        assert net.flagged == ([] if name.startswith("clean") else [TARGET]), (name, str(net.words()))
+    bad = audited.received
+    assert bad.verdict == "flagged" and audited.purified.verdict != "flagged"
     one = bad.inverted["patch"]
     assert bool(one.reached[TARGET]) and float(one.success[TARGET]) >= 0.9
     assert "class 0 flagged" in str(audited) and "not a certificate" in str(audited)
