@@ -47,7 +47,10 @@ def _commit() -> str | None:
 def _native() -> str:
     from fastfip.ops.backends import native
 
-    return f"yes ({native.isa()})" if native.available() else f"no: {native.reason()}"
+    if not native.available():
+        return f"no: {native.reason()}"
+    best = native.module().best_isa().name
+    return f"yes ({native.isa()})" if native.isa() == best else f"yes ({native.isa()}, by FASTFIP_ISA; best is {best})"
 
 
 def _backend() -> str:

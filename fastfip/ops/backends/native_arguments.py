@@ -17,15 +17,13 @@ def matrix_argument(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 def isa_argument(name: str | None) -> int:
-    """Number of an instruction set; None: the best one of this CPU."""
+    """Number of an instruction set; None: the best one of this CPU, or that of FASTFIP_ISA."""
     module = native.module()
-    if name is None:
-        return int(module.best_isa())
-    wanted = module.Isa.__members__.get(name)
+    wanted = module.Isa.__members__.get(native.isa() if name is None else name)
     if wanted is None:
         raise BackendError(f"no instruction set {name!r}: use one of {', '.join(module.Isa.__members__)}")
     if int(wanted) > int(module.best_isa()):
-        raise BackendError(f"this CPU lacks {name}: it has {native.isa()}")
+        raise BackendError(f"this CPU lacks {name}: it has {module.best_isa().name}")
     return int(wanted)
 
 
