@@ -30,7 +30,8 @@ CLEAN = 70  # 5 % of the training set
 EPOCHS = 15
 BATCH = 64
 #: A net this small, held by 63 images, wants smaller steps than the default: at lr 0.1 accuracy falls by 1.0 to 4.3
-#: points over six seeds, at 0.05 by 0.5 to 3.0; ASR is below 2 % in all of them.
+#: points over six seeds, at 0.05 by 0.5 to 3.0; ASR is below 2 % in all of them. Of twelve nets (four seeds, three
+#: instruction sets to train with) one kept 14 % at 0.05 and 9 % at 0.1, the others at most 2.3 %.
 OPTIONS: dict[str, dict[str, Any]] = {"fast_wfip": {"lr": 0.05}}
 
 
