@@ -49,7 +49,7 @@ def audited(digits):
 @pytest.fixture(scope="module")
 def others(audited):
     """What is found on two more backdoored nets and a clean one, of other triggers and other images, by name."""
-    from fastfip import demo
+    from fastfip.cli import demonstration as demo
 
     found = {"white, 0": audited.received, "clean, 0": audited.purified}
     for name, seed, attack in (
