@@ -11,6 +11,21 @@ import torch
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# Folders and files whose tests train or multiply: what they find must not hang on the rounding of one CPU.
+NUMERIC = {
+    "ops", "fisher", "spectral", "methods", "test_audit", "test_compare", "test_curvature", "test_demo", "test_metrics",
+    "test_native_grad_norm_squared", "test_native_isa", "test_native_sum_grad_squared", "test_purify", "test_softmax",
+    "test_training", "test_worst_case",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of `NUMERIC`."""
+    for item in items:
+        if NUMERIC & {item.path.stem, item.path.parent.name}:
+            item.add_marker("numeric")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same numbers in every run and every order of the tests."""
