@@ -26,7 +26,7 @@ from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usa
 from fastfip.nets.state import requires_grad
 from fastfip.purification.process import seeded
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
-from fastfip.worst_case.universal import perturbable
+from fastfip.worst_case.pixels import perturbable
 
 __all__ = ["audit"]
 

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastfip.data.batch import Batch
 from fastfip.errors import ModelError
 from fastfip.methods._masks import Masks, per_element, weights_of
-from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods._pixels import PixelConfig, range_of
 from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["AWM", "AWMConfig"]
@@ -95,7 +95,7 @@ class AWM(Method):
         few = run.classes is not None and run.clean.n <= run.classes
         self.alpha = (0.99 if few else 0.9) if config.alpha is None else config.alpha
         self.tau = (100.0 if few else 1000.0) if config.tau is None else config.tau
-        self.range = PixelRange.of_run(run, "the masks were tuned by the clean loss alone")
+        self.range = range_of(run, "the masks were tuned by the clean loss alone")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.order: Iterator[Batch] | None = None
 
@@ -116,7 +116,7 @@ class AWM(Method):
             delta = None if self.range is None else self.deltas.get(tuple(run.task.inputs(batch).shape[1:]))
             if delta is not None and self.alpha < 1:
                 assert self.range is not None
-                moved = self.range.moved(run, batch, delta)
+                moved = self.range.moved(run.task, batch, delta)
                 with run.bn("eval"), run.autocast():
                     there = run.loss(run.forward(moved), batch).mean()
                 run.backward((1 - self.alpha) * there)
@@ -147,7 +147,7 @@ class AWM(Method):
         if self.config.labels == "predicted" and run.classes is not None and run.task.loss_hook is None:
             with torch.no_grad(), cast:
                 batch = run.task.relabel(batch, run.forward(batch).argmax(1))
-        moved = self.range.moved(run, batch, delta)
+        moved = self.range.moved(run.task, batch, delta)
         with cast:
             loss = run.task.loss(run.forward(moved), batch).mean()
         (gradient,) = torch.autograd.grad(loss, delta, allow_unused=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.fisher.modes import readable
-from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods._pixels import PixelConfig, range_of
 from fastfip.methods.base import Groups, Method, Run, register, setting
 
 __all__ = ["IBAU", "IBAUConfig", "hypergradient"]
@@ -154,7 +154,7 @@ class IBAU(Method):
         config = run.config
         assert isinstance(config, IBAUConfig)
         self.config = config
-        self.range = PixelRange.of_run(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the net was only fine-tuned")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.round = 0
 
@@ -195,7 +195,7 @@ class IBAU(Method):
     def at(self, run: Run, batch: Batch, delta: Tensor) -> Tensor:
         """Return the mean loss of a batch moved by delta [1 or N, ch, ...]."""
         assert self.range is not None
-        moved = self.range.moved(run, batch, delta)
+        moved = self.range.moved(run.task, batch, delta)
         # Second derivatives in float16 overflow without a scaler of their own.
         cast = contextlib.nullcontext() if run.amp == torch.float16 else run.autocast()
         with readable(run.model, second_order=True), cast:

@@ -14,7 +14,7 @@ from fastfip.errors import ModelError
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.worst_case.universal import perturbable
+from fastfip.worst_case.pixels import perturbable
 
 __all__ = ["NFT", "NFTConfig", "floor"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
-from fastfip.methods._pixels import PixelConfig, PixelRange
+from fastfip.methods._pixels import PixelConfig, range_of
 from fastfip.methods.base import Groups, Method, Run, register, setting
 from fastfip.nets.state import frozen_copy
 
@@ -84,7 +84,7 @@ class SAU(Method):
         assert isinstance(config, SAUConfig)
         self.config = config
         self.received = frozen_copy(run.model)
-        self.range = PixelRange.of_run(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the net was only fine-tuned")
         self.classified = run.classes is not None and run.task.loss_hook is None
         if self.range is not None and not self.classified:
             run.note("loss= has no classes to share: perturbed inputs are unlearned towards their own labels")
@@ -98,7 +98,7 @@ class SAU(Method):
         if self.range is None:
             return super().backward(run, batch)
         config = self.config
-        moved = self.range.moved(run, batch, self.search(run, batch))
+        moved = self.range.moved(run.task, batch, self.search(run, batch))
         with run.autocast():
             clean = run.loss(run.forward(batch), batch).mean()
         run.backward(config.clean_weight * clean)
@@ -163,7 +163,7 @@ class SAU(Method):
     def _search_loss(self, run: Run, batch: Batch, delta: Tensor) -> tuple[Tensor, bool]:
         """What the perturbation minimises, and whether a sample is still open."""
         assert self.range is not None
-        moved = self.range.moved(run, batch, delta)
+        moved = self.range.moved(run.task, batch, delta)
         outputs = [run.task.forward(net, moved) for net in (run.model, self.received)]
         losses = [run.task.loss(out, batch) for out in outputs]
         if not self.classified:

@@ -22,6 +22,7 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.state import requires_grad
+from fastfip.worst_case.pixels import PixelRange, typical_norm
 
 __all__ = ["FORMS", "Additive", "Inverted", "Patch", "TriggerForm", "invert"]
 
@@ -60,9 +61,8 @@ class TriggerForm(ABC):
     name: ClassVar[str]
 
     def __init__(self, x: Tensor) -> None:
-        axes = [0, *range(2, x.dim())]
-        self.low, self.high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-        self.unit = float(x.std(unbiased=False)) * math.sqrt(x[0].numel()) or 1.0
+        self.range = PixelRange.of_inputs(x)
+        self.unit = typical_norm(x)
 
     parameters: list[Tensor]
 
@@ -101,13 +101,13 @@ class Additive(TriggerForm):
         self.parameters = [self.delta]
         self.norm = torch.full((classes,), 0.1 * self.unit, dtype=x.dtype, device=x.device)
         # Larger than a change of everything by the whole range is pointless.
-        self.largest = float((self.high - self.low).expand(1, *x.shape[1:]).square().sum().sqrt())
+        self.largest = float(self.range.span.expand(1, *x.shape[1:]).square().sum().sqrt())
         self.course = torch.zeros_like(self.delta)
 
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return x + scale * delta_c, clamped."""
         moved = x + _like(scale, x) * self.delta[c]
-        return torch.minimum(torch.maximum(moved, self.low), self.high)
+        return self.range.clamp(moved)
 
     def size(self, scale: Tensor | float = 1.0) -> Tensor:
         """Return the L2 norm over that of a typical input."""
@@ -145,7 +145,7 @@ class Patch(TriggerForm):
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
         """Return the inputs with the patch of class c on them."""
         m = (self.mask_logits.sigmoid()[c] * _like(scale, x)).clamp(max=1)
-        return x + m * (self.low + (self.high - self.low) * self.pattern_logits.sigmoid()[c] - x)
+        return x + m * (self.range.low + self.range.span * self.pattern_logits.sigmoid()[c] - x)
 
     def size(self, scale: Tensor | float = 1.0) -> Tensor:
         """Return the sum of the mask."""

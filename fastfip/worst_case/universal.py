@@ -10,7 +10,6 @@ Index letters: `n` sample, `c` class. A perturbation has the shape of one input.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,19 +17,10 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
-from fastfip.errors import DataError
 from fastfip.nets.state import requires_grad
+from fastfip.worst_case.pixels import PixelRange, typical_norm
 
-__all__ = ["Perturbations", "perturbable"]
-
-
-def perturbable(task: Task, batch: Batch) -> bool:
-    """Return whether the inputs of a batch are real numbers of one shape for each sample, so that they can be moved."""
-    try:
-        x = task.inputs(batch)
-    except DataError:
-        return False
-    return x.is_floating_point() and x.dim() >= 2
+__all__ = ["Perturbations"]
 
 
 @dataclass
@@ -39,16 +29,15 @@ class Perturbations:
 
     Attributes:
         delta: [C, *input], on the device of the inputs.
-        low, high: per-channel range of the clean inputs [1, ch, 1, ...]: perturbed inputs stay in it, so nothing needs
-            to be known of how the user scales images.
+        range: of each channel of the clean inputs: perturbed inputs stay in it, so nothing needs to be known of how the
+            user scales images.
         unit: the norm of typical inputs, sqrt(d) times their standard deviation. The radius is a multiple of it.
         radius: L2 bound of each perturbation, in the inputs' own units.
         success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
     """
 
     delta: Tensor
-    low: Tensor
-    high: Tensor
+    range: PixelRange
     unit: float
     radius: float
     generator: torch.Generator
@@ -65,15 +54,13 @@ class Perturbations:
             generator: CPU generator; nothing else is drawn from.
             radius: of the first bound, in units of `unit`.
         """
-        axes = [0, *range(2, x.dim())]
         x = x.detach().float()
-        unit = float(x.std(unbiased=False)) * math.sqrt(x[0].numel()) or 1.0
+        unit = typical_norm(x)
         delta = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu").to(x.device)
         delta *= 1e-3 * radius * unit / _norms(delta)
         return cls(
             delta,
-            x.amin(axes, keepdim=True),
-            x.amax(axes, keepdim=True),
+            PixelRange.of_inputs(x),
             unit,
             radius * unit,
             generator,
@@ -87,8 +74,7 @@ class Perturbations:
 
     def apply(self, x: Tensor, c: Tensor, delta: Tensor | None = None) -> Tensor:
         """Return inputs [N, ...] moved by the perturbation of their class `c` [N], within the clean inputs' range."""
-        moved = x + (self.delta if delta is None else delta)[c].to(x.dtype)
-        return torch.minimum(torch.maximum(moved, self.low.to(x.dtype)), self.high.to(x.dtype))
+        return self.range.clamp(x + (self.delta if delta is None else delta)[c].to(x.dtype))
 
     def draw(self, y: Tensor, sharpness: float) -> Tensor:
         """Return for each sample a class other than its own, the likelier the better its perturbation works.
@@ -120,8 +106,7 @@ class Perturbations:
         """Return the perturbations of the classes `c` [N] as a leaf [N, ...], and the batch moved by them."""
         x = task.inputs(batch)
         used = self.delta.detach()[c].to(x.dtype).requires_grad_(True)
-        moved = torch.minimum(torch.maximum(x + used, self.low.to(x.dtype)), self.high.to(x.dtype))
-        return used, task.replace_inputs(batch, moved)
+        return used, task.replace_inputs(batch, self.range.clamp(x + used))
 
     def step(self, logits: Tensor, used: Tensor, c: Tensor, step: float = 0.3, retain_graph: bool = False) -> Tensor:
         """Take the step of `improve` from the logits of a pass that was there anyway (see `moved`)."""

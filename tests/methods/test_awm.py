@@ -11,10 +11,10 @@ import fastfip
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
-from fastfip.methods._pixels import PixelRange
 from fastfip.methods.awm import AWM, AWMConfig
 from fastfip.methods.base import Run
 from fastfip.testing import nets
+from fastfip.worst_case.pixels import PixelRange
 from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same
 
 MEAN, STD = torch.tensor([0.4, 0.5]).reshape(2, 1, 1), torch.tensor([0.2, 0.3]).reshape(2, 1, 1)
@@ -61,11 +61,11 @@ def test_the_range_is_that_of_the_clean_images_by_channel() -> None:
     run, method = started(plain_net(), (x - MEAN) / STD, y)
     torch.testing.assert_close(method.range.low[0], -MEAN / STD)
     torch.testing.assert_close(method.range.high[0], (1 - MEAN) / STD)
-    given = PixelRange.of(run, low=(-2.0, -3.0), high=4.0)
+    given = PixelRange.of_batches(run.clean.batches(), run.task, low=(-2.0, -3.0), high=4.0)
     assert given.low.flatten().tolist() == [-2.0, -3.0] and given.high.flatten().tolist() == [4.0, 4.0]
     for low, high, words in (((1.0, 2.0, 3.0), None, "3 numbers for inputs of 2"), (5.0, 4.0, "high must be above")):
         with pytest.raises(ConfigError, match=words):
-            PixelRange.of(run, low, high)
+            PixelRange.of_batches(run.clean.batches(), run.task, low, high)
 
 
 def test_a_flat_channel_is_perturbed_in_the_units_of_the_others() -> None:
@@ -97,7 +97,7 @@ def test_the_perturbation_stays_in_its_ball_and_images_in_their_range(tau: float
     method.ascend(run)
     (delta,) = method.deltas.values()
     assert float(delta.abs().sum()) == pytest.approx(tau, rel=1e-4)  # so large a step reaches the bound
-    moved = method.range.moved(run, ((x - MEAN) / STD, y), delta)[0] * STD + MEAN
+    moved = method.range.moved(run.task, ((x - MEAN) / STD, y), delta)[0] * STD + MEAN
     assert float(moved.min()) >= -1e-5 and float(moved.max()) <= 1 + 1e-5
     torch.testing.assert_close(moved, (x + delta).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
@@ -110,7 +110,8 @@ def test_the_ascent_leads_away_from_the_nets_own_answers() -> None:
     state = {k: v.clone() for k, v in run.model.state_dict().items()}
     method.ascend(run)
     (delta,) = method.deltas.values()
-    assert float(F.cross_entropy(run.model(method.range.moved(run, (x, y), delta)[0]), answers)) > 1.02 * float(before)
+    after = F.cross_entropy(run.model(method.range.moved(run.task, (x, y), delta)[0]), answers)
+    assert float(after) > 1.02 * float(before)
     assert same(run.model.state_dict(), state) and all(p.grad is None for p in run.model.parameters())
 
 
@@ -120,7 +121,8 @@ def test_one_step_of_the_ascent_is_its_formula() -> None:
     method.ascend(run)
     (delta,) = method.deltas.values()
     start = torch.zeros(1, 2, 6, 6, requires_grad=True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(run.model(method.range.moved(run, (x, y), start)[0]), y), start)
+    loss = F.cross_entropy(run.model(method.range.moved(run.task, (x, y), start)[0]), y)
+    (gradient,) = torch.autograd.grad(loss, start)
     torch.testing.assert_close(delta, 0.1 * gradient, rtol=1e-5, atol=1e-8)
 
 
@@ -134,7 +136,7 @@ def test_the_gradient_of_the_masks_is_that_of_the_objective() -> None:
     masks = [v.detach().clone().requires_grad_(True) for v in method.masks.values]
     weights = {m.name: m.received * v for m, v in zip(method.masks.masks, masks)}
     clean = F.cross_entropy(torch.func.functional_call(run.model, weights, (x,)), y)
-    moved = method.range.moved(run, (x, y), delta)[0]
+    moved = method.range.moved(run.task, (x, y), delta)[0]
     there = F.cross_entropy(torch.func.functional_call(run.model, weights, (moved,)), y)
     assert float(values["perturbed_loss"]) == pytest.approx(there.item())
     total = 0.7 * clean + 0.3 * there + 0.3 * sum(v.abs().sum() for v in masks)

@@ -48,7 +48,7 @@ def test_shared_examples_stay_in_the_box_and_fool_both_nets(scale: float) -> Non
     method.setup(run)
     delta = method.search(run, batch)
     assert delta.abs().max() <= 0.5
-    moved, _ = method.range.moved(run, batch, delta)
+    moved, _ = method.range.moved(run.task, batch, delta)
     assert moved.min() >= -2 and moved.max() <= scale - 2
     assert ((moved - batch[0]).abs() <= 0.5 * scale + 1e-6).all()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     with torch.no_grad():
         model[-1].bias.add_(0.1 * torch.randn(len(model[-1].bias)))
     generator = run.generator.get_state()
-    moved, _ = method.range.moved(run, (x, y), method.search(run, (x, y)))
+    moved, _ = method.range.moved(run.task, (x, y), method.search(run, (x, y)))
     run.generator.set_state(generator)
     method.backward(run, (x, y))
     logits = model(moved)
@@ -93,7 +93,7 @@ def test_shared_examples_are_unlearned() -> None:
         method = SAU()
         method.setup(run)
         method.received = model
-        moved, _ = method.range.moved(run, (x, y), method.search(run, (x, y)))
+        moved, _ = method.range.moved(run.task, (x, y), method.search(run, (x, y)))
         with torch.no_grad():
             mine, theirs = net(moved).argmax(1), model(moved).argmax(1)
         shares.append(float(((mine != y) & (mine == theirs)).float().mean()))

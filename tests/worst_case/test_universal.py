@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastfip.data import Task
-from fastfip.worst_case.universal import Perturbations, perturbable
+from fastfip.worst_case.pixels import perturbable
+from fastfip.worst_case.universal import Perturbations
 
 
 def planted() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

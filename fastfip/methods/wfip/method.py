@@ -32,7 +32,8 @@ from fastfip.methods.wfip.search import IMPROVE_STEP, at_least, endless, search
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.nets.state import frozen_copy
-from fastfip.worst_case.universal import Perturbations, perturbable
+from fastfip.worst_case.pixels import perturbable
+from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["WFIP", "FastWFIP"]
 

@@ -10,7 +10,8 @@ import torch
 
 from fastfip.data.batch import Batch, take
 from fastfip.methods.base import Run
-from fastfip.worst_case.universal import Perturbations, perturbable
+from fastfip.worst_case.pixels import perturbable
+from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "endless", "search"]
 
