@@ -16,6 +16,7 @@ _WHERE = {
     "purify": "fastfip.purification.purify",
     "purify_": "fastfip.purification.purify",
     "PurifyResult": "fastfip.purification.result",
+    "Callback": "fastfip.purification.callbacks",
     "backward_with_fisher": "fastfip.fisher",
     "FisherPenalty": "fastfip.fisher",
     "fisher_diagonal": "fastfip.fisher",
@@ -27,7 +28,23 @@ _WHERE = {
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
 }
-_MODULES = ("attacks", "data", "errors", "metrics", "methods", "ops")
+_MODULES = (
+    "attacks",
+    "auditing",
+    "checkpoint",
+    "comparison",
+    "data",
+    "errors",
+    "fisher",
+    "methods",
+    "metrics",
+    "nets",
+    "ops",
+    "purification",
+    "reporting",
+    "spectral",
+    "worst_case",
+)
 
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
