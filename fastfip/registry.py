@@ -22,6 +22,7 @@ from fastfip.errors import ConfigError, choices, reason
 __all__ = ["Registry", "working_folder_importable"]
 
 T = TypeVar("T", bound=type)
+C = TypeVar("C", bound=type)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ class Registry(Generic[T]):
         self._known: dict[str, T] = {}
         self._plugins_loaded = False
 
-    def register(self, cls: T) -> T:
+    def register(self, cls: C) -> C:
         """Make a class known by its `name`; a class decorator.
 
         Raises:
@@ -73,7 +74,7 @@ class Registry(Generic[T]):
             raise TypeError(
                 f"the {self.kind}s {other.__qualname__} and {cls.__qualname__} have one name, {entry.name!r}"
             )
-        self._known[entry.name] = cls
+        self._known[entry.name] = entry
         return cls
 
     def names(self) -> list[str]:

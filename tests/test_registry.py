@@ -104,8 +104,8 @@ def test_what_another_package_offers_is_in_the_tables(installed):
 def test_a_class_is_named_by_its_place(installed, monkeypatch):
     monkeypatch.chdir(installed)
     before = list(sys.path)
-    monkeypatch.setattr(methods.base._REGISTRY, "_known", dict(methods.base._REGISTRY._known))
-    monkeypatch.setattr(attacks.base._REGISTRY, "_known", dict(attacks.base._REGISTRY._known))
+    monkeypatch.setattr(methods.base.REGISTRY, "_known", dict(methods.base.REGISTRY._known))
+    monkeypatch.setattr(attacks.base.REGISTRY, "_known", dict(attacks.base.REGISTRY._known))
     assert methods.get("toybox:Nudge").name == "nudge" and attacks.get("toybox:Dim")().by == 0.5
     assert sys.path == before
     for place, words in (

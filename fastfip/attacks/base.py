@@ -7,7 +7,7 @@ normalisation. Labels are int64 [N].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ __all__ = ["Attack", "AttackTarget", "attack_labels", "get", "names", "register"
 
 #: One class for all images (all to one), or "next": (y + 1) mod C (all to all).
 AttackTarget = int | Literal["next"]
-A = TypeVar("A", bound="type[Attack]")
 
 
 class Attack(ABC):
@@ -95,31 +94,8 @@ def attack_labels(y: Tensor, target: AttackTarget, classes: int | None = None) -
     return torch.full_like(y, target)
 
 
-_REGISTRY: Registry[type[Attack]] = Registry("attack", "fastfip.attacks", Attack)
-
-
-def register(cls: A) -> A:
-    """Make an attack known by its `name`.
-
-    Raises:
-        TypeError: it has no `name` or `summary`, or another attack has its name.
-    """
-    _REGISTRY.register(cls)
-    return cls
-
-
-def names() -> list[str]:
-    """Return the names of all attacks, sorted."""
-    return _REGISTRY.names()
-
-
-def get(name: str) -> type[Attack]:
-    """Return an attack's class.
-
-    Raises:
-        ConfigError: there is none of this name; the nearest is named.
-    """
-    return _REGISTRY.get(name)
+REGISTRY: Registry[type[Attack]] = Registry("attack", "fastfip.attacks", Attack)
+register, names, get = REGISTRY.register, REGISTRY.names, REGISTRY.get
 
 
 def _check_images(x: Tensor) -> None:

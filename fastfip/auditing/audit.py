@@ -114,7 +114,7 @@ def audit(
         notes += clean.notes
         poison = None if poisoned is None else _Poison(last, task, poisoned, asr_loader, device, seed)
         searched = _classes(classes, received.classes)
-        found: dict[str, NetAudit] = {}
+        audits: dict[str, NetAudit] = {}
         for subject in subjects:
             name, net = subject.name, subject.model
             inverted: dict[str, Inverted] = {}
@@ -130,10 +130,10 @@ def audit(
                 say(f"{name} net: sharpness")
                 curvature = _sharpness(net, clean, subject.task, device, seed, notes)
             ranks = {form: anomaly(searched, one.size, one.reached) for form, one in inverted.items()}
-            found[name] = NetAudit(name, inverted, ranks, curvature)
+            audits[name] = NetAudit(name, inverted, ranks, curvature)
         if last is not received and batch is not None:
-            for form, one in found["received"].inverted.items():
-                found["purified"].transfer[form] = _transfer(last.model, last.task, last.given(batch), one)
+            for form, one in audits["received"].inverted.items():
+                audits["purified"].transfer[form] = _transfer(last.model, last.task, last.given(batch), one)
         retuning = None
         if poison is not None:
             say("re-tuning test")
@@ -142,7 +142,7 @@ def audit(
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
         "device": str(device), "amp": amp, "classes": len(searched),
     }  # fmt: skip
-    return Audit(found["received"], found.get("purified"), retuning, settings, time.perf_counter() - start, notes)
+    return Audit(audits["received"], audits.get("purified"), retuning, settings, time.perf_counter() - start, notes)
 
 
 def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str, seed: int) -> None:
@@ -208,13 +208,13 @@ def _sharpness(
 
 
 @torch.no_grad()
-def _transfer(net: nn.Module, task: Task, batch: Any, found: Inverted) -> list[float]:
+def _transfer(net: nn.Module, task: Task, batch: Any, inverted: Inverted) -> list[float]:
     """Return for each class how often the change found on another net still sends samples there."""
     x, y = task.inputs(batch), task.labels(batch)
     out = []
-    for k, c in enumerate(found.classes.tolist()):
+    for k, c in enumerate(inverted.classes.tolist()):
         index = torch.nonzero(y != c).flatten()[:64]
-        moved = task.replace_inputs(take(batch, index, len(y)), found.apply(x[index], k).to(x.dtype))
+        moved = task.replace_inputs(take(batch, index, len(y)), inverted.apply(x[index], k).to(x.dtype))
         out.append(float((task.forward(net, moved).argmax(1) == c).float().mean()))
     return out
 
@@ -255,8 +255,8 @@ class _Poison:
         """Return the attack's success on the samples that are not tuned with."""
         task = self.subject.task
         with reading("asr_loader="):
-            found = evaluate(net, None, self.look, forward=task.forward, loss=task.loss_hook, device=self.device)
-        return math.nan if found.asr is None else found.asr
+            measured = evaluate(net, None, self.look, forward=task.forward, loss=task.loss_hook, device=self.device)
+        return math.nan if measured.asr is None else measured.asr
 
 
 def _retune(subject: Subject, clean: CleanSet, poison: _Poison, device: torch.device) -> Retuning:

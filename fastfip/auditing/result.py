@@ -53,7 +53,7 @@ class NetAudit:
     @property
     def first(self) -> tuple[str, Anomaly] | None:
         """Return the form in which a class stands out most, and how."""
-        known = [(form, found) for form, found in self.anomaly.items() if found.index]
+        known = [(form, ranking) for form, ranking in self.anomaly.items() if ranking.index]
         return max(known, key=lambda item: item[1].index[0], default=None)
 
     def p(self, form: str) -> float | None:
@@ -65,10 +65,10 @@ class NetAudit:
     def flagged(self) -> list[int]:
         """Return the classes that stand out further than chance explains."""
         out = []
-        for form, found in self.anomaly.items():
+        for form, ranking in self.anomaly.items():
             p = self.p(form)
-            if p is not None and p < LEVEL and found.ratio <= SMALLER:
-                out.append(found.classes[0])
+            if p is not None and p < LEVEL and ranking.ratio <= SMALLER:
+                out.append(ranking.classes[0])
         return sorted(set(out))
 
     @property
@@ -76,10 +76,10 @@ class NetAudit:
         """Return "flagged", "cannot tell" or "nothing stands out"."""
         if self.flagged:
             return "flagged"
-        if not self.anomaly or all(found.p is None for found in self.anomaly.values()):
+        if not self.anomaly or all(ranking.p is None for ranking in self.anomaly.values()):
             return "cannot tell"
         # Much smaller than the others, but the others differ so much that chance may do it.
-        if any(found.p is None or found.ratio <= SMALLER for found in self.anomaly.values()):
+        if any(ranking.p is None or ranking.ratio <= SMALLER for ranking in self.anomaly.values()):
             return "cannot tell"
         return "nothing stands out"
 
@@ -88,13 +88,13 @@ class NetAudit:
         if not self.anomaly:
             return f"{self.name} net: no changes were looked for"
         parts = []
-        for form, found in self.anomaly.items():
-            if found.why_not:
-                parts.append(f"{form}: class {found.classes[0]} first, but {found.why_not}")
+        for form, ranking in self.anomaly.items():
+            if ranking.why_not:
+                parts.append(f"{form}: class {ranking.classes[0]} first, but {ranking.why_not}")
             else:
                 parts.append(
-                    f"{form}: class {found.classes[0]} at {found.ratio:.2f} of the median size, index "
-                    f"{found.index[0]:.1f}, chance {self.p(form):.2g}"
+                    f"{form}: class {ranking.classes[0]} at {ranking.ratio:.2f} of the median size, index "
+                    f"{ranking.index[0]:.1f}, chance {self.p(form):.2g}"
                 )
         word = self.verdict
         if self.flagged:
@@ -142,10 +142,10 @@ class Audit(Report):
         """Return the classes that stand out most, as a table that prints."""
         rows = []
         for net in self.nets:
-            for form, found in net.anomaly.items():
+            for form, ranking in net.anomaly.items():
                 one = net.inverted[form]
                 labels = one.classes.tolist()
-                for place, (c, index) in enumerate(zip(found.classes[:most], found.index)):
+                for place, (c, index) in enumerate(zip(ranking.classes[:most], ranking.index)):
                     k = labels.index(c)
                     size = f"{float(one.size[k]):.3g}"
                     transfer = f"{100 * net.transfer[form][k]:.0f} %" if form in net.transfer else ""
@@ -195,7 +195,7 @@ class Audit(Report):
             ImportError: matplotlib is not installed.
         """
         lines = [(net, form) for form in self.received.anomaly for net in self.nets]
-        wide = min(most, max([len(found.classes) for found in self.received.anomaly.values()], default=1))
+        wide = min(most, max([len(ranking.classes) for ranking in self.received.anomaly.values()], default=1))
         figure = new_figure(2 * wide + 1, 2.3 * max(1, len(lines)) + 0.5)
         grid = figure.subplots(max(1, len(lines)), wide, squeeze=False)
         for axes in grid.flat:

@@ -61,14 +61,14 @@ def subjects_of(
     batch = next(iter(clean.batches(device=device)))
     tensors = [t for net in nets.values() for t in (*net.parameters(), *net.buffers())]
     low = any(t.dtype in LOW_PRECISION for t in tensors)
-    found: list[Subject] = []
+    subjects: list[Subject] = []
     for name, net in nets.items():
         with about(name):
-            found.append(_subject(name, net, batch, task, device, low, notes))
-    if len({one.classes for one in found}) > 1:
-        counts = " and ".join(f"the {one.name} net has {one.classes} classes" for one in found)
+            subjects.append(_subject(name, net, batch, task, device, low, notes))
+    if len({one.classes for one in subjects}) > 1:
+        counts = " and ".join(f"the {one.name} net has {one.classes} classes" for one in subjects)
         raise ModelError(f"{counts}: purified= must be the same net after its purification")
-    return found
+    return subjects
 
 
 def _subject(

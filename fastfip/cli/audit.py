@@ -69,7 +69,7 @@ def audit(
     clean = load(data, "clean", how)
     bad = None if poisoned is None else o.triggered(poisoned, None, target, None, how)
     asr = None if asr_data is None else o.triggered(asr_data, None, target, None, how)
-    found = look(
+    evidence = look(
         model,
         net.batches(clean),
         purified=other,
@@ -86,11 +86,11 @@ def audit(
         progress=_say if sys.stderr.isatty() and not quiet else None,
     )
     if picture is not None:
-        found.plot(picture)
+        evidence.plot(picture)
     if as_json:
-        print(found.to_json())
+        print(evidence.to_json())
     else:
-        show(found)
+        show(evidence)
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ def compare(
     model, _ = net.restore(source)
     images = clean.load(how, 0)
     test, asr = scores.load(how, images)
-    found = side_by_side(
+    comparison = side_by_side(
         model,
         net.batches(images),
         chosen,
@@ -67,17 +67,17 @@ def compare(
         progress=False if quiet else None,
     )
     if plot is not None:
-        found.plot(plot)
+        comparison.plot(plot)
     if as_json:
-        print(found.to_json())
+        print(comparison.to_json())
     else:
-        show(found)
-    if found.interrupted:
+        show(comparison)
+    if comparison.interrupted:
         kept = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
         if out is not None:
             kept = f"{out} holds the rows that are complete, --resume goes on from there"
         raise Interrupted(f"interrupted: {kept}")
-    runs = [row for row in found.rows if row.label != "none"]
+    runs = [row for row in comparison.rows if row.label != "none"]
     if all(row.error for row in runs):
         from fastfip.errors import ModelError
 

@@ -71,9 +71,9 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ModuleNotFoundError("the demo needs scikit-learn: pip install 'fastfip[demo]'") from None
-    found = load_digits()
-    x = F.interpolate(torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, size=SIZE, mode="bilinear")
-    y = torch.tensor(found.target, dtype=torch.int64)
+    bunch = load_digits()
+    x = F.interpolate(torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, size=SIZE, mode="bilinear")
+    y = torch.tensor(bunch.target, dtype=torch.int64)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = x[order], y[order]
     return x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:]

@@ -29,12 +29,12 @@ def evaluate(
     model, _ = net.restore(source)
     loaders = [net.batches(images) for images in scores.load(how)]
     forward, notes = o.as_logits(model, loaders[0] or loaders[1])
-    found = measure(model, *loaders, forward=forward, device=where)
-    found = replace(found, notes=(*notes, *found.notes))
+    measured = measure(model, *loaders, forward=forward, device=where)
+    measured = replace(measured, notes=(*notes, *measured.notes))
     if as_json:
-        print(to_json({"checkpoint": str(source), **found.to_dict()}))
+        print(to_json({"checkpoint": str(source), **measured.to_dict()}))
     else:
-        show(evaluation_sheet(found, str(source)))
+        show(evaluation_sheet(measured, str(source)))
 
 
 def sharpness(

@@ -46,7 +46,7 @@ def fisher(
     batches = net.batches(clean.load(how, seed))
     forward, notes = o.as_logits(model, batches)
     kind_: Any = kind
-    found = fisher_diagonal(
+    diagonal = fisher_diagonal(
         model.to(where),
         batches,
         kind_,
@@ -55,15 +55,15 @@ def fisher(
         seed=seed,
         progress=not quiet and sys.stderr.isatty(),
     )
-    save_checkpoint(found, out)
-    traces = {name: float(value.double().sum()) for name, value in found.items()}
-    whole = float(found.trace())
+    save_checkpoint(diagonal, out)
+    traces = {name: float(value.double().sum()) for name, value in diagonal.items()}
+    whole = float(diagonal.trace())
     if as_json:
-        figures = {"n": found.n, "kind": kind, "trace": whole, "traces": traces, "coverage": found.coverage}
+        figures = {"n": diagonal.n, "kind": kind, "trace": whole, "traces": traces, "coverage": diagonal.coverage}
         print(to_json({"checkpoint": str(source), "out": str(out), **figures, "notes": notes}))
         return
-    rows = [(name, _size(found[name]), f"{traces[name]:.6g}", found.coverage[name]) for name in found]
-    lines = [f"trace {whole:.6g} over {found.n} images, kind {kind}", *(f"note: {note}" for note in notes)]
+    rows = [(name, _size(diagonal[name]), f"{traces[name]:.6g}", diagonal.coverage[name]) for name in diagonal]
+    lines = [f"trace {whole:.6g} over {diagonal.n} images, kind {kind}", *(f"note: {note}" for note in notes)]
     show(Sheet(str(source), ("parameter", "shape", "trace>", "found by"), rows, [*lines, f"wrote {out}"]))
 
 

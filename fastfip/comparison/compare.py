@@ -88,7 +88,7 @@ def compare(
     plan = [_choice(choice) for choice in (names() if methods is None else methods)]
     drawn = list(dict.fromkeys(seeds))
     _check(plan, drawn, out, resume)
-    where = device_of(model) if device is None else usable_device(device)
+    run_device = device_of(model) if device is None else usable_device(device)
     old = Comparison.read(out) if resume and out is not None and Path(out).exists() else Comparison([])
     task = Task.of(forward, loss)
     with seeded(0, torch.device("cpu")):
@@ -102,7 +102,7 @@ def compare(
         "test_set": "" if test is None else test.digest,
         "asr_set": "" if asr is None else asr.digest,
         "clean_samples": clean.n,
-        "device": str(where),
+        "device": str(run_device),
         "amp": str(amp),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -129,7 +129,7 @@ class Comparison(Report):
 
     def table(self) -> Sheet:
         """Return the means over the seeds, with their standard deviations, as a table that prints."""
-        found = self.summary()
+        summaries = self.summary()
         cells = [
             [
                 s.label,
@@ -138,9 +138,9 @@ class Comparison(Report):
                 _plain(s, "peak_memory", 2**20, "{:.0f}"),
                 f"{s.runs}" + (f" ({s.failed} failed)" if s.failed else ""),
             ]
-            for s in found
+            for s in summaries
         ]
-        lines = [f"{s.label}: {s.error}" for s in found if s.error]
+        lines = [f"{s.label}: {s.error}" for s in summaries if s.error]
         on = sorted({row.acc_on for row in self.rows if row.acc_on and row.acc_on != "test_loader"})
         lines += [f"note: ACC is of the {', '.join(on)}"] if on else []
         if not any(row.test_asr is not None for row in self.rows):
@@ -195,13 +195,13 @@ class Comparison(Report):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        found = [s for s in self.summary() if "test_acc" in s.mean]
-        across = "test_asr" if any("test_asr" in s.mean for s in found) else "seconds"
-        longest = max([s.mean.get("seconds", 0.0) for s in found], default=0.0) or 1.0
+        summaries = [s for s in self.summary() if "test_acc" in s.mean]
+        across = "test_asr" if any("test_asr" in s.mean for s in summaries) else "seconds"
+        longest = max([s.mean.get("seconds", 0.0) for s in summaries], default=0.0) or 1.0
         figure = new_figure(7, 5)
         axes = figure.subplots()
         factor = 100 if across == "test_asr" else 1
-        for place, s in enumerate(s for s in found if across in s.mean):
+        for place, s in enumerate(s for s in summaries if across in s.mean):
             x, y = factor * s.mean[across], 100 * s.mean["test_acc"]
             colour = "black" if s.label == BASELINE else f"C{place}"
             if s.label == BASELINE:

@@ -45,9 +45,9 @@ class Classifier:
         for kind in (nn.Linear, _ConvNd):
             # A layer whose weight is used without calling it is found by its place.
             for names in (called, layers):
-                found = [layers[name] for name in names if isinstance(layers[name], kind)]
-                if found:
-                    return cls(found[-1])
+                candidates = [layers[name] for name in names if isinstance(layers[name], kind)]
+                if candidates:
+                    return cls(candidates[-1])
         raise ModelError("the model has no Linear or convolution layer to take for its classifier: try another method")
 
     def spared(self, places: list[tuple[str, nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
@@ -116,12 +116,12 @@ class LastLayer:
         for key in reversed(list(seen)):
             if name is not None and key != name:
                 continue
-            found = cls(key, known[key], tuple(out.shape[1:]))
+            candidate = cls(key, known[key], tuple(out.shape[1:]))
             inputs = seen[key]
-            if len(inputs) != 1 or not found.gives(inputs[0], out, run.task.loss_hook is not None):
+            if len(inputs) != 1 or not candidate.gives(inputs[0], out, run.task.loss_hook is not None):
                 continue
-            found.check(run.model)
-            return found
+            candidate.check(run.model)
+            return candidate
         which = f"the layer {name!r} does not give" if name is not None else "no Linear or 1x1 convolution gives"
         raise ModelError(f"{which} the logits directly: name the classifier with layer=, or take another method")
 

@@ -41,9 +41,9 @@ class FeatureSet(CleanSet):
                 h = last.features(seen[""][0])
                 more = () if run.task.loss_hook is None else (batch,)
                 batches.append((h, _labels(run.task, batch, h), *more))
-        found = CleanSet.of(batches, task)
-        out = cls(found._store, found._index, found.labels, clean.batch_size, task)
-        out.views = [found.subset(part) for part in torch.arange(found.n, device="cpu").chunk(views)]
+        cached = CleanSet.of(batches, task)
+        out = cls(cached._store, cached._index, cached.labels, clean.batch_size, task)
+        out.views = [cached.subset(part) for part in torch.arange(cached.n, device="cpu").chunk(views)]
         out._index, out.turn = out.views[0]._index, -1
         return out
 

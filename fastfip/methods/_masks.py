@@ -47,15 +47,15 @@ class Masks:
         self.masks = masks
 
     @classmethod
-    def of(cls, found: list[tuple[str, nn.Module, str]], shape: Shape) -> Masks:
+    def of(cls, places: list[tuple[str, nn.Module, str]], shape: Shape) -> Masks:
         """Make masks of ones.
 
         Args:
-            found: (name, module, attribute) of each place; a tied weight gets one mask.
+            places: (name, module, attribute) of each; a tied weight gets one mask.
             shape: `shape(module, weight)` of the mask, of its first place.
         """
         masks: dict[int, Mask] = {}
-        for name, module, attribute in found:
+        for name, module, attribute in places:
             weight = module._parameters[attribute]
             assert weight is not None
             if id(weight) in masks:
@@ -141,9 +141,9 @@ def weights_of(
     model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd)
 ) -> list[tuple[str, nn.Module, str]]:
     """Return the places of the weights of some kinds of layers, in module order; not those that are computed."""
-    found = []
+    places = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, kind) else None
         if weight is not None and weight.is_floating_point() and weight.numel():
-            found.append((f"{name}.weight" if name else "weight", module, "weight"))
-    return found
+            places.append((f"{name}.weight" if name else "weight", module, "weight"))
+    return places

@@ -77,8 +77,8 @@ class Weights(Space):
 
     def diagonal(self, run: Run, kind: Kind) -> list[Tensor]:
         """Return the diagonal of the Fisher of the weights."""
-        found = _diagonal(run, kind, self.names)
-        return [found[name] for name in self.names]
+        diagonal = _diagonal(run, kind, self.names)
+        return [diagonal[name] for name in self.names]
 
     def trace(self, run: Run, batch: Batch) -> Tensor:
         """Return the trace over all weights, its gradient by the way of the settings (`FisherPenalty`)."""
@@ -89,9 +89,9 @@ class Weights(Space):
                 run.model, way, self.names, forward=task.forward_hook, loss=task.loss_hook, seed=run.seed
             )
         with run.eval_mode():
-            found = self.penalty(batch)
+            trace = self.penalty(batch)
         run.note(f"gradient of the Fisher trace: {self.penalty.way}, {self.penalty.reason}")
-        return found
+        return trace
 
 
 class Spectral(Space):
@@ -150,11 +150,11 @@ class Spectral(Space):
                     total += each.detach().pow(2).sum(0).to(total.dtype)
                 count += len(losses)
         self.shifts.remove()
-        found = [total / count for total in sums]
+        squares = [total / count for total in sums]
         if self.affine:
             diagonal = _diagonal(run, kind, self.affine)
-            found += [diagonal[name] for name in self.affine]
-        return found
+            squares += [diagonal[name] for name in self.affine]
+        return squares
 
     def trace(self, run: Run, batch: Batch) -> Tensor:
         """Return the trace of the Fisher of the shifts: N x R numbers, no gradient of a whole weight is formed.

@@ -9,7 +9,7 @@ happened, `fold`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from fastfip.registry import Registry
 __all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]
 
 Groups = list[dict[str, Any]]
-M = TypeVar("M", bound="type[Method]")
 
 
 class Method(ABC):
@@ -102,28 +101,5 @@ class Method(ABC):
         """
 
 
-_REGISTRY: Registry[type[Method]] = Registry("method", "fastfip.methods", Method)
-
-
-def register(cls: M) -> M:
-    """Make a method known by its `name`.
-
-    Raises:
-        TypeError: it has no `name` or `summary`, or another method has its name.
-    """
-    _REGISTRY.register(cls)
-    return cls
-
-
-def names() -> list[str]:
-    """Return the names of all methods, sorted."""
-    return _REGISTRY.names()
-
-
-def get(name: str) -> type[Method]:
-    """Return a method's class.
-
-    Raises:
-        ConfigError: there is none of this name; the nearest is named.
-    """
-    return _REGISTRY.get(name)
+REGISTRY: Registry[type[Method]] = Registry("method", "fastfip.methods", Method)
+register, names, get = REGISTRY.register, REGISTRY.names, REGISTRY.get

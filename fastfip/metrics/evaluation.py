@@ -182,16 +182,16 @@ def robust_accuracy(
 @contextlib.contextmanager
 def _evaluating(model: nn.Module, wanted: torch.device | str | None) -> Iterator[torch.device]:
     """Eval mode without gradients; training flags and device are restored."""
-    home = device_of(model)
-    device = home if wanted is None else usable_device(wanted)
+    own_device = device_of(model)
+    device = own_device if wanted is None else usable_device(wanted)
     with eval_mode(model), torch.no_grad():
         try:
-            if device != home:
+            if device != own_device:
                 model.to(device)
             yield device
         finally:
-            if device != home:
-                model.to(home)
+            if device != own_device:
+                model.to(own_device)
 
 
 def _logits_shape(logits: Tensor) -> Tensor:

@@ -253,10 +253,10 @@ class _Loop:
         run, how = self.run, self.run.config.augment
         if how == "none":
             return batch
-        found = augmented(run.task, batch, how == "crop_flip", run.generator)
-        if found is None:
+        changed = augmented(run.task, batch, how == "crop_flip", run.generator)
+        if changed is None:
             run.note("the inputs are no images [N, channels, height, width]: they were not augmented")
-        return batch if found is None else found
+        return batch if changed is None else changed
 
     def step(self, batch: Any) -> bool:
         """One step; whether a callback wants to stop."""
