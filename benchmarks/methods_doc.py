@@ -26,7 +26,6 @@ from fastfip.methods import MethodConfig
 #: BadNets on CIFAR-10 (ResNet-18 kinds) in the papers: method, where, share of clean images, ACC and ASR before, after.
 PAPERS = (
     ("fip", "FIP, Table 6", 0.01, 92.96, 100.0, 89.32, 1.86),
-    ("fast_fip", "FIP, Table 6", 0.01, 92.96, 100.0, 89.32, 1.86),
     ("nft", "NFT, Table 1", 0.01, 92.96, 100.0, 90.82, 1.74),
     ("ft_sam", "FT-SAM, BadNets-A2O", 0.05, 91.82, 93.79, 92.21, 1.63),
     ("ft_sam", "NFT, Table 1", 0.01, 92.96, 100.0, 86.17, 4.34),

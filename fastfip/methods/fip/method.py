@@ -26,7 +26,8 @@ __all__ = ["FIP", "FIPConfig", "FastFIP", "FastFIPConfig", "retainer"]
 class FIPConfig(MethodConfig):
     """Settings of FIP: those of the paper as far as they are known (learning rate, length, eta_r), without its decay.
 
-    The code released with the paper penalises something else (docs/methods.md), so its eta_f is no guide to this one.
+    The code released with the paper penalises something else (benchmarks/purification/released_fip.py), so its eta_f
+    is no guide to this one.
     """
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
