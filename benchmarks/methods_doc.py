@@ -77,7 +77,7 @@ def papers() -> str:
     def here(method: str, net: str, share: float) -> str:
         found = [r for r in rows if (r["method"], r["net"], float(r["fraction"])) == (method, net, share)]
         if not found:
-            return ""
+            return "-"
         change = mean(float(r["acc"]) - float(r["acc_before"]) for r in found)
         return f"{change:+.1f} / {mean(float(r['asr']) for r in found):.1f}"
 

@@ -20,7 +20,7 @@ parameters; it goes into the rows that are there. `memory_first` is that of the 
 loads modules and makes scratch buffers; `memory` that of a later one.
 
 Rows go to benchmarks/results/fisher_diagonal.csv: a run replaces those of its own workloads, ways and threads. --plot
-draws them, and writes the table of docs/fisher.md and README.md.
+draws them, and writes the table of docs/fisher.md.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ RESULTS = harness.Results(
     kept="memory memory_first",
     order=lambda r: (str(r["threads"]), r["workload"], list(ways()).index(r["way"])),
 )
+DOCUMENT = harness.DOCS / "fisher.md"
 SHOWN = {  # way -> what it is called in the table and in the plot, colour
     "fastfip native": ("fastfip", "#1b6ca8"),
     "fastfip with gradient": ("fastfip, gradient and diagonal", "#7fb3d5"),
@@ -200,8 +201,7 @@ def main() -> None:
         return
     if options.plot:
         plot(RESULTS.path.with_suffix(".png"))
-        for path in (harness.README, harness.DOCS / "fisher.md"):
-            harness.splice(path, "fisher", table())
+        harness.splice(DOCUMENT, "fisher", table())
         return
     for key in options.workloads:
         if options.memory:

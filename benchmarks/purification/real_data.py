@@ -69,7 +69,7 @@ class RealNet:
     test_y: np.ndarray
     to_input: Callable[[Images], Tensor]  # -> float32 [N, C, H, W]
     train_size: int  # images of the set that the net was trained on: "5 % clean" is 5 % of this
-    recorded: tuple[float, float | None]  # ACC and ASR that the README states for these images
+    recorded: tuple[float, float | None]  # ACC and ASR that the README of the data states for these images
     clean_groups: np.ndarray | None = None  # images of one group are nearly the same (frames of one traffic sign)
     probabilities: bool = False  # the net ends in a softmax
     notes: tuple[str, ...] = field(default=())

@@ -3,7 +3,9 @@
     python -m benchmarks.purification.real_models          # everything; rows that are in the CSV already are kept
     python -m benchmarks.purification.real_models --methods fast_wfip --fractions 5 --seeds 0 --nets badnets_mnist
         --settings plain
-    python -m benchmarks.purification.real_models --table  # only print what the CSV holds
+    python -m benchmarks.purification.real_models --table  # only write the tables of what the CSV holds
+
+The tables stand in README.md and docs/results.md; a run that added rows writes them too.
 
 Every setting is the method's default; the triggered images only score. `seconds` is the purification alone (set-up,
 search, training, held-out scoring), without the test set; `cpu_seconds` the same in time of the processor, which other
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -132,8 +135,8 @@ def one(item: tuple[str, str, float, int, str], threads: int, limit: float | Non
            if row.get(k) not in (None, "")}, flush=True)  # fmt: skip
 
 
-def readme_text(rows: list[dict[str, str]]) -> str:
-    """Return what the README shows: a line for each method, then ACC / ASR on each net."""
+def results_text(rows: list[dict[str, str]]) -> str:
+    """Return the tables of docs/results.md: a line for each method, then ACC / ASR on each net."""
     parts = [real_tables.by_method(rows)]
     present = sorted({(r["setting"], -float(r["fraction"])) for r in rows}, key=lambda p: (SETTINGS.index(p[0]), p[1]))
     words = {
@@ -147,8 +150,20 @@ def readme_text(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
+def documents(rows: list[dict[str, str]]) -> list[tuple[Path, str]]:
+    """Return the documents that hold tables of the rows, between marks called real, with these tables."""
+    overview = real_tables.overview(rows, fastfip.methods.names())
+    return [(harness.README, overview), (harness.DOCS / "results.md", results_text(rows))]
+
+
+def write_documents() -> None:
+    """Put what the CSV holds into the documents."""
+    for path, text in documents(RESULTS.read()):
+        harness.splice(path, "real", text)
+
+
 def main() -> None:
-    """Run what is missing, add its row to the CSV after every run, print the tables."""
+    """Run what is missing, add its row to the CSV after every run, write and print the tables."""
     parser = harness.Parser(__doc__, "again")
     parser.add_argument("--nets", nargs="*", default=None)
     parser.add_argument("--methods", nargs="*", default=None, help="default: all that are registered")
@@ -158,17 +173,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="purifications at a time; they share the cores")
     parser.add_argument("--time-limit", type=float, default=None, metavar="S", help="seconds for one run, scoring too")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
-    parser.add_argument("--table", action="store_true", help="only print what the CSV holds")
-    parser.add_argument("--readme", action="store_true", help="put what the CSV holds into the README")
+    parser.add_argument("--table", action="store_true", help="only write and print the tables of what the CSV holds")
     parser.add_argument(
         "--one", nargs=5, metavar=("NET", "METHOD", "FRACTION", "SEED", "SETTING"), help=argparse.SUPPRESS
     )
     args = parser.parse()
-    if args.table or args.readme:
+    if args.table:
         rows = RESULTS.read()
         print(real_tables.full(rows), real_tables.by_method(rows), sep="\n\n")
-        if args.readme:
-            harness.splice(harness.README, "real", readme_text(rows))
+        write_documents()
         return
     real_data.require()
     if args.one:
@@ -195,6 +208,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda item: one(item, threads, args.time_limit), todo))
     print(real_tables.by_method(RESULTS.read()))
+    write_documents()
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ RULES = (
     Rule("functions that audit hands its model to", audit_stations, 19),
 )
 #: Rules that are not kept yet. One that is kept by now makes tests/test_house.py fail until it is taken out here.
-NOT_YET = (readme_words,)
+NOT_YET: tuple[Callable[[Path], list[str]], ...] = ()
 
 
 def main() -> int:
