@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser lint format real bench triton gpu clean
+.PHONY: setup demo test test-lesser lint format real bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,13 @@ real: $(STAMP)
 
 bench: $(STAMP)
 	for file in benchmarks/*/bench_*.py; do $(BIN)/python -m $$(echo $${file%.py} | tr / .) || exit 1; done
+
+# The picture of docs/architecture.md: its arrows from the code, drawn by graphviz where that is installed.
+PICTURE := docs/pictures/architecture
+picture: $(STAMP)
+	$(BIN)/python -m tests.support.architecture
+	@if command -v dot >/dev/null; then dot -Tsvg $(PICTURE).dot -o $(PICTURE).svg; \
+	else echo "no dot here (graphviz): $(PICTURE).svg was not drawn anew"; fi
 
 # Triton is a large download: its kernels are checked on request.
 $(TRITON): $(STAMP)
