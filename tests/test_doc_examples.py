@@ -1,4 +1,4 @@
-"""What the documents show runs as it is: the Python blocks of docs/fisher.md, and the examples of the README."""
+"""What the documents show runs as it is: the Python of docs/fisher.md, the README's examples, CONTRIBUTING's method."""
 
 import re
 import runpy
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastfip import purify
 from fastfip.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +28,8 @@ def test_fisher():
         print(f"{time.perf_counter() - start:.2f} s: {block.strip().splitlines()[0]}")
 
 
-def blocks_of(kind):
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def blocks_of(kind, document="README.md"):
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
     return [text for word, text in fences if word == kind]
 
 
@@ -65,3 +66,15 @@ def test_readme(examples, capsys):
     arguments = shlex.split(command.replace("\\\n", " ").replace("clean.safetensors", "again.safetensors"))[1:]
     assert main([*arguments, "--quiet"]) == 0
     assert rows(capsys.readouterr().out) == rows(printed)
+
+
+def test_contributing():
+    (block,) = blocks_of("python", "CONTRIBUTING.md")
+    scope: dict = {"__name__": "contributing"}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    clean = torch.rand(24, 1, 6, 6), torch.arange(24) % 3
+    after = purify(net, clean, scope["Biases"], epochs=1, progress=False).state_dict()
+    before = net.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["1.bias"]
