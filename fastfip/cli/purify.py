@@ -76,6 +76,8 @@ def purify(
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
     )
+    result.notes += images.words()
+    result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     save_checkpoint(result.model, out, like=checkpoint)
