@@ -38,6 +38,11 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:_LONGEST]
 
 
+def printable(text: str) -> str:
+    """Return a text, which may come from a file, as one line that does nothing to a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def choices(name: object, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all that there are."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)

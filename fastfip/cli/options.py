@@ -15,7 +15,7 @@ import typer
 
 from fastfip.cli import triggers
 from fastfip.cli.errors import fail
-from fastfip.cli.triggers import Reading
+from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from fastfip.data.scaling import Pixels
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
+#: What `--arch` takes.
+ARCH_FORMS = "MODULE:FACTORY"
 Arch = Annotated[
     str,
     typer.Option(
-        "--arch", metavar="MODULE:FACTORY", help="what builds the model, e.g. nets:resnet18 for resnet18 in ./nets.py"
+        "--arch", metavar=ARCH_FORMS, help="what builds the model, e.g. nets:resnet18 for resnet18 in ./nets.py"
     ),
 ]
 ArchArgs = Annotated[
@@ -140,7 +142,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             continue
         groups[given.name] = kind
         own = get_type_hints(kind, include_extras=True)
-        for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        items = sorted(dataclasses.fields(kind), key=lambda f: f.default is not dataclasses.MISSING)  # type: ignore[arg-type]
+        for item in items:  # what is required first
             default = given.empty if item.default is dataclasses.MISSING else item.default
             parameters.append(
                 inspect.Parameter(item.name, given.KEYWORD_ONLY, default=default, annotation=own[item.name])
@@ -160,13 +163,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-@dataclass
-class Net(Group):
-    """The network, how images become its inputs, and where it runs."""
+@dataclass(kw_only=True)
+class Inputs(Group):
+    """How images become inputs and labels, and where they are computed with."""
 
-    arch: Arch
-    arch_args: ArchArgs = None
-    key: Key = None
     scale: Scale = None
     mean: Mean = None
     std: Std = None
@@ -176,14 +176,10 @@ class Net(Group):
     batch_size: BatchSize = 128
     device: Device = "cpu"
 
-    def where_and_how(self) -> tuple[str, Reading]:
+    def where_and_how(self) -> tuple[str, ImageReader]:
         """Return the device, checked, and how images become inputs and labels."""
         how = pixels(self.mean, self.std, self.size, self.channels, self.scale)
-        return device(self.device), Reading(how, class_order(self.class_order))
-
-    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
-        """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-        return restore(path, self.arch, self.arch_args, self.key)
+        return device(self.device), ImageReader(how, class_order(self.class_order))
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
@@ -192,7 +188,20 @@ class Net(Group):
         return None if images is None else loader(images, self.batch_size)
 
 
-@dataclass
+@dataclass(kw_only=True)
+class Net(Inputs):
+    """The network, how images become its inputs, and where it runs."""
+
+    arch: Arch
+    arch_args: ArchArgs = None
+    key: Key = None
+
+    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
+        """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
+        return restore(path, self.arch, self.arch_args, self.key)
+
+
+@dataclass(kw_only=True)
 class ScoredNet(Net):
     """The same for a net that is only run forward."""
 
@@ -207,7 +216,7 @@ class Clean(Group):
     limit: Limit = None
     per_class: PerClass = None
 
-    def load(self, how: Reading, seed: int) -> ImageSet:
+    def load(self, how: ImageReader, seed: int) -> ImageSet:
         """Return the images that are used."""
         return how.load(self.data, "clean").sample(self.limit, self.per_class, seed)
 
@@ -221,7 +230,7 @@ class Scores(Group):
     attack: AttackSpec = None
     target: Target = None
 
-    def load(self, how: Reading, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
+    def load(self, how: ImageReader, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
         """Return both, None where not given; `clean` has to have the same classes."""
         from fastfip.data.images import same_classes
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ImageReader:
     """How images become inputs, and class folders labels."""
 
     pixels: Pixels
@@ -44,7 +44,7 @@ def check(asr_data: str | None, attack: str | None, target: str | None, test_dat
 
 
 def triggered(
-    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: Reading
+    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: ImageReader
 ) -> ImageSet | None:
     """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given."""
     check(asr_data, attack, target, None if test is None else "given")
@@ -55,7 +55,7 @@ def triggered(
     return test.triggered(make_attack(attack).trigger, _attack_labels(test, target))
 
 
-def _from_data(spec: str, target: str | None, how: Reading) -> ImageSet:
+def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:
     from fastfip.errors import DataError
 
     images = how.load(spec, "triggered")

@@ -80,7 +80,7 @@ def test_a_trigger_is_on_pixels_from_0_to_1_whatever_the_scale(work, capsys):
 
 
 def test_an_unknown_attack_is_found_before_the_test_set_is_read(work, capsys, monkeypatch):
-    monkeypatch.setattr(options.Reading, "load", lambda *args: pytest.fail("images were read"))
+    monkeypatch.setattr(options.ImageReader, "load", lambda *args: pytest.fail("images were read"))
     known = ["evaluate", "in.pth", *NET, "--test-data", "data.npz", "--target", "1"]
     assert "did you mean 'badnets'" in fails(capsys, 5, *known, "--attack", "BadNet")
     assert "sice=2" in fails(capsys, 5, *known, "--attack", "badnets:sice=2")
