@@ -22,7 +22,6 @@ from fastfip.cli.purify import purify
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

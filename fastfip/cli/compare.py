@@ -43,6 +43,7 @@ def compare(
     """
     drawn = _seeds(seeds)
     mixed = o.precision(amp)
+    scores.check()
     _check_outputs(out, plot, resume, force)
 
     from fastfip.comparison.compare import compare as side_by_side

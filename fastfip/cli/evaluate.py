@@ -21,6 +21,7 @@ def evaluate(
     """Measure ACC on clean test images, and ASR and RA on triggered ones (never over images of the target class)."""
     if scores.test_data is None and scores.asr_data is None:
         raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
+    scores.check()
 
     from fastfip.metrics.evaluation import evaluate as measure
     from fastfip.reporting.table import evaluation_sheet, show, to_json

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
 #: What `--arch` takes.
-ARCH_FORMS = "MODULE:FACTORY"
+ARCH_FORMS = "MODULE:FACTORY|timm:NAME|torchvision:NAME|hf:DIR"
 Arch = Annotated[
     str,
     typer.Option(
-        "--arch", metavar=ARCH_FORMS, help="what builds the model, e.g. nets:resnet18 for resnet18 in ./nets.py"
+        "--arch",
+        metavar=ARCH_FORMS,
+        help="what builds the model: nets:resnet18 for resnet18 in ./nets.py, or a model of a library",
     ),
 ]
 ArchArgs = Annotated[
@@ -230,11 +232,14 @@ class Scores(Group):
     attack: AttackSpec = None
     target: Target = None
 
+    def check(self) -> None:
+        """Find out before the work what could not be measured after it."""
+        triggers.check(self.asr_data, self.attack, self.target, self.test_data)
+
     def load(self, how: ImageReader, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
         """Return both, None where not given; `clean` has to have the same classes."""
         from fastfip.data.images import same_classes
 
-        triggers.check(self.asr_data, self.attack, self.target, self.test_data)  # before images are read
         test = how.load(self.test_data, "test") if self.test_data is not None else None
         if test is not None and clean is not None:
             same_classes(clean, test)
@@ -349,14 +354,18 @@ def _numbers(name: str, text: str | None, also: str = "") -> tuple[float, ...]:
 
 def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
-    import torch
-
-    from fastfip.data.outputs import logits_task
+    from fastfip.data.outputs import first_outputs, logits_task
     from fastfip.data.task import Task
+    from fastfip.errors import ModelError
 
     batch = next(iter(batches))
-    with torch.no_grad():
-        task, said = logits_task(model, Task(), batch, Task().forward(model, batch))
+    shape = "x".join(map(str, batch[0].shape[1:]))
+    try:
+        outputs = first_outputs(model, Task().forward, batch, f"images {shape}")
+    except ModelError as error:
+        remedy = "see --size, --channels, --scale, or let fastfip inspect try them"
+        raise ModelError(f"{error}: {remedy}") from None
+    task, said = logits_task(model, Task(), batch, outputs)
     return task.forward_hook, [] if said is None else [said]
 
 

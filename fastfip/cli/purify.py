@@ -48,6 +48,7 @@ def purify(
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
     check_outputs(source, out, report, force)
     mixed = o.precision(amp)
+    scores.check()
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 

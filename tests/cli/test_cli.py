@@ -168,6 +168,23 @@ def test_evaluate(work, capsys):
     assert figures["asr"] is None and f"{100 * figures['acc']:.2f}" == lines[2][1]
 
 
+@pytest.mark.parametrize(
+    "command", [["evaluate", "--test-data"], ["sharpness", "--data"], ["fisher", "f.pth", "--data"]], ids=lambda c: c[0]
+)
+def test_images_of_a_size_that_the_model_does_not_take(work, capsys, command):
+    name, *more = command
+    arguments = [name, "in.pth", *more, "data.npz", *NET, "--size", "64"]
+    said = fails(capsys, 5, *arguments)
+    assert "the model fails on a batch of images 3x64x64" in said and "see --size" in said and "inspect" in said
+
+
+def test_a_size_that_the_model_does_not_take_in_the_other_commands(work, capsys):
+    rest = [*NET, "--data", "data.npz", "--size", "64", "--test-data", "data.npz"]
+    assert "the model fails on a batch of" in fails(capsys, 5, "purify", "in.pth", "o.pth", *rest)
+    assert "the model fails on a batch of test_loader" in fails(capsys, 5, "compare", "in.pth", *rest)
+    assert "the model fails on a batch of" in fails(capsys, 5, "audit", "in.pth", *rest[:-2])
+
+
 def test_a_softmax_inside_the_net_is_taken_out_of_the_loss(work, capsys):
     pair = []
     for arch in ("tiny_arch:net", "tiny_arch:probabilities"):
@@ -230,6 +247,7 @@ def test_methods(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[2:]] == list(defaults)
     assert "did you mean 'fine_tune'" in fails(capsys, 5, "methods", "fine_tuna")
+    assert "did you mean 'fip'?" in fails(capsys, 5, "methods", "FIP")
 
 
 def test_env(capsys):
@@ -238,6 +256,33 @@ def test_env(capsys):
     assert values["torch"] == torch.__version__ and values["native"]
     assert main(["env"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["fastfip", values["fastfip"]]
+
+
+def test_env_without_torch():
+    code = "import sys; sys.modules['torch'] = None; from fastfip.cli import main; sys.exit(main(['env', '--json']))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["torch"] == "not installed: pip install torch" and values["native"] is None and values["python"]
+
+
+def test_env_where_torch_does_not_load(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open\\nshared object file')")
+    code = "import sys; from fastfip.cli import main; sys.exit(main(['env', '--json']))"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["torch"]
+    assert said == "does not load: OSError: libtorch.so: cannot open shared object file"
+
+
+def test_completion_of_a_shell():
+    asked = {"_FASTFIP_COMPLETE": "complete_bash", "COMP_WORDS": "fastfip ins", "COMP_CWORD": "1"}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "fastfip"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["inspect"]
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_demo_without_its_extra(work, capsys, monkeypatch):
@@ -329,7 +374,7 @@ def test_exit_codes_are_documented():
 
 def test_help_names_every_option_with_a_default():
     runner = CliRunner()
-    for command in ("purify", "evaluate", "sharpness", "fisher", "methods", "env", "demo"):
+    for command in ("inspect", "purify", "evaluate", "sharpness", "fisher", "methods", "env", "demo"):
         shown = runner.invoke(app, [command, "--help"])
         assert shown.exit_code == 0 and f"{command} " in shown.output
     assert "[default: fast_wfip]" in runner.invoke(app, ["purify", "--help"]).output
