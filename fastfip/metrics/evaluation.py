@@ -210,7 +210,7 @@ def _clean(
     n = 0
     for given in iter_batches(loader, task):
         batch = move_to(given, device)
-        with reading("test_loader"):
+        with reading("test_loader="):
             logits = task.forward(model, batch)
         y = _class_labels(given, logits, task)
         right = float("nan") if y is None else right + (logits.argmax(1) == y.to(logits.device)).sum()
@@ -252,7 +252,7 @@ def _triggered(
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        with reading("asr_loader"):
+        with reading("asr_loader="):
             logits = _logits_shape(task.forward(model, move_to(batch, device)))
         for y in (attack, *([] if true is None else [true])):
             check_labels(y, logits.shape[1])
