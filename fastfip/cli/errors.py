@@ -103,8 +103,8 @@ def undisturbed() -> Iterator[list[int]]:
     try:
         yield came
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # None: it was not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _nobody_reads() -> None:
