@@ -40,6 +40,6 @@ def reason(error: BaseException) -> str:
 
 def choices(name: object, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all that there are."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else ""
     return f"{hint} There are {', '.join(known)}"

@@ -25,7 +25,7 @@ from fastfip.errors import ConfigError, DataError, reason
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
 from fastfip.nets.checks import device_of, usable_device
-from fastfip.purification.process import seeded
+from fastfip.purification.process import resident_memory, seeded
 from fastfip.purification.purify import purify
 
 __all__ = ["Choice", "compare"]
@@ -222,11 +222,7 @@ def _held(device: str) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return resident_memory() or 0
 
 
 def _again(data: Any) -> Any:

@@ -15,6 +15,7 @@ from fastfip.data.batch import Batch
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.nets.state import requires_grad
 
 __all__ = ["ANP", "ANPConfig"]
 
@@ -148,15 +149,12 @@ class ANP(Method):
                     v.add_(d)
                 for b, received, x in zip(self.biases, self.received_biases, xi):
                     b.copy_(received * (1 + x))
-            for b in self.biases:
-                b.requires_grad_(True)
-            with self.masks.tuning():
+            with requires_grad(self.biases, True), self.masks.tuning():
                 yield
         finally:
             with torch.no_grad():
                 for b, received in zip(self.biases, self.received_biases):
                     b.copy_(received)
-                    b.requires_grad_(False)
                     b.grad = None
                 for v, s in zip(values, saved):
                     v.copy_(s)

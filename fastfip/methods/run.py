@@ -146,6 +146,13 @@ class Run:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def endless(self) -> Iterator[Batch]:
+        """Walk the clean samples again and again, shuffled, in batches of the config's size."""
+        while True:
+            yield from self.clean.batches(
+                self.config.batch_size, shuffle=True, generator=self.generator, device=self.device
+            )
+
     # -------------------- train and eval
 
     @property

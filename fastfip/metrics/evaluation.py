@@ -138,13 +138,13 @@ def evaluate(
     notes: list[str] = []
     acc = mean = asr = ra = None
     n = triggered = 0
-    with _evaluating(model, device) as place:
+    with _evaluating(model, device) as run_device:
         if test_loader is not None:
-            acc, mean, n = _clean(model, test_loader, task, place)
+            acc, mean, n = _clean(model, test_loader, task, run_device)
             if acc is None:
                 notes.append("labels or outputs are no class indices: ACC not measured, only the loss")
         if asr_loader is not None:
-            asr, ra, triggered = _triggered(model, asr_loader, task, target, place, notes)
+            asr, ra, triggered = _triggered(model, asr_loader, task, target, run_device, notes)
         else:
             notes.append("no trigger given: ASR not measured")
     return Evaluation(acc=acc, asr=asr, ra=ra, loss=mean, n=n, n_triggered=triggered, notes=tuple(notes))

@@ -37,7 +37,7 @@ WORRYING_LOSS = 0.05
 
 @dataclass(frozen=True)
 class PurifyOptions:
-    """What `purify` was asked for, checked; its fields are the arguments of the same names."""
+    """What `purify` was asked for, checked: its arguments, and the method's class, settings and task made of them."""
 
     clean_loader: Iterable[Batch]
     recipe: type[Method]
@@ -133,7 +133,7 @@ def purify(
         callbacks=callbacks,
         test_loader=test_loader,
         asr_loader=asr_loader,
-        measure=tuple(measure),
+        measure=(measure,) if isinstance(measure, str) else tuple(measure),
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad():

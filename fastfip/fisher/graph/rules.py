@@ -20,7 +20,7 @@ from fastfip.fisher.graph.layout import Layout, candidates
 from fastfip.fisher.graph.reading import inputs_of, shape_of
 from fastfip.fisher.graph.recipe import Builder, Recipe, Slots, output_shape, rule
 from fastfip.fisher.graph.sums import centred_sums
-from fastfip.ops.convolution import ConvShape
+from fastfip.ops.convolution import ConvShape, per_dimension
 
 # ------------------------------------------------------------------------------------------------- matrix products
 
@@ -114,7 +114,7 @@ def convolution_recipe(
     builders: dict[int, Builder] = {}
     if 1 in slots:
         kernel = tuple(shape_of(slots[1])[2:])
-        stride, padding, dilation = (_spatial(option, dims) for option in options)
+        stride, padding, dilation = (per_dimension(option, dims) for option in options)
         shape = ConvShape(kernel, stride, padding, dilation, groups)
 
         def weight(g: Tensor, layout: Layout, samples: int) -> GradientForm:
@@ -125,11 +125,6 @@ def convolution_recipe(
     if 2 in slots:
         builders[2] = _elementwise(lambda g: g, shape_of(slots[2]), after=dims)
     return Recipe("convolution", z, candidates((0,), z, samples), slots, builders, {1: ConvForm, 2: SumForm})
-
-
-def _spatial(value: Any, dims: int) -> tuple[int, ...]:
-    value = tuple(int(v) for v in value)
-    return value * dims if len(value) == 1 else value
 
 
 # --------------------------------------------------------------------------------------------------- elementwise

@@ -13,7 +13,7 @@ from fastfip.methods.base import Run
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "endless", "search"]
+__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "search"]
 
 #: Radii that are tried at most, each larger than the one before it by the growth, with so many steps at each.
 ROUNDS, GROWTH, STEPS = 16, 1.3, 10
@@ -63,12 +63,6 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         perturbations.grow(radius_factor)
         run.log(radius=perturbations.relative_radius)
     return perturbations
-
-
-def endless(run: Run) -> Iterator[Batch]:
-    """Walk the clean samples again and again, shuffled."""
-    while True:
-        yield from run.clean.batches(run.config.batch_size, shuffle=True, generator=run.generator, device=run.device)
 
 
 def at_least(run: Run, batch: Batch) -> Batch:
