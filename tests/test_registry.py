@@ -13,8 +13,7 @@ from fastfip.registry import Registry, working_folder_importable
 METHOD = """
     from dataclasses import dataclass
 
-    from fastfip.methods import Method, MethodConfig
-    from fastfip.methods.base import setting
+    from fastfip.methods import Method, MethodConfig, setting
 
 
     @dataclass(frozen=True)
