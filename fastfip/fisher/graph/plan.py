@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fastfip.errors import ModelError
-from fastfip.fisher.graph import rules  # noqa: F401  (registers them)
+from fastfip.fisher.graph import norm_rules, rules  # noqa: F401  (registers them)
 from fastfip.fisher.graph.forms import JOINED, GradientForm
 from fastfip.fisher.graph.layout import Layout
 from fastfip.fisher.graph.reading import (
