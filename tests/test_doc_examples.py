@@ -1,4 +1,4 @@
-"""What the documents show runs as it is: the Python of docs/fisher.md, the README's examples, CONTRIBUTING's method."""
+"""What the documents show runs as it is: the Python of docs/fisher.md, examples of the README and of CONTRIBUTING."""
 
 import re
 import runpy
@@ -78,3 +78,5 @@ def test_contributing():
     after = purify(net, clean, scope["Biases"], epochs=1, progress=False).state_dict()
     before = net.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["1.bias"]
+    triggered = scope["Stripe"](row=2).asr_set(*clean, target=0)[0]
+    assert triggered.shape == (16, 1, 6, 6) and bool((triggered[..., 2, :] == 1).all())
