@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.checkpoint.align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
+from fastfip.checkpoint.align import find_state, fits_or_raise, is_extra, is_state
 from fastfip.checkpoint.calls import PLAIN, shown
 from fastfip.checkpoint.claims import Opaque
+from fastfip.checkpoint.prefixes import align, common_prefixes, strip
 from fastfip.checkpoint.read import read
 from fastfip.errors import CheckpointError, ModelError, printable, reason
 
@@ -58,19 +59,26 @@ class Checkpoint(dict[str, Tensor]):
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, key: str | None = None, strict: bool = True
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    strict: bool = True,
 ) -> Checkpoint:
     """Read the weights of a checkpoint, without running anything that the file holds, and check them.
 
-    Reads safetensors and both formats of torch.save (always weights-only, always to the CPU). Weights under
-    `state_dict`, `net`, `netC`, `model`, `model_state_dict` or `state_dict_ema` are found. A prefix `module.`,
-    `_orig_mod.` or `model.` is taken off if every name carries it; with a model, if that makes the names meet (and put
-    on if the model has it).
+    Reads safetensors, both formats of torch.save and folders of shards, always to the CPU. Weights under `state_dict`,
+    `net`, `netC`, `model`, `model_state_dict` or `state_dict_ema` are found. Without a model a prefix `module.`,
+    `_orig_mod.` or `model.` is taken off if every name carries it. With a model whatever prefix makes the names meet is
+    taken off or put on, and what torch.compile and its kind put into names is passed over; names without that prefix
+    are other things and are left out.
 
     Args:
-        path: the file; its format is told by its content.
+        path: the file, its format is told by its content; or a folder or index of shards, as Hugging Face writes them.
         model: loaded into if, and only if, everything is found to be in order; its device and dtypes stay.
         key: the entry that holds the weights (`"net"`, `"a.b"`), where it has another name or there are several.
+        prefix: what the names of the weights begin with, e.g. "student", where there are several; it is taken off.
         strict: False: names on one side only are no error (shapes are).
 
     Returns:
@@ -83,12 +91,14 @@ def load_checkpoint(
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model must be an nn.Module, not {type(model).__name__}")
     try:
-        return _load(path, model, key, strict)
+        return _load(path, model, key, prefix, strict)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {printable(str(error))}") from None
 
 
-def _load(path: str | os.PathLike[str], model: nn.Module | None, key: str | None, strict: bool) -> Checkpoint:
+def _load(
+    path: str | os.PathLike[str], model: nn.Module | None, key: str | None, prefix: str | None, strict: bool
+) -> Checkpoint:
     form, root, metadata = read(path)
     own = None if model is None else _own_state(model)
     nesting = find_state(root, key, own)
@@ -100,15 +110,26 @@ def _load(path: str | os.PathLike[str], model: nn.Module | None, key: str | None
         if not isinstance(name, str):
             raise CheckpointError(f"has a weight whose name is no text, or far too long ({type(name).__name__})")
         entries[name] = value if is_extra(name) and not isinstance(value, Tensor) else check_tensor(name, value)
-    prefix = common_prefixes(entries)[-1]
-    names = align(entries, own) if own is not None else {name[len(prefix) :]: name for name in entries}
+    names = _names_of(entries, own, prefix)
     out = Checkpoint((name, entries[theirs]) for name, theirs in names.items())
     out.path, out.format, out.nesting, out.names, out.metadata = Path(path), form, nesting, names, metadata
     out.extras, out.left_out = _beside(outer, nesting)
+    taken = set(names.values())
+    out.left_out += [printable(".".join((*nesting, name))) for name in entries if name not in taken]
     out._metadata = _renamed_versions(state, out.prefix)
     if model is not None and own is not None:
         _fit(out, model, own, strict)
     return out
+
+
+def _names_of(entries: Mapping[str, Any], own: Mapping[str, Any] | None, prefix: str | None) -> dict[str, str]:
+    """Return {name in the model: name in the file}."""
+    if own is None:
+        return strip(entries, common_prefixes(entries)[-1] if prefix is None else prefix) if entries else {}
+    if prefix is None:
+        return align(entries, own)
+    bare = strip(entries, prefix)
+    return {name: bare[theirs] for name, theirs in align(bare, own).items()}
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
