@@ -58,7 +58,7 @@ class Sheet:
 
         table = Table(show_header=any(name.rstrip(">") for name in self.columns))
         for name in self.columns:
-            table.add_column(Text(name.rstrip(">")), justify="right" if name.endswith(">") else "left")
+            table.add_column(Text(_safe(name.rstrip(">"))), justify="right" if name.endswith(">") else "left")
         for row in self.rows:
             table.add_row(*(Text(_safe(cell)) for cell in row))
         title = [Text(_safe(self.title), style="bold")] if self.title else []
