@@ -13,6 +13,7 @@ from fastfip.checkpoint.calls import shown
 from fastfip.checkpoint.claims import Claim
 from fastfip.checkpoint.container import ZipRecords, check_safetensors, check_zip, kind_of, open_file
 from fastfip.checkpoint.scan import Scan, scan
+from fastfip.checkpoint.shards import index_of, read_shards
 from fastfip.errors import CheckpointError, reason
 
 __all__ = ["find_path", "read"]
@@ -30,7 +31,8 @@ def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
         CheckpointError: it is refused; the text says why, without the name of the file.
     """
     try:
-        return _read(path)
+        where = index_of(path)
+        return read_shards(where, _read) if where.name.endswith(".index.json") else _read(where)
     except MemoryError:
         raise CheckpointError("needs more memory than there is") from None
     except RecursionError:
