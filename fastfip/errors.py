@@ -33,9 +33,20 @@ class BackendError(FastFIPError, RuntimeError):
 _LONGEST = 200
 
 
+def printable(text: object, most: int = 600) -> str:
+    """Return a text that may hold names from a file as one line that does nothing to a terminal, at most `most` long.
+
+    Escape sequences, line breaks and marks that turn the direction of writing become question marks. Everything that
+    comes from a file goes through here before it is printed.
+    """
+    shown = str(text)[: most + 1]
+    shown = "".join(c if c.isprintable() else "?" for c in shown)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
 def reason(error: BaseException) -> str:
-    """Return what an exception says as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:_LONGEST]
+    """Return what an exception says as one line of at most 200 characters that does nothing to a terminal."""
+    return printable(" ".join(str(error)[: 4 * _LONGEST].split()), _LONGEST)
 
 
 def choices(name: object, known: Sequence[str]) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.checkpoint.align import align, is_extra
+from fastfip.checkpoint.align import is_extra
 from fastfip.checkpoint.load import Checkpoint, check_tensor, load_checkpoint
+from fastfip.checkpoint.prefixes import align
 from fastfip.errors import CheckpointError
 
 __all__ = ["check_suffix", "replacing", "save_checkpoint"]

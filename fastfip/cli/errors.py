@@ -103,4 +103,6 @@ def run(command: Any, arguments: list[str] | None) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"fastfip: {text}", file=sys.stderr)
+    from fastfip.errors import printable
+
+    print(f"fastfip: {printable(text, 2000)}", file=sys.stderr)

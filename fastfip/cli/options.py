@@ -35,6 +35,10 @@ Key = Annotated[
     str | None,
     typer.Option("--key", metavar="NAME", help="entry of IN with the weights, if not a usual one"),
 ]
+Prefix = Annotated[
+    str | None,
+    typer.Option("--prefix", metavar="NAME.", help="what the names of the weights in IN begin with, if not found out"),
+]
 Data = Annotated[
     str,
     typer.Option(
@@ -121,6 +125,7 @@ class Net(Group):
     arch: Arch
     arch_args: ArchArgs = None
     key: Key = None
+    prefix: Prefix = None
     mean: Mean = None
     std: Std = None
     size: Size = None
@@ -134,7 +139,7 @@ class Net(Group):
 
     def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
         """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-        return restore(path, self.arch, self.arch_args, self.key)
+        return restore(path, self.arch, self.arch_args, self.key, self.prefix)
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
@@ -231,12 +236,14 @@ def build(arch: str, arch_args: str | None) -> nn.Module:
     return load_arch(arch, arguments)
 
 
-def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tuple[nn.Module, Checkpoint]:
+def restore(
+    path: Path, arch: str, arch_args: str | None, key: str | None, prefix: str | None = None
+) -> tuple[nn.Module, Checkpoint]:
     """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
     from fastfip.checkpoint import load_checkpoint
 
     model = build(arch, arch_args)
-    return model.eval(), load_checkpoint(path, model, key=key)
+    return model.eval(), load_checkpoint(path, model, key=key, prefix=prefix)
 
 
 def pixels(mean: str | None, std: str | None, size: str | None, channels: int | None) -> Pixels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fastfip.data.npz import Npz, listed
 from fastfip.data.task import check_labels
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, DataError, printable, reason
 
 __all__ = ["ImageSet", "Pixels", "load", "loader", "read_image", "same_classes"]
 
@@ -97,7 +97,7 @@ class _Files:
         for i, image in zip(index, images):
             if image.shape != images[0].shape:
                 sizes = "{2}x{1} and {5}x{4}".format(*images[0].shape, *image.shape)
-                raise DataError(f"images of different sizes, {sizes} ({self.paths[i]}): give --size")
+                raise DataError(f"images of different sizes, {sizes} ({printable(self.paths[i])}): give --size")
         return torch.stack(images)
 
 
@@ -204,10 +204,13 @@ def load(spec: str | os.PathLike[str], role: str = "clean", pixels: Pixels | Non
     text = os.fspath(spec)
     stem, dot, names = text.rpartition(".npz:")
     path = Path(f"{stem}.npz" if dot else text)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        why = "there is no such folder or file" if isinstance(error, FileNotFoundError) else reason(error)
+        raise DataError(f"{printable(path)}: {why}") from None
     if path.is_dir():
         return _load_folder(path, pixels)
-    if not path.exists():
-        raise DataError(f"{path}: there is no such folder or file")
     if path.suffix.lower() != ".npz":
         hint = ": unpack it and give the folder" if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") else ""
         raise DataError(f"{path}: data is a folder of class folders, or an .npz file{hint}")
@@ -215,26 +218,21 @@ def load(spec: str | os.PathLike[str], role: str = "clean", pixels: Pixels | Non
 
 
 def _load_npz(path: Path, wanted: list[str] | None, role: str, pixels: Pixels) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            here = list(archive.files)
-            if wanted is None:
-                wanted = next((list(pair) for pair in NPZ_NAMES[role] if set(pair) <= set(here)), None)
-            if wanted is None:
-                raise DataError(f"{path}: holds {', '.join(here)}; say which are images and labels: {path.name}:x,y")
-            if len(wanted) != 2 or not set(wanted) <= set(here):
-                raise DataError(f"{path}: no images and labels under {', '.join(wanted)}; it holds {', '.join(here)}")
-            x, y = archive[wanted[0]], archive[wanted[1]]
-            attack = archive["attack_y"] if role == "triggered" and "attack_y" in here else None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+    archive = Npz(path)
+    here = archive.names
+    if wanted is None:
+        wanted = next((list(pair) for pair in NPZ_NAMES[role] if set(pair) <= set(here)), None)
+    if wanted is None:
+        raise DataError(f"{path}: holds {listed(here)}; say which are images and labels: {path.name}:x,y")
+    if len(wanted) != 2 or not set(wanted) <= set(here):
+        raise DataError(f"{path}: no images and labels under {', '.join(wanted)}; it holds {listed(here)}")
+    y, x = archive[wanted[1]], archive[wanted[0]]
+    attack = archive["attack_y"] if role == "triggered" and "attack_y" in here else None
     try:
         labels = _labels(y)
         x = _channels_first(x)
-        if len(x) != len(labels):
-            raise DataError(f"{len(x)} images and {len(labels)} labels")
+        if x.ndim == 0 or len(x) != len(labels):
+            raise DataError(f"{len(x) if x.ndim else 'no'} images and {len(labels)} labels")
         if len(x) == 0:
             raise DataError("holds no images")
         out = ImageSet(_Arrays(x, pixels.size), torch.arange(len(labels)), labels, pixels, None)
@@ -246,7 +244,7 @@ def _load_npz(path: Path, wanted: list[str] | None, role: str, pixels: Pixels) -
 def _labels(y: np.ndarray) -> Tensor:
     if y.dtype.kind in "ui" and y.ndim == 1:
         labels = torch.from_numpy(y.astype(np.int64))
-    elif y.dtype.kind in "iuf":
+    elif y.dtype.kind in "iuf" and y.dtype.itemsize <= 8:
         labels = torch.from_numpy(np.array(y))
     else:
         raise DataError(f"labels are {y.dtype}: give class indices")
@@ -256,7 +254,7 @@ def _labels(y: np.ndarray) -> Tensor:
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
     """Return uint8 images as [N, C, H, W]; floats [N, H, W, C] too, other arrays as they are."""
-    if x.dtype.kind not in "uif" or (x.dtype.kind in "ui" and x.dtype != np.uint8):
+    if x.dtype.kind not in "uif" or (x.dtype.kind in "ui" and x.dtype != np.uint8) or x.dtype.itemsize > 8:
         raise DataError(f"images are {x.dtype}: give uint8 or floats")
     if x.dtype == np.uint8 and x.ndim == 3:
         return x[:, None]
@@ -277,7 +275,7 @@ def _load_folder(path: Path, pixels: Pixels) -> ImageSet:
         labels += [label] * len(mine)
     if not paths:
         inner = next((p for f in folders for p in sorted(f.iterdir()) if p.is_dir()), None)
-        hint = f": did you mean {inner.parent}?" if inner is not None else ""
+        hint = f": did you mean {printable(inner.parent)}?" if inner is not None else ""
         raise DataError(f"{path}: there are no images in its class folders ({', '.join(IMAGE_SUFFIXES)}){hint}")
     names = [folder.name for folder in folders]
     return ImageSet(_Files(tuple(paths), pixels), torch.arange(len(paths)), torch.tensor(labels), pixels, names)
@@ -293,13 +291,15 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         from PIL import Image
     except ImportError:
         raise DataError("images in folders need pillow: pip install pillow, or give an .npz file") from None
+    if not Path(path).is_file():
+        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
         if size is not None and image.size != (size[1], size[0]):
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{os.fspath(path)}: cannot be read as an image: {error}") from None
+    except Exception as error:  # pillow's readers raise what the damage makes of them
+        raise DataError(f"{printable(os.fspath(path))}: cannot be read as an image: {reason(error)}") from None
     array = np.array(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255
@@ -313,4 +313,4 @@ def same_classes(first: ImageSet, second: ImageSet) -> None:
     """
     if first.classes is not None and second.classes is not None and first.classes != second.classes:
         only = sorted(set(first.classes) ^ set(second.classes))
-        raise DataError(f"the class folders differ ({', '.join(only[:5])}): classes would be numbered differently")
+        raise DataError(f"the class folders differ ({listed(only[:5])}): classes would be numbered differently")
