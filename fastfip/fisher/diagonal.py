@@ -138,7 +138,7 @@ def fisher_diagonal(
             if first:
                 task, first = fit_for_fisher(model, task, batch, takes_logits), False
             with torch.enable_grad(), readable(model):
-                logits = task.forward(model, batch) / temperature
+                logits = _cooled(task.forward(model, batch), temperature)
         samples = logits.shape[0]
         for one in labels.passes(task, batch, logits, generator):
             with torch.enable_grad():
@@ -170,9 +170,10 @@ class _Measure:
     def _loop(self, losses: Tensor, one: LabelledPass, params: dict[str, Tensor]) -> None:
         """One backward for each sample: through a forward pass of its own, where batches can be cut."""
         samples, alone = losses.shape[0], True
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(losses.dtype, 1e-2)
         for n in range(samples):
             mine = self._single(one, n, samples) if alone else None
-            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=1e-3, atol=1e-6):
+            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=tolerance, atol=1e-3 * tolerance):
                 alone, mine = False, losses[n]
             got = torch.autograd.grad(mine, list(params.values()), retain_graph=not alone, allow_unused=True)
             root = 1.0 if one.weights is None else one.weights[n]
@@ -182,10 +183,15 @@ class _Measure:
         try:
             batch = pick(one.batch, n, samples)
             with torch.enable_grad(), readable(self.model):
-                losses = one.task.loss(one.task.forward(self.model, batch) / self.temperature, batch)
+                logits = _cooled(one.task.forward(self.model, batch), self.temperature)
+                losses = one.task.loss(logits, batch)
         except (RuntimeError, ValueError, IndexError):
             return None
         return losses[0] if losses.shape[0] == 1 and losses.grad_fn is not None else None
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def smoothed(task: Task, label_smoothing: float) -> Task:
