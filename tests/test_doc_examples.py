@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-def test_fisher():
+def test_fisher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "fisher.md").read_text(), re.DOTALL)
     assert len(blocks) >= 7
     torch.manual_seed(0)

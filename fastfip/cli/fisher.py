@@ -25,6 +25,14 @@ def fisher(
             help="labels from the data, drawn from the model, or all classes weighted by their probability",
         ),
     ] = "empirical",
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            "--likelihood",
+            metavar="categorical|bernoulli|gaussian",
+            help="what the outputs say of labels: softmax (the default), sigmoid, or squared error",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="K", help="with exact: only each image's K likeliest classes")
     ] = None,
@@ -44,18 +52,23 @@ def fisher(
     where, how = net.where_and_how()
     model, _ = net.restore(source)
     batches = net.batches(clean.load(how, seed))
-    forward, notes = o.as_logits(model, batches)
+    logits = likelihood in (None, "categorical")
+    forward, notes = o.as_logits(model, batches) if logits else (None, [])
     kind_: Any = kind
     diagonal = fisher_diagonal(
         model.to(where),
         batches,
         kind_,
+        likelihood=likelihood,
         forward=forward,
         top_k=top_k,
         seed=seed,
         progress=not quiet and sys.stderr.isatty(),
     )
-    save_checkpoint(diagonal, out)
+    if out.suffix.lower() == ".safetensors":
+        diagonal.save(out)  # with the number of images, the kind and the coverage
+    else:
+        save_checkpoint(diagonal, out)
     traces = {name: float(value.double().sum()) for name, value in diagonal.items()}
     whole = float(diagonal.trace())
     if as_json:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
-from fastfip.fisher.diagonal import Kind
+from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import readable
 from fastfip.methods.base import Groups, Method, Run
 from fastfip.nets.state import requires_grad

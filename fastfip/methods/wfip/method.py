@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
-from fastfip.fisher.diagonal import Kind
+from fastfip.fisher.labels import Kind
 from fastfip.methods._space import Space, SpaceMethod, Spectral
 from fastfip.methods.base import Groups, Run, register
 from fastfip.methods.wfip.clean import CleanTerms
