@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from fastfip.errors import reason
+
 
 def _version(package: str) -> str | None:
     try:
@@ -42,6 +44,18 @@ def _commit() -> str | None:
     if done.returncode != 0:
         return None
     return done.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _torch() -> tuple[Any, str]:
+    """Return torch with its version; None and the reason where it does not load, which a bug report may be about."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        missing = "not installed: pip install torch" if error.name == "torch" else f"does not load: {reason(error)}"
+        return None, missing
+    except Exception as error:  # a broken installation raises OSError, RuntimeError and others
+        return None, f"does not load: {type(error).__name__}: {reason(error)}"
+    return torch, torch.__version__
 
 
 def _native() -> str:
@@ -99,28 +113,31 @@ def _triton() -> str:
 
 
 def collect() -> dict[str, Any]:
-    """Everything a bug report or a benchmark row needs, as plain values; initialises neither CUDA nor Triton."""
-    import torch
+    """Everything a bug report or a benchmark row needs, as plain values; initialises neither CUDA nor Triton.
 
+    Where torch is missing or broken, what depends on it is None.
+    """
     import fastfip
+
+    torch, torch_version = _torch()
 
     names = ("numpy", "safetensors", "rich", "typer", "scikit-learn", "matplotlib", "transformers")
     return {
         "fastfip": fastfip.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch_version,
         "packages": {name: version for name in names if (version := _version(name))},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": None if torch is None else torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "backend": _backend(),
-        "native": _native(),
+        "threads": None if torch is None else torch.get_num_threads(),
+        "backend": None if torch is None else _backend(),
+        "native": None if torch is None else _native(),
         "triton": _triton(),
-        "cuda": _cuda(),
-        "cuda_kernels": _cuda_kernels(),
+        "cuda": None if torch is None else _cuda(),
+        "cuda_kernels": None if torch is None else _cuda_kernels(),
     }
 
 

@@ -51,6 +51,7 @@ def reason(error: BaseException) -> str:
 
 def choices(name: object, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all that there are."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f": did you mean {near[0]!r}?" if near else ""
+    folded = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    hint = f": did you mean {folded[near[0]]!r}?" if near else ""
     return f"{hint} There are {', '.join(known)}"

@@ -1,7 +1,8 @@
 """Read and write checkpoints: nothing in a file is ever run, nothing is loaded before all of it has been verified."""
 
 from fastfip.checkpoint.arch import load_arch
+from fastfip.checkpoint.inspection import inspect_file
 from fastfip.checkpoint.load import Checkpoint, load_checkpoint
 from fastfip.checkpoint.save import check_suffix, replacing, save_checkpoint
 
-__all__ = ["Checkpoint", "check_suffix", "load_arch", "load_checkpoint", "replacing", "save_checkpoint"]
+__all__ = ["Checkpoint", "check_suffix", "inspect_file", "load_arch", "load_checkpoint", "replacing", "save_checkpoint"]

@@ -15,13 +15,13 @@ from fastfip.cli.errors import guarded, run
 from fastfip.cli.evaluate import evaluate, sharpness
 from fastfip.cli.fisher import fisher
 from fastfip.cli.info import demo, env, methods
+from fastfip.cli.inspect_file import inspect
 from fastfip.cli.options import grouped
 from fastfip.cli.purify import purify
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,6 +30,7 @@ for command, summary in (
     (purify, "Clean a backdoored network with a few clean images"),
     (compare, "Run several methods on a network, side by side"),
     (audit, "Look for signs of a backdoor without knowing the trigger"),
+    (inspect, "Say what a checkpoint holds, what model and scaling it fits, what to do next"),
     (evaluate, "Measure ACC, ASR and RA of a checkpoint"),
     (sharpness, "Measure lambda_max, Tr(H) and Tr(F) of a checkpoint"),
     (fisher, "Write the diagonal of a checkpoint's Fisher information to a file"),

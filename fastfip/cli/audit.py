@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastfip.cli import options as o
+from fastfip.cli import triggers
 from fastfip.cli.errors import fail
 
 
@@ -60,15 +61,14 @@ def audit(
     searched = _labels(classes)
 
     from fastfip.auditing.audit import audit as look
-    from fastfip.data.images import load
     from fastfip.reporting.table import show
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
     other = None if purified is None else net.restore(purified)[0]
-    clean = load(data, "clean", how)
-    bad = None if poisoned is None else o.triggered(poisoned, None, target, None, how)
-    asr = None if asr_data is None else o.triggered(asr_data, None, target, None, how)
+    clean = how.load(data, "clean")
+    bad = None if poisoned is None else triggers.triggered(poisoned, None, target, None, how)
+    asr = None if asr_data is None else triggers.triggered(asr_data, None, target, None, how)
     evidence = look(
         model,
         net.batches(clean),
@@ -85,6 +85,8 @@ def audit(
         amp=mixed,
         progress=_say if sys.stderr.isatty() and not quiet else None,
     )
+    evidence.notes += clean.words()
+    evidence.settings["images"] = clean.to_dict()
     if picture is not None:
         evidence.plot(picture)
     if as_json:

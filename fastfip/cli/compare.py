@@ -43,10 +43,11 @@ def compare(
     """
     drawn = _seeds(seeds)
     mixed = o.precision(amp)
+    scores.check()
     _check_outputs(out, plot, resume, force)
 
     from fastfip.comparison.compare import compare as side_by_side
-    from fastfip.reporting.table import show
+    from fastfip.reporting.table import show, to_json
 
     chosen = _choices(methods, settings or [])
     where, how = net.where_and_how()
@@ -66,10 +67,11 @@ def compare(
         amp=mixed,
         progress=False if quiet else None,
     )
+    comparison.notes += images.words()
     if plot is not None:
         comparison.plot(plot)
     if as_json:
-        print(comparison.to_json())
+        print(to_json({**comparison.to_dict(), "images": images.to_dict()}))
     else:
         show(comparison)
     if comparison.interrupted:

@@ -21,18 +21,21 @@ def evaluate(
     """Measure ACC on clean test images, and ASR and RA on triggered ones (never over images of the target class)."""
     if scores.test_data is None and scores.asr_data is None:
         raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
+    scores.check()
 
     from fastfip.metrics.evaluation import evaluate as measure
     from fastfip.reporting.table import evaluation_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
-    loaders = [net.batches(images) for images in scores.load(how)]
+    sets = scores.load(how)
+    shown = next(images for images in sets if images is not None)
+    loaders = [net.batches(images) for images in sets]
     forward, notes = o.as_logits(model, loaders[0] or loaders[1])
     measured = measure(model, *loaders, forward=forward, device=where)
-    measured = replace(measured, notes=(*notes, *measured.notes))
+    measured = replace(measured, notes=(*notes, *measured.notes, *shown.words()))
     if as_json:
-        print(to_json({"checkpoint": str(source), **measured.to_dict()}))
+        print(to_json({"checkpoint": str(source), **measured.to_dict(), "images": shown.to_dict()}))
     else:
         show(evaluation_sheet(measured, str(source)))
 
@@ -47,17 +50,17 @@ def sharpness(
     debug: o.Debug = False,
 ) -> None:
     """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
-    from fastfip.data.images import load
     from fastfip.fisher.sharpness import sharpness as measure
     from fastfip.reporting.table import mapping_sheet, show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
-    images = load(data, "clean", how).sample(limit, None, seed)
+    images = how.load(data, "clean").sample(limit, None, seed)
     batches = net.batches(images)
     forward, notes = o.as_logits(model, batches)
+    notes += images.words()
     values = measure(model.to(where), batches, forward=forward, seed=seed).to_dict()
     if as_json:
-        print(to_json({"checkpoint": str(source), **values, "notes": notes}))
+        print(to_json({"checkpoint": str(source), **values, "notes": notes, "images": images.to_dict()}))
     else:
         show(mapping_sheet(values, f"{source} on {len(images)} images", [f"note: {note}" for note in notes]))

@@ -51,9 +51,11 @@ def fisher(
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
-    batches = net.batches(clean.load(how, seed))
+    images = clean.load(how, seed)
+    batches = net.batches(images)
     logits = likelihood in (None, "categorical")
     forward, notes = o.as_logits(model, batches) if logits else (None, [])
+    notes += images.words()
     kind_: Any = kind
     diagonal = fisher_diagonal(
         model.to(where),
@@ -73,7 +75,9 @@ def fisher(
     whole = float(diagonal.trace())
     if as_json:
         figures = {"n": diagonal.n, "kind": kind, "trace": whole, "traces": traces, "coverage": diagonal.coverage}
-        print(to_json({"checkpoint": str(source), "out": str(out), **figures, "notes": notes}))
+        print(
+            to_json({"checkpoint": str(source), "out": str(out), **figures, "notes": notes, "images": images.to_dict()})
+        )
         return
     rows = [(name, _size(diagonal[name]), f"{traces[name]:.6g}", diagonal.coverage[name]) for name in diagonal]
     lines = [f"trace {whole:.6g} over {diagonal.n} images, kind {kind}", *(f"note: {note}" for note in notes)]

@@ -13,27 +13,37 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fastfip.cli import triggers
 from fastfip.cli.errors import fail
+from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fastfip.checkpoint import Checkpoint
-    from fastfip.data.images import ImageSet, Pixels
+    from fastfip.data.images import ImageSet
+    from fastfip.data.scaling import Pixels
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
+#: What `--arch` takes.
+ARCH_FORMS = "MODULE:FACTORY|timm:NAME|torchvision:NAME|hf:DIR"
 Arch = Annotated[
     str,
     typer.Option(
-        "--arch", metavar="MODULE:FACTORY", help="what builds the model, e.g. nets:resnet18 for resnet18 in ./nets.py"
+        "--arch",
+        metavar=ARCH_FORMS,
+        help="what builds the model: nets:resnet18 for resnet18 in ./nets.py, or a model of a library",
     ),
 ]
 ArchArgs = Annotated[
-    str | None, typer.Option("--arch-args", metavar="JSON", help="""its arguments, e.g. '{"num_classes": 43}'""")
+    str | None,
+    typer.Option(
+        "--arch-args", metavar="JSON", help="""its arguments, e.g. '{"num_classes": 43}'""", show_default="none"
+    ),
 ]
 Key = Annotated[
     str | None,
-    typer.Option("--key", metavar="NAME", help="entry of IN with the weights, if not a usual one"),
+    typer.Option("--key", metavar="NAME", help="entry of IN with the weights", show_default="the usual ones"),
 ]
 Prefix = Annotated[
     str | None,
@@ -68,13 +78,53 @@ Target = Annotated[
     str | None,
     typer.Option("--target", metavar="CLASS|next", help="class that the attacker wants; next: the label plus one"),
 ]
-Mean = Annotated[str | None, typer.Option("--mean", metavar="M[,M,M]", help="subtracted from pixels in [0, 1]")]
-Std = Annotated[str | None, typer.Option("--std", metavar="S[,S,S]", help="what they are then divided by")]
-Size = Annotated[str | None, typer.Option("--size", metavar="H[,W]", help="resize images")]
-Channels = Annotated[int | None, typer.Option("--channels", metavar="1|3", help="read image files as grey or colour")]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        "--scale",
+        metavar="01|-11|255",
+        help="range that pixels are brought to: x/255, x/127.5 - 1, or 0 to 255 as they are",
+        show_default="01; arrays of floats stay as they are",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean",
+        metavar="NAME|M[,M,M]",
+        help="subtracted from scaled pixels; imagenet, cifar10, cifar100, gtsrb, mnist, clip: mean and std of these",
+        show_default="0",
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="NAME|S[,S,S]", help="what they are then divided by", show_default="1"),
+]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="H[,W]", help="resize images", show_default="as the images are")
+]
+Channels = Annotated[
+    int | None,
+    typer.Option("--channels", metavar="1|3", help="make images grey or colour", show_default="3; arrays as they are"),
+]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        "--class-order",
+        metavar="number|text",
+        help="how class folders are numbered: 0, 1, 2, 10 or, as by torchvision's ImageFolder, 0, 1, 10, 2",
+        show_default="number if all names are numbers, else text",
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images a batch")]
-Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="use N clean images, picked by --seed")]
-PerClass = Annotated[int | None, typer.Option("--per-class", metavar="N", help="use at most N clean images a class")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", help="use N clean images, picked by --seed", show_default="all"),
+]
+PerClass = Annotated[
+    int | None,
+    typer.Option("--per-class", metavar="N", help="use at most N clean images a class", show_default="all"),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything random")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
@@ -98,7 +148,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             continue
         groups[given.name] = kind
         own = get_type_hints(kind, include_extras=True)
-        for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        items = sorted(dataclasses.fields(kind), key=lambda f: f.default is not dataclasses.MISSING)  # type: ignore[arg-type]
+        for item in items:  # what is required first
             default = given.empty if item.default is dataclasses.MISSING else item.default
             parameters.append(
                 inspect.Parameter(item.name, given.KEYWORD_ONLY, default=default, annotation=own[item.name])
@@ -118,28 +169,23 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-@dataclass
-class Net(Group):
-    """The network, how images become its inputs, and where it runs."""
+@dataclass(kw_only=True)
+class Inputs(Group):
+    """How images become inputs and labels, and where they are computed with."""
 
-    arch: Arch
-    arch_args: ArchArgs = None
-    key: Key = None
-    prefix: Prefix = None
+    scale: Scale = None
     mean: Mean = None
     std: Std = None
     size: Size = None
     channels: Channels = None
+    class_order: ClassOrder = None
     batch_size: BatchSize = 128
     device: Device = "cpu"
 
-    def where_and_how(self) -> tuple[str, Pixels]:
-        """Return the device, checked, and how images become inputs."""
-        return device(self.device), pixels(self.mean, self.std, self.size, self.channels)
-
-    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
-        """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-        return restore(path, self.arch, self.arch_args, self.key, self.prefix)
+    def where_and_how(self) -> tuple[str, ImageReader]:
+        """Return the device, checked, and how images become inputs and labels."""
+        how = pixels(self.mean, self.std, self.size, self.channels, self.scale)
+        return device(self.device), ImageReader(how, class_order(self.class_order))
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
@@ -148,7 +194,21 @@ class Net(Group):
         return None if images is None else loader(images, self.batch_size)
 
 
-@dataclass
+@dataclass(kw_only=True)
+class Net(Inputs):
+    """The network, how images become its inputs, and where it runs."""
+
+    arch: Arch
+    arch_args: ArchArgs = None
+    key: Key = None
+    prefix: Prefix = None
+
+    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
+        """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
+        return restore(path, self.arch, self.arch_args, self.key, self.prefix)
+
+
+@dataclass(kw_only=True)
 class ScoredNet(Net):
     """The same for a net that is only run forward."""
 
@@ -163,11 +223,9 @@ class Clean(Group):
     limit: Limit = None
     per_class: PerClass = None
 
-    def load(self, how: Pixels, seed: int) -> ImageSet:
+    def load(self, how: ImageReader, seed: int) -> ImageSet:
         """Return the images that are used."""
-        from fastfip.data.images import load
-
-        return load(self.data, "clean", how).sample(self.limit, self.per_class, seed)
+        return how.load(self.data, "clean").sample(self.limit, self.per_class, seed)
 
 
 @dataclass
@@ -179,14 +237,18 @@ class Scores(Group):
     attack: AttackSpec = None
     target: Target = None
 
-    def load(self, how: Pixels, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
-        """Return both, None where not given; `clean` has to have the same classes."""
-        from fastfip.data.images import load, same_classes
+    def check(self) -> None:
+        """Find out before the work what could not be measured after it."""
+        triggers.check(self.asr_data, self.attack, self.target, self.test_data)
 
-        test = load(self.test_data, "test", how) if self.test_data is not None else None
+    def load(self, how: ImageReader, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
+        """Return both, None where not given; `clean` has to have the same classes."""
+        from fastfip.data.images import same_classes
+
+        test = how.load(self.test_data, "test") if self.test_data is not None else None
         if test is not None and clean is not None:
             same_classes(clean, test)
-        return test, triggered(self.asr_data, self.attack, self.target, test, how)
+        return test, triggers.triggered(self.asr_data, self.attack, self.target, test, how)
 
 
 def precision(amp: str) -> bool | str:
@@ -246,36 +308,71 @@ def restore(
     return model.eval(), load_checkpoint(path, model, key=key, prefix=prefix)
 
 
-def pixels(mean: str | None, std: str | None, size: str | None, channels: int | None) -> Pixels:
-    """Return how images become inputs."""
-    from fastfip.data.images import Pixels
+def pixels(
+    mean: str | None, std: str | None, size: str | None, channels: int | None, scale: str | None = None
+) -> Pixels:
+    """Return how images become inputs. A name for mean or std stands for both, unless the other one is given."""
+    from fastfip.data.scaling import SCALES, STATISTICS, Pixels
 
-    sides = tuple(int(v) for v in _numbers("--size", size))
-    if len(sides) > 2 or sides != _numbers("--size", size):
+    if scale is not None and scale not in SCALES:
+        raise fail(f"--scale={scale}: must be {', '.join(SCALES)}")
+    sides = _numbers("--size", size)
+    if len(sides) > 2 or any(side != int(side) for side in sides):
         raise fail("--size is H or H,W")
-    both = None if not sides else (sides[0], sides[-1])
-    return Pixels(_numbers("--mean", mean), _numbers("--std", std), both, channels)
+    both = None if not sides else (int(sides[0]), int(sides[-1]))
+    numbers = []
+    for name, given, other, which in (("--mean", mean, std, 0), ("--std", std, mean, 1)):
+        stem = next((text for text in (given, other) if text is not None), None)
+        known = None if stem is None else _statistics(stem)
+        numbers.append(
+            _numbers(name, given, f", or a name: {', '.join(STATISTICS)}") if known is None else known[which]
+        )
+        if known is not None and scale not in (None, "01"):
+            raise fail(f"{name}={stem} is for pixels from 0 to 1: leave out --scale {scale}")
+    return Pixels(numbers[0], numbers[1], both, channels, scale)
 
 
-def _numbers(name: str, text: str | None) -> tuple[float, ...]:
+def _statistics(text: str) -> Any:
+    """Return mean and std of a name; None for numbers."""
+    from fastfip.data.scaling import statistics
+    from fastfip.errors import ConfigError
+
+    try:
+        return statistics(text)
+    except ConfigError:
+        return None
+
+
+def class_order(order: str | None) -> str | None:
+    """Check `--class-order`."""
+    if order not in (None, "number", "text"):
+        raise fail(f"--class-order={order}: must be number or text")
+    return order
+
+
+def _numbers(name: str, text: str | None, also: str = "") -> tuple[float, ...]:
     if text is None:
         return ()
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise fail(f"{name}={text}: give numbers with commas between them") from None
+        raise fail(f"{name}={text}: give numbers with commas between them{also}") from None
 
 
 def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
-    import torch
-
-    from fastfip.data.outputs import logits_task
+    from fastfip.data.outputs import first_outputs, logits_task
     from fastfip.data.task import Task
+    from fastfip.errors import ModelError
 
     batch = next(iter(batches))
-    with torch.no_grad():
-        task, said = logits_task(model, Task(), batch, Task().forward(model, batch))
+    shape = "x".join(map(str, batch[0].shape[1:]))
+    try:
+        outputs = first_outputs(model, Task().forward, batch, f"images {shape}")
+    except ModelError as error:
+        remedy = "see --size, --channels, --scale, or let fastfip inspect try them"
+        raise ModelError(f"{error}: {remedy}") from None
+    task, said = logits_task(model, Task(), batch, outputs)
     return task.forward_hook, [] if said is None else [said]
 
 
@@ -290,80 +387,3 @@ def device(name: str) -> str:
 
     usable_device(name)
     return name
-
-
-def triggered(
-    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: Pixels
-) -> ImageSet | None:
-    """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given."""
-    if asr_data is not None and attack is not None:
-        raise fail("--asr-data and --attack: give one of them")
-    if asr_data is None and attack is None:
-        if target is not None:
-            raise fail("--target needs --asr-data or --attack")
-        return None
-    if asr_data is not None:
-        return _from_data(asr_data, target, how)
-    if test is None:
-        raise fail("--attack puts a trigger on test images: give --test-data")
-    if target is None:
-        raise fail("--attack needs --target: the class that the attacker wants")
-    return test.triggered(make_attack(str(attack)).trigger, _attack_labels(test, target))
-
-
-def _from_data(spec: str, target: str | None, how: Pixels) -> ImageSet:
-    from fastfip.data.images import load
-    from fastfip.errors import DataError
-
-    images = load(spec, "triggered", how)
-    if images.attack is not None:
-        if target is not None:
-            raise fail("--target: the .npz of --asr-data has attack_y already")
-        return images
-    if target is not None:
-        return images.with_attack(_attack_labels(images, target))
-    if len(images.labels.unique()) > 1:
-        raise DataError(
-            f"{spec}: labels of several classes: give --target if they are the true ones, or attack_y in the .npz"
-        )
-    return images
-
-
-def _attack_labels(images: ImageSet, target: str) -> Any:
-    from fastfip import attacks
-
-    if target != "next" and not target.isdigit():
-        raise fail(f"--target={target}: give a class number, or next")
-    return attacks.attack_labels(images.labels, "next" if target == "next" else int(target))
-
-
-def make_attack(spec: str) -> Any:
-    """Return the attack of `NAME[:KEY=VALUE,...]`; a picture is given by its file."""
-    import dataclasses
-
-    from fastfip import attacks
-    from fastfip.data.images import read_image
-    from fastfip.errors import ConfigError
-
-    name, _, rest = spec.partition(":")
-    kind: Any = attacks.get(name)
-    fields = [item.name for item in dataclasses.fields(kind)]
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or key not in fields:
-            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields)}")
-        options[key] = read_image(value) if key == "picture" else _value(value)
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ConfigError(f"attack {spec!r}: {error}") from None
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

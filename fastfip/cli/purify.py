@@ -48,6 +48,7 @@ def purify(
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
     check_outputs(source, out, report, force)
     mixed = o.precision(amp)
+    scores.check()
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
@@ -76,6 +77,8 @@ def purify(
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
     )
+    result.notes += images.words()
+    result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     save_checkpoint(result.model, out, like=checkpoint)

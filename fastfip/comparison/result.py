@@ -101,10 +101,11 @@ class Summary:
 
 @dataclass
 class Comparison(Report):
-    """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there."""
+    """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there; `notes` are printed below."""
 
     rows: list[Row]
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> list[Summary]:
         """Return the methods, in the order of the rows."""
@@ -145,6 +146,7 @@ class Comparison(Report):
         lines += [f"note: ACC is of the {', '.join(on)}"] if on else []
         if not any(row.test_asr is not None for row in self.rows):
             lines.append("note: no triggered images: ASR, RA and DER are not known")
+        lines += [f"note: {note}" for note in self.notes]
         lines += ["interrupted: not all runs are there"] if self.interrupted else []
         samples = sorted({row.clean_samples for row in self.rows if row.clean_samples})
         title = f"{', '.join(map(str, samples))} clean samples" if samples else ""
@@ -153,7 +155,7 @@ class Comparison(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return {"rows": [asdict(row) for row in self.rows], "interrupted": self.interrupted}
+        return {"rows": [asdict(row) for row in self.rows], "interrupted": self.interrupted, "notes": list(self.notes)}
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the rows as CSV text, and write it if `path` is given. `config` is JSON in its cell."""

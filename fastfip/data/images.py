@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastfip.data.npz import Npz, listed
+from fastfip.data.pictures import find_pictures, grey, order_words, read_image
+from fastfip.data.scaling import Pixels
 from fastfip.data.task import check_labels
 from fastfip.errors import ConfigError, DataError, printable, reason
 
-__all__ = ["ImageSet", "Pixels", "load", "loader", "read_image", "same_classes"]
+__all__ = ["ImageSet", "load", "loader", "same_classes"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 #: Names of images and labels in an .npz, by what the data is for, in the order in which they are looked for.
 NPZ_NAMES = {
     "clean": (("clean_x", "clean_y"), ("x", "y"), ("train_x", "train_y"), ("x_train", "y_train"), ("images", "labels")),
@@ -32,42 +33,6 @@ IN_MEMORY = 2**30
 _CHUNK = 512
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """How images become what the model takes: scaled to [0, 1] if they are uint8, resized, (trigger,) normalised.
-
-    Attributes:
-        mean, std: one number, or one for each channel; empty: x/255 as it is.
-        size: (height, width); None: as the images are.
-        channels: 1 or 3, for image files; None: 3.
-    """
-
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    size: tuple[int, int] | None = None
-    channels: int | None = None
-
-    def __post_init__(self) -> None:
-        if any(value == 0 for value in self.std):
-            raise ConfigError("std must not be 0")
-        if self.channels not in (None, 1, 3):
-            raise ConfigError(f"channels={self.channels}: must be 1 or 3")
-        if self.size is not None and min(self.size) < 1:
-            raise ConfigError(f"size={self.size}: must be at least 1")
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """Return (x - mean) / std of images [N, C, H, W] (or anything, with one number)."""
-        for values, divide in ((self.mean, False), (self.std, True)):
-            if not values:
-                continue
-            if len(values) > 1 and (x.dim() != 4 or x.shape[1] != len(values)):
-                raise DataError(f"{len(values)} numbers for mean or std, the images are {list(x.shape[1:])}")
-            number = torch.tensor(values, dtype=x.dtype).reshape(-1, *[1] * (x.dim() - 2)) if len(values) > 1 else None
-            other: Any = values[0] if number is None else number
-            x = x / other if divide else x - other
-        return x
-
-
 class _Source(Protocol):
     def batch(self, index: Sequence[int]) -> Tensor: ...
 
@@ -75,16 +40,28 @@ class _Source(Protocol):
 @dataclass(frozen=True)
 class _Arrays:
     x: np.ndarray
-    size: tuple[int, int] | None
+    pixels: Pixels
+    largest: float = 1.0  # what floats are divided by, to be in [0, 1]
 
     def batch(self, index: Sequence[int]) -> Tensor:
         raw = torch.from_numpy(np.ascontiguousarray(self.x[np.asarray(index)]))
+        if self.pixels.channels is not None:
+            raw = self.in_channels(raw, self.pixels.channels)
         x = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        if self.size is None or tuple(x.shape[-2:]) == self.size:
+        x = x / self.largest if self.largest != 1 else x
+        size = self.pixels.size
+        if size is None or tuple(x.shape[-2:]) == size:
             return x
         if x.dim() != 4:
             raise DataError(f"--size is for images [N, C, H, W], not {list(x.shape)}")
-        return F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+    def in_channels(self, raw: Tensor, channels: int) -> Tensor:
+        if raw.dim() != 4 or raw.shape[1] not in (1, 3):
+            raise DataError(f"--channels is for images of 1 or 3 channels [N, C, H, W], not {list(raw.shape)}")
+        if raw.shape[1] == channels:
+            return raw
+        return grey(raw) if channels == 1 else raw.expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -106,13 +83,22 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
 
     Attributes:
         labels: [N] int64, the true ones (of triggered images with unknown true labels the attack's).
-        classes: names of the classes, where folders give them.
+        pixels: how images become inputs.
+        classes: names of the classes in the order of their numbers, where folders give them.
+        order: how these were ordered, see `fastfip.data.pictures.class_order`.
     """
 
     def __init__(
-        self, source: _Source, index: Tensor, labels: Tensor, pixels: Pixels, classes: list[str] | None
+        self,
+        source: _Source,
+        index: Tensor,
+        labels: Tensor,
+        pixels: Pixels,
+        classes: list[str] | None = None,
+        order: str | None = None,
     ) -> None:
-        self.source, self.index, self.labels, self.pixels, self.classes = source, index, labels, pixels, classes
+        self.source, self.index, self.labels, self.pixels = source, index, labels, pixels
+        self.classes, self.order = classes, order
         self.trigger: Callable[[Tensor], Tensor] | None = None
         self.attack: Tensor | None = None
 
@@ -135,7 +121,7 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
 
     def subset(self, places: Tensor) -> ImageSet:
         """Return some of the set."""
-        out = ImageSet(self.source, self.index[places], self.labels[places], self.pixels, self.classes)
+        out = ImageSet(self.source, self.index[places], self.labels[places], self.pixels, self.classes, self.order)
         out.trigger, out.attack = self.trigger, None if self.attack is None else self.attack[places]
         return out
 
@@ -171,6 +157,14 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         out.attack = attack_labels[keep]
         return out
 
+    def words(self) -> list[str]:
+        """Return what a result should say about the numbers of the classes; nothing where the labels were given."""
+        return [] if self.classes is None or self.order is None else order_words(self.classes, self.order)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return how images became inputs and labels, as plain values."""
+        return {**self.pixels.to_dict(), "class_order": self.order, "classes": self.classes}
+
     def in_memory(self) -> Dataset[tuple[Tensor, ...]]:
         """Return the set as tensors if they are not too large, else itself."""
         first = self.batch([0])[0]
@@ -187,15 +181,18 @@ def loader(images: ImageSet, batch_size: int = 128) -> DataLoader[tuple[Tensor, 
     return DataLoader(images.in_memory(), batch_size=batch_size)
 
 
-def load(spec: str | os.PathLike[str], role: str = "clean", pixels: Pixels | None = None) -> ImageSet:
+def load(
+    spec: str | os.PathLike[str], role: str = "clean", pixels: Pixels | None = None, order: str | None = None
+) -> ImageSet:
     """Read images and labels.
 
     Args:
-        spec: a folder with one sub-folder of images for each class (classes numbered in the order of their names), an
-            .npz, or `FILE.npz:images,labels` with the names of the arrays in it. Arrays are uint8 [N, H, W],
-            [N, H, W, C] or [N, C, H, W], or floats, which are taken as they are.
+        spec: a folder with one sub-folder of images for each class, an .npz, or `FILE.npz:images,labels` with the names
+            of the arrays in it. Arrays are uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], or floats, which are taken
+            as they are unless `pixels.scale` is given; images of floats from 0 to 255 are refused without it.
         role: "clean", "test" or "triggered": which names are looked for in an .npz.
         pixels: how images become inputs.
+        order: how class folders are numbered, see `fastfip.data.pictures.class_order`.
 
     Raises:
         DataError: there is nothing there, or it is not of that form.
@@ -210,7 +207,7 @@ def load(spec: str | os.PathLike[str], role: str = "clean", pixels: Pixels | Non
         why = "there is no such folder or file" if isinstance(error, FileNotFoundError) else reason(error)
         raise DataError(f"{printable(path)}: {why}") from None
     if path.is_dir():
-        return _load_folder(path, pixels)
+        return _load_folder(path, pixels, order)
     if path.suffix.lower() != ".npz":
         hint = ": unpack it and give the folder" if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") else ""
         raise DataError(f"{path}: data is a folder of class folders, or an .npz file{hint}")
@@ -235,10 +232,27 @@ def _load_npz(path: Path, wanted: list[str] | None, role: str, pixels: Pixels) -
             raise DataError(f"{len(x) if x.ndim else 'no'} images and {len(labels)} labels")
         if len(x) == 0:
             raise DataError("holds no images")
-        out = ImageSet(_Arrays(x, pixels.size), torch.arange(len(labels)), labels, pixels, None)
+        out = ImageSet(_Arrays(x, pixels, _largest(x, pixels)), torch.arange(len(labels)), labels, pixels)
         return out if attack is None else out.with_attack(_labels(attack))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+def _largest(x: np.ndarray, pixels: Pixels) -> float:
+    """Return what floats have to be divided by before they are brought to `pixels.scale`: 1 or 255."""
+    if x.dtype == np.uint8:
+        return 1.0
+    low, high = float(x.min()), float(x.max())
+    picture = x.ndim == 4 and x.shape[1] in (1, 3)
+    if pixels.scale is None:
+        if picture and low >= 0 and high > 10:  # what was normalised has values below 0, or few above 3
+            raise DataError(
+                f"float images run from {low:g} to {high:g}: give --scale 01, -11 or 255, as the model takes them"
+            )
+        return 1.0
+    if not (low >= 0 and high <= 255):
+        raise DataError(f"float images run from {low:g} to {high:g}: they are scaled already, leave out --scale")
+    return 1.0 if high <= 1 else 255.0
 
 
 def _labels(y: np.ndarray) -> Tensor:
@@ -263,46 +277,9 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _load_folder(path: Path, pixels: Pixels) -> ImageSet:
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    if not folders:
-        raise DataError(f"{path}: has no class folders: put the images of each class into a folder of its own")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        mine = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        paths += mine
-        labels += [label] * len(mine)
-    if not paths:
-        inner = next((p for f in folders for p in sorted(f.iterdir()) if p.is_dir()), None)
-        hint = f": did you mean {printable(inner.parent)}?" if inner is not None else ""
-        raise DataError(f"{path}: there are no images in its class folders ({', '.join(IMAGE_SUFFIXES)}){hint}")
-    names = [folder.name for folder in folders]
-    return ImageSet(_Files(tuple(paths), pixels), torch.arange(len(paths)), torch.tensor(labels), pixels, names)
-
-
-def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image file as floats [C, H, W] in [0, 1], resized if `size` is given.
-
-    Raises:
-        DataError: it cannot be read, or pillow is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("images in folders need pillow: pip install pillow, or give an .npz file") from None
-    if not Path(path).is_file():
-        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except Exception as error:  # pillow's readers raise what the damage makes of them
-        raise DataError(f"{printable(os.fspath(path))}: cannot be read as an image: {reason(error)}") from None
-    array = np.array(image)
-    array = array[:, :, None] if array.ndim == 2 else array
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+def _load_folder(path: Path, pixels: Pixels, order: str | None) -> ImageSet:
+    paths, labels, names, order = find_pictures(path, order)
+    return ImageSet(_Files(tuple(paths), pixels), torch.arange(len(paths)), torch.tensor(labels), pixels, names, order)
 
 
 def same_classes(first: ImageSet, second: ImageSet) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.outputs import reading
 from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
@@ -132,6 +133,7 @@ def evaluate(
 
     Raises:
         DataError: an empty loader, labels that are no class indices or out of range, a batch of another form.
+        ModelError: the model fails on a batch.
         ConfigError: no such kind of device. BackendError: a device that is not here.
     """
     task = Task.of(forward, loss)
@@ -208,7 +210,8 @@ def _clean(
     n = 0
     for given in iter_batches(loader, task):
         batch = move_to(given, device)
-        logits = task.forward(model, batch)
+        with reading("test_loader"):
+            logits = task.forward(model, batch)
         y = _class_labels(given, logits, task)
         right = float("nan") if y is None else right + (logits.argmax(1) == y.to(logits.device)).sum()
         total = total + task.loss(logits, batch).double().sum()
@@ -249,7 +252,8 @@ def _triggered(
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        logits = _logits_shape(task.forward(model, move_to(batch, device)))
+        with reading("asr_loader"):
+            logits = _logits_shape(task.forward(model, move_to(batch, device)))
         for y in (attack, *([] if true is None else [true])):
             check_labels(y, logits.shape[1])
         if true is not None:

@@ -1,8 +1,11 @@
 """Architectures from module:factory."""
 
+import importlib.util
 import sys
+import types
 
 import pytest
+import torch
 
 from fastfip.checkpoint import load_arch
 from fastfip.errors import ConfigError, ModelError
@@ -64,3 +67,102 @@ def test_load_arch_refuses(arch, spec, error, match):
 def test_load_arch_refuses_arguments(arch):
     with pytest.raises(ConfigError, match=r"does not take {'klasses': 3}"):
         load_arch("my_archs:make", {"klasses": 3})
+
+
+def test_what_to_install_is_said_where_a_library_is_missing(arch, monkeypatch, tmp_path):
+    for name in ("torchvision", "timm", "transformers"):
+        for known in [known for known in sys.modules if known.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, known)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(sys, "meta_path", [Blind(), *sys.meta_path])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in Blind.names else find(name))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "my_bad_arch.py").write_text("from timm.layers import Mlp")
+    for spec, package in (
+        ("torchvision.models:resnet18", "torchvision"),
+        ("torchvision:resnet18", "torchvision"),
+        ("timm:resnet18.a1_in1k", "timm"),
+        (f"hf:{tmp_path}", "transformers"),
+        ("my_bad_arch:net", "timm"),
+    ):
+        with pytest.raises(ModelError, match=f"{package} is not installed: pip install {package}$"):
+            load_arch(spec)
+
+
+class Blind:
+    """Finds none of three libraries, wherever they are."""
+
+    names = ("torchvision", "timm", "transformers")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins with the functions of timm and torchvision that are used."""
+
+    class Timm(types.ModuleType):
+        def is_model(self, name):
+            return name.split(".")[0] in self.list_models()
+
+        def list_models(self):
+            return ["resnet18", "vit_tiny"]
+
+        def create_model(self, model_name, num_classes=5):
+            assert model_name in ("resnet18.a1_in1k", "resnet18")
+            return torch.nn.Linear(2, num_classes)
+
+    class Models(types.ModuleType):
+        def list_models(self):
+            return ["resnet18"]
+
+        def get_model(self, name, weights=None):
+            return torch.nn.Linear(3, 3)
+
+        def resnet18(self, weights=None):
+            return torch.nn.Linear(3, 4)
+
+    vision = types.ModuleType("torchvision")
+    vision.models = Models("torchvision.models")
+    for module in (Timm("timm"), vision, vision.models):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_models_of_libraries_by_their_name(libraries):
+    assert load_arch("timm:resnet18.a1_in1k").out_features == 5
+    assert load_arch("timm:resnet18", {"num_classes": 7}).out_features == 7
+    assert load_arch("timm:create_model", {"model_name": "resnet18"}).out_features == 5  # module:factory, as ever
+    assert load_arch("torchvision:resnet18").out_features == 3
+    assert load_arch("torchvision.models:resnet18").out_features == 4
+    with pytest.raises(ModelError, match=r"timm has no model 'resnet8': did you mean 'resnet18'\?$"):
+        load_arch("timm:resnet8")
+    with pytest.raises(ModelError, match="torchvision has no model 'resnet_18'"):
+        load_arch("torchvision:resnet_18")
+    with pytest.raises(ConfigError, match="does not take"):
+        load_arch("timm:resnet18", {"klasses": 3})
+
+
+def test_a_folder_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (make zoo)")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    net = load_arch(f"hf:{tmp_path / 'vit'}", {"num_labels": 4})
+    assert net(torch.zeros(2, 3, 8, 8)).logits.shape == (2, 4)
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "nothing", "auto_map": {"AutoConfig": "evil.C"}}')
+    (tmp_path / "vit" / "evil.py").write_text("raise SystemExit('code was run')")
+    with pytest.raises(ModelError, match="cannot be used"):
+        load_arch(f"hf:{tmp_path / 'vit'}")
+
+
+def test_a_real_model_of_timm():
+    pytest.importorskip("timm", reason="timm is not installed (make zoo)")
+    assert load_arch("timm:resnet10t", {"num_classes": 3}).num_classes == 3
+
+
+def test_a_folder_for_transformers_needs_its_config(tmp_path):
+    with pytest.raises(ModelError, match=r"give a folder with a config\.json"):
+        load_arch(f"hf:{tmp_path}")

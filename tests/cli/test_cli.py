@@ -16,53 +16,11 @@ from fastfip.checkpoint import load_checkpoint
 from fastfip.cli import app, main
 from fastfip.cli.errors import CODES
 from fastfip.errors import BackendError
+from tests.support.command_line import NET, PURIFY, TRIGGER, fails, work
+
+__all__ = ["work"]
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCH = """
-from torch import nn
-def net(classes=3, channels=3):
-    return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes))
-def probabilities():
-    return nn.Sequential(*net(), nn.Softmax(1))
-def nothing():
-    return None
-"""
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """A folder with an architecture, a checkpoint, and images whose brightest channel is their class."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("FASTFIP_DEBUG", raising=False)
-    (tmp_path / "tiny_arch.py").write_text(ARCH)
-    scope: dict = {}
-    exec(ARCH, scope)
-    torch.manual_seed(0)
-    model = scope["net"]()
-    torch.save({"net": model.state_dict(), "acc": 0.5, "optimizer": {"m": torch.ones(3)}}, "in.pth")
-    rng = np.random.default_rng(0)
-    y = np.arange(60) % 3
-    x = rng.integers(0, 100, (60, 6, 6, 3), dtype=np.uint8)
-    for i, c in enumerate(y):
-        x[i, :, :, c] += 120
-    np.savez("data.npz", clean_x=x, clean_y=y, test_x=x[:30], test_y=y[:30])
-    yield tmp_path
-    sys.modules.pop("tiny_arch", None)
-
-
-NET = ["--arch", "tiny_arch:net"]
-PURIFY = ["purify", "in.pth", "out.pth", *NET, "--data", "data.npz", "--method", "fine_tune"]
-TRIGGER = ["--attack", "badnets:size=2,margin=1", "--target", "1"]
-
-
-def fails(capsys, code, *arguments):
-    """The command ends with this code and one line on stderr, which is returned; nothing on stdout."""
-    assert main([str(a) for a in arguments]) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastfip: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
-
 
 # ---------------------------------------------------------------- purify
 
@@ -210,6 +168,23 @@ def test_evaluate(work, capsys):
     assert figures["asr"] is None and f"{100 * figures['acc']:.2f}" == lines[2][1]
 
 
+@pytest.mark.parametrize(
+    "command", [["evaluate", "--test-data"], ["sharpness", "--data"], ["fisher", "f.pth", "--data"]], ids=lambda c: c[0]
+)
+def test_images_of_a_size_that_the_model_does_not_take(work, capsys, command):
+    name, *more = command
+    arguments = [name, "in.pth", *more, "data.npz", *NET, "--size", "64"]
+    said = fails(capsys, 5, *arguments)
+    assert "the model fails on a batch of images 3x64x64" in said and "see --size" in said and "inspect" in said
+
+
+def test_a_size_that_the_model_does_not_take_in_the_other_commands(work, capsys):
+    rest = [*NET, "--data", "data.npz", "--size", "64", "--test-data", "data.npz"]
+    assert "the model fails on a batch of" in fails(capsys, 5, "purify", "in.pth", "o.pth", *rest)
+    assert "the model fails on a batch of test_loader" in fails(capsys, 5, "compare", "in.pth", *rest)
+    assert "the model fails on a batch of" in fails(capsys, 5, "audit", "in.pth", *rest[:-2])
+
+
 def test_a_softmax_inside_the_net_is_taken_out_of_the_loss(work, capsys):
     pair = []
     for arch in ("tiny_arch:net", "tiny_arch:probabilities"):
@@ -272,6 +247,7 @@ def test_methods(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[2:]] == list(defaults)
     assert "did you mean 'fine_tune'" in fails(capsys, 5, "methods", "fine_tuna")
+    assert "did you mean 'fip'?" in fails(capsys, 5, "methods", "FIP")
 
 
 def test_env(capsys):
@@ -280,6 +256,33 @@ def test_env(capsys):
     assert values["torch"] == torch.__version__ and values["native"]
     assert main(["env"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["fastfip", values["fastfip"]]
+
+
+def test_env_without_torch():
+    code = "import sys; sys.modules['torch'] = None; from fastfip.cli import main; sys.exit(main(['env', '--json']))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["torch"] == "not installed: pip install torch" and values["native"] is None and values["python"]
+
+
+def test_env_where_torch_does_not_load(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open\\nshared object file')")
+    code = "import sys; from fastfip.cli import main; sys.exit(main(['env', '--json']))"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["torch"]
+    assert said == "does not load: OSError: libtorch.so: cannot open shared object file"
+
+
+def test_completion_of_a_shell():
+    asked = {"_FASTFIP_COMPLETE": "complete_bash", "COMP_WORDS": "fastfip ins", "COMP_CWORD": "1"}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "fastfip"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["inspect"]
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_demo_without_its_extra(work, capsys, monkeypatch):
@@ -371,7 +374,7 @@ def test_exit_codes_are_documented():
 
 def test_help_names_every_option_with_a_default():
     runner = CliRunner()
-    for command in ("purify", "evaluate", "sharpness", "fisher", "methods", "env", "demo"):
+    for command in ("inspect", "purify", "evaluate", "sharpness", "fisher", "methods", "env", "demo"):
         shown = runner.invoke(app, [command, "--help"])
         assert shown.exit_code == 0 and f"{command} " in shown.output
     assert "[default: fast_wfip]" in runner.invoke(app, ["purify", "--help"]).output

@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fastfip.data import images as datasets
-from fastfip.data.images import ImageSet, Pixels, load, loader, same_classes
+from fastfip.data import pictures
+from fastfip.data.images import ImageSet, load, loader, same_classes
+from fastfip.data.scaling import STATISTICS, Pixels, statistics
 from fastfip.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -28,7 +30,7 @@ def folder(path, classes=("cat", "ant", "bee"), count=2, size=(5, 6), mode="RGB"
         (path / name).mkdir(parents=True)
         for i in range(count):
             shape = (*size, 3) if mode == "RGB" else size
-            Image.fromarray(np.full(shape, 40 * c + i, np.uint8)).save(path / name / f"{i}.png")
+            Image.fromarray(np.full(shape, (40 * c + i) % 256, np.uint8)).save(path / name / f"{i}.png")
     return path
 
 
@@ -232,3 +234,124 @@ def test_paths_that_are_refused(tmp_path):
     with pytest.raises(DataError, match="no images and labels under x, z"):
         load(f"{npz(tmp_path / 'c.npz', x=X, y=Y)}:x,z")
     assert isinstance(load(tmp_path / "c.npz"), ImageSet)
+
+
+def test_names_that_are_numbers_are_ordered_by_value(tmp_path):
+    data = load(folder(tmp_path / "d", classes=[str(i) for i in range(12)], count=1))
+    assert data.classes == [str(i) for i in range(12)] and data.order == "number"
+    x, y = data.batch(range(12))
+    assert y.tolist() == list(range(12))
+    torch.testing.assert_close(x[:, 0, 0, 0] * 255, (40.0 * torch.arange(12)) % 256)  # folder i is class i
+    assert data.words() == ["class folders 0 to 11 are the classes of these numbers"]
+    text = load(tmp_path / "d", order="text")
+    assert text.classes == sorted(map(str, range(12))) and text.order == "text"
+    assert "2 10, 3 11, 4 2" in text.words()[0]
+    assert text.sample(limit=3).to_dict()["classes"] == text.classes
+    with pytest.raises(DataError, match="class folders differ|numbered differently"):
+        same_classes(data, text)
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "want"),
+    [
+        (["10", "9", "1"], None, ["1", "9", "10"]),
+        (["010", "9", "1"], None, ["1", "9", "010"]),
+        (["10", "9", "a"], None, ["10", "9", "a"]),  # mixed names: as torchvision's ImageFolder
+        (["c10", "c9"], None, ["c10", "c9"]),
+        (["c10", "c9", "4"], "number", ["4", "c9", "c10"]),
+        (["²", "10", "9"], None, ["10", "9", "²"]),  # a digit for Python, no number
+    ],
+)
+def test_the_order_of_classes(names, order, want):
+    assert pictures.class_order(names, order)[0] == want
+
+
+def test_numbers_that_are_missing_among_the_folders_are_named():
+    words = pictures.order_words(["0", "1", "3", "10"], "number")
+    assert words[0] == "class folders are numbered by the numbers in their names: 0 0, 1 1, 2 3, 3 10"
+    assert "no class folder is called 2, 4, 5, 6, 7, ..." in words[1] and "folder 3 is class 2" in words[1]
+    assert len(pictures.order_words(["1001", "1005"], "number")) == 1  # identifiers, no class numbers
+    with pytest.raises(ConfigError, match="must be one of number, text"):
+        pictures.class_order(["a"], "size")
+
+
+def test_scales(tmp_path):
+    path = npz(tmp_path / "a.npz", x=X, y=Y)
+    unit = load(path).batch(range(12))[0]
+    for scale, want in (("01", unit), ("-11", 2 * unit - 1), ("255", 255 * unit)):
+        torch.testing.assert_close(load(path, pixels=Pixels(scale=scale)).batch(range(12))[0], want)
+    imagenet = Pixels(*STATISTICS["imagenet"])
+    torch.testing.assert_close(load(path, pixels=imagenet).batch(range(12))[0][:, 2], (unit[:, 2] - 0.406) / 0.225)
+    assert [str(Pixels()), str(Pixels(scale="-11")), str(imagenet)] == [
+        "x/255", "x/127.5 - 1", "(x/255 - mean) / std of imagenet",
+    ]  # fmt: skip
+    assert str(Pixels((0.5,), (0.25, 0.5))) == "(x/255 - [0.5]) / [0.25, 0.5]"
+    with pytest.raises(ConfigError, match="did you mean 'imagenet'"):
+        statistics("imagnet")
+
+
+def test_floats_of_0_to_255_are_not_taken_for_scaled_ones(tmp_path):
+    """A network for [0, 1] would be purified on inputs that it never saw."""
+    raw = npz(tmp_path / "raw.npz", x=np.float32(X), y=Y)
+    with pytest.raises(DataError, match=r"raw\.npz: float images run from 0 to 25\d: give --scale 01, -11 or 255"):
+        load(raw)
+    unit = npz(tmp_path / "unit.npz", x=np.float32(X) / 255, y=Y)
+    want = load(npz(tmp_path / "a.npz", x=X, y=Y)).batch([0])[0]
+    for path in (raw, unit):
+        for scale, factor in (("01", 1), ("255", 255)):
+            torch.testing.assert_close(load(path, pixels=Pixels(scale=scale)).batch([0])[0], factor * want)
+    normal = npz(tmp_path / "n.npz", x=np.float32(X) / 64 - 2, y=Y)
+    assert float(load(normal).batch([0])[0].min()) < 0
+    with pytest.raises(DataError, match="they are scaled already"):
+        load(normal, pixels=Pixels(scale="01"))
+
+
+def test_channels_of_arrays_as_of_files(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "d" / "a").mkdir(parents=True)
+    Image.fromarray(X[0]).save(tmp_path / "d" / "a" / "x.png")
+    files = load(tmp_path / "d", pixels=Pixels(channels=1)).batch([0])[0]
+    path = npz(tmp_path / "a.npz", x=X, y=Y)
+    assert torch.equal(load(path, pixels=Pixels(channels=1)).batch([0])[0], files)
+    floats = npz(tmp_path / "f.npz", x=np.float32(X) / 255, y=Y)
+    torch.testing.assert_close(load(floats, pixels=Pixels(channels=1)).batch([0])[0], files, atol=0.003, rtol=0)
+    one = npz(tmp_path / "g.npz", x=X[..., 0], y=Y)
+    assert load(one, pixels=Pixels(channels=3)).batch([0])[0].shape == (1, 3, 5, 6)
+    cloud = npz(tmp_path / "c.npz", x=RNG.normal(size=(12, 7, 3)), y=Y)
+    with pytest.raises(DataError, match="--channels is for images"):
+        load(cloud, pixels=Pixels(channels=1)).batch([0])
+
+
+def test_deep_images_are_not_cut_off_at_255(tmp_path):
+    from PIL import Image
+
+    deep = (np.arange(30).reshape(5, 6) * 2184).astype(np.uint16)  # up to 63336
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    want = torch.from_numpy(deep.astype(np.float32) / 65535)
+    torch.testing.assert_close(pictures.read_image(tmp_path / "deep.png"), want.expand(3, 5, 6))
+    assert pictures.read_image(tmp_path / "deep.png", 1, (4, 4)).shape == (1, 4, 4)
+    Image.fromarray(want.numpy()).save(tmp_path / "float.tif")
+    torch.testing.assert_close(pictures.read_image(tmp_path / "float.tif", 1), want[None])
+    for name, array, match in (
+        ("far.tif", want.numpy() * 255, "its floats run from 0 to 246"),
+        ("int.tif", deep.astype(np.int32) * 99, "its integers run from 0 to"),
+        ("nan.tif", np.full((2, 2), np.nan, np.float32), "its floats run from nan"),
+    ):
+        Image.fromarray(array).save(tmp_path / name)
+        with pytest.raises(DataError, match=match) as caught:
+            pictures.read_image(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_a_photograph_is_turned_as_its_exif_data_say(tmp_path):
+    from PIL import Image
+
+    lying = np.zeros((4, 6, 3), np.uint8)
+    lying[:, :3] = 255
+    image = Image.fromarray(lying)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by a quarter, clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    x = pictures.read_image(tmp_path / "x.png")
+    assert x.shape == (3, 6, 4) and bool((x[:, :3] == 1).all()) and bool((x[:, 3:] == 0).all())

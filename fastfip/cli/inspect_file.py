@@ -1,0 +1,185 @@
+"""`fastfip inspect FILE`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastfip.cli import options as o
+from fastfip.cli.errors import fail
+from fastfip.cli.triggers import ImageReader
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastfip.checkpoint.inspection import FileContents
+    from fastfip.metrics.scalings import Scalings
+
+#: Sizes that are tried where a model fails on the images as they are.
+SIZES = (32, 28, 224, 64, 96, 128, 299)
+#: Images for which these sizes are compared.
+FEW = 64
+
+
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="checkpoint to look at; nothing in it is run")],
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar=o.ARCH_FORMS, help="does the file fit this model? Its code is run"),
+    ] = None,
+    arch_args: o.ArchArgs = None,
+    key: o.Key = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DIR|NPZ", help="how accurate is it on these, under the usual scalings?"),
+    ] = None,
+    inputs: o.Inputs = o.Inputs(),  # noqa: B008 (options.grouped makes a new one for each call)
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="use N images, picked by --seed")] = 500,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Say what FILE holds, whether it fits a model, what scaling of images that model wants, and what to do next.
+
+    Works on files that are refused elsewhere. No code is run but that of --arch.
+    """
+    if data is not None and arch is None:
+        raise fail("--data needs --arch: the model whose accuracy is measured")
+
+    from fastfip.checkpoint.inspection import fitting, inspect_file
+    from fastfip.errors import CheckpointError
+    from fastfip.reporting.table import show, to_json
+
+    where, how = inputs.where_and_how()
+    contents = inspect_file(source, key)
+    fits: bool | None = None
+    why, tried, used = "", None, how
+    if arch is not None:
+        model = o.build(arch, arch_args).eval()
+        try:
+            found = fitting(source, model, contents, key)
+            key, fits = (found if found != contents.key or key is not None else None), True
+        except CheckpointError as error:
+            fits, why = False, str(error).removeprefix(f"{source}: ")
+        if fits and data is not None:
+            tried, used = _tried(model.to(where), data, how, inputs, limit, seed, contents)
+    lines = _commands(source, arch, arch_args, key, data, fits, tried, used, contents)
+    if as_json:
+        figures = {**contents.to_dict(), "arch": arch, "fits": fits, "misfit": why or None}
+        print(to_json({**figures, "accuracy": None if tried is None else tried.to_dict(), "next": lines}))
+        return
+    show(contents)
+    if fits is not None:
+        print(f"\nfits {arch}: " + (f"yes{f', under {key!r}' if key else ''}" if fits else f"no: it {why}"))
+    if tried is not None:
+        print()
+        show(tried)
+    print("\nnext:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _tried(
+    model: nn.Module, data: str, how: ImageReader, inputs: o.Inputs, limit: int, seed: int, contents: FileContents
+) -> tuple[Scalings, ImageReader]:
+    """Return the trials, in the size and channels of the images or, where the model fails on these, in others."""
+    from fastfip.errors import DataError, ModelError
+    from fastfip.metrics.scalings import try_scalings
+
+    def run(way: ImageReader, count: int) -> Scalings:
+        images = way.load(data, "clean").sample(count, None, seed)
+        return try_scalings(model, images, device=inputs.device, batch_size=inputs.batch_size)
+
+    try:
+        return run(how, limit), how
+    except (DataError, ModelError) as error:
+        first = error
+    found: list[tuple[float, ImageReader]] = []
+    for way in _other_ways(how, contents.guesses.get("channels")):
+        try:
+            found.append((run(way, FEW).best.acc, way))
+        except (DataError, ModelError):
+            continue
+        if found[-1][0] > 0.9:
+            break
+    if not found:
+        raise first
+    best = max(found, key=lambda pair: pair[0])[1]
+    tried = run(best, limit)
+    tried.notes.append(f"note: the images were changed, as the model did not take them: {first}")
+    return tried, best
+
+
+def _other_ways(how: ImageReader, channels: int | None) -> Iterator[ImageReader]:
+    for wanted in dict.fromkeys((how.pixels.channels, channels)):
+        for size in dict.fromkeys((how.pixels.size, None, *((side, side) for side in SIZES))):
+            yield replace(how, pixels=replace(how.pixels, channels=wanted, size=size))
+
+
+def _commands(
+    source: Path,
+    arch: str | None,
+    arch_args: str | None,
+    key: str | None,
+    data: str | None,
+    fits: bool | None,
+    tried: Scalings | None,
+    how: ImageReader,
+    contents: FileContents,
+) -> list[str]:
+    """Return what to type next."""
+    words: list[Any] = ["--arch", arch or "MODULE:FACTORY"]
+    words += ["--arch-args", arch_args] if arch_args is not None else []
+    words += ["--key", key] if key else []
+    if contents.refused is not None:
+        return [f"the file {contents.refused}"]
+    if fits is False:
+        like = " and ".join(f"{count} {name}" for name, count in contents.guesses.items())
+        return ["another --arch or other --arch-args" + (f": the file looks like {like}" if like else "")]
+    if arch is None:
+        return [_line("inspect", source, *words, "--data", data or "DIR")]
+    words += ["--data", data or "DIR"]
+    if tried is None:
+        return [_line("inspect", source, *words)]
+    best = tried.best
+    words += _as_options(replace(how, pixels=replace(best.pixels, size=how.pixels.size, channels=how.pixels.channels)))
+    if best.order not in ("as given", how.order or tried.given.order):
+        words = [*words, "--class-order", best.order]
+    elif how.order is not None:
+        words += ["--class-order", how.order]
+    return [_line("purify", source, _purified(source), *words), _line("audit", source, *words)]
+
+
+def _purified(source: Path) -> Path:
+    """Return a name for what `purify` writes."""
+    from fastfip.checkpoint import check_suffix
+    from fastfip.errors import CheckpointError
+
+    ending = ".pth.tar" if source.name.endswith(".pth.tar") else source.suffix
+    try:
+        check_suffix(source)
+    except CheckpointError:
+        return source.with_name(f"{source.name}-purified.pth")
+    return source.with_name(f"{source.name.removesuffix(ending)}-purified{ending}")
+
+
+def _as_options(how: ImageReader) -> list[str]:
+    from fastfip.data.scaling import STATISTICS
+
+    pixels = how.pixels
+    out = [] if pixels.scale is None else ["--scale", pixels.scale]
+    name = next((name for name, both in STATISTICS.items() if both == (pixels.mean, pixels.std)), None)
+    if name is not None:
+        out += ["--mean", name]
+    else:
+        out += ["--mean", ",".join(f"{v:g}" for v in pixels.mean)] if pixels.mean else []
+        out += ["--std", ",".join(f"{v:g}" for v in pixels.std)] if pixels.std else []
+    out += ["--size", ",".join(map(str, pixels.size))] if pixels.size is not None else []
+    return out + (["--channels", str(pixels.channels)] if pixels.channels is not None else [])
+
+
+def _line(command: str, *words: Any) -> str:
+    return shlex.join(["fastfip", command, *map(str, words)])

@@ -1,0 +1,110 @@
+"""The images that commands are given: clean ones, and triggered ones of `--asr-data` or `--attack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastfip.cli.errors import fail
+
+if TYPE_CHECKING:
+    from fastfip.data.images import ImageSet
+    from fastfip.data.scaling import Pixels
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How images become inputs, and class folders labels."""
+
+    pixels: Pixels
+    order: str | None
+
+    def load(self, spec: str, role: str) -> ImageSet:
+        """Return the images of an option, see `fastfip.data.images.load`."""
+        from fastfip.data.images import load
+
+        return load(spec, role, self.pixels, self.order)
+
+
+def check(asr_data: str | None, attack: str | None, target: str | None, test_data: str | None) -> None:
+    """Find out whether triggered images can be made of these options, before any image is read."""
+    if asr_data is not None and attack is not None:
+        raise fail("--asr-data and --attack: give one of them")
+    if target is not None and target != "next" and not (target.isascii() and target.isdigit()):
+        raise fail(f"--target={target}: give a class number, or next")
+    if asr_data is None and attack is None and target is not None:
+        raise fail("--target needs --asr-data or --attack")
+    if attack is None:
+        return
+    if test_data is None:
+        raise fail("--attack puts a trigger on test images: give --test-data")
+    if target is None:
+        raise fail("--attack needs --target: the class that the attacker wants")
+    make_attack(attack)
+
+
+def triggered(
+    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: ImageReader
+) -> ImageSet | None:
+    """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given."""
+    check(asr_data, attack, target, None if test is None else "given")
+    if asr_data is not None:
+        return _from_data(asr_data, target, how)
+    if attack is None or test is None or target is None:
+        return None
+    return test.triggered(make_attack(attack).trigger, _attack_labels(test, target))
+
+
+def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:
+    from fastfip.errors import DataError
+
+    images = how.load(spec, "triggered")
+    if images.attack is not None:
+        if target is not None:
+            raise fail("--target: the .npz of --asr-data has attack_y already")
+        return images
+    if target is not None:
+        return images.with_attack(_attack_labels(images, target))
+    if len(images.labels.unique()) > 1:
+        raise DataError(
+            f"{spec}: labels of several classes: give --target if they are the true ones, or attack_y in the .npz"
+        )
+    return images
+
+
+def _attack_labels(images: ImageSet, target: str) -> Any:
+    from fastfip import attacks
+
+    return attacks.attack_labels(images.labels, "next" if target == "next" else int(target))
+
+
+def make_attack(spec: str) -> Any:
+    """Return the attack of `NAME[:KEY=VALUE,...]`; a picture is given by its file."""
+    import dataclasses
+
+    from fastfip import attacks
+    from fastfip.data.pictures import read_image
+    from fastfip.errors import ConfigError
+
+    name, _, rest = spec.partition(":")
+    kind: Any = attacks.get(name)
+    fields = [item.name for item in dataclasses.fields(kind)]
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in fields:
+            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields)}")
+        options[key] = read_image(value) if key == "picture" else _value(value)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"attack {spec!r}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
