@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,11 @@ from fastfip.purification.process import PeakMemory, seeded
 from fastfip.purification.result import PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastfip.methods.overrides import Overrides
 
 __all__ = ["purify", "purify_"]
 
@@ -79,7 +84,7 @@ def purify(
     forward: Forward | None = None,
     loss: Loss | None = None,
     inplace: bool = False,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples.
 
@@ -177,11 +182,15 @@ def purify(
     )
 
 
-def purify_(
-    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_wfip", **options: Any
-) -> PurifyResult:
-    """Purify a model in place: :func:`purify` with `inplace=True`."""
-    return purify(model, clean_loader, method, **{**options, "inplace": True})
+if TYPE_CHECKING:
+    purify_ = purify  # a wrong keyword is an error here as well
+else:
+
+    def purify_(
+        model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_wfip", **options: Any
+    ) -> PurifyResult:
+        """Purify a model in place: :func:`purify` with `inplace=True`."""
+        return purify(model, clean_loader, method, **{**options, "inplace": True})
 
 
 def _purify(

@@ -21,6 +21,8 @@ ROUNDS, GROWTH, STEPS = 16, 1.3, 10
 REACH = 0.9
 #: Step of a perturbation, in radii, in the search and while the model unlearns.
 IMPROVE_STEP = 0.3
+#: Clean inputs that are looked at together, at most 64 batches; no more are read once they fill this.
+MOST_BYTES = 128 << 20
 #: Samples of a perturbed batch, at least.
 SEARCH_BATCH = 64
 
@@ -38,11 +40,14 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         radius_factor: the radius that is left, over the one at which the search ended.
     """
     why_not = ""
-    inputs: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []  # what the clean range and the norm of a typical input are taken from
     if not perturbable(run.task, first):
         why_not = "no input of real numbers under a name that is known, such as x or image"
     else:
-        inputs = [run.task.inputs(b) for b in itertools.islice(run.clean.batches(device=run.device), 64)]
+        for clean in itertools.islice(run.clean.batches(device=run.device), 64):
+            inputs.append(run.task.inputs(clean))
+            if sum(x.nbytes for x in inputs) >= MOST_BYTES:
+                break
         if len({x.shape[1:] for x in inputs}) > 1:
             why_not = "the inputs differ in shape"
         elif run.classes is None:
@@ -51,6 +56,7 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         run.note(f"no worst-case inputs were looked for ({why_not}): only the clean terms of the objective are left")
         return None
     perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
+    inputs.clear()
     with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
         for _ in range(ROUNDS):
             for _ in range(STEPS):
