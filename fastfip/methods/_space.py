@@ -67,8 +67,8 @@ class Weights(Space):
     """Every parameter."""
 
     def __init__(self, run: Run) -> None:
-        self.names = [name for name, p in run.model.named_parameters() if p.is_floating_point()]
-        self.tensors = [p for p in run.model.parameters() if p.is_floating_point()]
+        tuned = {n: p for n, p in run.model.named_parameters() if p.is_floating_point() and id(p) not in run.frozen}
+        self.names, self.tensors = list(tuned), list(tuned.values())
         self.penalty: FisherPenalty | None = None
 
     def groups(self, run: Run) -> Groups:
@@ -102,13 +102,13 @@ class Spectral(Space):
 
     def __init__(self, run: Run, affine: bool, rank: Rank = None) -> None:
         with run.timed("svd"):
-            self.shifts = SpectralShifts.of(run.model, rank)
+            self.shifts = SpectralShifts.of(run.model, rank, run.frozen)
         shifted = {id(w) for w in self.shifts.weights}
         named = dict(run.model.named_parameters())
         self.affine = [
             name
             for name, p in named.items()
-            if affine and p.is_floating_point() and p.dim() <= 1 and id(p) not in shifted
+            if affine and p.is_floating_point() and p.dim() <= 1 and id(p) not in shifted and id(p) not in run.frozen
         ]
         self.affine_tensors: list[Tensor] = [named[name] for name in self.affine]
         self.tensors = [*self.shifts.deltas, *self.affine_tensors]

@@ -20,7 +20,20 @@ from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
 from fastfip.nets.state import eval_mode
 
-__all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
+__all__ = [
+    "Evaluation",
+    "accuracy",
+    "attack_success_rate",
+    "binomial_tail",
+    "der",
+    "evaluate",
+    "rir",
+    "robust_accuracy",
+    "wilson",
+]
+
+#: Fewer samples than that, and a share of them is shown with its interval.
+FEW = 200
 
 #: Fields of a dict batch of triggered images that hold the true label; the attack's is where labels always are.
 TRUE_LABEL_KEYS = ("true_label", "true_labels", "original_label", "original_labels", "original_target")
@@ -51,9 +64,24 @@ class Evaluation:
         """Return the figures as plain values."""
         return {**self.__dict__, "notes": list(self.notes)}
 
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the interval of 95 % confidence of "acc", "asr" or "ra" (see `wilson`); None: not measured."""
+        value = getattr(self, name)
+        n = self.n if name == "acc" else self.n_triggered
+        return None if value is None or n == 0 else wilson(value, n)
+
+    def shown(self, name: str) -> str:
+        """Return "acc", "asr" or "ra" as text, with its interval where it rests on fewer than 200 samples."""
+        value, around = getattr(self, name), self.interval(name)
+        if value is None:
+            return "-"
+        few = around is not None and (self.n if name == "acc" else self.n_triggered) < FEW
+        return f"{100 * value:.2f} %" + (f" ({100 * around[0]:.1f} to {100 * around[1]:.1f})" if few and around else "")
+
     def __str__(self) -> str:
-        shown = [(word, getattr(self, word.lower())) for word in ("ACC", "ASR", "RA")]
-        parts = [f"{word} {100 * value:.2f} %" for word, value in shown if value is not None]
+        parts = [
+            f"{word} {self.shown(word.lower())}" for word in ("ACC", "ASR", "RA") if self.shown(word.lower()) != "-"
+        ]
         parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
         parts += [f"Tr(F) {self.fisher_trace:.4g}"] if self.fisher_trace is not None else []
         return ", ".join(parts) or "nothing measured"
@@ -66,6 +94,26 @@ class _Measured(Protocol):
     def asr(self) -> float | None: ...
     @property
     def ra(self) -> float | None: ...
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval of a share that was seen in n samples (Wilson 1927): of 95 % confidence, by default.
+
+    Args:
+        share: in [0, 1].
+        n: samples, at least 1.
+        z: standard errors of a normal distribution within which the share lies.
+    """
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def binomial_tail(k: int, n: int, p: float) -> float:
+    """Return the probability of k or more successes in n trials of probability p, 0 < p < 1."""
+    ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1))
+    terms = (math.exp(w + i * math.log(p) + (n - i) * math.log1p(-p)) for i, w in enumerate(ways, start=k))
+    return min(1.0, math.fsum(terms))
 
 
 def der(before: _Measured, after: _Measured) -> float:

@@ -17,15 +17,16 @@ from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.errors import ConfigError
+from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.nets.checks import check_amp, check_seed, usable_device
 from fastfip.purification.callbacks import Callback
+from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
 from fastfip.purification.process import PeakMemory, seeded
-from fastfip.purification.result import PurifyResult
+from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy
 
@@ -51,10 +52,14 @@ class PurifyOptions:
     test_loader: Iterable[Batch] | None
     asr_loader: Iterable[Batch] | None
     measure: tuple[str, ...]
+    force: bool
+    frozen: str
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_amp(self.amp)
+        if self.frozen not in ("keep", "tune"):
+            raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
@@ -62,7 +67,7 @@ class PurifyOptions:
 
 def purify(
     model: nn.Module,
-    clean_loader: Iterable[Batch],
+    clean_loader: Iterable[Batch] | None = None,
     method: str | type[Method] = "fast_wfip",
     *,
     config: MethodConfig | Mapping[str, Any] | None = None,
@@ -79,6 +84,8 @@ def purify(
     forward: Forward | None = None,
     loss: Loss | None = None,
     inplace: bool = False,
+    force: bool = False,
+    frozen: str = "keep",
     **overrides: Any,
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples.
@@ -108,6 +115,14 @@ def purify(
         forward: `forward(model, batch) -> logits`, for nets or batches of another form.
         loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample.
         inplace: work on the model itself; after an error it is as it was.
+        force: go on where model and data do not seem to fit each other. Without it a model is refused, before anything
+            is tuned, that is clearly right on less than half of what guessing leaves (its accuracy on the clean set is,
+            with a confidence of 99.9 %, below (1 + 1/C) / 2), and that either cannot be told from guessing (a binomial
+            test against 1/C, at 1 %) or has a mean loss clearly above ln C, that of a model that knows nothing. Few
+            samples decide less: ten right ones of 24 in three classes are not refused. With `loss=` it is only a note.
+        frozen: "keep": parameters with `requires_grad=False` stay as they are, to the bit, where others have it True (a
+            frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
+            model for inference, that says nothing about purification, and all are tuned.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -120,6 +135,11 @@ def purify(
         BackendError: a device that is not here.
     """
     start = time.perf_counter()
+    if clean_loader is None:
+        raise DataError(
+            "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset or tensors (x, y); a few for each "
+            "class are enough"
+        )
     recipe = get(method) if isinstance(method, str) else method
     options = PurifyOptions(
         clean_loader=clean_loader,
@@ -134,6 +154,8 @@ def purify(
         test_loader=test_loader,
         asr_loader=asr_loader,
         measure=tuple(measure),
+        force=force,
+        frozen=frozen,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad():
@@ -143,6 +165,8 @@ def purify(
             with PeakMemory(work_device) as memory:
                 run, history, before, after = _purify(work, work_device, options)
             result = work.finish(recipe.name)
+            moved = work.moved()
+            coverage = _coverage(work, run, recipe.name, moved)
         except BaseException:
             work.undo()
             raise
@@ -174,11 +198,18 @@ def purify(
         },
         notes=run.notes,
         interrupted=run.interrupted,
+        alerts=run.alerts,
+        diverged=run.diverged,
+        unchanged=not moved,
+        coverage=coverage,
     )
 
 
 def purify_(
-    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_wfip", **options: Any
+    model: nn.Module,
+    clean_loader: Iterable[Batch] | None = None,
+    method: str | type[Method] = "fast_wfip",
+    **options: Any,
 ) -> PurifyResult:
     """Purify a model in place: :func:`purify` with `inplace=True`."""
     return purify(model, clean_loader, method, **{**options, "inplace": True})
@@ -199,6 +230,9 @@ def _purify(
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
     notes += clean.notes
+    with seeded(seed, device):
+        choose_layout(work, clean, task, device)
+        notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
         task=task,
@@ -212,6 +246,7 @@ def _purify(
         amp=autocast_dtype(options.amp, device),
         seed=seed,
         notes=notes,
+        frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
@@ -237,6 +272,25 @@ def _purify(
     run.notes += [note for note in after.notes if note not in run.notes]
     _say_loss(run, before, after)
     return run, history, before, after
+
+
+def _coverage(work: WorkCopy, run: Run, method: str, moved: set[str]) -> Coverage:
+    """Say what was tuned, and of the rest why not; a model that is as it was received must not pass for a clean one."""
+    tuned, left = [], {}
+    for name, p in work.model.named_parameters():
+        if name in moved:
+            tuned.append(name)
+        elif id(work.parameters[name]) in run.frozen:
+            left[name] = "frozen, and frozen='keep'"
+        elif not p.is_floating_point():
+            left[name] = "no real numbers"
+        else:
+            left[name] = run.left.get(name, f"nothing that {method} tunes, or no gradient moved it")
+    if not moved:
+        ended = "interrupted" if run.interrupted else "try a larger lr or more steps"
+        run.alert(f"THE MODEL IS AS IT WAS GIVEN: {method} moved nothing ({ended})")
+    sizes = {name: p.numel() for name, p in work.model.named_parameters()}
+    return Coverage(tuple(tuned), left, sum(sizes[name] for name in tuned), sum(sizes.values()))
 
 
 def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:

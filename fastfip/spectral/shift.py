@@ -17,7 +17,7 @@ Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,10 @@ class SpectralShifts:
         self.installed = False
 
     @classmethod
-    def of(cls, model: nn.Module, rank: Rank = None) -> SpectralShifts:
+    def of(cls, model: nn.Module, rank: Rank = None, frozen: Container[int] = ()) -> SpectralShifts:
         """Decompose every weight, in float32 at least; `rank` says which directions move (see `decompose.Rank`).
+
+        Weights whose id is in `frozen` stay as they are.
 
         Raises:
             ModelError: the model has no such weight, or one is not finite.
@@ -66,7 +68,7 @@ class SpectralShifts:
         for name, module in model.named_modules():
             for attribute in _weights(module):
                 weight = module._parameters.get(attribute)  # None where the user's own parametrisation computes it
-                if weight is None or not weight.is_floating_point() or weight.numel() == 0:
+                if weight is None or not weight.is_floating_point() or weight.numel() == 0 or id(weight) in frozen:
                     continue
                 entry = held.setdefault(id(weight), (weight, [], []))
                 entry[1].append(f"{name}.{attribute}" if name else attribute)
