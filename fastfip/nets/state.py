@@ -72,6 +72,10 @@ def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], b
 def copied(model: nn.Module, remedy: str) -> nn.Module:
     """Return a deep copy of a model.
 
+    Tensors that a module computed and keeps beside its parameters (the weight of torch.nn.utils.weight_norm,
+    spectral_norm and prune, which is computed anew in each forward pass) are copied as plain numbers: torch refuses to
+    copy them with their graph.
+
     Args:
         model: it is left as it is.
         remedy: what the error advises where the model cannot be copied.
@@ -81,9 +85,19 @@ def copied(model: nn.Module, remedy: str) -> nn.Module:
     """
     try:
         with torch.no_grad():
-            return copy.deepcopy(model)
+            computed = (t for m in model.modules() for t in _tensors_in(m.__dict__) if t.grad_fn is not None)
+            return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # what a user's module raises when it is copied can be anything
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {reason(error)}): {remedy}") from error
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Walk the tensors in the plain containers of a module's attributes; its parts and parameters have their own."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (dict, list, tuple):
+        for item in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
+            yield from _tensors_in(item)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

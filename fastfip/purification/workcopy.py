@@ -62,7 +62,7 @@ class WorkCopy:
         return any(dtype in LOW_PRECISION for _, dtype in self.homes.values())
 
     def frozen(self, keep: bool) -> frozenset[int]:
-        """Return the ids of the parameters that stay: if `keep`, those that the user froze, where it is not all of them.
+        """Return the ids of the parameters that stay: if `keep`, those that the user froze, unless all are frozen.
 
         Raises:
             ModelError: a model with an adapter, of which more than the adapter would be tuned: saving would lose that.
