@@ -17,11 +17,12 @@ from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.nets.checks import check_amp, check_seed, usable_device
+from fastfip.nets.state import as_written
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
@@ -158,7 +159,7 @@ def purify(
         frozen=frozen,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), as_written(model):
         work = WorkCopy(model, inplace)
         work_device = work.device if options.device is None else options.device
         try:
@@ -167,8 +168,13 @@ def purify(
             result = work.finish(recipe.name)
             moved = work.moved()
             coverage = _coverage(work, run, recipe.name, moved)
-        except BaseException:
+        except BaseException as error:
             work.undo()
+            if "torch.utils.checkpoint" in str(error) and not isinstance(error, FastFIPError):
+                raise ModelError(
+                    f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
+                    "off, e.g. model.gradient_checkpointing_disable(), or take fine_tune"
+                ) from error
             raise
     run.seconds["total"] = time.perf_counter() - start
     return PurifyResult(

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from fastfip.errors import ModelError
 from fastfip.nets.checks import check_net
-from fastfip.nets.state import LOW_PRECISION, cast, copied, to_float32
+from fastfip.nets.state import LOW_PRECISION, cast, copied, refuse_sharded, to_float32, unwrapped
 
 __all__ = ["WorkCopy"]
 
 
 class WorkCopy:
     """A copy of the user's net (or, in place, the net itself) and a record of how it was.
+
+    What is tuned is the module inside wrappers (DataParallel, torch.compile); `finish` hands the wrapper back.
 
     Recorded are training flags, requires_grad, gradients, devices, dtypes, which weights are tied and the order of
     the state dict. `finish` brings them back around the new values; `undo` brings the old values back as well.
@@ -27,13 +29,19 @@ class WorkCopy:
 
     def __init__(self, model: nn.Module, inplace: bool) -> None:
         _check(model)
-        self.inplace, self.given = inplace, model
+        self.inplace, self.given = inplace, unwrapped(model)
         if inplace:
             if any(p.is_inference() for p in model.parameters()):
                 raise ModelError("the weights were made in inference_mode and cannot be changed: use inplace=False")
-            self.model = model
+            self.whole = model
         else:
-            self.model = copied(model, "pass inplace=True to tune it itself")
+            self.whole = copied(model, "pass inplace=True to tune it itself")
+        self.model = unwrapped(self.whole)
+        self.twin_of: nn.Module | None = None
+        if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
+            # Hooks on its parameters average gradients, of backward passes that it did not see begin.
+            self.twin_of = self.model
+            self.model = copied(self.model, "take the module inside DistributedDataParallel")
         self.flags = {name: module.training for name, module in self.model.named_modules()}
         self.modules = {name: type(module) for name, module in self.model.named_modules()}
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -124,7 +132,11 @@ class WorkCopy:
             odd = [k for k in {**now, **self.keys} if now.get(k) != self.keys.get(k)] or [*({*types} ^ {*self.modules})]
             raise ModelError(f"the method {who} did not take back what it did to the model: {odd[:3]}")
         self._flags_and_homes()
-        return self.model
+        if self.twin_of is not None:
+            with torch.no_grad():
+                for own, new in zip(_tensors_of(self.twin_of), _tensors_of(self.model)):
+                    own.copy_(new)
+        return self.whole
 
     def undo(self) -> None:
         """In place: bring everything back as it was, values too. A copy is simply dropped."""
@@ -167,9 +179,14 @@ class WorkCopy:
                     mapping.update(items)
 
 
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 def _check(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
+    refuse_sharded(model)
     check_net(model)
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
