@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.outputs import binary_task, is_one_logit, multi_label, two_columns
 from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
@@ -188,7 +190,7 @@ def evaluate(
     n = triggered = 0
     with _evaluating(model, device) as place:
         if test_loader is not None:
-            acc, mean, n = _clean(model, test_loader, task, place)
+            acc, mean, n = _clean(model, test_loader, task, place, notes)
             if acc is None:
                 notes.append("labels or outputs are no class indices: ACC not measured, only the loss")
         if asr_loader is not None:
@@ -201,7 +203,7 @@ def evaluate(
 def accuracy(model: nn.Module, test_loader: Iterable[Batch], *, forward: Forward | None = None) -> float:
     """Return the share of clean samples that get their label; see :func:`evaluate`."""
     with _evaluating(model, None) as where:
-        return float(_clean(model, test_loader, Task.of(forward), where)[0] or 0.0)
+        return float(_clean(model, test_loader, Task.of(forward), where, [])[0] or 0.0)
 
 
 def attack_success_rate(
@@ -249,20 +251,37 @@ def _logits_shape(logits: Tensor) -> Tensor:
 
 
 def _clean(
-    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device
+    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device, notes: list[str]
 ) -> tuple[float | None, float, int]:
     right: Tensor | float = 0.0
     total: Tensor | float = 0.0
     n = 0
     for given in iter_batches(loader, task):
         batch = move_to(given, device)
-        logits = task.forward(model, batch)
-        y = _class_labels(given, logits, task)
-        right = float("nan") if y is None else right + (logits.argmax(1) == y.to(logits.device)).sum()
-        total = total + task.loss(logits, batch).double().sum()
-        n += task.size(given)
+        logits, size = task.forward(model, batch), task.size(given)
+        hits, losses = _answers(logits, batch, size, task, notes)
+        right = float("nan") if hits is None else right + hits
+        total = total + losses.double().sum()
+        n += size
     acc = float(right) / n
     return None if math.isnan(acc) else acc, float(total) / n, n
+
+
+def _answers(logits: Tensor, batch: Batch, n: int, task: Task, notes: list[str]) -> tuple[Tensor | None, Tensor]:
+    """Return how many of n samples are answered rightly (None: it cannot be told) and the losses [n]."""
+    two = binary_task(task, logits, batch) if is_one_logit(logits, n) else None
+    if two is not None:
+        columns = two.forward_hook(lambda _: logits, batch)  # type: ignore[misc, arg-type]  # of outputs that are known
+        y = task.labels(batch).reshape(n).long().to(logits.device)
+        return (columns.argmax(1) == y).sum(), F.cross_entropy(columns, y, reduction="none")
+    y_or_none = _class_labels(batch, logits, task)
+    losses = task.loss(logits, batch)
+    if y_or_none is not None:
+        return (logits.argmax(1) == y_or_none.to(logits.device)).sum(), losses
+    each = multi_label(task, logits, batch)
+    if each is not None and (said := "several labels a sample: ACC is the share of labels that are right") not in notes:
+        notes.append(said)
+    return each, losses
 
 
 def _class_labels(batch: Batch, logits: Tensor, task: Task) -> Tensor | None:
@@ -297,7 +316,8 @@ def _triggered(
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        logits = _logits_shape(task.forward(model, move_to(batch, device)))
+        logits = task.forward(model, move_to(batch, device))
+        logits = two_columns(logits) if is_one_logit(logits, len(attack)) else _logits_shape(logits)
         for y in (attack, *([] if true is None else [true])):
             check_labels(y, logits.shape[1])
         if true is not None:

@@ -15,7 +15,7 @@ from torch import nn
 import fastfip
 from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.outputs import first_outputs, logits_task
+from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
 from fastfip.methods import Method, MethodConfig, get
@@ -35,6 +35,8 @@ __all__ = ["purify", "purify_"]
 
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
+#: One that its first line is about.
+RUINED = 0.2
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _purify(
     model = work.model.eval()
     with seeded(seed, device):
         clean = CleanSet.of(options.clean_loader, options.task)
-        task, classes = _probe(model, clean, options.task, device, notes)
+        clean, task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
@@ -313,6 +315,8 @@ def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
             f"clean accuracy fell by {100 * (before.acc - after.acc):.1f} points: the net was moved too far, "
             f"try a smaller lr (now {run.config.lr:g}) or more clean samples"
         )
+        if before.acc - after.acc > RUINED:
+            run.alert(f"RUINED, clean accuracy fell from {100 * before.acc:.1f} to {100 * after.acc:.1f} %")
 
 
 def _config(
@@ -339,19 +343,23 @@ def _config(
 
 def _probe(
     model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
-) -> tuple[Task, int | None]:
-    """Run the net once; return the task (of logits) and C, None where `loss=` takes other outputs."""
+) -> tuple[CleanSet, Task, int | None]:
+    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
     logits = first_outputs(model, task.forward, batch)
+    two = binary_task(task, logits, batch) if is_one_logit(logits, task.size(batch)) else None
+    if two is not None:
+        notes.append("one logit, and labels 0 and 1: tuned and measured as two classes")
+        return clean.of_two_classes(), two, 2
     if task.loss_hook is not None:
         plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
         plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it
-        return task, logits.shape[1] if plain else None
+        return clean, task, logits.shape[1] if plain else None
     task, said = logits_task(model, task, batch, logits)
     if said is not None:
         notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
-    return task, logits.shape[1]
+    return clean, task, logits.shape[1]
 
 
 def _full_precision(work: WorkCopy, run: Run) -> None:
