@@ -33,6 +33,7 @@ def compare(
     ] = None,
     amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --out and --plot if they exist")] = False,
+    ignore_fit: o.IgnoreFit = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no live table, also on a terminal")] = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -66,6 +67,7 @@ def compare(
         device=where,
         amp=mixed,
         progress=False if quiet else None,
+        force=ignore_fit,
     )
     comparison.notes += images.words()
     if plot is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["CODES", "Interrupted", "fail", "guarded", "run"]
+__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run"]
 
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
@@ -22,6 +22,7 @@ CODES = {
     4: "a checkpoint that is refused, does not fit the model, or cannot be written",
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
+    7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
     130: "interrupted; where purification had completed an epoch, its last good state was written",
 }
 
@@ -31,6 +32,10 @@ _USAGE: Any = typer.BadParameter.__mro__[1]
 
 class Interrupted(Exception):
     """Ctrl-C; the text says what was written."""
+
+
+class NotPurified(Exception):
+    """The work came to an end, but its result is not what was asked for; the text says what was written."""
 
 
 def _code(error: BaseException) -> int:
@@ -80,6 +85,9 @@ def run(command: Any, arguments: list[str] | None) -> int:
     except Interrupted as error:
         _say(str(error))
         return 130
+    except NotPurified as error:
+        _say(str(error))
+        return 7
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         return 130

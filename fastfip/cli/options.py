@@ -129,6 +129,9 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything ra
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+IgnoreFit = Annotated[
+    bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 

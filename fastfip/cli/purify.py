@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastfip.cli import options as o
-from fastfip.cli.errors import Interrupted, fail
+from fastfip.cli.errors import Interrupted, NotPurified, fail
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -41,6 +41,7 @@ def purify(
         Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
+    ignore_fit: o.IgnoreFit = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar, also on a terminal")] = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -76,12 +77,14 @@ def purify(
         asr_loader=net.batches(asr),
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
+        force=ignore_fit,
     )
     result.notes += images.words()
     result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
-    save_checkpoint(result.model, out, like=checkpoint)
+    if not result.unchanged:
+        save_checkpoint(result.model, out, like=checkpoint)
     if checkpoint.left_out:
         result.notes.append(
             f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
@@ -94,6 +97,9 @@ def purify(
         show(result)
     if result.interrupted:
         raise Interrupted(f"interrupted: {out} holds the last good state")
+    if result.unchanged or result.diverged:
+        written = "nothing written" if result.unchanged else f"{out} holds the last good state"
+        raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
 def check_outputs(source: Path, out: Path, report: Path | None, force: bool) -> None:

@@ -51,6 +51,7 @@ def compare(
     on_row: Callable[[Row], None] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    force: bool = False,
 ) -> Comparison:
     """Run methods on one model and put them side by side.
 
@@ -76,6 +77,7 @@ def compare(
         on_row: called with each new row.
         forward: as for `fastfip.purify`.
         loss: as for `fastfip.purify`.
+        force: as for `fastfip.purify`.
 
     Returns:
         the rows, with `.table()`, `.to_csv()`, `.to_json()`, `.plot()`.
@@ -112,7 +114,7 @@ def compare(
     if baseline:
         done.rows.append(_received(measured, common))
     known = {row.key: row for row in old.rows if not row.error}
-    options = {"device": device, "amp": amp, "forward": forward, "loss": loss}
+    options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force}
     with _shown(done, progress) as show:
         try:
             for seed, (method, config, label) in itertools.product(drawn, plan):

@@ -77,11 +77,15 @@ class ANP(Method):
         config = run.config
         assert isinstance(config, ANPConfig)
         self.config = config
-        places = [] if config.bn_mode == "freeze" else batchnorm_weights(run.model)
+        places = [] if config.bn_mode == "freeze" else batchnorm_weights(run.model, run.frozen)
         if not places:
-            places = Classifier.of(run).spared(weights_of(run.model))
+            places = Classifier.of(run).spared(weights_of(run.model, frozen=run.frozen))
         masks = Masks.of(places, output_rows)
-        found = {id(b): b for _, module, _ in places if (b := module._parameters.get("bias")) is not None}
+        found = {
+            id(b): b
+            for _, module, _ in places
+            if (b := module._parameters.get("bias")) is not None and id(b) not in run.frozen
+        }
         self.biases: list[nn.Parameter] = list(found.values())
         self.received_biases = [b.detach().clone() for b in self.biases]
         self.statistics = [b.detach().clone() for b in _statistics(run)]

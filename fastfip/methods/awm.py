@@ -83,7 +83,7 @@ class AWM(Method):
         config = run.config
         assert isinstance(config, AWMConfig)
         self.config = config
-        convolutions, everything = weights_of(run.model, _ConvNd), weights_of(run.model)
+        convolutions, everything = (weights_of(run.model, kind, run.frozen) for kind in (_ConvNd, (nn.Linear, _ConvNd)))
         mine = convolutions if config.layers == "conv" else everything
         if config.layers == "auto" and 2 * _size(convolutions) >= _size(everything):
             mine = convolutions

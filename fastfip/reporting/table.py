@@ -102,7 +102,7 @@ def evaluation_sheet(evaluation: Any, title: str) -> Sheet:
         value = getattr(evaluation, name)
         if value is not None:
             count = evaluation.n if name == "acc" else evaluation.n_triggered
-            rows.append((word, f"{100 * value:.2f} %", f"{count}"))
+            rows.append((word, evaluation.shown(name), f"{count}"))
     if evaluation.loss is not None:
         rows.append(("loss", f"{evaluation.loss:.4g}", f"{evaluation.n}"))
     return Sheet(title, ("", "value>", "images>"), rows, [f"note: {note}" for note in evaluation.notes])

@@ -54,6 +54,7 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
             why_not = "loss= takes outputs or labels of another form"
     if why_not or run.classes is None:
         run.note(f"no worst-case inputs were looked for ({why_not}): only the clean terms of the objective are left")
+        run.alert(f"ONLY FINE-TUNED, nothing was unlearned ({why_not})")
         return None
     perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
     inputs.clear()
