@@ -4,7 +4,8 @@ FASTFIP_NATIVE=auto (default)  build it; where no compiler works, install withou
 FASTFIP_NATIVE=1               build it or fail
 FASTFIP_NATIVE=0               do not build it: a pure Python wheel
 
-FASTFIP_CUDA=auto (default)    with CUDA kernels where nvcc is found and works; without them, saying why, where not
+FASTFIP_CUDA=auto (default)    with CUDA kernels where the torch that is installed is a CUDA build and nvcc is found and
+                               works; without them, saying why, where not
 FASTFIP_CUDA=1                 with them or fail
 FASTFIP_CUDA=0                 without them
 """
@@ -12,9 +13,12 @@ FASTFIP_CUDA=0                 without them
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -45,6 +49,22 @@ def run(step: str, command: list[str]) -> None:
     raise CompileError(f"{step} failed: {wrong[0] if wrong else 'pip install -v shows how'}")
 
 
+def no_cuda_torch(folders: Iterable[str] | None = None) -> str:
+    """Why torch has no use for CUDA kernels here; empty where it has.
+
+    An isolated build cannot import torch, and need not: the file `torch/version.py` says which CUDA it was built for.
+    It is looked for on `sys.path` and where the interpreter installs packages, which an isolated build leaves out.
+    """
+    if folders is None:
+        folders = [*sys.path, *(sysconfig.get_path(name) for name in ("platlib", "purelib"))]
+    for folder in folders:
+        file = Path(folder or ".") / "torch" / "version.py"
+        if file.is_file():
+            found = re.search(r"^cuda\b.*= *'([0-9.]+)'", file.read_text(encoding="utf-8"), re.MULTILINE)
+            return "" if found else "the torch beside it was no CUDA build (FASTFIP_CUDA=1 compiles them all the same)"
+    return "there was no torch beside it (FASTFIP_CUDA=1 compiles them all the same)"
+
+
 class CMakeBuild(build_ext):
     """Configure, build and place the one extension with CMake and ninja."""
 
@@ -70,6 +90,10 @@ class CMakeBuild(build_ext):
 
     def compile_with_cuda(self, target: Path) -> None:
         """Build with the CUDA kernels that FASTFIP_CUDA asks for; an nvcc that fails must not cost the CPU kernels."""
+        why = no_cuda_torch() if CUDA == "auto" else ""
+        if why:
+            self.compile_with_cmake(target, "0", f"when fastfip was built, {why}")
+            return
         try:
             self.compile_with_cmake(target, CUDA)
         except CompileError as error:

@@ -1,6 +1,6 @@
-"""Write the generated parts of docs/methods.md: the methods from the registry, their measurements from the CSV.
+"""Write what documents say of the methods: from the registry what they are, from the CSV how they did.
 
-    python -m benchmarks.methods_doc            # rewrite the file
+    python -m benchmarks.methods_doc            # rewrite docs/methods.md, and the tables in README.md and results.md
     python -m benchmarks.methods_doc --check    # exit code 1 if the methods in it are not those of the registry
 
 What a method does stands in the docstrings of its module and class, its settings in its config; the rest of the file
@@ -40,8 +40,8 @@ FILE = harness.DOCS / "methods.md"
 
 
 def registry() -> str:
-    """Return a table of all methods, then a section for each."""
-    kinds = [methods.get(name) for name in methods.names()]
+    """Return a table of the methods of the package, then a section for each."""
+    kinds = [methods.get(name) for name in real_models.own_methods()]
     rows = [(f"[`{kind.name}`](#{kind.name})", _inline(kind.summary)) for kind in kinds]
     whole = harness.table(["method", "what it does"], rows)
     return "\n".join([whole, "", *(section(kind) for kind in kinds)]).rstrip()
@@ -116,6 +116,7 @@ def main() -> None:
         sys.exit(0 if new == old else "docs/methods.md is out of date: python -m benchmarks.methods_doc")
     for mark, make in (("methods", registry), ("measured", measured), ("papers", papers)):
         harness.splice(FILE, mark, make())
+    real_models.write_documents()  # the README names the methods that have no rows
 
 
 if __name__ == "__main__":

@@ -6,9 +6,42 @@ Importing this package loads nothing but this file: every public name is resolve
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_typing.py holds it to the tables below
+    from fastfip import (
+        attacks as attacks,
+        auditing as auditing,
+        checkpoint as checkpoint,
+        comparison as comparison,
+        data as data,
+        errors as errors,
+        fisher as fisher,
+        methods as methods,
+        metrics as metrics,
+        nets as nets,
+        ops as ops,
+        purification as purification,
+        reporting as reporting,
+        spectral as spectral,
+        worst_case as worst_case,
+    )
+    from fastfip.auditing.audit import audit as audit
+    from fastfip.checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
+    from fastfip.comparison.compare import compare as compare
+    from fastfip.fisher import (
+        FisherPenalty as FisherPenalty,
+        backward_with_fisher as backward_with_fisher,
+        fisher_diagonal as fisher_diagonal,
+        fisher_trace as fisher_trace,
+    )
+    from fastfip.fisher.sharpness import sharpness as sharpness
+    from fastfip.metrics import evaluate as evaluate
+    from fastfip.purification.callbacks import Callback as Callback
+    from fastfip.purification.purify import purify as purify, purify_ as purify_
+    from fastfip.purification.result import PurifyResult as PurifyResult
 
 # public name -> module that holds it. No module may have the name of a function listed here: importing a submodule
 # sets it as an attribute of the package, and would hide the function.
@@ -49,15 +82,17 @@ _MODULES = (
 __all__ = ["__version__", *_MODULES, *_WHERE]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"fastfip.{name}")
-    else:
-        raise AttributeError(f"module 'fastfip' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else every name that is not there would be one of type Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _WHERE:
+            value = getattr(importlib.import_module(_WHERE[name]), name)
+        elif name in _MODULES:
+            value = importlib.import_module(f"fastfip.{name}")
+        else:
+            raise AttributeError(f"module 'fastfip' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -33,19 +33,25 @@ class BackendError(FastFIPError, RuntimeError):
 _LONGEST = 200
 
 
+def printable(text: object, most: int = 600) -> str:
+    """Return a text that may hold names from a file as one line that does nothing to a terminal, at most `most` long.
+
+    Escape sequences, line breaks and marks that turn the direction of writing become question marks. Everything that
+    comes from a file goes through here before it is printed.
+    """
+    shown = str(text)[: most + 1]
+    shown = "".join(c if c.isprintable() else "?" for c in shown)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
 def reason(error: BaseException) -> str:
-    """Return what an exception says as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:_LONGEST]
-
-
-def printable(text: str) -> str:
-    """Return a text, which may come from a file, as one line that does nothing to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Return what an exception says as one line of at most 200 characters that does nothing to a terminal."""
+    return printable(" ".join(str(error)[: 4 * _LONGEST].split()), _LONGEST)
 
 
 def choices(name: object, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all that there are."""
     folded = {one.casefold(): one for one in known}
-    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
     hint = f": did you mean {folded[near[0]]!r}?" if near else ""
     return f"{hint} There are {', '.join(known)}"

@@ -69,11 +69,10 @@ class Registry(Generic[T]):
         for attribute in ("name", "summary"):
             if not isinstance(getattr(cls, attribute, None), str):
                 raise TypeError(f"{cls.__name__} needs a class attribute {attribute}")
+        self._import_own(entry.name)  # a name of the package's own is not free, whether or not it was used before
         other = self._known.get(entry.name)
-        if other is not None and other.__qualname__ != cls.__qualname__:
-            raise TypeError(
-                f"the {self.kind}s {other.__qualname__} and {cls.__qualname__} have one name, {entry.name!r}"
-            )
+        if other is not None and _place(other) != _place(cls):
+            raise TypeError(f"the {self.kind}s {_place(other)} and {_place(cls)} have one name, {entry.name!r}")
         self._known[entry.name] = entry
         return cls
 
@@ -85,6 +84,12 @@ class Registry(Generic[T]):
                 importlib.import_module(f"{self.package}.{module.name}")
         self._load_plugins()
         return sorted(self._known)
+
+    def _import_own(self, name: str) -> None:
+        """Import the file of the package that has this name, if there is one, without importing all the others."""
+        module = f"{self.package}.{name}"
+        if str(name).isidentifier() and module not in sys.modules and importlib.util.find_spec(module):
+            importlib.import_module(module)
 
     def _load_plugins(self) -> None:
         """Register what other packages offer; one that is broken is said to be so, and the others are there."""
@@ -103,15 +108,18 @@ class Registry(Generic[T]):
             raise ConfigError(f"{where} is no {self.kind}: it must be a subclass of {self.base.__name__}")
         return entry  # type: ignore[return-value]  # T is the base's type
 
-    def _from_module(self, place: str) -> T:
+    def _from_module(self, spec: str) -> T:
         """Return the class that `module:Class` names; modules of the working folder are found as well."""
-        module, _, name = place.partition(":")
+        module, _, name = spec.partition(":")
         try:
             with working_folder_importable():
                 entry = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever the user's module raises
-            raise ConfigError(f"no {self.kind} {place!r}: {type(error).__name__}: {reason(error)}") from error
-        return self.register(self._checked(entry, place))
+            raise ConfigError(f"no {self.kind} {spec!r}: {type(error).__name__}: {reason(error)}") from error
+        try:
+            return self.register(self._checked(entry, spec))
+        except TypeError as error:
+            raise ConfigError(f"{spec} cannot be used: {error}") from None
 
     def get(self, name: str) -> T:
         """Return the class of this name, or the one that `module:Class` names.
@@ -121,11 +129,15 @@ class Registry(Generic[T]):
         """
         if ":" in str(name):
             return self._from_module(name)
-        own_file = f"{self.package}.{name}"
-        if name not in self._known and str(name).isidentifier() and importlib.util.find_spec(own_file):
-            importlib.import_module(own_file)  # without importing all the others
+        if name not in self._known:
+            self._import_own(name)
         if name not in self._known:
             known = self.names()
             if name not in self._known:
                 raise ConfigError(f"no {self.kind} {name!r}{choices(name, known)}")
         return self._known[name]
+
+
+def _place(cls: type) -> str:
+    """Return where a class is defined."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -14,7 +14,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
 NUMERIC = {
     "auditing", "comparison", "fisher", "methods", "metrics", "ops", "purification", "spectral", "worst_case",
-    "test_demo", "test_outputs",
+    "cli", "test_doc_examples", "test_outputs", "test_released_fip",
 }  # fmt: skip
 # What compiles for another machine, or runs CUDA code thread by thread, has no instruction set of this CPU in it.
 ELSEWHERE = {"test_cuda_build", "test_cuda_kernels", "test_cuda_on_cpu", "test_triton"}
@@ -31,6 +31,16 @@ def pytest_collection_modifyitems(items):
 def seed():
     """The same numbers in every run and every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def untrained_models_pass(request, monkeypatch):
+    """Most tests purify models that never learned anything, as if with `force=True`; those marked `fit` do not."""
+    if request.node.get_closest_marker("fit") is None:
+        from fastfip.purification import purify
+
+        check = purify.check_fit
+        monkeypatch.setattr(purify, "check_fit", lambda *arguments: check(*arguments[:-1], force=True))
 
 
 @pytest.fixture

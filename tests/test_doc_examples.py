@@ -1,4 +1,4 @@
-"""What the documents show runs as it is: the Python of docs/fisher.md, the README's examples, CONTRIBUTING's method."""
+"""What the documents show runs as it is: the Python of docs/fisher.md, examples of the README and of CONTRIBUTING."""
 
 import re
 import runpy
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-def test_fisher():
+def test_fisher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "fisher.md").read_text(), re.DOTALL)
     assert len(blocks) >= 7
     torch.manual_seed(0)
@@ -78,3 +79,5 @@ def test_contributing():
     after = purify(net, clean, scope["Biases"], epochs=1, progress=False).state_dict()
     before = net.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["1.bias"]
+    triggered = scope["Stripe"](row=2).asr_set(*clean, target=0)[0]
+    assert triggered.shape == (16, 1, 6, 6) and bool((triggered[..., 2, :] == 1).all())

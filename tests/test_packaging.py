@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +104,24 @@ def test_version_and_typing_marker_are_packaged():
     assert f'version = "{fastfip.__version__}"' in pyproject
     build = pyproject.split("[project]")[0]
     assert '"torch' not in build  # building must never need torch
+
+
+@pytest.mark.parametrize(
+    "version, why",
+    [
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n", "no CUDA build"),
+        ("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", ""),
+        (None, "no torch"),
+    ],
+)
+def test_cuda_kernels_are_compiled_only_beside_a_torch_that_has_cuda(version, why, tmp_path, monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(version)
+    said = setup["no_cuda_torch"]([str(tmp_path)])
+    assert why in said and bool(why) == bool(said)
+    assert bool(setup["no_cuda_torch"]()) == (torch.version.cuda is None)
+    assert not re.search(r"^\s*(import|from) torch", (ROOT / "setup.py").read_text(), re.MULTILINE)

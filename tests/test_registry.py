@@ -13,8 +13,7 @@ from fastfip.registry import Registry, working_folder_importable
 METHOD = """
     from dataclasses import dataclass
 
-    from fastfip.methods import Method, MethodConfig
-    from fastfip.methods.base import setting
+    from fastfip.methods import Method, MethodConfig, setting
 
 
     @dataclass(frozen=True)
@@ -115,6 +114,32 @@ def test_a_class_is_named_by_its_place(installed, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=words):
             methods.get(place)
+
+
+def test_a_class_from_elsewhere_never_takes_the_place_of_one_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "impostor.py").write_text(
+        "from fastfip.methods import Method\n"
+        "class FineTune(Method):\n    name = 'fine_tune'\n    summary = 's'\n"
+        "    def parameter_groups(self, run): return []\n"
+        "class Other(FineTune):\n    name = 'ngf'\n"
+        "class Bare(Method):\n    name = 'bare'\n    def parameter_groups(self, run): return []\n"
+    )
+    code = """
+        import sys
+        sys.path.insert(0, {folder!r})
+        from fastfip import methods
+        from fastfip.errors import ConfigError
+        for name in ("FineTune", "Other", "Bare"):
+            try:
+                methods.get("impostor:" + name)
+            except ConfigError as error:
+                print(error)
+        print(methods.get("fine_tune").__module__, methods.get("ngf").__module__, len(methods.names()) > 10)
+    """
+    lines = python(tmp_path, code)[0].splitlines()
+    assert "fastfip.methods.fine_tune.FineTune and impostor.FineTune have one name" in lines[0]
+    assert "have one name, 'ngf'" in lines[1] and "needs a class attribute summary" in lines[2]
+    assert lines[3] == "fastfip.methods.fine_tune fastfip.methods.ngf True"
 
 
 def test_the_working_folder_is_searched_last_and_only_in_the_block(tmp_path, monkeypatch):

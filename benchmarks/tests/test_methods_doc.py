@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 
 from benchmarks import harness, methods_doc
+from benchmarks.purification import real_models
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
@@ -16,7 +18,7 @@ def test_the_document_is_up_to_date():
 
 def test_every_method_has_its_section_and_settings():
     text = methods_doc.registry()
-    for name in methods.names():
+    for name in real_models.own_methods():
         part = text.split(f"### {name}\n")[1].split("\n### ")[0]
         own = {item.name for item in fields(methods.get(name).Config)} - {item.name for item in fields(MethodConfig)}
         assert all(f"| `{setting}` |" in part for setting in own)
@@ -27,3 +29,19 @@ def test_every_method_has_its_section_and_settings():
 def test_formulas_are_code_and_markup_is_escaped():
     parts = methods_doc._markdown("Min |w| < 2 * a, `a | b`:\n\n    a = b\n      + c\n\nEnd.")
     assert parts == ["Min \\|w\\| &lt; 2 \\* a, `a | b`:", "```\na = b\n  + c\n```", "End."]
+
+
+def test_a_new_method_is_in_every_document_by_one_command(monkeypatch):
+    written = {}
+    monkeypatch.setattr(harness, "splice", lambda path, mark, new: written.update({(path.name, mark): new}))
+    monkeypatch.setattr(methods.base.REGISTRY, "_known", dict(methods.base.REGISTRY._known))
+    monkeypatch.setattr(sys, "argv", ["methods_doc"])
+    for name, module in (("nudge", "fastfip.methods.nudge"), ("foreign", "toybox")):
+        kind = type(name.title(), (methods.get("fine_tune"),), {"name": name, "summary": "a toy", "__module__": module})
+        monkeypatch.setitem(sys.modules, module, sys.modules[__name__])
+        methods.register(kind)
+    methods_doc.main()
+    own = {("methods.md", mark) for mark in ("methods", "measured", "papers")}
+    assert set(written) == own | {("README.md", "real"), ("results.md", "real")}
+    assert "### nudge\n" in written["methods.md", "methods"] and "`nudge`" in written["README.md", "real"]
+    assert not any("foreign" in text for text in written.values())

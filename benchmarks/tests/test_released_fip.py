@@ -68,7 +68,9 @@ def test_released_step_adds_the_gradient_of_both_terms() -> None:
 
 
 def test_it_is_a_method_like_any_other() -> None:
-    result = fastfip.purify(net(torch.float32), data(24, torch.float32), ReleasedFIP, steps=3, progress=False)
+    result = fastfip.purify(
+        net(torch.float32), data(24, torch.float32), ReleasedFIP, steps=3, progress=False, force=True
+    )
     assert result.method == "released_fip" and "surrogate" in result.history[0]
     with pytest.raises(ConfigError, match="class labels only"):
         fastfip.purify(net(), data(), ReleasedFIP, loss=lambda logits, batch: logits.sum(1), progress=False)

@@ -37,7 +37,7 @@ Backend backend(const Options& options, bool norms, bool grouped = false) {
 #endif
     if (options.bf16 && norms) throw std::invalid_argument("norms have no bfloat16 products");
     if (options.bf16 && !grouped) throw std::invalid_argument("bfloat16 products need a CPU and a compiler with AVX512_BF16");
-    const Kind kind = {options.is_double, grouped, norms};
+    const Kind kind = {options.is_double, grouped};
 #if defined(__x86_64__)
     if (options.isa >= Isa::avx512) return products_avx512(kind);
     if (options.isa == Isa::avx2) return products_avx2(kind);

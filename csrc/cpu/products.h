@@ -34,9 +34,9 @@ struct Backend {
     int lane_width;
 };
 
-// What a kernel is compiled for: the type of accumulation, lanes that are features or groups, what becomes of G_n.
+// What a kernel is compiled for: the type of accumulation, lanes that are features or groups.
 struct Kind {
-    bool is_double, grouped, norms;
+    bool is_double, grouped;
 };
 
 // For each instruction set.

@@ -9,7 +9,7 @@
 namespace fastfip {
 namespace {
 
-template <class R, int W, bool Norms = false>
+template <class R, int W>
 struct Grouped {
     typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
     static constexpr int kMaxK = 9;
@@ -107,7 +107,7 @@ struct Grouped {
                             multiply(count, g + o * p.positions * W, map + c * l.plain, offset, kernel + k, p.positions, acc);
                             Vec squares = {};
                             for (int i = 0; i < count; ++i, square += W, sum += W) {
-                                if (Norms) {
+                                if (p.norms) {
                                     *reinterpret_cast<Vec*>(square) = acc[i];
                                     squares += acc[i] * acc[i];
                                     continue;
@@ -115,18 +115,18 @@ struct Grouped {
                                 *reinterpret_cast<Vec*>(square) += acc[i] * acc[i];
                                 *reinterpret_cast<Vec*>(sum) += acc[i];
                             }
-                            for (int f = 0; Norms && f < W; ++f) norm += squares[f];
+                            for (int f = 0; p.norms && f < W; ++f) norm += squares[f];
                         }
                     }
                 }
-                if (!Norms) continue;
+                if (!p.norms) continue;
                 s.norms[n] += norm;
                 for (int64_t f = 0; p.out && f < used; ++f) {
                     R* const to = static_cast<R*>(p.out) + n * p.result_sample + (group + f) * p.group_outputs * inputs;
                     for (int64_t i = 0; i < p.group_outputs * inputs; ++i) to[i] = out[i * W + f];
                 }
             }
-            if (Norms) continue;
+            if (p.norms) continue;
             // Tiles are [output][input][group], the result is [group][output][input].
             for (int64_t f = 0; f < used; ++f) {
                 const int64_t at = (group + f) * p.group_outputs * inputs;

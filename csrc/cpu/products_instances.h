@@ -8,23 +8,18 @@
 namespace fastfip {
 namespace {
 
-template <class R, int Bytes, bool Norms>
+template <class R, int Bytes>
 Backend instance(bool grouped) {
     constexpr int lanes = Bytes / sizeof(R);
-    typedef Kernel<R, lanes, Exact<R>, Norms> Features;
-    typedef Grouped<R, lanes, Norms> Groups;
+    typedef Kernel<R, lanes> Features;
+    typedef Grouped<R, lanes> Groups;
     if (grouped) return {Groups::scratch_bytes, Groups::run, lanes};
     return {Features::scratch_bytes, Features::run, lanes};
 }
 
-template <int Bytes, bool Norms>
-Backend instance(Kind kind) {
-    return kind.is_double ? instance<double, Bytes, Norms>(kind.grouped) : instance<float, Bytes, Norms>(kind.grouped);
-}
-
 template <int Bytes>
 Backend instance(Kind kind) {
-    return kind.norms ? instance<Bytes, true>(kind) : instance<Bytes, false>(kind);
+    return kind.is_double ? instance<double, Bytes>(kind.grouped) : instance<float, Bytes>(kind.grouped);
 }
 
 }  // namespace

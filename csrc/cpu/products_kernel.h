@@ -3,8 +3,9 @@
 // used: a linker that merged two copies could otherwise put wide instructions on a path that any CPU takes.
 //
 // One operand is packed into panels of lanes, lanes[n][t][NV * W]; of the other one, MR rows at a time are broadcast. A tile
-// of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile. With `Norms`
-// (grad_norm_squared) the squares are summed to one number for the sample instead, and the tile is stored where it is wanted.
+// of G_n (MR x NV vectors) stays in registers over all t, is squared there and added to its running tile. For norms
+// (grad_norm_squared) the squares are summed to one number for the sample instead, and the tile is stored where it is wanted:
+// a branch for each sample, since a second set of tiles would double the time that this file takes to compile.
 //   matrix:      rows are packed too, rows[n][t][MR], and the larger or better fitting of o and i are the lanes.
 //   convolution: rows are (channel, kernel position) and are read where they lie: row r at position t is
 //                map[row_offset(r) + position_offset[t]]. The unfolded matrix exists nowhere. Lanes are output channels.
@@ -36,7 +37,7 @@ struct Exact {
     static inline __attribute__((always_inline)) Vec multiply_add(R row, Vec lane, Vec sum) { return sum + row * lane; }
 };
 
-template <class R, int W, class Operand = Exact<R>, bool Norms = false>
+template <class R, int W, class Operand = Exact<R>>
 struct Kernel {
     typedef typename Operand::Element Element;  // of the size of R
     typedef R Vec __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
@@ -59,7 +60,8 @@ struct Kernel {
         int64_t lane_sample, lane_step;    // from one sample to the next, from one step to the next
         R* out;
         R* grad;                           // null: not wanted
-        double* norms;                     // of the first sample
+        R* total;                          // room for a tile: the sum of the blocks before
+        double* norms;                     // of the first sample; null: the sum of squares
     };
 
     template <int MR, int NV, bool Indexed>
@@ -108,35 +110,38 @@ struct Kernel {
     static void tile(const Tile& job) {
         Vec* out = reinterpret_cast<Vec*>(job.out);
         Vec* grad = reinterpret_cast<Vec*>(job.grad);
+        Vec* const total = reinterpret_cast<Vec*>(job.total);
         for (int64_t n = 0; n < job.samples; ++n) {
             const Element* rows[MR];
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r) rows[r] = job.rows[r] + n * job.row_sample;
             const Element* lanes = job.lanes + n * job.lane_sample;
-            Vec acc[MR][NV] = {};
-            int64_t left = job.steps;
-            if (left > kBlock) {
-                Vec total[MR][NV] = {};
-                const int64_t* offset = job.offset;
-                for (; left > 0; left -= kBlock) {
-                    const int64_t count = left < kBlock ? left : kBlock;
-                    Vec part[MR][NV] = {};
-                    multiply<MR, NV, Indexed>(part, rows, offset, lanes, job.lane_step, count);
-                    lanes += count * job.lane_step;
-                    if (Indexed) offset += count; else rows[0] += count * MR;
-#pragma GCC unroll 8
-                    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-                        for (int v = 0; v < NV; ++v) total[r][v] += part[r][v];
-                }
+            Vec acc[MR][NV];
+            const bool blocks = job.steps > kBlock;
+            const int64_t* offset = job.offset;
+            // One loop for short and long sums: the code of `multiply` is in it once.
+            for (int64_t left = job.steps;;) {
+                const int64_t count = left < kBlock ? left : kBlock;
 #pragma GCC unroll 8
                 for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v) acc[r][v] = total[r][v];
-            } else {
-                multiply<MR, NV, Indexed>(acc, rows, job.offset, lanes, job.lane_step, left);
+                    for (int v = 0; v < NV; ++v) acc[r][v] = Vec{};
+                multiply<MR, NV, Indexed>(acc, rows, offset, lanes, job.lane_step, count);
+                if (!blocks) break;
+                const bool first = left == job.steps, last = left <= kBlock;
+#pragma GCC unroll 8
+                for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; ++v) {
+                        if (!first) acc[r][v] += total[r * NV + v];
+                        total[r * NV + v] = acc[r][v];
+                    }
+                if (last) break;
+                left -= kBlock;
+                lanes += count * job.lane_step;
+                if (Indexed) offset += count; else rows[0] += count * MR;
             }
-            if constexpr (Norms) {
+            if (job.norms) {
                 take_norm<MR, NV>(job, n, acc);
                 continue;
             }
@@ -218,7 +223,7 @@ struct Kernel {
         if (l.chunk > most) l.chunk = most;
         if (l.chunk > p.samples) l.chunk = p.samples;
         // The running tiles; of norms one tile for each sample, from which it is stored.
-        l.tiles = Norms ? (p.out ? l.chunk * kMaxRows * kMaxNV * W : 0)
+        l.tiles = p.norms ? (p.out ? l.chunk * kMaxRows * kMaxNV * W : 0)
                         : l.chunk < p.samples ? rows * lanes : kMaxRows * kMaxNV * W;
         const auto up = [](int64_t n) { return (n + W - 1) / W * W; };
         l.at_rows = l.chunk * l.lanes;
@@ -237,6 +242,7 @@ struct Kernel {
         R *const base = static_cast<R*>(scratch), *const out = base + l.at_out, *const grad = base + l.at_grad;
         Element *const packed_lanes = static_cast<Element*>(scratch), *const packed_rows = packed_lanes + l.at_rows;
         int64_t* const offset = reinterpret_cast<int64_t*>(base + l.at_offset);
+        R total[kMaxRows * kMaxNV * W];
         if (p.windows) Operand::offsets(*p.windows, offset);
         for (int64_t n0 = 0; n0 < p.samples; n0 += l.chunk) {
             const int64_t count = p.samples - n0 < l.chunk ? p.samples - n0 : l.chunk;
@@ -251,6 +257,7 @@ struct Kernel {
                 Tile job;
                 job.samples = count;
                 job.steps = l.steps;
+                job.total = total;
                 lanes.panel(start, width, job);
                 for (int64_t index = 0; index < row_panels(rows); ++index) {
                     int64_t row;
@@ -258,9 +265,9 @@ struct Kernel {
                     row_panel(rows, index, row, height);
                     job.out = out + at;
                     job.grad = p.grad ? grad + at : nullptr;
-                    if (Norms) {
+                    job.norms = p.norms ? s.norms + n0 : nullptr;
+                    if (p.norms) {
                         job.out = p.out ? out : nullptr;
-                        job.norms = s.norms + n0;
                     } else if (first) {
                         for (int64_t i = 0; i < height * width; ++i) job.out[i] = 0;
                         for (int64_t i = 0; job.grad && i < height * width; ++i) job.grad[i] = 0;
@@ -275,7 +282,7 @@ struct Kernel {
                         job.offset = nullptr;
                         tile_of<false>(height, nv, job);
                     }
-                    if (Norms) {
+                    if (p.norms) {
                         for (int64_t n = 0; p.out && n < count; ++n)
                             put_tile<false>(p, s, row, height, start, width, out + n * height * width,
                                             static_cast<R*>(p.out) + (n0 + n) * p.result_sample);

@@ -18,6 +18,8 @@ FEWEST = 5
 LEVEL = 0.05
 #: ... and its change is at most this many times the median of the classes.
 SMALLER = 0.5
+#: A spread of the logarithms below this is rounding: most sizes are the largest that the search tries.
+LEAST_SPREAD = 1e-3
 _DRAWS = 20_000
 
 
@@ -57,14 +59,14 @@ def anomaly(classes: Sequence[int], size: Tensor, reached: Tensor) -> Anomaly:
     median = log.quantile(0.5)
     spread = 1.4826 * float((log - median).abs().quantile(0.5))
     order = sorted(range(len(classes)), key=lambda k: (float(log[k]), k))
-    index = [float(median - log[k]) / spread if spread > 0 else 0.0 for k in order]
+    index = [float(median - log[k]) / spread if spread > LEAST_SPREAD else 0.0 for k in order]
     ratio = float((log[order[0]] - median).exp())
     why_not = ""
     if len(classes) < FEWEST:
         why_not = f"{len(classes)} classes have no spread to compare with ({FEWEST} are needed)"
     elif int(reached.sum()) * 2 <= len(classes):
         why_not = f"only {int(reached.sum())} of {len(classes)} classes were reached by any change: no median is known"
-    elif not spread > 0 or not math.isfinite(spread):
+    elif not spread > LEAST_SPREAD or not math.isfinite(spread):
         why_not = "the sizes have no spread"
     p = None if why_not else _share_beyond(index[0], len(classes))
     return Anomaly(tuple(int(classes[k]) for k in order), tuple(index), ratio, p, why_not)

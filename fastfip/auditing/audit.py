@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from fastfip.fisher.sharpness import sharpness as measure_sharpness
 from fastfip.methods.run import autocast_dtype
 from fastfip.metrics.evaluation import evaluate
 from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usable_device
-from fastfip.nets.state import requires_grad
+from fastfip.nets.state import copied, requires_grad
 from fastfip.purification.process import seeded
 from fastfip.reporting.progress import Beat
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
@@ -272,7 +271,7 @@ class _Poison:
 def _retune(subject: Subject, clean: CleanSet, poison: _Poison, device: torch.device) -> Retuning:
     """Tune with clean and poisoned samples and look how the attack's success goes."""
     task, bad = subject.task, poison.bad
-    net = copy.deepcopy(subject.model)
+    net = copied(subject.model, "the re-tuning test works on a copy")
     for p in net.parameters():
         p.requires_grad_(p.is_floating_point())
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01, momentum=0.9)

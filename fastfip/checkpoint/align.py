@@ -1,4 +1,4 @@
-"""Which name in a file is which name in a model: nestings, prefixes, and what does not fit."""
+"""Where the weights are in what a file holds, and what of them does not fit a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastfip.errors import CheckpointError
+from fastfip.checkpoint.prefixes import align
+from fastfip.errors import CheckpointError, printable
 
-__all__ = ["NESTINGS", "align", "common_prefixes", "find_state", "fits_or_raise", "is_extra", "is_state"]
+__all__ = ["NESTINGS", "find_state", "fits_or_raise", "is_extra", "is_state"]
 
 #: Entries that usually hold the weights, in the order in which they are looked for.
 NESTINGS = ("state_dict", "net", "netC", "model", "model_state_dict", "state_dict_ema")
-#: What DataParallel, torch.compile and the usual wrappers put before every name.
-PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def is_state(value: Any) -> bool:
@@ -59,7 +58,7 @@ def find_state(root: Mapping[Any, Any], key: str | None, expected: Iterable[str]
     paths = named or [(name,) for name, value in root.items() if isinstance(name, str) and is_state(value)]
     if expected is not None and len(paths) > 1:
         wanted = set(expected)
-        paths = [path for path in paths if set(align(_at(root, path), wanted)) >= wanted] or paths
+        paths = [path for path in paths if set(align(_texts(_at(root, path)), wanted)) >= wanted] or paths
     if len(paths) == 1 or (paths and named):
         return paths[0]
     if paths:
@@ -86,40 +85,14 @@ def _mostly_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
+def _texts(names: Iterable[Any]) -> list[str]:
+    return [name for name in names if isinstance(name, str)]
+
+
 def _at(root: Any, path: tuple[str, ...]) -> Any:
     for part in path:
         root = root[part]
     return root
-
-
-def common_prefixes(names: Iterable[str]) -> list[str]:
-    """Return "" and the longer and longer prefixes of wrappers that all the names carry."""
-    names = list(names)
-    out = [""]
-    while names:
-        more = next((p for p in PREFIXES if all(name.startswith(out[-1] + p) for name in names)), None)
-        if more is None:
-            break
-        out.append(out[-1] + more)
-    return out
-
-
-def align(names: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
-    """Return {expected name: name} for the choice of prefixes under which most names meet, the shortest at a tie.
-
-    Names that are not expected are kept under the name that they would have.
-    """
-    names, expected = list(names), list(expected)
-    wanted = set(expected)
-    best: dict[str, str] = {}
-    score = -1
-    for off in common_prefixes(names):
-        for on in common_prefixes(expected):
-            mapped = {on + name[len(off) :]: name for name in names}
-            met = len(wanted & mapped.keys())
-            if met > score:
-                best, score = mapped, met
-    return best
 
 
 def fits_or_raise(
@@ -167,7 +140,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _names(names: Iterable[Any], quote: bool = True, most: int = 6) -> str:
-    names = [str(name)[:120] for name in names]
+    names = [printable(name, 120) for name in names]
     more = f" (and {len(names) - most} more)" if len(names) > most else ""
     return ("; " if not quote else ", ").join(names[:most]) + more
 

@@ -9,11 +9,12 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from fastfip.errors import CheckpointError
+from fastfip.checkpoint.claims import MOST_SIDES
+from fastfip.errors import CheckpointError, reason
 
-__all__ = ["ZipRecord", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file"]
+__all__ = ["ZipRecord", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file", "read_json"]
 
 #: First bytes of the files that torch.save wrote before torch 1.6: a pickle of this number.
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -33,8 +34,15 @@ _FIRST_BYTES = (
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E8M0": 8,
 }  # fmt: skip
+
+
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+#: A file may have this many entries, and one more for each further kilobyte.
+_ENTRIES = 30_000
+#: A JSON text may have this many bytes, and a 64th of what it describes: parsed it takes up to forty times as much.
+_JSON = 2**20
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,9 @@ def check_zip(file: BinaryIO, size: int) -> ZipRecords:
         CheckpointError: it is truncated, TorchScript, or not as torch.save writes it.
     """
     directory = _directory_start(file, size)
+    file.seek(directory)
+    if file.read().count(b"PK\x01\x02") > _ENTRIES + size // 1024:
+        raise CheckpointError("is a zip of far more entries than a file of this size has tensors")
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error) as error:
@@ -225,31 +236,29 @@ def check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
         raise CheckpointError(
             f"is no safetensors file, or truncated: its header claims {length} bytes, the file has {max(size - 8, 0)}"
         )
-    try:
-        header = json.loads(file.read(length), object_pairs_hook=_once)
-    except RecursionError:
-        raise CheckpointError("is no safetensors file: its header is nested too deep") from None
-    except ValueError as error:
-        raise CheckpointError(f"is no safetensors file: its header cannot be read ({error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError("is no safetensors file: its header is no JSON object")
+    if length > _JSON + size // 64:
+        raise CheckpointError(f"is no safetensors file that is read: its header takes {length} of {size} bytes")
+    header = read_json(file.read(length), "is no safetensors file: its header")
     metadata = header.pop("__metadata__", None) or {}
     room = size - 8 - length
     spans = []
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            count = math.prod(shape)
-            sound = all(type(v) is int and v >= 0 for v in (*shape, start, end)) and start <= end
+            if not isinstance(shape, list) or len(shape) > MOST_SIDES or not isinstance(dtype, str):
+                raise TypeError
+            sound = all(type(v) is int and 0 <= v < 2**63 for v in (*shape, start, end)) and start <= end
         except (TypeError, KeyError, ValueError):
             raise CheckpointError(f"is a safetensors file with a damaged entry for {name}") from None
+        if dtype in _PACKED:
+            raise CheckpointError(f"holds {name} in the packed dtype {dtype}, which cannot be computed with: unpack it")
         if dtype not in _DTYPE_BITS:
             raise CheckpointError(f"is a safetensors file with an unknown dtype {dtype!r} for {name}")
         if not sound or end > room:
             raise CheckpointError(
                 f"is truncated or damaged: {name} lies at bytes {start} to {end} of {room} bytes of data"
             )
-        if count * _DTYPE_BITS[dtype] != 8 * (end - start):
+        if math.prod(shape) * _DTYPE_BITS[dtype] != 8 * (end - start):
             raise CheckpointError(f"is damaged: {name} claims {dtype} {shape} and stores {end - start} bytes")
         spans.append((start, end, name))
     spans.sort()
@@ -257,6 +266,23 @@ def check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
         if start < end:
             raise CheckpointError(f"is damaged: {name} overlaps another tensor")
     return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def read_json(data: bytes, what: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds; `what` begins the errors.
+
+    Raises:
+        CheckpointError: it is none, or is nested too deep, or has a name twice.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_once)
+    except RecursionError:
+        raise CheckpointError(f"{what} is nested too deep") from None
+    except ValueError as error:
+        raise CheckpointError(f"{what} cannot be read ({reason(error)})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} is no JSON object")
+    return value
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

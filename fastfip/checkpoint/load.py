@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfip.checkpoint.align import align, common_prefixes, find_state, fits_or_raise, is_extra, is_state
+from fastfip.checkpoint.align import find_state, fits_or_raise, is_extra, is_state
+from fastfip.checkpoint.calls import PLAIN, shown
+from fastfip.checkpoint.claims import Opaque
+from fastfip.checkpoint.prefixes import align, common_prefixes, strip
 from fastfip.checkpoint.read import read
-from fastfip.errors import CheckpointError, ModelError, reason
+from fastfip.errors import CheckpointError, ModelError, printable, reason
 
 __all__ = ["Checkpoint", "check_tensor", "load_checkpoint", "tied_names"]
+
+
+#: Plain data beside the weights that is nested deeper is left out: what writes it again would run out of stack.
+_DEEPEST = 64
+#: How many values are looked at in one go.
+_CHUNK = 2**20
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -50,19 +59,26 @@ class Checkpoint(dict[str, Tensor]):
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, key: str | None = None, strict: bool = True
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    strict: bool = True,
 ) -> Checkpoint:
     """Read the weights of a checkpoint, without running anything that the file holds, and check them.
 
-    Reads safetensors and both formats of torch.save (always weights-only, always to the CPU). Weights under
-    `state_dict`, `net`, `netC`, `model`, `model_state_dict` or `state_dict_ema` are found. A prefix `module.`,
-    `_orig_mod.` or `model.` is taken off if every name carries it; with a model, if that makes the names meet (and put
-    on if the model has it).
+    Reads safetensors, both formats of torch.save and folders of shards, always to the CPU. Weights under `state_dict`,
+    `net`, `netC`, `model`, `model_state_dict` or `state_dict_ema` are found. Without a model a prefix `module.`,
+    `_orig_mod.` or `model.` is taken off if every name carries it. With a model whatever prefix makes the names meet is
+    taken off or put on, and what torch.compile and its kind put into names is passed over; names without that prefix
+    are other things and are left out.
 
     Args:
-        path: the file; its format is told by its content.
+        path: the file, its format is told by its content; or a folder or index of shards, as Hugging Face writes them.
         model: loaded into if, and only if, everything is found to be in order; its device and dtypes stay.
         key: the entry that holds the weights (`"net"`, `"a.b"`), where it has another name or there are several.
+        prefix: what the names of the weights begin with, e.g. "student", where there are several; it is taken off.
         strict: False: names on one side only are no error (shapes are).
 
     Returns:
@@ -75,18 +91,14 @@ def load_checkpoint(
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model must be an nn.Module, not {type(model).__name__}")
     try:
-        return _load(path, model, key, strict)
+        return _load(path, model, key, prefix, strict)
     except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {_one_line(str(error))}") from None
+        raise CheckpointError(f"{os.fspath(path)}: {printable(str(error))}") from None
 
 
-def _one_line(text: str) -> str:
-    """Return a text that may hold names from the file as one line that does nothing to a terminal."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= 600 else f"{text[:597]}..."
-
-
-def _load(path: str | os.PathLike[str], model: nn.Module | None, key: str | None, strict: bool) -> Checkpoint:
+def _load(
+    path: str | os.PathLike[str], model: nn.Module | None, key: str | None, prefix: str | None, strict: bool
+) -> Checkpoint:
     form, root, metadata = read(path)
     own = None if model is None else _own_state(model)
     nesting = find_state(root, key, own)
@@ -96,17 +108,28 @@ def _load(path: str | os.PathLike[str], model: nn.Module | None, key: str | None
     entries = {}
     for name, value in state.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"has a weight whose name is no text but {type(name).__name__}")
+            raise CheckpointError(f"has a weight whose name is no text, or far too long ({type(name).__name__})")
         entries[name] = value if is_extra(name) and not isinstance(value, Tensor) else check_tensor(name, value)
-    prefix = common_prefixes(entries)[-1]
-    names = align(entries, own) if own is not None else {name[len(prefix) :]: name for name in entries}
+    names = _names_of(entries, own, prefix)
     out = Checkpoint((name, entries[theirs]) for name, theirs in names.items())
     out.path, out.format, out.nesting, out.names, out.metadata = Path(path), form, nesting, names, metadata
     out.extras, out.left_out = _beside(outer, nesting)
+    taken = set(names.values())
+    out.left_out += [printable(".".join((*nesting, name))) for name in entries if name not in taken]
     out._metadata = _renamed_versions(state, out.prefix)
     if model is not None and own is not None:
         _fit(out, model, own, strict)
     return out
+
+
+def _names_of(entries: Mapping[str, Any], own: Mapping[str, Any] | None, prefix: str | None) -> dict[str, str]:
+    """Return {name in the model: name in the file}."""
+    if own is None:
+        return strip(entries, common_prefixes(entries)[-1] if prefix is None else prefix) if entries else {}
+    if prefix is None:
+        return align(entries, own)
+    bare = strip(entries, prefix)
+    return {name: bare[theirs] for name, theirs in align(bare, own).items()}
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
@@ -140,12 +163,25 @@ def check_tensor(name: str, value: Any) -> Tensor:
     if value.numel() > max(room, 0):
         raise CheckpointError(f"{name} claims {value.numel()} values {list(value.shape)} and stores {max(room, 0)}")
     if value.is_floating_point() or value.is_complex():
-        finite = value if value.element_size() > 1 else value.float()
-        bad = value.numel() - int(torch.isfinite(finite).sum())
+        bad, nan = 0, False
+        for part in _pieces(value):
+            part = part if part.element_size() > 1 else part.float()
+            wrong = part.numel() - int(torch.isfinite(part).sum())
+            bad, nan = bad + wrong, nan or (wrong > 0 and bool(torch.isnan(part).any()))
         if bad:
-            what = "NaN" if bool(torch.isnan(finite).any()) else "Inf"
+            what = "NaN" if nan else "Inf"
             raise CheckpointError(f"{name} holds {what} ({bad} of {value.numel()} values are not finite)")
     return value
+
+
+def _pieces(value: Tensor) -> Iterator[Tensor]:
+    """Return views that make up a tensor, small ones: what is computed of a large one takes as much memory again."""
+    if value.numel() <= _CHUNK:
+        yield value
+        return
+    side = max(range(value.dim()), key=lambda i: value.shape[i])
+    for part in value.split(max(1, value.shape[side] * _CHUNK // value.numel()), side):
+        yield from _pieces(part)
 
 
 def _fit(out: Checkpoint, model: nn.Module, own: dict[str, Any], strict: bool) -> None:
@@ -217,31 +253,31 @@ def _beside(root: Any, nesting: tuple[str, ...]) -> tuple[dict[str, Any], list[s
                 continue
             try:
                 into[name] = _plain(value, {})
-            except (TypeError, RecursionError):
-                left.append(".".join((*nesting[:depth], str(name))))
+            except TypeError:
+                left.append(printable(".".join((*nesting[:depth], shown(name)))))
         level, into = level[part], into[part]
     return kept, left
 
 
-def _plain(value: Any, known: dict[int, Any]) -> Any:
+def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
     """Return numbers, text and containers of them, single-valued tensors too; TypeError for anything else.
 
     `known` has what was seen before by its id, so that what occurs often is copied once; None while it is open.
     """
-    if isinstance(value, (str, int, float, bool, complex, bytes, type(None))):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor) and value.numel() == 1 and value.layout is torch.strided and not value.is_quantized:
         return value.detach()
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return value.item()
-    if not isinstance(value, (dict, list, tuple)) or is_state(value):
+    if not isinstance(value, (dict, list, tuple)) or is_state(value) or depth > _DEEPEST:
         raise TypeError(f"{type(value).__name__} is no plain data")
     if id(value) not in known:
         known[id(value)] = None
         if isinstance(value, dict):
-            known[id(value)] = {k: _plain(v, known) for k, v in value.items()}
+            if any(isinstance(key, Opaque) for key in value):
+                raise TypeError("a key that is no plain data")
+            known[id(value)] = {k: _plain(v, known, depth + 1) for k, v in value.items()}
         else:
-            items = [_plain(v, known) for v in value]
+            items = [_plain(v, known, depth + 1) for v in value]
             known[id(value)] = items if isinstance(value, list) else tuple(items)
     if known[id(value)] is None:
         raise TypeError("a container that holds itself")

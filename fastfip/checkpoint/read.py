@@ -1,26 +1,27 @@
-"""Read a checkpoint file: follow what it would do, compare what it claims with what it holds, then let torch read."""
+"""Read a checkpoint file: follow what it would do, compare what it claims with what it holds, then build it."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
 
+from fastfip.checkpoint.build import build
+from fastfip.checkpoint.calls import shown
 from fastfip.checkpoint.claims import Claim
 from fastfip.checkpoint.container import ZipRecords, check_safetensors, check_zip, kind_of, open_file
 from fastfip.checkpoint.scan import Scan, scan
-from fastfip.errors import CheckpointError
+from fastfip.checkpoint.shards import index_of, read_shards
+from fastfip.errors import CheckpointError, reason
 
 __all__ = ["find_path", "read"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+#: How often the values of a file may occur in tensors that overlap: a hundred of one block would be a way to take time.
+_MOST_VIEWS = 16
 
 
 def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
@@ -29,6 +30,18 @@ def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
     Raises:
         CheckpointError: it is refused; the text says why, without the name of the file.
     """
+    try:
+        where = index_of(path)
+        return read_shards(where, _read) if where.name.endswith(".index.json") else _read(where)
+    except MemoryError:
+        raise CheckpointError("needs more memory than there is") from None
+    except RecursionError:
+        raise CheckpointError("is refused: what it holds is nested too deep") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or reason(error)}") from None
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
     file, size = open_file(path)
     with file:
         kind = kind_of(file, size, Path(path).suffix.lower())
@@ -36,12 +49,15 @@ def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
             metadata = check_safetensors(file, size)
             return kind, _load_safetensors(path), metadata
         if kind == "zip":
-            scanned = _check_zip_claims(file, check_zip(file, size))
+            archive = check_zip(file, size)
+            scanned, starts = _check_zip_claims(file, archive)
+            big = "byteorder" in archive.records and archive.read(file, "byteorder") == b"big"
         elif kind == "legacy":
-            scanned = _check_legacy_claims(file, size)
+            scanned, starts = _check_legacy_claims(file, size)
+            big = False  # torch always wrote them so
         else:
             _refuse_plain_pickle(file)
-        return kind, _load(file, scanned), {}
+        return kind, build(file, scanned, starts, big), {}
 
 
 def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -50,27 +66,33 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     try:
         return load_file(os.fspath(path), device="cpu")
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"is damaged, or this safetensors cannot read it: {_first_line(error)}") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"is damaged, or this safetensors cannot read it: {reason(error)}") from None
 
 
-def _check_zip_claims(file: BinaryIO, archive: ZipRecords) -> Scan:
-    if "byteorder" in archive.records and archive.read(file, "byteorder") not in (b"little", b"big"):
+def _check_zip_claims(file: BinaryIO, archive: ZipRecords) -> tuple[Scan, dict[str, int]]:
+    order = archive.records.get("byteorder")
+    if order is not None and (order.size > 6 or archive.read(file, "byteorder") not in (b"little", b"big")):
         raise CheckpointError("is damaged: its byte order is neither little nor big")
-    scanned = scan(io.BytesIO(archive.read(file, "data.pkl")))
+    pickled = archive.records["data.pkl"]
+    file.seek(pickled.start)
+    scanned = scan(file, pickled.size)
     scanned.refuse()
     _refuse_what_is_no_dict(scanned.root)
+    starts = {}
     for key, storage in scanned.storages.items():
         record = archive.records.get(f"data/{key}")
         claimed = storage.numel * storage.width
         stored = record.size if record else 0
         if claimed != stored:
             raise CheckpointError(f"claims {claimed} bytes for {_users(scanned, key)} and stores {stored}")
+        if record is not None:
+            starts[key] = record.start
     _check_tensors(scanned)
-    return scanned
+    return scanned, starts
 
 
-def _check_legacy_claims(file: BinaryIO, size: int) -> Scan:
+def _check_legacy_claims(file: BinaryIO, size: int) -> tuple[Scan, dict[str, int]]:
     file.seek(0)
     magic, version, _ = (scan(file).root for _ in range(3))
     if magic != _MAGIC or version != _LEGACY_VERSION:
@@ -83,18 +105,20 @@ def _check_legacy_claims(file: BinaryIO, size: int) -> Scan:
     if not isinstance(keys, list) or {str(k) for k in keys if isinstance(k, (str, int))} != set(scanned.storages):
         raise CheckpointError("is damaged: the blocks that it stores are not those that its tensors need")
     position = file.tell()
-    for key in keys:
-        storage = scanned.storages[str(key)]
+    starts: dict[str, int] = {}
+    for key in map(str, keys):
+        storage = scanned.storages.get(key)
+        if storage is None or key in starts:
+            raise CheckpointError("is damaged: the blocks that it stores are not those that its tensors need")
         file.seek(position)
         stored = int.from_bytes(file.read(8), "little")
         if stored != storage.numel and position + 8 <= size:
-            raise CheckpointError(f"claims {storage.numel} values for {_users(scanned, str(key))} and stores {stored}")
+            raise CheckpointError(f"claims {storage.numel} values for {_users(scanned, key)} and stores {stored}")
+        starts[key] = position + 8
         position += 8 + storage.numel * storage.width
         if position > size:
-            raise CheckpointError(
-                f"is truncated: it ends {position - size} bytes before {_users(scanned, str(key))} does"
-            )
-    return scanned
+            raise CheckpointError(f"is truncated: it ends {position - size} bytes before {_users(scanned, key)} does")
+    return scanned, starts
 
 
 def _refuse_plain_pickle(file: BinaryIO) -> NoReturn:
@@ -116,11 +140,15 @@ def _refuse_what_is_no_dict(root: Any) -> None:
         what = "a single tensor"
     else:
         name = type(root).__name__
-        what = {"NoneType": "nothing (None)", "int": "an int", "Opaque": "an object"}.get(name, f"a {name.lower()}")
+        what = {"NoneType": "nothing (None)", "int": "an int", "Opaque": "an object", "NumpyArray": "an array"}.get(
+            name, f"a {name.lower()}"
+        )
     raise CheckpointError(f"holds {what}, not a state dict")
 
 
 def _check_tensors(scanned: Scan) -> None:
+    claimed = 0
+    seen = set()
     for tensor in scanned.tensors:
         if not isinstance(tensor, Claim):
             raise CheckpointError(
@@ -129,6 +157,15 @@ def _check_tensors(scanned: Scan) -> None:
         fault = tensor.fault()
         if fault:
             raise CheckpointError(f"{_tensor_name(scanned, tensor)} {fault}")
+        if tensor not in seen:  # tied weights are looked at once
+            seen.add(tensor)
+            claimed += tensor.claimed()
+    stored = sum(storage.numel * storage.width for storage in scanned.storages.values())
+    if claimed > _MOST_VIEWS * stored + 2**20:
+        raise CheckpointError(
+            f"is refused: its tensors claim {claimed} bytes of {stored}, many views of the same values: "
+            "save a clone of each"
+        )
 
 
 def _tensor_name(scanned: Scan, tensor: Any) -> str:
@@ -144,48 +181,18 @@ def _users(scanned: Scan, key: str) -> str:
 
 def find_path(root: Any, wanted: Any) -> tuple[str, ...] | None:
     """Return the keys that lead to the first value for which `wanted` is true; every container is entered once."""
-    todo: list[tuple[Any, tuple[str, ...]]] = [(root, ())]
+    todo: list[tuple[Any, Any]] = [(root, None)]
     seen = set()
     while todo:
-        value, path = todo.pop()
+        value, place = todo.pop()
         if wanted(value):
-            return path
+            path = []
+            while place is not None:
+                place, name = place
+                path.append(shown(name))
+            return tuple(reversed(path))
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-            todo += [(item, (*path, str(name))) for name, item in reversed(items)]
+            todo += [(item, (place, name)) for name, item in reversed(items)]
     return None
-
-
-def _load(file: BinaryIO, scanned: Scan) -> Any:
-    file.seek(0)
-    try:
-        with _numpy_allowed(scanned):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # whatever a damaged file makes of torch's reader, the file is what is wrong
-        raise CheckpointError(f"is damaged, or this torch cannot read it: {_first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _numpy_allowed(scanned: Scan) -> Iterator[None]:
-    """Let torch's restricted unpickler build the plain NumPy values that were found, and nothing else."""
-    if not scanned.numpy:
-        yield
-        return
-    import numpy as np
-
-    kinds = {type(np.dtype(code)) for code in scanned.numpy_dtypes}
-    wanted: list[Any] = [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    for name in scanned.numpy:
-        module, _, attribute = name.rpartition(".")
-        if module == "numpy.core.multiarray" and np.lib.NumpyVersion(np.__version__) >= "2.0.0b1":
-            module = "numpy._core.multiarray"  # the file keeps the name that NumPy 1 used
-        wanted.append((getattr(importlib.import_module(module), attribute), name))
-    already = set(torch.serialization.get_safe_globals())
-    with torch.serialization.safe_globals([entry for entry in wanted if entry not in already]):
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.checkpoint.align import align, is_extra
+from fastfip.checkpoint.align import is_extra
 from fastfip.checkpoint.load import Checkpoint, check_tensor, load_checkpoint
+from fastfip.checkpoint.prefixes import align
 from fastfip.errors import CheckpointError, reason
 from fastfip.reporting.files import replacing
 

@@ -34,6 +34,7 @@ def compare(
     ] = None,
     amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --out and --plot if they exist")] = False,
+    ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -69,6 +70,7 @@ def compare(
         device=where,
         amp=mixed,
         progress=o.progress(quiet),
+        force=ignore_fit,
     )
     comparison.notes += images.words()
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["CODES", "Interrupted", "fail", "guarded", "run", "say", "undisturbed"]
+__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed"]
 
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
@@ -25,6 +25,7 @@ CODES = {
     4: "a checkpoint that is refused or does not fit the model, or a result that cannot be written",
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
+    7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
     130: "interrupted; where purification had completed an epoch, its last good state was written",
 }
 
@@ -32,8 +33,16 @@ CODES = {
 _USAGE: Any = typer.BadParameter.__mro__[1]
 
 
+#: What errors of the library propose, and what the command line has instead.
+_OPTIONS = {"force=True goes on": "--ignore-fit goes on, fastfip inspect tries the usual scalings and class orders"}
+
+
 class Interrupted(Exception):
     """Ctrl-C; the text says what was written."""
+
+
+class NotPurified(Exception):
+    """The work came to an end, but its result is not what was asked for; the text says what was written."""
 
 
 def _code(error: BaseException) -> int:
@@ -130,6 +139,9 @@ def _run(command: Any, arguments: list[str] | None) -> int:
     except Interrupted as error:
         say(str(error))
         return 130
+    except NotPurified as error:
+        say(str(error))
+        return 7
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")
         return 130
@@ -146,6 +158,8 @@ def _run(command: Any, arguments: list[str] | None) -> int:
             traceback.print_exc()
         code = _code(error)
         text = " ".join(str(error).split())
+        for words, option in _OPTIONS.items():
+            text = text.replace(words, option)
         if code == 1:
             text = f"unexpected {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)")
         say(text)
@@ -154,4 +168,6 @@ def _run(command: Any, arguments: list[str] | None) -> int:
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    print(f"fastfip: {text}", file=sys.stderr)
+    from fastfip.errors import printable
+
+    print(f"fastfip: {printable(text, 2000)}", file=sys.stderr)

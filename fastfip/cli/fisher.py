@@ -25,6 +25,14 @@ def fisher(
             help="labels from the data, drawn from the model, or all classes weighted by their probability",
         ),
     ] = "empirical",
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            "--likelihood",
+            metavar="categorical|bernoulli|gaussian",
+            help="what the outputs say of labels: softmax (the default), sigmoid, or squared error",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="K", help="with exact: only each image's K likeliest classes")
     ] = None,
@@ -37,7 +45,6 @@ def fisher(
     """Write the diagonal of IN's Fisher information on images to OUT: the parameters' names and shapes, exact."""
     check_outputs(source, out, None, force, inputs_of(clean.data))
 
-    from fastfip.checkpoint import save_checkpoint
     from fastfip.errors import CheckpointError
     from fastfip.fisher import fisher_diagonal
     from fastfip.reporting.table import show, to_json
@@ -46,20 +53,22 @@ def fisher(
     model, _ = net.restore(source)
     images = clean.load(how, seed)
     batches = net.batches(images)
-    forward, notes = o.as_logits(model, batches)
+    logits = likelihood in (None, "categorical")
+    forward, notes = o.as_logits(model, batches) if logits else (None, [])
     notes += images.words()
     kind_: Any = kind
     diagonal = fisher_diagonal(
         model.to(where),
         batches,
         kind_,
+        likelihood=likelihood,
         forward=forward,
         top_k=top_k,
         seed=seed,
         progress=True if (wanted := o.progress(quiet)) is None else wanted,
     )
     with undisturbed() as came:
-        lost = kept(out, lambda path: save_checkpoint(diagonal, path))
+        lost = kept(out, lambda path: _write(diagonal, path))
     traces = {name: float(value.double().sum()) for name, value in diagonal.items()}
     whole = float(diagonal.trace())
     if as_json:
@@ -74,6 +83,15 @@ def fisher(
         raise CheckpointError(lost)
     if came:
         raise Interrupted(f"interrupted: {out} holds the result, which is complete")
+
+
+def _write(diagonal: Any, path: Path) -> None:
+    from fastfip.checkpoint import save_checkpoint
+
+    if path.suffix.lower() == ".safetensors":
+        diagonal.save(path)  # with the number of images, the kind and the coverage
+    else:
+        save_checkpoint(diagonal, path)
 
 
 def _sheet(source: Path, diagonal: Any, traces: dict[str, float], notes: list[str], line: str) -> Any:

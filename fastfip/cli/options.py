@@ -46,6 +46,10 @@ Key = Annotated[
     str | None,
     typer.Option("--key", metavar="NAME", help="entry of IN with the weights", show_default="the usual ones"),
 ]
+Prefix = Annotated[
+    str | None,
+    typer.Option("--prefix", metavar="NAME.", help="what the names of the weights in IN begin with, if not found out"),
+]
 Data = Annotated[
     str,
     typer.Option(
@@ -127,6 +131,9 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to 
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="say nothing on stderr but errors: no bar, no lines")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+IgnoreFit = Annotated[
+    bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -199,10 +206,11 @@ class Net(Inputs):
     arch: Arch
     arch_args: ArchArgs = None
     key: Key = None
+    prefix: Prefix = None
 
     def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
         """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-        return restore(path, self.arch, self.arch_args, self.key)
+        return restore(path, self.arch, self.arch_args, self.key, self.prefix)
 
 
 @dataclass(kw_only=True)
@@ -284,12 +292,14 @@ def build(arch: str, arch_args: str | None) -> nn.Module:
     return load_arch(arch, arguments)
 
 
-def restore(path: Path, arch: str, arch_args: str | None, key: str | None) -> tuple[nn.Module, Checkpoint]:
+def restore(
+    path: Path, arch: str, arch_args: str | None, key: str | None, prefix: str | None = None
+) -> tuple[nn.Module, Checkpoint]:
     """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
     from fastfip.checkpoint import load_checkpoint
 
     model = build(arch, arch_args)
-    return model.eval(), load_checkpoint(path, model, key=key)
+    return model.eval(), load_checkpoint(path, model, key=key, prefix=prefix)
 
 
 def pixels(

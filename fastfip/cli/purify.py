@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastfip.cli import options as o
-from fastfip.cli.errors import Interrupted, fail, undisturbed
+from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
 from fastfip.cli.outputs import check_outputs, inputs_of, kept
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def purify(
         Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
+    ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -76,6 +77,7 @@ def purify(
         asr_loader=net.batches(asr),
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
+        force=ignore_fit,
     )
     result.notes += images.words()
     result.settings["images"] = images.to_dict()
@@ -86,7 +88,9 @@ def purify(
             f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
         )
     with undisturbed() as came:
-        lost = [kept(out, lambda path: save_checkpoint(result.model, path, like=checkpoint))]
+        lost: list[str | None] = []
+        if not result.unchanged:
+            lost.append(kept(out, lambda path: save_checkpoint(result.model, path, like=checkpoint)))
         if report is not None:
             lost.append(kept(report, lambda path: _write_report(path, result)))
     if as_json:
@@ -95,9 +99,12 @@ def purify(
         show(result)
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
-    if result.interrupted or came:
+    if result.interrupted or (came and not result.unchanged):
         what = "the last good state" if result.interrupted else "the result, which is complete"
         raise Interrupted(f"interrupted: {out} holds {what}")
+    if result.unchanged or result.diverged:
+        written = "nothing written" if result.unchanged else f"{out} holds the last good state"
+        raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
 def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig:

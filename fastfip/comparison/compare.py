@@ -25,7 +25,7 @@ from fastfip.errors import ConfigError, reason
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
 from fastfip.nets.checks import device_of, usable_device
-from fastfip.purification.process import seeded
+from fastfip.purification.process import resident_memory, seeded
 from fastfip.purification.purify import purify
 from fastfip.reporting.progress import Beat
 
@@ -52,6 +52,7 @@ def compare(
     on_row: Callable[[Row], None] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    force: bool = False,
 ) -> Comparison:
     """Run methods on one model and put them side by side.
 
@@ -78,6 +79,7 @@ def compare(
         on_row: called with each new row.
         forward: as for `fastfip.purify`.
         loss: as for `fastfip.purify`.
+        force: as for `fastfip.purify`.
 
     Returns:
         the rows, with `.table()`, `.to_csv()`, `.to_json()`, `.plot()`.
@@ -115,7 +117,7 @@ def compare(
         done.rows.append(_received(measured, common))
     known = {row.key: row for row in old.rows if not row.error}
     lines = progress if callable(progress) else False
-    options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "progress": lines}
+    options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force, "progress": lines}
     with _shown(done, progress) as show:
         try:
             for seed, (method, config, label) in itertools.product(drawn, plan):
@@ -225,11 +227,7 @@ def _held(device: str) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return resident_memory() or 0
 
 
 def _again(data: Any) -> Any:

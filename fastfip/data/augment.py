@@ -58,4 +58,5 @@ def shifted(x: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
     sample = torch.arange(n, device=x.device)[:, None, None]
     moved = x[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     ground = x.detach().amin((0, 2, 3)).reshape(1, -1, 1, 1)
-    return torch.where(inside[:, None], moved, ground)
+    moved = torch.where(inside[:, None], moved, ground)
+    return moved.contiguous() if x.is_contiguous() else moved  # a model may flatten with a view

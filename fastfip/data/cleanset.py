@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.outputs import binary_labels
 from fastfip.data.stores import DEFAULT_BATCH, Live, Memory, Store, live_loader, tensors_of
 from fastfip.data.task import Task, check_labels, iter_batches
 from fastfip.errors import DataError
 
-__all__ = ["CleanSet"]
+__all__ = ["CleanSet", "class_indices"]
 
 
 class CleanSet:
@@ -33,6 +34,7 @@ class CleanSet:
         self.labels = labels
         self.batch_size = batch_size
         self.task = task
+        self.binary = False
         self.notes: list[str] = []
 
     @classmethod
@@ -104,7 +106,27 @@ class CleanSet:
     def subset(self, index: Tensor) -> CleanSet:
         """Return some of the samples, by their place in this set."""
         labels = None if self.labels is None else self.labels[index]
-        return CleanSet(self._store, self._index[index], labels, self.batch_size, self.task)
+        out = CleanSet(self._store, self._index[index], labels, self.batch_size, self.task)
+        out.binary = self.binary
+        return out
+
+    def of_two_classes(self) -> CleanSet:
+        """Return the set with labels 0 and 1 of whatever dtype, [N] or [N, 1], as class indices.
+
+        Raises:
+            DataError: a label is neither 0 nor 1.
+        """
+        out = CleanSet(self._store, self._index, self.labels, self.batch_size, Task())
+        out.binary, out.notes = True, self.notes
+        if out.labels is None:
+            labels = torch.empty(self.n, dtype=torch.int64, device="cpu")
+            labels[self.places()] = torch.cat([out.task.labels(batch).cpu() for batch in out.batches()])
+            out.labels = labels
+        return out
+
+    def _given(self, batch: Batch) -> Batch:
+        batch = to_tensors(batch)
+        return class_indices(batch) if self.binary else batch
 
     def places(self) -> Tensor:
         """Return the places [n] in this set of the samples, in the order in which an unshuffled walk meets them."""
@@ -163,7 +185,7 @@ class CleanSet:
         """
         order = self.order(batch_size, shuffle=shuffle, generator=generator, smallest=smallest)
         for batch in self._store.loader(order):
-            yield move_to(to_tensors(batch), device)
+            yield move_to(self._given(batch), device)
 
     def order(
         self,
@@ -195,7 +217,7 @@ class CleanSet:
         """Return the set with its samples drawn once and kept: augmentation no longer changes them."""
         if isinstance(self._store, Memory):
             return self
-        batches = [to_tensors(batch) for batch in self._store.loader(self.order())]
+        batches = [self._given(batch) for batch in self._store.loader(self.order())]
         store = Memory(batches, [self.task.size(batch) for batch in batches])
         out = CleanSet(store, torch.arange(self.n, device="cpu"), self.labels, self.batch_size, self.task)
         out.notes = self.notes
@@ -210,7 +232,24 @@ class CleanSet:
         parts = self._store.parts
         if parts is not None and len(parts[self._index].unique()) > 1:
             raise DataError("the clean samples differ in shape and do not fit into one batch")
-        return to_tensors(self._store.get(self._index.tolist()))
+        return self._given(self._store.get(self._index.tolist()))
+
+
+def class_indices(batch: Batch) -> Batch:
+    """Return a batch with its labels 0 and 1, of whatever dtype, [N] or [N, 1], as int64 [N].
+
+    Raises:
+        DataError: a label is neither 0 nor 1.
+    """
+    task = Task(loss_hook=_any_labels)
+    y = binary_labels(task.labels(batch), task.size(batch))
+    if y is None:
+        raise DataError("one logit is for two classes: labels must be 0 or 1, one for each sample")
+    return task.relabel(batch, y)
+
+
+def _any_labels(logits: Tensor, batch: Batch) -> Tensor:
+    raise NotImplementedError
 
 
 def _permutation(n: int, generator: torch.Generator | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fastfip.data.npz import Npz, listed
 from fastfip.data.pictures import find_pictures, grey, order_words, read_image
 from fastfip.data.scaling import Pixels
 from fastfip.data.task import check_labels
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, DataError, printable, reason
 
 __all__ = ["ImageSet", "load", "loader", "same_classes"]
 
@@ -74,7 +74,7 @@ class _Files:
         for i, image in zip(index, images):
             if image.shape != images[0].shape:
                 sizes = "{2}x{1} and {5}x{4}".format(*images[0].shape, *image.shape)
-                raise DataError(f"images of different sizes, {sizes} ({self.paths[i]}): give --size")
+                raise DataError(f"images of different sizes, {sizes} ({printable(self.paths[i])}): give --size")
         return torch.stack(images)
 
 
@@ -201,10 +201,13 @@ def load(
     text = os.fspath(spec)
     stem, dot, names = text.rpartition(".npz:")
     path = Path(f"{stem}.npz" if dot else text)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        why = "there is no such folder or file" if isinstance(error, FileNotFoundError) else reason(error)
+        raise DataError(f"{printable(path)}: {why}") from None
     if path.is_dir():
         return _load_folder(path, pixels, order)
-    if not path.exists():
-        raise DataError(f"{path}: there is no such folder or file")
     if path.suffix.lower() != ".npz":
         hint = ": unpack it and give the folder" if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") else ""
         raise DataError(f"{path}: data is a folder of class folders, or an .npz file{hint}")
@@ -212,26 +215,21 @@ def load(
 
 
 def _load_npz(path: Path, wanted: list[str] | None, role: str, pixels: Pixels) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            here = list(archive.files)
-            if wanted is None:
-                wanted = next((list(pair) for pair in NPZ_NAMES[role] if set(pair) <= set(here)), None)
-            if wanted is None:
-                raise DataError(f"{path}: holds {', '.join(here)}; say which are images and labels: {path.name}:x,y")
-            if len(wanted) != 2 or not set(wanted) <= set(here):
-                raise DataError(f"{path}: no images and labels under {', '.join(wanted)}; it holds {', '.join(here)}")
-            x, y = archive[wanted[0]], archive[wanted[1]]
-            attack = archive["attack_y"] if role == "triggered" and "attack_y" in here else None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+    archive = Npz(path)
+    here = archive.names
+    if wanted is None:
+        wanted = next((list(pair) for pair in NPZ_NAMES[role] if set(pair) <= set(here)), None)
+    if wanted is None:
+        raise DataError(f"{path}: holds {listed(here)}; say which are images and labels: {path.name}:x,y")
+    if len(wanted) != 2 or not set(wanted) <= set(here):
+        raise DataError(f"{path}: no images and labels under {', '.join(wanted)}; it holds {listed(here)}")
+    y, x = archive[wanted[1]], archive[wanted[0]]
+    attack = archive["attack_y"] if role == "triggered" and "attack_y" in here else None
     try:
         labels = _labels(y)
         x = _channels_first(x)
-        if len(x) != len(labels):
-            raise DataError(f"{len(x)} images and {len(labels)} labels")
+        if x.ndim == 0 or len(x) != len(labels):
+            raise DataError(f"{len(x) if x.ndim else 'no'} images and {len(labels)} labels")
         if len(x) == 0:
             raise DataError("holds no images")
         out = ImageSet(_Arrays(x, pixels, _largest(x, pixels)), torch.arange(len(labels)), labels, pixels)
@@ -260,7 +258,7 @@ def _largest(x: np.ndarray, pixels: Pixels) -> float:
 def _labels(y: np.ndarray) -> Tensor:
     if y.dtype.kind in "ui" and y.ndim == 1:
         labels = torch.from_numpy(y.astype(np.int64))
-    elif y.dtype.kind in "iuf":
+    elif y.dtype.kind in "iuf" and y.dtype.itemsize <= 8:
         labels = torch.from_numpy(np.array(y))
     else:
         raise DataError(f"labels are {y.dtype}: give class indices")
@@ -270,7 +268,7 @@ def _labels(y: np.ndarray) -> Tensor:
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
     """Return uint8 images as [N, C, H, W]; floats [N, H, W, C] too, other arrays as they are."""
-    if x.dtype.kind not in "uif" or (x.dtype.kind in "ui" and x.dtype != np.uint8):
+    if x.dtype.kind not in "uif" or (x.dtype.kind in "ui" and x.dtype != np.uint8) or x.dtype.itemsize > 8:
         raise DataError(f"images are {x.dtype}: give uint8 or floats")
     if x.dtype == np.uint8 and x.ndim == 3:
         return x[:, None]
@@ -292,4 +290,4 @@ def same_classes(first: ImageSet, second: ImageSet) -> None:
     """
     if first.classes is not None and second.classes is not None and first.classes != second.classes:
         only = sorted(set(first.classes) ^ set(second.classes))
-        raise DataError(f"the class folders differ ({', '.join(only[:5])}): classes would be numbered differently")
+        raise DataError(f"the class folders differ ({listed(only[:5])}): classes would be numbered differently")

@@ -22,10 +22,19 @@ from torch.overrides import TorchFunctionMode
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task, looks_like_probabilities
-from fastfip.errors import FastFIPError, ModelError, reason
+from fastfip.errors import DataError, FastFIPError, ModelError, reason
 from fastfip.nets.state import is_compiled
 
-__all__ = ["first_outputs", "logits_task", "reading"]
+__all__ = [
+    "binary_labels",
+    "binary_task",
+    "first_outputs",
+    "is_one_logit",
+    "logits_task",
+    "multi_label",
+    "reading",
+    "two_columns",
+]
 
 #: How far below the largest a masked logit is put: probability 4e-44.
 LOWEST = 100.0
@@ -91,6 +100,92 @@ def logits_task(model: nn.Module, task: Task, batch: Batch, outputs: Tensor) -> 
     way, how = (_log, "their logarithm") if given is None else (_watched, "what goes into it")
     said = f"the model gives probabilities (a softmax inside it): {how} is taken as logits"
     return replace(task, forward_hook=partial(way, task)), said
+
+
+def two_columns(outputs: Tensor, probability: bool = False) -> Tensor:
+    """Return the logits [N, 2] that say the same as one logit a sample, [N] or [N, 1]: 0 and z.
+
+    Their cross-entropy is the binary cross-entropy of z. `probability`: the outputs are sigmoids of z.
+    """
+    z = outputs.reshape(len(outputs))
+    if probability:
+        z = torch.logit(z, eps=torch.finfo(z.dtype).eps)
+    return torch.stack([torch.zeros_like(z), z], 1)
+
+
+def is_one_logit(outputs: Tensor, n: int) -> bool:
+    """Return whether outputs are one number for each of n samples."""
+    return outputs.is_floating_point() and tuple(outputs.shape) in ((n,), (n, 1))
+
+
+def binary_labels(y: Any, n: int) -> Tensor | None:
+    """Return labels of two classes as int64 [n], from any dtype and [n] or [n, 1]; None: they are others."""
+    if not isinstance(y, Tensor) or tuple(y.shape) not in ((n,), (n, 1)) or y.is_complex():
+        return None
+    return y.reshape(n).long() if bool(((y == 0) | (y == 1)).all()) else None
+
+
+def binary_task(task: Task, outputs: Tensor, batch: Batch) -> Task | None:
+    """Return the task of two classes that a model with one logit has; None where it has no such task.
+
+    Without `loss=` one logit and labels 0 and 1 are enough. With it the losses have to be the binary cross-entropy of
+    the outputs, as logits or as probabilities.
+
+    Args:
+        task: the user's.
+        outputs: of the batch.
+        batch: its labels may be of any dtype.
+
+    Returns:
+        a task whose logits are [N, 2], and whose loss is the cross-entropy with labels int64 [N].
+    """
+    n = task.size(batch)
+    try:
+        y = binary_labels(task.labels(batch), n) if is_one_logit(outputs, n) else None
+    except DataError:
+        return None
+    if y is None:
+        return None
+    z, wanted, probability = outputs.detach().reshape(n), y.to(outputs), False
+    if task.loss_hook is not None:
+        losses = task.loss(outputs, batch).detach()
+        inside = bool(((z >= 0) & (z <= 1)).all())
+        probability = inside and _close(losses, F.binary_cross_entropy(z, wanted, reduction="none"))
+        if not probability and not _close(losses, F.binary_cross_entropy_with_logits(z, wanted, reduction="none")):
+            return None
+    return Task(forward_hook=partial(_both_columns, task, probability))
+
+
+def multi_label(task: Task, outputs: Tensor, batch: Batch) -> Tensor | None:
+    """Return how many samples' worth of labels are right, where each sample has several of them, 0 or 1, [N, L].
+
+    Known by the losses of `loss=`: the binary cross-entropy, its mean or sum over the labels. None: it is another task.
+    """
+    y = task.labels(batch)
+    if (
+        task.loss_hook is None
+        or outputs.dim() != 2
+        or y.shape != outputs.shape
+        or not bool(((y == 0) | (y == 1)).all())
+    ):
+        return None
+    wanted, losses = y.to(outputs), task.loss(outputs, batch)
+    ways: list[tuple[float, Any]] = [(0.0, F.binary_cross_entropy_with_logits)]
+    if bool(((outputs >= 0) & (outputs <= 1)).all()):
+        ways.append((0.5, F.binary_cross_entropy))
+    for threshold, entropy in ways:
+        each = entropy(outputs, wanted, reduction="none")
+        if _close(losses, each.mean(1)) or _close(losses, each.sum(1)):
+            return ((outputs > threshold) == (wanted > 0.5)).double().mean(1).sum()
+    return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5)
+
+
+def _both_columns(task: Task, probability: bool, model: nn.Module, batch: Batch) -> Tensor:
+    return two_columns(task.forward(model, batch), probability)
 
 
 def _watched(task: Task, model: nn.Module, batch: Batch) -> Tensor:

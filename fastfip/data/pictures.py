@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, DataError, printable, reason
 
 __all__ = ["ORDERS", "class_order", "find_pictures", "grey", "order_words", "read_image"]
 
@@ -49,7 +49,7 @@ def order_words(names: Sequence[str], order: str, most: int = 12) -> list[str]:
     words = {"number": "by the numbers in their names", "text": "letter by letter"}[order]
     if [str(i) for i in range(len(names))] == list(names):
         return [f"class folders 0 to {len(names) - 1} are the classes of these numbers"]
-    shown = ", ".join(f"{i} {name}" for i, name in list(enumerate(names))[:most])
+    shown = ", ".join(f"{i} {printable(name)}" for i, name in list(enumerate(names))[:most])
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     out = [f"class folders are numbered {words}: {shown}{more}"]
     if order == "number" and all(name.isdigit() for name in names):
@@ -83,7 +83,7 @@ def find_pictures(path: Path, order: str | None = None) -> tuple[list[Path], lis
         labels += [label] * len(mine)
     if not paths:
         inner = next((p for name in names for p in sorted(folders[name].iterdir()) if p.is_dir()), None)
-        hint = f": did you mean {inner.parent}?" if inner is not None else ""
+        hint = f": did you mean {printable(inner.parent)}?" if inner is not None else ""
         raise DataError(f"{path}: there are no images in its class folders ({', '.join(IMAGE_SUFFIXES)}){hint}")
     return paths, labels, names, order
 
@@ -98,6 +98,8 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         from PIL import Image, ImageOps
     except ImportError:
         raise DataError("images in folders need pillow: pip install pillow, or give an .npz file") from None
+    if not Path(path).is_file():
+        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -107,9 +109,9 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         if size is not None and image.size != (size[1], size[0]):
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     except DataError as error:
-        raise DataError(f"{os.fspath(path)}: {error}") from None
+        raise DataError(f"{printable(os.fspath(path))}: {error}") from None
     except Exception as error:  # pillow's readers raise whatever a damaged file makes of them
-        raise DataError(f"{os.fspath(path)}: cannot be read as an image: {reason(error)}") from None
+        raise DataError(f"{printable(os.fspath(path))}: cannot be read as an image: {reason(error)}") from None
     array = np.array(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastfip.errors import ConfigError
-from fastfip.fisher.diagonal import FisherDiagonal, SquaredSum
+from fastfip.errors import ConfigError, ModelError
+from fastfip.fisher.diagonal import SquaredSum
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import is_leaf, variable_of
 from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.modes import check_modes
+from fastfip.fisher.result import FisherDiagonal
 from fastfip.fisher.trace import Params
 
 
@@ -43,7 +44,7 @@ def backward_with_fisher(
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
-            model, losses without a graph.
+            model, losses without a graph, or those of a cross-entropy behind a softmax.
         DataError: `losses` is not of the shape [N].
         ConfigError: an unknown reduction.
         BackendError: the backend asked for cannot run here.
@@ -51,6 +52,7 @@ def backward_with_fisher(
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     check_modes(model)
+    _refuse_second_softmax(losses)
     chosen = selected(model, params)
     plan = plan_for(losses, chosen, cache_of(model))
     total = SquaredSum(chosen, with_grad=True, backend=backend)
@@ -73,3 +75,21 @@ def backward_with_fisher(
         for value in total.out.values():
             value.mul_(share)
     return FisherDiagonal(total.out, total.coverage, losses.shape[0], "empirical")
+
+
+def _refuse_second_softmax(losses: Tensor) -> None:
+    """Refuse a cross-entropy of probabilities, where the graph shows it: a log-softmax of a softmax.
+
+    Raises:
+        ModelError: it is one.
+    """
+    node, names = losses.grad_fn, list[str]()
+    while node is not None and len(names) < 8 and node.next_functions:
+        names.append(node.name())
+        node = node.next_functions[0][0]
+    for outer, inner in zip(names, names[1:]):
+        if outer.startswith("LogSoftmax") and inner.startswith("Softmax"):
+            raise ModelError(
+                "the losses are a cross-entropy of probabilities (a softmax inside the model): take"
+                " F.nll_loss(model(x).log(), y, reduction='none'), or leave out the model's softmax"
+            )

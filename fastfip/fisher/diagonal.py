@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, pick
 from fastfip.data.task import Task, iter_batches
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError
 from fastfip.fisher.graph.forms import GradientForm, Workspace
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
-from fastfip.fisher.modes import check_modes, readable
+from fastfip.fisher.labels import Kind, LabelledPass, Labels, Sample
+from fastfip.fisher.likelihood import Categorical, Likelihood
+from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
+from fastfip.fisher.result import FisherDiagonal
 from fastfip.ops.memory import accumulation_dtype, zeros_like
 from fastfip.reporting.progress import Counted, length
-
-Kind = Literal["empirical", "mc", "exact"]
-
-
-class FisherDiagonal(dict[str, Tensor]):
-    """Parameter name -> diagonal of its block of the Fisher, in the parameter's shape.
-
-    float64 for float64 parameters and float32 otherwise, on the parameter's device.
-
-    Attributes:
-        coverage: for every name, how it was found: the operations whose rules applied, or the slower exact path.
-        n: number of samples.
-        kind: where the labels came from.
-    """
-
-    coverage: dict[str, str]
-    n: int
-    kind: str
-
-    def __init__(self, values: Mapping[str, Tensor], coverage: Mapping[str, str], n: int, kind: str) -> None:
-        super().__init__(values)
-        self.coverage, self.n, self.kind = dict(coverage), n, kind
-
-    def trace(self) -> Tensor:
-        """Return the trace of the Fisher: the sum over all parameters, float64."""
-        return torch.stack([v.double().sum().cpu() for v in self.values()]).sum()
 
 
 class SquaredSum:
@@ -89,6 +66,8 @@ def fisher_diagonal(
     data: Iterable[Batch],
     kind: Kind = "empirical",
     *,
+    likelihood: str | Likelihood | None = None,
+    sample: Sample | None = None,
     loss: Callable[[Tensor, Batch], Tensor] | None = None,
     forward: Callable[[nn.Module, Batch], Tensor] | None = None,
     params: Iterable[str] | Mapping[str, Tensor] | None = None,
@@ -107,11 +86,21 @@ def fisher_diagonal(
     not changed in any way: no hook, no flag, no gradient.
 
     Args:
-        model: any module that classifies, in eval mode.
+        model: any module, in eval mode. Where it ends in a softmax, what goes into that is taken for the logits
+            (without `forward=` and `loss=`).
         data: batches `(x, y)`, a dataset, one such pair, or anything with `forward=` and `loss=`.
         kind: where the labels come from: "empirical" from the data; "mc" drawn from the model, one for each sample;
             "exact" the expectation over all classes of the model's own distribution (a backward pass for each class).
-        loss: `loss(logits, batch) -> [N]`, the negative log-likelihood of each sample; None: cross-entropy.
+        likelihood: of labels given the outputs: "categorical" (softmax), "bernoulli" (sigmoid), "gaussian" (squared
+            error), or one of `fastfip.fisher.Categorical`, `Bernoulli`, `Gaussian` with its class axis, ignored label
+            and so on. It gives the loss where there is no `loss=`, and the labels of "mc" and "exact"; None: one class
+            in C for each row of logits [N, C]. Positions (tokens, pixels) each have a label, those with the ignored one
+            keep it, and a sample's log-likelihood is their sum. "exact" then needs a backward pass for each
+            position and class.
+        sample: for kind="mc", `sample(outputs, batch, generator) -> labels` in place of a likelihood: for losses that
+            shift or mask.
+        loss: `loss(logits, batch) -> [N]`, the negative log-likelihood of each sample; None: the likelihood's, or
+            cross-entropy. With "mc" and "exact" it needs `likelihood=` (or `sample=`), and with "exact" one class in C.
         forward: `forward(model, batch) -> logits`.
         params: names of parameters (or name -> leaf tensor); None: all that require a gradient.
         top_k: with kind="exact", only each sample's k likeliest classes (the sum is cut off, not rescaled).
@@ -125,36 +114,39 @@ def fisher_diagonal(
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
             model.
-        DataError: data that cannot be used.
-        ConfigError: an unknown kind, or options that exclude each other.
+        DataError: data that cannot be used, labels that do not fit the outputs.
+        ConfigError: an unknown kind or likelihood, or options that exclude each other.
         BackendError: the backend asked for cannot run here.
 
     Source: the retainer of FIP (arXiv 2409.00863) and NGF (arXiv 2306.17441); the Fisher by labels drawn from the
     model: Kunstner et al. 2019 (arXiv 1905.12558).
     """
-    if kind not in ("empirical", "mc", "exact"):
-        raise ConfigError(f"kind must be 'empirical', 'mc' or 'exact', not {kind!r}")
     if temperature <= 0 or not 0 <= label_smoothing < 1:
         raise ConfigError("temperature must be positive, and label_smoothing at least 0 and below 1")
-    if label_smoothing and (loss is not None or kind != "empirical"):
+    if label_smoothing and (loss is not None or kind != "empirical" or likelihood is not None):
         raise ConfigError("label_smoothing belongs to the cross-entropy with labels from the data (kind='empirical')")
-    if top_k is not None and (kind != "exact" or top_k < 1):
-        raise ConfigError("top_k is a positive number of classes, for kind='exact'")
+    task = smoothed(Task.of(forward, loss), label_smoothing)
+    labels, task = Labels.of(kind, task, likelihood, sample, top_k, temperature)
+    takes_logits = loss is None and (labels.likelihood is None or isinstance(labels.likelihood, Categorical))
     check_modes(model)
     chosen = selected(model, params)
-    task = smoothed(Task.of(forward, loss), label_smoothing)
-    total, count = SquaredSum(chosen, backend=backend), 0
+    total, count, first = SquaredSum(chosen, backend=backend), 0, True
     device = next(iter(chosen.values())).device if device is None else device
     generator = torch.Generator().manual_seed(seed)
-    measure = _Measure(model, task, temperature, chosen, cache_of(model), total)
+    measure = _Measure(model, temperature, chosen, cache_of(model), total)
     for batch in _bar(iter_batches(data, task, device), data, progress):
-        with torch.enable_grad(), readable(model):
-            logits = task.forward(model, batch) / temperature
-        for labelled, weights, last in _labellings(task, batch, logits, kind, top_k, generator):
+        with naming_precision(chosen.values(), batch):
+            if first:
+                task, first = fit_for_fisher(model, task, batch, takes_logits), False
+            with torch.enable_grad(), readable(model):
+                logits = _cooled(task.forward(model, batch), temperature)
+        samples = logits.shape[0]
+        for one in labels.passes(task, batch, logits, generator):
             with torch.enable_grad():
-                losses = task.loss(logits, labelled)
-            measure.add(losses, labelled, weights, retain_graph=not last)
-        count += losses.shape[0]
+                losses = one.task.loss(logits, one.batch)
+            measure.add(losses, one)
+            samples = losses.shape[0]
+        count += samples
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)
@@ -164,43 +156,43 @@ class _Measure:
     """One batch's contribution, with the slow path for what the plan leaves over."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        temperature: float,
-        params: dict[str, Tensor],
-        cache: Cache,
-        total: SquaredSum,
+        self, model: nn.Module, temperature: float, params: dict[str, Tensor], cache: Cache, total: SquaredSum
     ) -> None:
-        self.model, self.task, self.temperature = model, task, temperature
+        self.model, self.temperature = model, temperature
         self.params, self.cache, self.total = params, cache, total
 
-    def add(self, losses: Tensor, batch: Batch, weights: Tensor | None, retain_graph: bool) -> None:
+    def add(self, losses: Tensor, one: LabelledPass) -> None:
         with torch.enable_grad():
             plan = plan_for(losses, self.params, self.cache)
         if plan.loop:
-            self._loop(losses, batch, weights, {name: self.params[name] for name in self.params if name in plan.loop})
-        self.total.add(plan, weights, retain_graph)
+            self._loop(losses, one, {name: self.params[name] for name in self.params if name in plan.loop})
+        self.total.add(plan, one.weights, retain_graph=not one.last)
 
-    def _loop(self, losses: Tensor, batch: Batch, weights: Tensor | None, params: dict[str, Tensor]) -> None:
+    def _loop(self, losses: Tensor, one: LabelledPass, params: dict[str, Tensor]) -> None:
         """One backward for each sample: through a forward pass of its own, where batches can be cut."""
         samples, alone = losses.shape[0], True
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(losses.dtype, 1e-2)
         for n in range(samples):
-            mine = self._single(batch, n, samples) if alone else None
-            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=1e-3, atol=1e-6):
+            mine = self._single(one, n, samples) if alone else None
+            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=tolerance, atol=1e-3 * tolerance):
                 alone, mine = False, losses[n]
             got = torch.autograd.grad(mine, list(params.values()), retain_graph=not alone, allow_unused=True)
-            root = 1.0 if weights is None else weights[n]
+            root = 1.0 if one.weights is None else one.weights[n]
             self.total.add_one({name: g * root for name, g in zip(params, got) if g is not None})
 
-    def _single(self, batch: Batch, n: int, samples: int) -> Tensor | None:
+    def _single(self, one: LabelledPass, n: int, samples: int) -> Tensor | None:
         try:
-            one = pick(batch, n, samples)
+            batch = pick(one.batch, n, samples)
             with torch.enable_grad(), readable(self.model):
-                losses = self.task.loss(self.task.forward(self.model, one) / self.temperature, one)
+                logits = _cooled(one.task.forward(self.model, batch), self.temperature)
+                losses = one.task.loss(logits, batch)
         except (RuntimeError, ValueError, IndexError):
             return None
         return losses[0] if losses.shape[0] == 1 and losses.grad_fn is not None else None
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def smoothed(task: Task, label_smoothing: float) -> Task:
@@ -214,32 +206,6 @@ def smoothed(task: Task, label_smoothing: float) -> Task:
         )
 
     return Task.of(task.forward_hook, loss)
-
-
-def draw_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return labels drawn from softmax(logits) over the last dimension, [...]; on the CPU, so that seeds carry over."""
-    p = logits.detach().double().cpu().softmax(-1)
-    drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-    return drawn.reshape(p.shape[:-1]).to(logits.device)
-
-
-def _labellings(
-    task: Task, batch: Batch, logits: Tensor, kind: str, top_k: int | None, generator: torch.Generator
-) -> Iterable[tuple[Batch, Tensor | None, bool]]:
-    """Yield (batch with its labels, weights of the losses, whether it is the last one)."""
-    if kind == "empirical":
-        yield batch, None, True
-    elif kind == "mc":
-        yield task.relabel(batch, draw_labels(logits, generator)), None, True
-    else:
-        if logits.dim() != 2:
-            raise DataError(f"kind='exact' needs logits [N, C], not {list(logits.shape)}: use kind='mc'")
-        p = logits.detach().softmax(1)
-        classes = p.shape[1] if top_k is None else min(top_k, p.shape[1])
-        p, y = p.topk(classes, 1) if top_k is not None else (p, torch.arange(classes, device=p.device).expand_as(p))
-        for c in range(classes):
-            # The gradient is multiplied by sqrt(p), so its square by p.
-            yield task.relabel(batch, y[:, c].contiguous()), p[:, c].sqrt(), c == classes - 1
 
 
 def _bar(batches: Iterable[Batch], data: Any, show: bool | Callable[[str], None]) -> Iterable[Batch]:

@@ -17,7 +17,7 @@ from fastfip.fisher.differences.signs import signed
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import cache_of
-from fastfip.fisher.modes import check_modes, readable
+from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 from fastfip.fisher.trace import trace_and_logits
 from fastfip.nets.state import eval_mode, is_compiled, unwrapped
 
@@ -160,6 +160,8 @@ class FisherPenalty:
         params = selected(self._inner, self._params)
         with eval_mode(self._inner):
             check_modes(self._inner)
+            with naming_precision(params.values(), batch):
+                self._task = fit_for_fisher(self._inner, self._task, batch, self._task.loss_hook is None)
             if not torch.is_grad_enabled():
                 output = trace_and_logits(self._inner, batch, self._task, params=params, create_graph=False)
                 return output.losses.detach().mean(), output.trace.detach()

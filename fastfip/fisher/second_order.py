@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastfip.fisher.graph.forms import SumForm
 from fastfip.fisher.graph.layout import candidates
+from fastfip.fisher.graph.norm_rules import batch_norm_builders
 from fastfip.fisher.graph.recipe import Recipe, Slots, output_shape, rule
-from fastfip.fisher.graph.rules import batch_norm_builders, convolution_recipe
+from fastfip.fisher.graph.rules import convolution_recipe
 from fastfip.fisher.graph.sums import centred_sums
 from fastfip.ops.convolution import ConvolutionOptions
 

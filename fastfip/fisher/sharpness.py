@@ -15,8 +15,8 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError
 from fastfip.fisher.graph.plan import selected
-from fastfip.fisher.graph.verify import cache_of
-from fastfip.fisher.modes import readable
+from fastfip.fisher.graph.verify import Cache, cache_of
+from fastfip.fisher.modes import fit_for_fisher, naming_precision, readable
 from fastfip.fisher.trace import Params, squared_norms
 from fastfip.nets.state import eval_mode
 
@@ -95,7 +95,14 @@ def sharpness(
     device = next(iter(chosen.values())).device if device is None else device
     batches = list(itertools.islice(iter_batches(data, task, device), max_batches))
     with eval_mode(model):
-        problem = _Problem(model, task, chosen, batches)
+        with naming_precision(chosen.values(), batches[0]):
+            task = fit_for_fisher(model, task, batches[0], loss is None)
+
+        def logits(batch: Batch, second_order: bool) -> Tensor:
+            with readable(model, second_order=second_order):
+                return task.forward(model, batch)
+
+        problem = _Problem(logits, task, chosen, batches, cache_of(model))
         fisher, n = problem.fisher()
         top, residual, used = lanczos(problem.hessian_times, problem.random(seed), iterations, tolerance)
         estimates = problem.quadratic_forms(probes, seed) / n
@@ -139,16 +146,21 @@ def lanczos(
 class _Problem:
     """Products with the Hessian of the summed loss over the batches."""
 
-    def __init__(self, model: nn.Module, task: Task, params: dict[str, Tensor], batches: list[Batch]) -> None:
-        self.model, self.task, self.batches = model, task, batches
+    def __init__(
+        self,
+        logits: Callable[[Batch, bool], Tensor],
+        task: Task,
+        params: dict[str, Tensor],
+        batches: list[Batch],
+        cache: Cache,
+    ) -> None:
+        self.logits, self.task, self.batches, self.cache = logits, task, batches, cache
         self.names, self.params = params, list(params.values())
 
     def losses(self, second_order: bool) -> Iterator[Tensor]:
         for batch in self.batches:
             with torch.enable_grad():
-                with readable(self.model, second_order=second_order):
-                    logits = self.task.forward(self.model, batch)
-                yield self.task.loss(logits, batch)
+                yield self.task.loss(self.logits(batch, second_order), batch)
 
     def slopes(self) -> Iterator[list[Tensor]]:
         """The gradient of each batch's summed loss, with its graph."""
@@ -196,7 +208,7 @@ class _Problem:
         """Tr(F) and the number of samples."""
         total, n = 0.0, 0
         for losses in self.losses(second_order=False):
-            norms = squared_norms(losses, self.names, cache=cache_of(self.model), create_graph=False)
+            norms = squared_norms(losses, self.names, cache=self.cache, create_graph=False)
             total, n = total + float(norms.double().sum()), n + losses.shape[0]
         return total / n, n
 

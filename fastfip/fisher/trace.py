@@ -13,7 +13,7 @@ from fastfip.data.task import Task
 from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
-from fastfip.fisher.modes import check_modes, readable
+from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 
 Params = Iterable[str] | Mapping[str, Tensor] | None
 
@@ -110,8 +110,10 @@ def trace_and_logits(
     task = Task() if task is None else task
     create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
     chosen = selected(model, params)
+    with naming_precision(chosen.values(), batch):
+        task = fit_for_fisher(model, task, batch, task.loss_hook is None)
     with torch.enable_grad():
-        with readable(model, second_order=create_graph):
+        with readable(model, second_order=create_graph), naming_precision(chosen.values(), batch):
             logits = task.forward(model, batch)
         losses = task.loss(logits, batch)
         norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)

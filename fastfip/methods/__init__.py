@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastfip.methods.base import Method, MethodConfig, get, names, register
+from fastfip.methods.base import Method, MethodConfig, Run, get, names, register, setting
 
-__all__ = ["Method", "MethodConfig", "get", "names", "register"]
+__all__ = ["Method", "MethodConfig", "Run", "get", "names", "register", "setting"]

@@ -14,7 +14,17 @@ from torch.nn.utils import parametrize
 from fastfip.errors import ModelError
 from fastfip.methods.base import Run
 
-__all__ = ["Classifier", "LastLayer", "put", "recorded"]
+__all__ = ["Classifier", "LastLayer", "put", "recorded", "refuse_frozen"]
+
+
+def refuse_frozen(run: Run, layer: nn.Module) -> None:
+    """Refuse a classifier that the user froze, for methods whose work is at the classifier.
+
+    Raises:
+        ModelError: it is frozen.
+    """
+    if any(id(p) in run.frozen for p in layer.parameters()):
+        raise ModelError("the classifier is frozen, and this method tunes it: take another method, or frozen='tune'")
 
 
 class Classifier:

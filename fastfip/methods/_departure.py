@@ -8,7 +8,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from fastfip.data.batch import Batch
-from fastfip.methods._classifier import Classifier
+from fastfip.methods._classifier import Classifier, refuse_frozen
 from fastfip.methods.base import Groups, Method, Run
 
 __all__ = ["Departure"]
@@ -25,6 +25,7 @@ class Departure(Method):
     def setup(self, run: Run) -> None:
         """Find the classifier."""
         self.classifier = Classifier.of(run)
+        refuse_frozen(run, self.classifier.module)
         self.drawn = False
 
     def parameter_groups(self, run: Run) -> Groups:

@@ -7,7 +7,7 @@ of the net is changed, no graph holds the product, and weights without a mask ge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,18 +132,20 @@ def output_rows(module: nn.Module, weight: Tensor) -> tuple[int, ...]:
     return (weight.shape[0], *[1] * (weight.dim() - 1))
 
 
-def batchnorm_weights(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return the places of BatchNorm's gamma, in module order."""
-    return weights_of(model, _BatchNorm)
+def batchnorm_weights(model: nn.Module, frozen: Container[int] = ()) -> list[tuple[str, nn.Module, str]]:
+    """Return the places of BatchNorm's gamma, in module order, without those whose id is in `frozen`."""
+    return weights_of(model, _BatchNorm, frozen)
 
 
 def weights_of(
-    model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd)
+    model: nn.Module,
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd),
+    frozen: Container[int] = (),
 ) -> list[tuple[str, nn.Module, str]]:
-    """Return the places of the weights of some kinds of layers, in module order; not those that are computed."""
+    """Return the places of the weights of some kinds of layers, in module order; not the computed and the frozen."""
     places = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, kind) else None
-        if weight is not None and weight.is_floating_point() and weight.numel():
+        if weight is not None and weight.is_floating_point() and weight.numel() and id(weight) not in frozen:
             places.append((f"{name}.weight" if name else "weight", module, "weight"))
     return places

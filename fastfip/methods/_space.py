@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
-from fastfip.fisher.diagonal import Kind
+from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import readable
 from fastfip.methods.base import Groups, Method, Run
 from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
+from fastfip.spectral.places import may_be_map, seen_as_maps
 
 __all__ = ["Space", "SpaceMethod", "Spectral", "Weights"]
 
@@ -67,8 +68,8 @@ class Weights(Space):
     """Every parameter."""
 
     def __init__(self, run: Run) -> None:
-        self.names = [name for name, p in run.model.named_parameters() if p.is_floating_point()]
-        self.tensors = [p for p in run.model.parameters() if p.is_floating_point()]
+        tuned = {n: p for n, p in run.model.named_parameters() if p.is_floating_point() and id(p) not in run.frozen}
+        self.names, self.tensors = list(tuned), list(tuned.values())
         self.penalty: FisherPenalty | None = None
 
     def groups(self, run: Run) -> Groups:
@@ -101,17 +102,31 @@ class Spectral(Space):
     """
 
     def __init__(self, run: Run, affine: bool, rank: Rank = None) -> None:
+        unknown = may_be_map(run.model, run.frozen)
+        seen: dict[int, bool] = {}
+        if unknown:
+            with run.eval_mode(), torch.no_grad(), seen_as_maps(unknown) as seen:
+                run.forward(next(iter(run.clean.batches(2, device=run.device))))
         with run.timed("svd"):
-            self.shifts = SpectralShifts.of(run.model, rank)
+            self.shifts = SpectralShifts.of(run.model, rank, run.frozen, seen)
         shifted = {id(w) for w in self.shifts.weights}
         named = dict(run.model.named_parameters())
         self.affine = [
             name
             for name, p in named.items()
-            if affine and p.is_floating_point() and p.dim() <= 1 and id(p) not in shifted
+            if affine
+            and p.is_floating_point()
+            and _is_affine(name, p)
+            and id(p) not in shifted
+            and id(p) not in run.frozen
         ]
         self.affine_tensors: list[Tensor] = [named[name] for name in self.affine]
         self.tensors = [*self.shifts.deltas, *self.affine_tensors]
+        for name, p in named.items():
+            if id(p) not in shifted and name not in self.affine:
+                run.left[name] = "biases and the affine of norm layers only with affine=True"
+                if not _is_affine(name, p):
+                    run.left[name] = "no linear map was seen in its use, so it has no singular directions that mean one"
 
     def groups(self, run: Run) -> Groups:
         """All of them at the same step size; `trust` shortens it where the Fisher is large."""
@@ -177,6 +192,11 @@ class Spectral(Space):
             self.shifts.fold()
         else:
             self.shifts.remove()
+
+
+def _is_affine(name: str, p: Tensor) -> bool:
+    """Whether a parameter is a bias, the affine of a norm layer, or the length of each row under weight_norm."""
+    return p.dim() <= 1 or (name.endswith((".weight_g", ".original0")) and p.numel() == max(p.shape))
 
 
 def _first(run: Run) -> Iterator[Batch]:

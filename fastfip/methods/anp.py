@@ -15,6 +15,7 @@ from fastfip.data.batch import Batch
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.nets.state import requires_grad
 
 __all__ = ["ANP", "ANPConfig"]
 
@@ -76,11 +77,15 @@ class ANP(Method):
         config = run.config
         assert isinstance(config, ANPConfig)
         self.config = config
-        places = [] if config.bn_mode == "freeze" else batchnorm_weights(run.model)
+        places = [] if config.bn_mode == "freeze" else batchnorm_weights(run.model, run.frozen)
         if not places:
-            places = Classifier.of(run).spared(weights_of(run.model))
+            places = Classifier.of(run).spared(weights_of(run.model, frozen=run.frozen))
         masks = Masks.of(places, output_rows)
-        found = {id(b): b for _, module, _ in places if (b := module._parameters.get("bias")) is not None}
+        found = {
+            id(b): b
+            for _, module, _ in places
+            if (b := module._parameters.get("bias")) is not None and id(b) not in run.frozen
+        }
         self.biases: list[nn.Parameter] = list(found.values())
         self.received_biases = [b.detach().clone() for b in self.biases]
         self.statistics = [b.detach().clone() for b in _statistics(run)]
@@ -148,15 +153,12 @@ class ANP(Method):
                     v.add_(d)
                 for b, received, x in zip(self.biases, self.received_biases, xi):
                     b.copy_(received * (1 + x))
-            for b in self.biases:
-                b.requires_grad_(True)
-            with self.masks.tuning():
+            with requires_grad(self.biases, True), self.masks.tuning():
                 yield
         finally:
             with torch.no_grad():
                 for b, received in zip(self.biases, self.received_biases):
                     b.copy_(received)
-                    b.requires_grad_(False)
                     b.grad = None
                 for v, s in zip(values, saved):
                     v.copy_(s)

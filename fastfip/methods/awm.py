@@ -83,7 +83,7 @@ class AWM(Method):
         config = run.config
         assert isinstance(config, AWMConfig)
         self.config = config
-        convolutions, everything = weights_of(run.model, _ConvNd), weights_of(run.model)
+        convolutions, everything = (weights_of(run.model, kind, run.frozen) for kind in (_ConvNd, (nn.Linear, _ConvNd)))
         mine = convolutions if config.layers == "conv" else everything
         if config.layers == "auto" and 2 * _size(convolutions) >= _size(everything):
             mine = convolutions
@@ -159,7 +159,7 @@ class AWM(Method):
     def _next(self, run: Run) -> Batch:
         """The next batch of the perturbation's own order, over and over."""
         if self.order is None:
-            self.order = _forever(run)
+            self.order = run.endless()
         return next(self.order)
 
     @torch.no_grad()
@@ -179,8 +179,3 @@ class AWM(Method):
 def _size(places: list[tuple[str, nn.Module, str]]) -> int:
     weights = {id(w): w.numel() for _, module, key in places if (w := module._parameters[key]) is not None}
     return sum(weights.values())
-
-
-def _forever(run: Run) -> Iterator[Batch]:
-    while True:
-        yield from run.clean.batches(run.config.batch_size, shuffle=True, generator=run.generator, device=run.device)

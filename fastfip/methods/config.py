@@ -223,10 +223,10 @@ def _checked(name: str, value: Any, hint: Any, rule: Mapping[str, Any]) -> Any:
                 return None
             words.append("None")
         elif origin is Literal:
-            choices = typing.get_args(option)
-            if any(value == choice and type(value) is type(choice) for choice in choices):
+            allowed = typing.get_args(option)
+            if any(value == choice and type(value) is type(choice) for choice in allowed):
                 return value
-            words.append("one of " + ", ".join(repr(choice) for choice in choices))
+            words.append("one of " + ", ".join(repr(choice) for choice in allowed))
         elif origin is tuple or option is tuple:
             if isinstance(value, (tuple, list)):
                 return tuple(value)

@@ -74,13 +74,17 @@ class NFT(Method):
         config = run.config
         assert isinstance(config, NFTConfig)
         self.config = config
-        places = batchnorm_weights(run.model) if config.masks != "channels" and config.bn_mode != "freeze" else []
+        places = (
+            batchnorm_weights(run.model, run.frozen)
+            if config.masks != "channels" and config.bn_mode != "freeze"
+            else []
+        )
         if not places:
             if config.masks == "norm":
                 raise ModelError(
                     "masks='norm' finds no BatchNorm with a gamma that may be tuned: leave masks at 'auto'"
                 )
-            places = weights_of(run.model)
+            places = weights_of(run.model, frozen=run.frozen)
             places = (Classifier.of(run).spared(places) if places else []) or places
         if not places:
             raise ModelError("nft finds nothing to mask: the model has no BatchNorm, Linear or convolution of its own")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
-from fastfip.methods._classifier import LastLayer
+from fastfip.methods._classifier import LastLayer, refuse_frozen
 from fastfip.methods._features import FeatureSet
 from fastfip.methods._natural import Exact, Kronecker, Solver
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
@@ -76,6 +76,7 @@ class NGF(Method):
         assert isinstance(config, NGFConfig)
         self.config = config
         classifier = LastLayer.of(run, config.layer)
+        refuse_frozen(run, classifier.layer)
         if config.dropout:
             run.note("ngf takes its features in eval mode: dropout has no effect")
         self.theta = classifier.theta().requires_grad_(True)

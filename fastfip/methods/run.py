@@ -43,7 +43,10 @@ class Run:
         left_out: how many of them a method took out of `clean`.
         classes: C, where the outputs are logits [N, C].
         epoch, epochs, step, total_steps: where the loop is; `epoch` counts from 1, `step` the steps done.
-        notes: what the result should say. seconds: time by purpose, see `timed`.
+        frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
+        left: name of a parameter -> why the method leaves it alone, where the method knows.
+        diverged: whether the loss ran away. alerts: what the result should say before all else.
+        notes: what it should say as well. seconds: time by purpose, see `timed`.
     """
 
     model: nn.Module
@@ -64,6 +67,10 @@ class Run:
     total_steps: int = 0
     best_epoch: int | None = None
     interrupted: bool = False
+    frozen: frozenset[int] = frozenset()
+    left: dict[str, str] = field(default_factory=dict)
+    diverged: bool = False
+    alerts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
@@ -100,6 +107,11 @@ class Run:
         """Say something in the result, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def alert(self, text: str) -> None:
+        """Say something in the first line of the result, once: who reads no further must know it."""
+        if text not in self.alerts:
+            self.alerts.append(text)
 
     @contextlib.contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
@@ -146,6 +158,13 @@ class Run:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def endless(self) -> Iterator[Batch]:
+        """Walk the clean samples again and again, shuffled, in batches of the config's size."""
+        while True:
+            yield from self.clean.batches(
+                self.config.batch_size, shuffle=True, generator=self.generator, device=self.device
+            )
+
     # -------------------- train and eval
 
     @property
@@ -153,12 +172,17 @@ class Run:
         """Return the BatchNorm layers; InstanceNorm is none (its train mode is another function of x)."""
         return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
 
+    def is_frozen(self, module: nn.Module) -> bool:
+        """Return whether a layer has parameters of its own and the user froze them all: its statistics stay as well."""
+        own = list(module.parameters(recurse=False))
+        return bool(own) and all(id(p) in self.frozen for p in own)
+
     def train_mode(self) -> None:
         """Set the model as the config tunes it: eval mode but for BatchNorm (`bn_mode`) and dropout."""
         self.model.eval()
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
-                module.training = self.config.bn_mode == "train"
+                module.training = self.config.bn_mode == "train" and not self.is_frozen(module)
             elif isinstance(module, _DropoutNd):
                 module.training = self.config.dropout
 
@@ -170,7 +194,7 @@ class Run:
         layers = self.batchnorms
         with training_flags(layers):
             for layer in layers:
-                layer.training = mode == "train"
+                layer.training = mode == "train" and not self.is_frozen(layer)
             yield
 
     def eval_mode(self) -> contextlib.AbstractContextManager[nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfip.data.batch import Batch
 from fastfip.methods._pixels import PixelConfig, range_of
 from fastfip.methods.base import Groups, Method, Run, register, setting
-from fastfip.nets.state import frozen_copy
+from fastfip.nets.state import frozen_copy, requires_grad
 
 __all__ = ["SAU", "SAUConfig", "unshared"]
 
@@ -133,24 +133,17 @@ class SAU(Method):
         delta = self._start(run, x)
         # In float16 the gradient of an input underflows without the scaler.
         cast = contextlib.nullcontext() if run.amp == torch.float16 else run.autocast()
-        tuned = [p for p in run.model.parameters() if p.requires_grad]
-        try:
-            for p in tuned:
-                p.requires_grad_(False)
-            with run.eval_mode(), cast:
-                for _ in range(config.inner):
-                    delta.requires_grad_(True)
-                    loss, open_ = self._search_loss(run, batch, delta)
-                    if not open_:
-                        break
-                    (gradient,) = torch.autograd.grad(loss, delta, allow_unused=True)
-                    if gradient is None:
-                        break
-                    delta = delta.detach() - config.inner_step * gradient.sign().nan_to_num_()
-                    delta.clamp_(-config.radius, config.radius)
-        finally:
-            for p in tuned:
-                p.requires_grad_(True)
+        with requires_grad(run.model.parameters(), False), run.eval_mode(), cast:
+            for _ in range(config.inner):
+                delta.requires_grad_(True)
+                loss, open_ = self._search_loss(run, batch, delta)
+                if not open_:
+                    break
+                (gradient,) = torch.autograd.grad(loss, delta, allow_unused=True)
+                if gradient is None:
+                    break
+                delta = delta.detach() - config.inner_step * gradient.sign().nan_to_num_()
+                delta.clamp_(-config.radius, config.radius)
         return delta.detach()
 
     def _start(self, run: Run, x: Tensor) -> Tensor:

@@ -12,16 +12,30 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, move_to, to_tensors
-from fastfip.data.outputs import reading
+from fastfip.data.outputs import binary_task, is_one_logit, multi_label, reading, two_columns
 from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
 from fastfip.nets.state import eval_mode
 
-__all__ = ["Evaluation", "accuracy", "attack_success_rate", "der", "evaluate", "rir", "robust_accuracy"]
+__all__ = [
+    "Evaluation",
+    "accuracy",
+    "attack_success_rate",
+    "binomial_tail",
+    "der",
+    "evaluate",
+    "rir",
+    "robust_accuracy",
+    "wilson",
+]
+
+#: Fewer samples than that, and a share of them is shown with its interval.
+FEW = 200
 
 #: Fields of a dict batch of triggered images that hold the true label; the attack's is where labels always are.
 TRUE_LABEL_KEYS = ("true_label", "true_labels", "original_label", "original_labels", "original_target")
@@ -52,9 +66,24 @@ class Evaluation:
         """Return the figures as plain values."""
         return {**self.__dict__, "notes": list(self.notes)}
 
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the interval of 95 % confidence of "acc", "asr" or "ra" (see `wilson`); None: not measured."""
+        value = getattr(self, name)
+        n = self.n if name == "acc" else self.n_triggered
+        return None if value is None or n == 0 else wilson(value, n)
+
+    def shown(self, name: str) -> str:
+        """Return "acc", "asr" or "ra" as text, with its interval where it rests on fewer than 200 samples."""
+        value, around = getattr(self, name), self.interval(name)
+        if value is None:
+            return "-"
+        few = around is not None and (self.n if name == "acc" else self.n_triggered) < FEW
+        return f"{100 * value:.2f} %" + (f" ({100 * around[0]:.1f} to {100 * around[1]:.1f})" if few and around else "")
+
     def __str__(self) -> str:
-        shown = [(word, getattr(self, word.lower())) for word in ("ACC", "ASR", "RA")]
-        parts = [f"{word} {100 * value:.2f} %" for word, value in shown if value is not None]
+        parts = [
+            f"{word} {self.shown(word.lower())}" for word in ("ACC", "ASR", "RA") if self.shown(word.lower()) != "-"
+        ]
         parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
         parts += [f"Tr(F) {self.fisher_trace:.4g}"] if self.fisher_trace is not None else []
         return ", ".join(parts) or "nothing measured"
@@ -67,6 +96,26 @@ class _Measured(Protocol):
     def asr(self) -> float | None: ...
     @property
     def ra(self) -> float | None: ...
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval of a share that was seen in n samples (Wilson 1927): of 95 % confidence, by default.
+
+    Args:
+        share: in [0, 1].
+        n: samples, at least 1.
+        z: standard errors of a normal distribution within which the share lies.
+    """
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def binomial_tail(k: int, n: int, p: float) -> float:
+    """Return the probability of k or more successes in n trials of probability p, 0 < p < 1."""
+    ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1))
+    terms = (math.exp(w + i * math.log(p) + (n - i) * math.log1p(-p)) for i, w in enumerate(ways, start=k))
+    return min(1.0, math.fsum(terms))
 
 
 def der(before: _Measured, after: _Measured) -> float:
@@ -140,13 +189,13 @@ def evaluate(
     notes: list[str] = []
     acc = mean = asr = ra = None
     n = triggered = 0
-    with _evaluating(model, device) as place:
+    with _evaluating(model, device) as run_device:
         if test_loader is not None:
-            acc, mean, n = _clean(model, test_loader, task, place)
+            acc, mean, n = _clean(model, test_loader, task, run_device, notes)
             if acc is None:
                 notes.append("labels or outputs are no class indices: ACC not measured, only the loss")
         if asr_loader is not None:
-            asr, ra, triggered = _triggered(model, asr_loader, task, target, place, notes)
+            asr, ra, triggered = _triggered(model, asr_loader, task, target, run_device, notes)
         else:
             notes.append("no trigger given: ASR not measured")
     return Evaluation(acc=acc, asr=asr, ra=ra, loss=mean, n=n, n_triggered=triggered, notes=tuple(notes))
@@ -155,7 +204,7 @@ def evaluate(
 def accuracy(model: nn.Module, test_loader: Iterable[Batch], *, forward: Forward | None = None) -> float:
     """Return the share of clean samples that get their label; see :func:`evaluate`."""
     with _evaluating(model, None) as where:
-        return float(_clean(model, test_loader, Task.of(forward), where)[0] or 0.0)
+        return float(_clean(model, test_loader, Task.of(forward), where, [])[0] or 0.0)
 
 
 def attack_success_rate(
@@ -203,7 +252,7 @@ def _logits_shape(logits: Tensor) -> Tensor:
 
 
 def _clean(
-    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device
+    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device, notes: list[str]
 ) -> tuple[float | None, float, int]:
     right: Tensor | float = 0.0
     total: Tensor | float = 0.0
@@ -212,12 +261,30 @@ def _clean(
         batch = move_to(given, device)
         with reading("test_loader="):
             logits = task.forward(model, batch)
-        y = _class_labels(given, logits, task)
-        right = float("nan") if y is None else right + (logits.argmax(1) == y.to(logits.device)).sum()
-        total = total + task.loss(logits, batch).double().sum()
-        n += task.size(given)
+        size = task.size(given)
+        hits, losses = _answers(logits, batch, size, task, notes)
+        right = float("nan") if hits is None else right + hits
+        total = total + losses.double().sum()
+        n += size
     acc = float(right) / n
     return None if math.isnan(acc) else acc, float(total) / n, n
+
+
+def _answers(logits: Tensor, batch: Batch, n: int, task: Task, notes: list[str]) -> tuple[Tensor | None, Tensor]:
+    """Return how many of n samples are answered rightly (None: it cannot be told) and the losses [n]."""
+    two = binary_task(task, logits, batch) if is_one_logit(logits, n) else None
+    if two is not None:
+        columns = two.forward_hook(lambda _: logits, batch)  # type: ignore[misc, arg-type]  # of outputs that are known
+        y = task.labels(batch).reshape(n).long().to(logits.device)
+        return (columns.argmax(1) == y).sum(), F.cross_entropy(columns, y, reduction="none")
+    y_or_none = _class_labels(batch, logits, task)
+    losses = task.loss(logits, batch)
+    if y_or_none is not None:
+        return (logits.argmax(1) == y_or_none.to(logits.device)).sum(), losses
+    each = multi_label(task, logits, batch)
+    if each is not None and (said := "several labels a sample: ACC is the share of labels that are right") not in notes:
+        notes.append(said)
+    return each, losses
 
 
 def _class_labels(batch: Batch, logits: Tensor, task: Task) -> Tensor | None:
@@ -253,7 +320,8 @@ def _triggered(
         seen += len(attack)
         blind = blind or true is None
         with reading("asr_loader="):
-            logits = _logits_shape(task.forward(model, move_to(batch, device)))
+            logits = task.forward(model, move_to(batch, device))
+        logits = two_columns(logits) if is_one_logit(logits, len(attack)) else _logits_shape(logits)
         for y in (attack, *([] if true is None else [true])):
             check_labels(y, logits.shape[1])
         if true is not None:

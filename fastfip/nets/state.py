@@ -16,12 +16,14 @@ from fastfip.errors import ModelError, reason
 
 __all__ = [
     "LOW_PRECISION",
+    "as_written",
     "cast",
     "copied",
     "dtypes_of",
     "eval_mode",
     "frozen_copy",
     "is_compiled",
+    "refuse_sharded",
     "requires_grad",
     "to_float32",
     "training_flags",
@@ -72,6 +74,10 @@ def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], b
 def copied(model: nn.Module, remedy: str) -> nn.Module:
     """Return a deep copy of a model.
 
+    Tensors that a module computed and keeps beside its parameters (the weight of torch.nn.utils.weight_norm,
+    spectral_norm and prune, which is computed anew in each forward pass) are copied as plain numbers: torch refuses to
+    copy them with their graph.
+
     Args:
         model: it is left as it is.
         remedy: what the error advises where the model cannot be copied.
@@ -79,11 +85,22 @@ def copied(model: nn.Module, remedy: str) -> nn.Module:
     Raises:
         ModelError: copying it fails, with the reason.
     """
+    refuse_sharded(model)
     try:
         with torch.no_grad():
-            return copy.deepcopy(model)
+            computed = (t for m in model.modules() for t in _tensors_in(m.__dict__) if t.grad_fn is not None)
+            return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # what a user's module raises when it is copied can be anything
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {reason(error)}): {remedy}") from error
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Walk the tensors in the plain containers of a module's attributes; its parts and parameters have their own."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (dict, list, tuple):
+        for item in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
+            yield from _tensors_in(item)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -99,10 +116,38 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel or DataParallel."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
+    """Return the module inside DistributedDataParallel, DataParallel or what torch.compile returns."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def as_written(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let a model that torch.compile was used on run as its code says for a block.
+
+    Compiled code knows one backward pass at a time, and nothing of weights that are put in another's place.
+    """
+    if not is_compiled(model):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model of which each process has a part.
+
+    Raises:
+        ModelError: it is sharded (FSDP, DTensor).
+    """
+    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in type(model).__mro__)
+    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ModelError(
+            "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
+            "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -33,6 +33,12 @@ class ConvShape:
     def pointwise(self) -> bool:
         """Whether the windows are the feature map itself."""
         return self.taps == 1 and all(s == 1 for s in self.stride) and not any(self.padding)
+
+
+def per_dimension(option: Iterable[int], dims: int) -> tuple[int, ...]:
+    """Return an option of a convolution with one number for each of its spatial dimensions."""
+    values = tuple(int(v) for v in option)
+    return values * dims if len(values) == 1 else values
 
 
 def windows(x: Tensor, shape: ConvShape, out_size: tuple[int, ...]) -> Tensor:

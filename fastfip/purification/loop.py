@@ -27,6 +27,8 @@ __all__ = ["Run", "fit", "learning_rate"]
 
 #: So many steps in a row without a finite loss end the loop.
 PATIENCE_NONFINITE = 10
+#: A loss above so many times the first one (or so many nats, if that is more) has run away: it does not come back.
+RUNAWAY = 1e6
 #: A run of very many short epochs is scored at most about so often.
 MOST_SCORES = 100
 
@@ -130,9 +132,9 @@ class _Tuned:
 
 
 def _groups(run: Run, method: Method) -> Groups:
-    frozen = set()
+    frozen = set(run.frozen)
     if run.config.bn_mode == "freeze":
-        frozen = {id(p) for m in run.model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
+        frozen |= {id(p) for m in run.model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
     seen: set[int] = set()
     groups: Groups = []
     for group in method.parameter_groups(run):
@@ -146,12 +148,17 @@ def _groups(run: Run, method: Method) -> Groups:
         if kept:
             groups.append({**group, "params": kept})
     if not groups:
-        raise ModelError(f"{method.name} finds nothing to tune in this model: try another method, or another bn_mode")
+        others = "another method, or frozen='tune'" if run.frozen else "another method, or another bn_mode"
+        raise ModelError(f"{method.name} finds nothing to tune in this model: try {others}")
     return groups
 
 
 class _Stop(Exception):
     """Ends the loop early; what it says becomes a note, if it says anything."""
+
+
+class _Diverged(_Stop):
+    """Ends the loop early, and the result must say so first."""
 
 
 class _Loop:
@@ -164,7 +171,8 @@ class _Loop:
         self.best: list[Tensor] | None = None
         self.best_score = math.inf
         self.since_best = 0
-        self.bad_in_a_row = 0
+        self.bad_in_a_row = self.bad_steps = 0
+        self.first_loss: float | None = None
         self.moved = False
         config = run.config
         self.smallest = 2 if config.bn_mode == "train" and run.batchnorms else 1
@@ -191,7 +199,10 @@ class _Loop:
                 run.note(f"interrupted in epoch {run.epoch} of {run.epochs}: {self.kept()}")
                 self.tuned.restore(self.good)
             except _Stop as stop:
-                if str(stop):
+                if isinstance(stop, _Diverged):
+                    run.diverged = True
+                    run.alert(f"DIVERGED, {stop}: {self.remedy()}")
+                elif str(stop):
                     run.note(str(stop))
                 self.tuned.restore(self.good)
         finally:
@@ -266,6 +277,7 @@ class _Loop:
             group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
         values = self.method.backward(run, batch)
+        self.watch(values)
         if self.usable(values):
             if run.scaler is None:
                 optimizer.step()
@@ -293,17 +305,32 @@ class _Loop:
         # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
         return run.scaler is not None or bool(torch.isfinite(norm))
 
+    def watch(self, values: dict[str, float | Tensor]) -> None:
+        """End a run whose loss, finite yet, is beyond return."""
+        loss = float(values.get("loss", math.nan))
+        if not math.isfinite(loss):
+            return
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if loss > RUNAWAY * max(1.0, abs(self.first_loss)):
+            self.diverged(f"the loss went from {self.first_loss:.3g} to {loss:.3g}")
+
+    def diverged(self, what: str) -> None:
+        if self.best is None:
+            raise ModelError(f"{what}, in epoch {self.run.epoch} of {self.run.epochs}: {self.remedy()}")
+        raise _Diverged(f"stopped in epoch {self.run.epoch} of {self.run.epochs}, {what}")
+
     def bad(self) -> None:
         run = self.run
         self.bad_in_a_row += 1
+        self.bad_steps += 1
         run.note("steps with a loss or gradient that is not finite were left out")
         if not self.tuned.finite():
             self.tuned.restore(self.good)
-        if self.bad_in_a_row < PATIENCE_NONFINITE:
-            return
-        if self.best is None:
-            raise ModelError(f"the loss is not finite in {self.bad_in_a_row} steps in a row: {self.remedy()}")
-        raise _Stop(f"stopped in epoch {run.epoch}: the loss is not finite in {self.bad_in_a_row} steps in a row")
+        if self.bad_in_a_row >= PATIENCE_NONFINITE:
+            self.diverged(f"the loss is not finite in {self.bad_in_a_row} steps in a row")
+        # From the last good state it comes to the same end again and again.
+        if self.bad_steps >= PATIENCE_NONFINITE and 2 * self.bad_steps > run.step + 1:
+            self.diverged(f"the loss is not finite in {self.bad_steps} of {run.step + 1} steps")
 
     def remedy(self) -> str:
         lr = self.run.config.lr

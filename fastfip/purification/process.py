@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "seeded"]
+__all__ = ["PeakMemory", "resident_memory", "seeded"]
 
 
 @contextlib.contextmanager
@@ -59,13 +59,19 @@ class PeakMemory:
         self.peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else _resident_peak()
 
 
-def _resident_peak() -> int:
-    try:
+def resident_memory(field: str = "VmRSS") -> int | None:
+    """Return the resident memory of this process in bytes, "VmHWM": its peak; None where the system cannot say it."""
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    return None
+
+
+def _resident_peak() -> int:
+    peak = resident_memory("VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,29 +15,38 @@ from torch import nn
 import fastfip
 from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.outputs import first_outputs, logits_task
+from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.errors import ConfigError
+from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.nets.checks import check_amp, check_seed, usable_device
+from fastfip.nets.state import as_written
 from fastfip.purification.callbacks import Callback
+from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
 from fastfip.purification.process import PeakMemory, seeded
-from fastfip.purification.result import PurifyResult
+from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastfip.methods.overrides import Overrides
 
 __all__ = ["purify", "purify_"]
 
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
+#: One that its first line is about.
+RUINED = 0.2
 
 
 @dataclass(frozen=True)
 class PurifyOptions:
-    """What `purify` was asked for, checked; its fields are the arguments of the same names."""
+    """What `purify` was asked for, checked: its arguments, and the method's class, settings and task made of them."""
 
     clean_loader: Iterable[Batch]
     recipe: type[Method]
@@ -51,10 +60,14 @@ class PurifyOptions:
     test_loader: Iterable[Batch] | None
     asr_loader: Iterable[Batch] | None
     measure: tuple[str, ...]
+    force: bool
+    frozen: str
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_amp(self.amp)
+        if self.frozen not in ("keep", "tune"):
+            raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
@@ -62,7 +75,7 @@ class PurifyOptions:
 
 def purify(
     model: nn.Module,
-    clean_loader: Iterable[Batch],
+    clean_loader: Iterable[Batch] | None = None,
     method: str | type[Method] = "fast_wfip",
     *,
     config: MethodConfig | Mapping[str, Any] | None = None,
@@ -79,7 +92,9 @@ def purify(
     forward: Forward | None = None,
     loss: Loss | None = None,
     inplace: bool = False,
-    **overrides: Any,
+    force: bool = False,
+    frozen: str = "keep",
+    **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples.
 
@@ -109,6 +124,14 @@ def purify(
         forward: `forward(model, batch) -> logits`, for nets or batches of another form.
         loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample.
         inplace: work on the model itself; after an error it is as it was.
+        force: go on where model and data do not seem to fit each other. Without it a model is refused, before anything
+            is tuned, that is clearly right on less than half of what guessing leaves (its accuracy on the clean set is,
+            with a confidence of 99.9 %, below (1 + 1/C) / 2), and that either cannot be told from guessing (a binomial
+            test against 1/C, at 1 %) or has a mean loss clearly above ln C, that of a model that knows nothing. Few
+            samples decide less: ten right ones of 24 in three classes are not refused. With `loss=` it is only a note.
+        frozen: "keep": parameters with `requires_grad=False` stay as they are, to the bit, where others have it True (a
+            frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
+            model for inference, that says nothing about purification, and all are tuned.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -121,6 +144,11 @@ def purify(
         BackendError: a device that is not here.
     """
     start = time.perf_counter()
+    if clean_loader is None:
+        raise DataError(
+            "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset or tensors (x, y); a few for each "
+            "class are enough"
+        )
     recipe = get(method) if isinstance(method, str) else method
     options = PurifyOptions(
         clean_loader=clean_loader,
@@ -134,18 +162,27 @@ def purify(
         callbacks=callbacks,
         test_loader=test_loader,
         asr_loader=asr_loader,
-        measure=tuple(measure),
+        measure=(measure,) if isinstance(measure, str) else tuple(measure),
+        force=force,
+        frozen=frozen,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), as_written(model):
         work = WorkCopy(model, inplace)
         work_device = work.device if options.device is None else options.device
         try:
             with PeakMemory(work_device) as memory:
                 run, history, before, after = _purify(work, work_device, options)
             result = work.finish(recipe.name)
-        except BaseException:
+            moved = work.moved()
+            coverage = _coverage(work, run, recipe.name, moved)
+        except BaseException as error:
             work.undo()
+            if "torch.utils.checkpoint" in str(error) and not isinstance(error, FastFIPError):
+                raise ModelError(
+                    f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
+                    "off, e.g. model.gradient_checkpointing_disable(), or take fine_tune"
+                ) from error
             raise
     run.seconds["total"] = time.perf_counter() - start
     return PurifyResult(
@@ -175,14 +212,25 @@ def purify(
         },
         notes=run.notes,
         interrupted=run.interrupted,
+        alerts=run.alerts,
+        diverged=run.diverged,
+        unchanged=not moved,
+        coverage=coverage,
     )
 
 
-def purify_(
-    model: nn.Module, clean_loader: Iterable[Batch], method: str | type[Method] = "fast_wfip", **options: Any
-) -> PurifyResult:
-    """Purify a model in place: :func:`purify` with `inplace=True`."""
-    return purify(model, clean_loader, method, **{**options, "inplace": True})
+if TYPE_CHECKING:
+    purify_ = purify  # a wrong keyword is an error here as well
+else:
+
+    def purify_(
+        model: nn.Module,
+        clean_loader: Iterable[Batch] | None = None,
+        method: str | type[Method] = "fast_wfip",
+        **options: Any,
+    ) -> PurifyResult:
+        """Purify a model in place: :func:`purify` with `inplace=True`."""
+        return purify(model, clean_loader, method, **{**options, "inplace": True})
 
 
 def _purify(
@@ -195,11 +243,14 @@ def _purify(
     model = work.model.eval()
     with seeded(seed, device):
         clean = CleanSet.of(options.clean_loader, options.task)
-        task, classes = _probe(model, clean, options.task, device, notes)
+        clean, task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
     notes += clean.notes
+    with seeded(seed, device):
+        choose_layout(work, clean, task, device)
+        notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
         task=task,
@@ -213,6 +264,7 @@ def _purify(
         amp=autocast_dtype(options.amp, device),
         seed=seed,
         notes=notes,
+        frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
@@ -240,6 +292,25 @@ def _purify(
     return run, history, before, after
 
 
+def _coverage(work: WorkCopy, run: Run, method: str, moved: set[str]) -> Coverage:
+    """Say what was tuned, and of the rest why not; a model that is as it was received must not pass for a clean one."""
+    tuned, left = [], {}
+    for name, p in work.model.named_parameters():
+        if name in moved:
+            tuned.append(name)
+        elif id(work.parameters[name]) in run.frozen:
+            left[name] = "frozen, and frozen='keep'"
+        elif not p.is_floating_point():
+            left[name] = "no real numbers"
+        else:
+            left[name] = run.left.get(name, f"nothing that {method} tunes, or no gradient moved it")
+    if not moved:
+        ended = "interrupted" if run.interrupted else "try a larger lr or more steps"
+        run.alert(f"THE MODEL IS AS IT WAS GIVEN: {method} moved nothing ({ended})")
+    sizes = {name: p.numel() for name, p in work.model.named_parameters()}
+    return Coverage(tuple(tuned), left, sum(sizes[name] for name in tuned), sum(sizes.values()))
+
+
 def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     # cuDNN's recurrent layers have no backward pass in eval mode, in which all but BatchNorm and dropout is tuned.
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -254,6 +325,8 @@ def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
             f"clean accuracy fell by {100 * (before.acc - after.acc):.1f} points: the net was moved too far, "
             f"try a smaller lr (now {run.config.lr:g}) or more clean samples"
         )
+        if before.acc - after.acc > RUINED:
+            run.alert(f"RUINED, clean accuracy fell from {100 * before.acc:.1f} to {100 * after.acc:.1f} %")
 
 
 def _config(
@@ -280,19 +353,23 @@ def _config(
 
 def _probe(
     model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
-) -> tuple[Task, int | None]:
-    """Run the net once; return the task (of logits) and C, None where `loss=` takes other outputs."""
+) -> tuple[CleanSet, Task, int | None]:
+    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
     logits = first_outputs(model, task.forward, batch)
+    two = binary_task(task, logits, batch) if is_one_logit(logits, task.size(batch)) else None
+    if two is not None:
+        notes.append("one logit, and labels 0 and 1: tuned and measured as two classes")
+        return clean.of_two_classes(), two, 2
     if task.loss_hook is not None:
         plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
         plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it
-        return task, logits.shape[1] if plain else None
+        return clean, task, logits.shape[1] if plain else None
     task, said = logits_task(model, task, batch, logits)
     if said is not None:
         notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
-    return task, logits.shape[1]
+    return clean, task, logits.shape[1]
 
 
 def _full_precision(work: WorkCopy, run: Run) -> None:

@@ -17,6 +17,36 @@ from fastfip.reporting.table import Report, Sheet
 __all__ = ["PurifyResult"]
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameters a purification moved, and why it left the others alone.
+
+    Attributes:
+        tuned: names of the parameters whose values changed. left: name -> reason, of the others.
+        tuned_numbers, numbers: how many numbers those have, and all of them.
+    """
+
+    tuned: tuple[str, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
+    tuned_numbers: int = 0
+    numbers: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**self.__dict__, "tuned": list(self.tuned), "left": dict(self.left)}
+
+    def __str__(self) -> str:
+        share = 100 * self.tuned_numbers / max(1, self.numbers)
+        text = (
+            f"tuned {len(self.tuned)} of {len(self.tuned) + len(self.left)} parameters ({share:.1f} % of the numbers)"
+        )
+        for reason in dict.fromkeys(self.left.values()):
+            names = [name for name, why in self.left.items() if why == reason]
+            text += f"; left alone: {', '.join(names[:3])}"
+            text += (f" and {len(names) - 3} more" if len(names) > 3 else "") + f" ({reason})"
+        return text
+
+
 @dataclass(repr=False)
 class PurifyResult(Report):
     """A purified net, what was done to it and what that did.
@@ -32,6 +62,10 @@ class PurifyResult(Report):
             resident memory of the whole process during the call (where the system cannot say that, since it began).
         versions: of fastfip, torch, Python. notes: what could not be known, and what was unusual.
         interrupted: whether Ctrl-C ended it; the model is then the last good state.
+        alerts: what stands in the first line, because the result is not what was asked for: only fine-tuned, diverged,
+            the model as it was given. diverged: whether it was stopped because the loss ran away; the model is then the
+            last good state. unchanged: whether no parameter moved.
+        coverage: which parameters were moved, and why the others were not.
     """
 
     model: nn.Module
@@ -45,6 +79,10 @@ class PurifyResult(Report):
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    alerts: list[str] = field(default_factory=list)
+    diverged: bool = False
+    unchanged: bool = False
+    coverage: Coverage = field(default_factory=Coverage)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, with the keys, shapes and dtypes of the model that was given."""
@@ -67,8 +105,8 @@ class PurifyResult(Report):
             pair = [getattr(side, name) for side in (self.before, self.after)]
             if pair == [None, None]:
                 continue
-            percent = name in ("acc", "asr", "ra")
-            shown = [_show(value, percent) for value in pair]
+            share = name in ("acc", "asr", "ra")
+            shown = [side.shown(name) if share else _show(getattr(side, name)) for side in (self.before, self.after)]
             out.append((word, shown[0], shown[1]))
         return out
 
@@ -87,16 +125,20 @@ class PurifyResult(Report):
         parts = [f"{name} {value:.2f}" for name, value in self.seconds.items() if name != "total" and value >= 0.005]
         total, memory = self.seconds.get("total", math.nan), self.peak_memory / 2**20
         lines.append(f"{total:.2f} s ({', '.join(parts)}), peak memory {memory:.0f} MiB")
+        if self.coverage.numbers:
+            lines.append(str(self.coverage))
         lines += [f"note: {note}" for note in self.notes]
         return lines
 
     @property
     def title(self) -> str:
         """Return the line above the table."""
-        return f"{self.method} on {self.settings.get('clean_samples', '?')} clean samples"
+        plain = f"{self.method} on {self.settings.get('clean_samples', '?')} clean samples"
+        return ": ".join([plain, *(["; ".join(self.alerts)] if self.alerts else [])])
 
     def __repr__(self) -> str:
-        return f"<PurifyResult {self.method}: before {self.before}; after {self.after}>"
+        first = f"{self.method}: {'; '.join(self.alerts)}" if self.alerts else self.method
+        return f"<PurifyResult {first}: before {self.before}; after {self.after}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the model as plain values."""
@@ -113,6 +155,10 @@ class PurifyResult(Report):
             "versions": self.versions,
             "notes": list(self.notes),
             "interrupted": self.interrupted,
+            "alerts": list(self.alerts),
+            "diverged": self.diverged,
+            "unchanged": self.unchanged,
+            "coverage": self.coverage.to_dict(),
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -150,7 +196,5 @@ class PurifyResult(Report):
         axes.legend(fontsize=8)
 
 
-def _show(value: float | None, percent: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

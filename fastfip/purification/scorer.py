@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from fastfip.data.batch import Batch
+from fastfip.data.cleanset import class_indices
+from fastfip.data.task import Task, iter_batches
 from fastfip.errors import FastFIPError, reason
 from fastfip.methods.run import Run
 from fastfip.metrics.evaluation import Evaluation, evaluate
@@ -35,6 +37,8 @@ class Scorer:
     ) -> None:
         self.run, self.work, self.task, self.measured = run, work, run.task, measure
         self.test, self.asr = _walked_again(test_loader), _walked_again(asr_loader)
+        if run.clean.binary and self.test is not None:
+            self.test = [class_indices(batch) for batch in iter_batches(self.test, Task(loss_hook=run.task.loss))]
         self.on = "test_loader"
         if self.test is None and "acc" in measure:
             own = run.clean if run.heldout is None else run.heldout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 
 from fastfip.errors import ModelError
 from fastfip.nets.checks import check_net
-from fastfip.nets.state import LOW_PRECISION, cast, copied, to_float32
+from fastfip.nets.state import LOW_PRECISION, cast, copied, refuse_sharded, to_float32, unwrapped
 
 __all__ = ["WorkCopy"]
 
 
 class WorkCopy:
     """A copy of the user's net (or, in place, the net itself) and a record of how it was.
+
+    What is tuned is the module inside wrappers (DataParallel, torch.compile); `finish` hands the wrapper back.
 
     Recorded are training flags, requires_grad, gradients, devices, dtypes, which weights are tied and the order of
     the state dict. `finish` brings them back around the new values; `undo` brings the old values back as well.
@@ -26,13 +29,19 @@ class WorkCopy:
 
     def __init__(self, model: nn.Module, inplace: bool) -> None:
         _check(model)
-        self.inplace = inplace
+        self.inplace, self.given = inplace, unwrapped(model)
         if inplace:
             if any(p.is_inference() for p in model.parameters()):
                 raise ModelError("the weights were made in inference_mode and cannot be changed: use inplace=False")
-            self.model = model
+            self.whole = model
         else:
-            self.model = copied(model, "pass inplace=True to tune it itself")
+            self.whole = copied(model, "pass inplace=True to tune it itself")
+        self.model = unwrapped(self.whole)
+        self.twin_of: nn.Module | None = None
+        if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
+            # Hooks on its parameters average gradients, of backward passes that it did not see begin.
+            self.twin_of = self.model
+            self.model = copied(self.model, "take the module inside DistributedDataParallel")
         self.flags = {name: module.training for name, module in self.model.named_modules()}
         self.modules = {name: type(module) for name, module in self.model.named_modules()}
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -40,7 +49,7 @@ class WorkCopy:
         self.requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self.grads = {name: p.grad for name, p in self.parameters.items()}
         self.homes = {name: (t.device, t.dtype) for name, t in self._tensors()}
-        self.contiguous = {name: p.is_contiguous() for name, p in self.parameters.items()}
+        self.contiguous = {name: t.is_contiguous() for name, t in self._tensors()}
         self.order = {name: (list(m._parameters), list(m._buffers)) for name, m in self.model.named_modules()}
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
         self.saved = {name: t.detach().clone() for name, t in self._tensors()} if inplace else {}
@@ -60,13 +69,43 @@ class WorkCopy:
         """Return whether some weights are float16 or bfloat16."""
         return any(dtype in LOW_PRECISION for _, dtype in self.homes.values())
 
+    def frozen(self, keep: bool) -> frozenset[int]:
+        """Return the ids of the parameters that stay: if `keep`, those that the user froze, unless all are frozen.
+
+        Raises:
+            ModelError: a model with an adapter, of which more than the adapter would be tuned: saving would lose that.
+        """
+        floats = {name for name, p in self.parameters.items() if p.is_floating_point()}
+        still = {name for name in floats if not self.requires_grad[name]}
+        if getattr(self.given, "peft_config", None) and still and (still == floats or not keep):
+            raise ModelError(
+                "save_pretrained keeps the adapter of this PEFT model and not what is frozen: load it with "
+                "is_trainable=True so that the adapter is tuned, or merge it first, model = model.merge_and_unload()"
+            )
+        return frozenset(id(self.parameters[name]) for name in still) if keep and still != floats else frozenset()
+
+    @torch.no_grad()
+    def moved(self) -> set[str]:
+        """Return the names of parameters and buffers whose values are not those that were received."""
+        old = self.saved if self.inplace else dict([*self.given.named_parameters(), *self.given.named_buffers()])
+        new = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name for name, t in new if name in old and not torch.equal(t, old[name].to(t.device))}
+
     def to(self, device: torch.device) -> None:
         """Move the net; one that is spread over several devices stays as it is."""
         if len({d for d, _ in self.homes.values()}) == 1 and self.device != device:
             self.model.to(device)
-        if device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
-            # Convolutions on CPUs are a third faster in this layout; the values are the same.
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it, its stubs do not
+
+    def channels_last(self, works: Callable[[], bool]) -> None:
+        """Put a convolutional net on a CPU in the layout in which it is a third faster, if it `works` so.
+
+        A net may flatten with `x.view(x.size(0), -1)`, which only the layout that it was written for allows.
+        """
+        before = {name: t.data for name, t in self._tensors()}
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it, its stubs do not
+        if not works():
+            for name, t in self._tensors():
+                t.data = before[name]
 
     def to_float32(self) -> None:
         """Tune float16 and bfloat16 weights in float32: their own steps would round small changes away."""
@@ -93,7 +132,11 @@ class WorkCopy:
             odd = [k for k in {**now, **self.keys} if now.get(k) != self.keys.get(k)] or [*({*types} ^ {*self.modules})]
             raise ModelError(f"the method {who} did not take back what it did to the model: {odd[:3]}")
         self._flags_and_homes()
-        return self.model
+        if self.twin_of is not None:
+            with torch.no_grad():
+                for own, new in zip(_tensors_of(self.twin_of), _tensors_of(self.model)):
+                    own.copy_(new)
+        return self.whole
 
     def undo(self) -> None:
         """In place: bring everything back as it was, values too. A copy is simply dropped."""
@@ -118,9 +161,13 @@ class WorkCopy:
             module.training = self.flags.get(name, module.training)
         for name, p in self.model.named_parameters(remove_duplicate=False):
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
-            if self.contiguous.get(name):
-                p.data = p.data.contiguous()
             p.grad = self.grads.get(name)
+        for name, t in [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]:
+            if self.contiguous.get(name):
+                t.data = t.data.contiguous()
 
     def _reorder(self) -> None:
         """A parametrisation that is taken off puts its weight last: the state dict keeps the user's order."""
@@ -132,9 +179,14 @@ class WorkCopy:
                     mapping.update(items)
 
 
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 def _check(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
+    refuse_sharded(model)
     check_net(model)
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")

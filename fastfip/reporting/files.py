@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ _ABANDONED = 60
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the name of a temporary file beside `path`; at the end it takes the place of `path`, or is removed.
 
-    A link is followed, so that what it points at is replaced. What a killed process left beside `path` is removed.
+    A link is followed, so that what it points at is replaced. The file keeps the mode that it had; a new one has what
+    the umask leaves. What a killed process left beside `path` is removed.
 
     Raises:
         OSError: it cannot be written; a folder, a device, a pipe or a missing folder among them.
@@ -33,11 +35,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not target.parent.is_dir():
         raise FileNotFoundError(None, f"the folder {target.parent} does not exist")
     _tidy(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        mode = _mode(target, temporary)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -50,9 +54,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
+def _mode(target: Path, temporary: Path) -> int:
+    """Create the temporary file; return the mode that the file is to have, which it has from the start."""
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
 def _tidy(target: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote `target`."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"\.{re.escape(target.name[:50])}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for entry in os.scandir(target.parent):
             match = pattern.fullmatch(entry.name)

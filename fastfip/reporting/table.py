@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastfip.errors import printable
 from fastfip.reporting.files import replacing
+
+_LONGEST_LINE = 10_000
 
 __all__ = [
     "Report",
@@ -46,7 +49,7 @@ class Sheet:
                 for cell, width, name in zip(row, widths, self.columns)
             ]
             out.append("  ".join(cells).rstrip())
-        return "\n".join([*out, *self.lines])
+        return "\n".join([*map(_safe, out), *map(_safe, self.lines)])
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -55,11 +58,11 @@ class Sheet:
 
         table = Table(show_header=any(name.rstrip(">") for name in self.columns))
         for name in self.columns:
-            table.add_column(Text(name.rstrip(">")), justify="right" if name.endswith(">") else "left")
+            table.add_column(Text(_safe(name.rstrip(">"))), justify="right" if name.endswith(">") else "left")
         for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        title = [Text(self.title, style="bold")] if self.title else []
-        return Group(*title, table, *(Text(line) for line in self.lines))
+            table.add_row(*(Text(_safe(cell)) for cell in row))
+        title = [Text(_safe(self.title), style="bold")] if self.title else []
+        return Group(*title, table, *(Text(_safe(line)) for line in self.lines))
 
 
 class Report(ABC):
@@ -87,6 +90,11 @@ class Report(ABC):
         return self.table()
 
 
+def _safe(text: str) -> str:
+    """Return a text, line by line, without what would do something to a terminal: it may hold names from files."""
+    return "\n".join(printable(line, _LONGEST_LINE) for line in text.split("\n"))
+
+
 def evaluation_sheet(evaluation: Any, title: str) -> Sheet:
     """Return the table of a `metrics.Evaluation`."""
     rows = []
@@ -94,7 +102,7 @@ def evaluation_sheet(evaluation: Any, title: str) -> Sheet:
         value = getattr(evaluation, name)
         if value is not None:
             count = evaluation.n if name == "acc" else evaluation.n_triggered
-            rows.append((word, f"{100 * value:.2f} %", f"{count}"))
+            rows.append((word, evaluation.shown(name), f"{count}"))
     if evaluation.loss is not None:
         rows.append(("loss", f"{evaluation.loss:.4g}", f"{evaluation.n}"))
     return Sheet(title, ("", "value>", "images>"), rows, [f"note: {note}" for note in evaluation.notes])

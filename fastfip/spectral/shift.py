@@ -8,7 +8,8 @@ the largest directions only (`rank`), the others staying as they are. relu has n
 direction whose sigma + delta has reached zero stays gone, and one with sigma = 0 never moves.
 
 A Linear weight is its matrix [O, I]. A convolution's is [O, I * kernel], one matrix for each group [G, O/G, I/G *
-kernel]; a transposed convolution's is [I, O * kernel] likewise. Tied weights (one tensor in several places) share one
+kernel]; a transposed convolution's is [I, O * kernel] likewise; a recurrent layer's is one for each gate [4, H, I], and
+a stack of experts' one for each. Tied weights (one tensor in several places) share one
 delta.
 
 Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min(O, I) of each group.
@@ -17,17 +18,18 @@ Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastfip.errors import ModelError
 from fastfip.ops.memory import Scratch
 from fastfip.spectral.decompose import Rank, check_rank, decompose
 from fastfip.spectral.layers import replaced_forward
 from fastfip.spectral.norms import FrozenNorms
+from fastfip.spectral.places import MapPlace, places_of
 from fastfip.spectral.site import Recorder, WeightSite
 from fastfip.spectral.weight import SpectralShift
 
@@ -35,7 +37,7 @@ __all__ = ["SpectralShift", "SpectralShifts"]
 
 
 class SpectralShifts:
-    """The spectral shifts of a model's Linear, convolution and packed attention weights.
+    """The spectral shifts of a model's weights that are linear maps (`fastfip.spectral.places`).
 
     While `installed`, the model computes with W(delta): `refresh` puts it in the weights' places before a step, and the
     gradients of the deltas arrive in their `.grad` without a gradient of a whole weight, through the op of
@@ -54,29 +56,31 @@ class SpectralShifts:
         self.installed = False
 
     @classmethod
-    def of(cls, model: nn.Module, rank: Rank = None) -> SpectralShifts:
+    def of(
+        cls, model: nn.Module, rank: Rank = None, frozen: Container[int] = (), seen: Mapping[int, bool] | None = None
+    ) -> SpectralShifts:
         """Decompose every weight, in float32 at least; `rank` says which directions move (see `decompose.Rank`).
+
+        Weights whose id is in `frozen` stay as they are; `seen` are further ones, see `places.seen_as_maps`.
 
         Raises:
             ModelError: the model has no such weight, or one is not finite.
             ConfigError: the rank is none.
         """
         check_rank(rank)
-        held: dict[int, tuple[nn.Parameter, list[str], list[WeightSite]]] = {}
-        for name, module in model.named_modules():
-            for attribute in _weights(module):
-                weight = module._parameters.get(attribute)  # None where the user's own parametrisation computes it
-                if weight is None or not weight.is_floating_point() or weight.numel() == 0:
-                    continue
-                entry = held.setdefault(id(weight), (weight, [], []))
-                entry[1].append(f"{name}.{attribute}" if name else attribute)
-                entry[2].append(WeightSite(module, attribute))
+        held: dict[int, tuple[nn.Parameter, list[MapPlace]]] = {}
+        for place in places_of(model, frozen, {} if seen is None else seen):
+            weight = place.module._parameters[place.attribute]
+            assert weight is not None
+            held.setdefault(id(weight), (weight, []))[1].append(place)
         # A tied weight moves wherever it is held: in an embedding, as a bare parameter.
+        known = {(id(place.module), place.attribute) for _, places in held.values() for place in places}
         for name, module in model.named_modules():
             for attribute, parameter in module._parameters.items():
-                if id(parameter) in held and attribute not in _weights(module):
-                    held[id(parameter)][1].append(f"{name}.{attribute}" if name else attribute)
-                    held[id(parameter)][2].append(WeightSite(module, attribute))
+                if id(parameter) in held and (id(module), attribute) not in known:
+                    places = held[id(parameter)][1]
+                    full = f"{name}.{attribute}" if name else attribute
+                    places.append(places[0]._replace(name=full, module=module, attribute=attribute))
         if not held:
             raise ModelError("the model has no Linear or convolution weight of its own: there is nothing to shift")
         return cls(_shifts(list(held.values()), rank), model.modules())
@@ -149,8 +153,8 @@ class SpectralShifts:
         """Take W(delta) out again: the model computes with its own weights."""
         if not self.installed:
             return
-        for shift in self.shifts:
-            for site in shift.sites:
+        for shift in reversed(self.shifts):  # as they were taken: each knows the order of those that were left
+            for site in reversed(shift.sites):
                 site.restore(shift.weight)
         self.norms.remove()
         self.installed = False
@@ -164,28 +168,20 @@ class SpectralShifts:
             shift.forget()
 
 
-def _weights(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's parameters that are matrices."""
-    if isinstance(module, (nn.Linear, _ConvNd)):
-        return ("weight",)
-    if isinstance(module, nn.MultiheadAttention):
-        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return ()
-
-
-def _shifts(held: list[tuple[nn.Parameter, list[str], list[WeightSite]]], rank: Rank) -> list[SpectralShift]:
+def _shifts(held: list[tuple[nn.Parameter, list[MapPlace]]], rank: Rank) -> list[SpectralShift]:
     matrices: list[Tensor] = []
-    for weight, names, sites in held:
+    for weight, places in held:
         if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"{names[0]} holds NaN or Inf: it has no singular values")
+            raise ModelError(f"{places[0].name} holds NaN or Inf: it has no singular values")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        groups = getattr(sites[0].module, "groups", 1)
-        matrices.append(weight.detach().reshape(groups, weight.shape[0] // groups, -1).to(dtype))
+        matrices.append(weight.detach().reshape(places[0].groups, places[0].rows, -1).to(dtype))
     scratch = Scratch()
-    return [
-        SpectralShift(names, sites, weight, u, sigma, v, torch.zeros_like(sigma).requires_grad_(True), scratch)
-        for (weight, names, sites), (u, sigma, v) in zip(held, decompose(matrices, rank))
-    ]
+    out = []
+    for (weight, places), (u, sigma, v) in zip(held, decompose(matrices, rank)):
+        sites = [WeightSite(place.module, place.attribute) for place in places]
+        delta = torch.zeros_like(sigma).requires_grad_(True)
+        out.append(SpectralShift([p.name for p in places], sites, weight, u, sigma, v, delta, scratch))
+    return out
 
 
 def is_transposed(module: nn.Module) -> bool:

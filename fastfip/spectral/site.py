@@ -40,6 +40,13 @@ class WeightSite:
         # A parameter cannot be a computed tensor, so its place in the module is taken by a plain attribute meanwhile.
         self._take_parameter()
         self.module.__dict__[self.attribute] = value
+        self._flat(value)
+
+    def _flat(self, value: Tensor) -> None:
+        """Recurrent layers compute with a list of their weights, not with the attributes."""
+        if isinstance(self.module, nn.RNNBase):
+            flat: Any = self.module._flat_weights
+            flat[self.module._flat_weights_names.index(self.attribute)] = value
 
     def put_made(self, make: Callable[[], Tensor]) -> None:
         """Let the module find a tensor that is made when it is read: who never reads it needs no memory for it."""
@@ -72,6 +79,7 @@ class WeightSite:
         order = [*(name for name in self.order if name in rest), *(name for name in rest if name not in self.order)]
         self.module._parameters.clear()
         self.module._parameters.update({name: rest[name] for name in order})
+        self._flat(weight)
 
 
 _MADE: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}

@@ -55,8 +55,7 @@ class SpectralShift:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as [G, O, I]."""
-        groups = self.u.shape[0]
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
+        return weight.reshape(*self.u.shape[:2], -1)
 
     def shift(self) -> Tensor:
         """Return relu(sigma + delta) - sigma, [G, R]."""

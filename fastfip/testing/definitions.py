@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,14 +36,6 @@ def worst_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor], floor: fl
         size = max(float(value.detach().double().norm()), floor * whole)
         worst = max(worst, error / size if size else (0.0 if error == 0 else float("inf")))
     return worst
-
-
-def torch_error(compute: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> float:
-    """Return the relative error that torch itself makes in `dtype`: compute(dtype) against compute(float64).
-
-    Tolerances are a small multiple of it, rather than numbers set by hand.
-    """
-    return relative_error(compute(dtype), compute(torch.float64))
 
 
 def loop_gradients(

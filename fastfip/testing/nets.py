@@ -30,7 +30,8 @@ class SmallVGG(nn.Module):
         self.classifier = nn.Linear(before * (size // 8) ** 2, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        out = self.features(x)
+        return self.classifier(out.view(out.size(0), -1))
 
 
 class _WideBlock(nn.Module):
@@ -92,7 +93,8 @@ class BadNetMNIST(nn.Module):
         self.fc2 = nn.Sequential(nn.Linear(512, classes), nn.Softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(self.conv2(self.conv1(x)).flatten(1)))
+        out = self.conv2(self.conv1(x))
+        return self.fc2(self.fc1(out.view(out.size(0), -1)))
 
 
 class _BasicBlock(nn.Module):

@@ -10,17 +10,22 @@ Index letters: `n` sample, `c` class. A perturbation has the shape of one input.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.nets.state import requires_grad
 from fastfip.worst_case.pixels import PixelRange, typical_norm
+from fastfip.worst_case.store import DeltaStore, row_norms
 
 __all__ = ["Perturbations"]
+
+#: Inputs of one pass of `improve`: a larger batch goes through the model in parts, for the memory of its activations.
+PASS_BYTES = 5 << 20
 
 
 @dataclass
@@ -28,20 +33,23 @@ class Perturbations:
     """One universal perturbation for each class, of bounded L2 norm, improved by normalised gradient steps.
 
     Attributes:
-        delta: [C, *input], on the device of the inputs.
+        store: the perturbations, on the device of the inputs.
         range: of each channel of the clean inputs: perturbed inputs stay in it, so nothing needs to be known of how the
             user scales images.
         unit: the norm of typical inputs, sqrt(d) times their standard deviation. The radius is a multiple of it.
         radius: L2 bound of each perturbation, in the inputs' own units.
         success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
+        outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
+            them as well, whatever classes it is for.
     """
 
-    delta: Tensor
+    store: DeltaStore
     range: PixelRange
     unit: float
     radius: float
     generator: torch.Generator
     success: Tensor
+    outside: Tensor
     history: list[tuple[float, list[float]]] = field(default_factory=list)
 
     @classmethod
@@ -56,15 +64,14 @@ class Perturbations:
         """
         x = x.detach().float()
         unit = typical_norm(x)
-        delta = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu").to(x.device)
-        delta *= 1e-3 * radius * unit / _norms(delta)
         return cls(
-            delta,
+            DeltaStore.noise(x, classes, generator, 1e-3 * radius * unit, unit / math.sqrt(x[0].numel())),
             PixelRange.of_inputs(x),
             unit,
             radius * unit,
             generator,
             torch.zeros(classes, device=x.device),
+            torch.zeros(0, dtype=torch.int64, device=x.device),
         )
 
     @property
@@ -72,9 +79,9 @@ class Perturbations:
         """Return the bound in units of the norm of a typical input."""
         return self.radius / self.unit
 
-    def apply(self, x: Tensor, c: Tensor, delta: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, c: Tensor) -> Tensor:
         """Return inputs [N, ...] moved by the perturbation of their class `c` [N], within the clean inputs' range."""
-        return self.range.clamp(x + (self.delta if delta is None else delta)[c].to(x.dtype))
+        return self.range.clamp(x + self.store.rows(c).to(x.dtype))
 
     def draw(self, y: Tensor, sharpness: float) -> Tensor:
         """Return for each sample a class other than its own, the likelier the better its perturbation works.
@@ -98,27 +105,58 @@ class Perturbations:
         Returns:
             the share of samples that went to their c, as a scalar.
         """
+        n = task.size(batch)
+        most = max(1, PASS_BYTES * n // max(1, task.inputs(batch).nbytes))
         with requires_grad(model.parameters(), False):
-            used, moved = self.moved(task, batch, c)
-            return self.step(task.forward(model, moved), used, c, step)
+            if most >= n:
+                used, moved = self.moved(task, batch, c)
+                return self.step(task.forward(model, moved), used, c, step)
+            logits, gradients = [], []
+            for part in torch.arange(n, device="cpu").tensor_split(math.ceil(n / most)):
+                mine = c[part.to(c.device)]
+                used, moved = self.moved(task, take(batch, part, n), mine)
+                logits.append(task.forward(model, moved).float())
+                gradients.append(self._gradient(logits[-1], used, mine))
+                logits[-1] = logits[-1].detach()
+                del used, moved  # with the graph, before the next part
+        self._move(c, torch.cat(gradients), step)
+        return self.count(torch.cat(logits), c)
 
     def moved(self, task: Task, batch: Batch, c: Tensor) -> tuple[Tensor, Batch]:
         """Return the perturbations of the classes `c` [N] as a leaf [N, ...], and the batch moved by them."""
         x = task.inputs(batch)
-        used = self.delta.detach()[c].to(x.dtype).requires_grad_(True)
+        used = self.store.rows(c).to(x.dtype).requires_grad_(True)
         return used, task.replace_inputs(batch, self.range.clamp(x + used))
 
     def step(self, logits: Tensor, used: Tensor, c: Tensor, step: float = 0.3, retain_graph: bool = False) -> Tensor:
         """Take the step of `improve` from the logits of a pass that was there anyway (see `moved`)."""
         logits = logits.float()
-        loss = nn.functional.cross_entropy(logits, c, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, used, retain_graph=retain_graph)
-        with torch.no_grad():
-            total = torch.zeros_like(self.delta).index_add_(0, c, gradient.to(self.delta.dtype))
-            size = _norms(total)
-            self.delta -= step * self.radius * total / size.clamp_min(1e-20)
-            self.delta *= (self.radius / _norms(self.delta).clamp_min(1e-20)).clamp(max=1)
+        self._move(c, self._gradient(logits, used, c, retain_graph), step)
         return self.count(logits, c)
+
+    @staticmethod
+    def _gradient(logits: Tensor, used: Tensor, c: Tensor, retain_graph: bool = False) -> Tensor:
+        """Return the gradient in what was used, [N, ...], of the summed cross-entropy towards c [N]."""
+        loss = nn.functional.cross_entropy(logits, c, reduction="sum")
+        return torch.autograd.grad(loss, used, retain_graph=retain_graph)[0]
+
+    @torch.no_grad()
+    def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:
+        """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
+        touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
+        total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
+        total.index_add_(0, place[: len(c)], gradient.float())
+        size = row_norms(total)
+        rows = self.store.rows(touched)
+        rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))
+        rows *= self._shortening(rows)
+        if self.store.exact:
+            self.outside = touched[(self._shortening(rows) < 1).flatten()]
+        self.store.put(touched, rows)
+
+    def _shortening(self, rows: Tensor) -> Tensor:
+        """Return the factor, at most 1, that brings each row into the ball, [K, 1, ...]."""
+        return (self.radius / row_norms(rows).clamp_min(1e-20)).clamp(max=1)
 
     @torch.no_grad()
     def count(self, logits: Tensor, c: Tensor) -> Tensor:
@@ -137,8 +175,3 @@ class Perturbations:
         """Widen the bound; the perturbations themselves stay where they are."""
         self.history.append((self.relative_radius, self.success.tolist()))
         self.radius *= factor
-
-
-def _norms(delta: Tensor) -> Tensor:
-    """L2 norm of each row, [C, 1, ...]."""
-    return torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.dim())), keepdim=True)

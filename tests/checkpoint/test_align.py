@@ -40,7 +40,8 @@ def test_wrong_kinds_of_numbers(tmp_path):
 def test_names_in_the_file_do_nothing_to_the_terminal(tmp_path):
     state = {"a\n\x1b[2J\x07b": torch.tensor([float("nan")])}
     refused(save(state, tmp_path / "m.pth"), r"a\?\?\[2J\?b holds NaN")
-    refused(save({"x" * 10**5: torch.tensor([float("nan")])}, tmp_path / "m.pth"), r"xxx\.\.\.$")
+    refused(save({"x" * 10**4: torch.tensor([float("nan")])}, tmp_path / "m.pth"), r"xxx\.\.\.$")
+    refused(save({"x" * 10**5: torch.tensor([1.0])}, tmp_path / "m.pth"), "name is no text, or far too long")
 
 
 def test_entries_that_are_no_tensors(tmp_path):

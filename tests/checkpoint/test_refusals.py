@@ -91,7 +91,7 @@ def test_safe_globals_of_the_process_do_not_count(tmp_path):
         (Name("torch", "FloatTensor"), (10**12,)),
         (Name("_codecs", "encode"), ("x", "rot13")),
         (Name("torch", "load"), ("x",)),
-        (Name("argparse", "Namespace"), ()),
+        (Name("argparse", "ArgumentParser"), ()),
         (Name("numpy", "dtype"), ("O8", False, True)),
     ],
 )

@@ -10,10 +10,13 @@ from torch import nn
 
 from fastfip.checkpoint import load_checkpoint
 from fastfip.cli import main
+from fastfip.fisher import FisherDiagonal
 from fastfip.testing.definitions import loop_diagonal, worst_error
 
 ARCH = """
 from torch import nn
+def one():
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 1))
 def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ELU(), nn.Flatten(), nn.Linear(64, 3))
 def probabilities():
@@ -65,6 +68,31 @@ def test_kinds_and_the_table(work, capsys):
     a, b = load_checkpoint("a.pth"), load_checkpoint("b.pth")
     assert worst_error({k: a[k] for k in a}, {k: b[k] for k in b}) < 1e-5
     assert main(["fisher", "in.pth", "c.pth", *NET, "--kind", "mc", "--limit", "4"]) == 0
+
+
+def test_the_file_is_read_back_as_a_diagonal(work, capsys):
+    assert main(["fisher", "in.pth", "f.safetensors", *NET, "--kind", "mc", "--limit", "4"]) == 0
+    got = FisherDiagonal.load("f.safetensors")
+    assert (got.n, got.kind, got.coverage["4.weight"]) == (4, "mc", "linear")
+
+
+def test_likelihoods(work, capsys):
+    assert main(["fisher", "in.pth", "a.pth", *NET, "--kind", "exact"]) == 0
+    assert main(["fisher", "in.pth", "b.pth", *NET, "--kind", "exact", "--likelihood", "categorical"]) == 0
+    a, b = load_checkpoint("a.pth"), load_checkpoint("b.pth")
+    assert worst_error({k: b[k] for k in a}, {k: a[k] for k in a}) < 1e-5
+    x, y = images()
+    np.savez("two.npz", clean_x=x.numpy(), clean_y=(y == 0).long().numpy())
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 1))
+    torch.save(model.state_dict(), "one.pth")
+    net = ["--arch", "fisher_arch:one", "--data", "two.npz"]
+    assert main(["fisher", "one.pth", "c.pth", *net, "--kind", "exact", "--likelihood", "bernoulli"]) == 0
+    p = model(x).sigmoid().detach()
+    want = (p * (1 - p) * x.flatten(1).square()).mean(0, keepdim=True)
+    torch.testing.assert_close(load_checkpoint("c.pth")["1.weight"], want)
+    capsys.readouterr()
+    assert main(["fisher", "one.pth", "d.pth", *net, "--likelihood", "bernouli"]) == 5
+    assert "did you mean 'bernoulli'" in capsys.readouterr().err
 
 
 def test_a_softmax_inside_the_net(work, capsys):

@@ -80,7 +80,7 @@ NETS = {
     "mlp": (lambda: nets.MLP(12, 9, 7, 5), lambda: torch.randn(B, 12)),
     "small-vgg-elu": (lambda: nets.SmallVGG(5, width=4, size=16), images),
     "wide-resnet-16-1": (lambda: nets.WideResNet(5), images),
-    "badnet-mnist": (lambda: nets.BadNetMNIST(5), lambda: images(1, 28)),
+    "badnet-mnist": (lambda: logits_of(nets.BadNetMNIST(5)), lambda: images(1, 28)),
     "resnet20": (lambda: nets.ResNet20(5, blocks=1), images),
     "preact-resnet18": (lambda: nets.PreActResNet(5, width=4), images),
     "vgg-bn": (VGGBN, images),
@@ -91,6 +91,12 @@ NETS = {
     "pointnet": (lambda: nets.PointNet(5, (6, 8, 10), 7), lambda: torch.randn(B, 20, 3)),
     "volume": (Volume, lambda: torch.randn(B, 1, 5, 6, 5)),
 }
+
+
+def logits_of(model):
+    """Without its last softmax: the definitions here take outputs for logits."""
+    model.fc2[1] = nn.Identity()
+    return model
 
 
 def problem(name):

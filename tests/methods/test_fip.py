@@ -79,6 +79,17 @@ def test_the_gradient_of_fast_fip_is_that_of_a_per_sample_loop() -> None:
         torch.testing.assert_close(delta.grad, a + b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_trace_is_added_every_so_many_steps(every: int) -> None:
+    run, method = make_run(FIPConfig(eta_r=0.0, trace_every=every, bn_mode="eval"), net()), FIP()
+    method.setup(run)
+    with_trace = []
+    for run.step in range(7):
+        if "fisher_trace" in method.backward(run, data()):
+            with_trace.append(run.step)
+    assert with_trace == list(range(0, 7, every))
+
+
 def test_retainer_is_zero_at_the_anchor_with_zero_gradient() -> None:
     t = torch.randn(5, requires_grad=True)
     term = retainer([t], [t.detach().clone()], [torch.rand(5)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data.cleanset import CleanSet
+from fastfip.methods.base import Run
 from fastfip.methods.wfip import WFIP, FastWFIP, FastWFIPConfig, WFIPConfig
 from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.steps import StateMean
@@ -98,6 +99,51 @@ def test_only_states_of_the_recovery_can_be_kept() -> None:
     assert not method.is_candidate(run)
     run.step = run.total_steps
     assert method.is_candidate(run)
+
+
+def test_half_of_the_recovery_settles_before_a_state_can_be_kept() -> None:
+    run, method = make_run(WFIPConfig(unlearn=0.4), net()), WFIP()
+    run.total_steps = 100
+    for run.step, kept in ((69, False), (70, True)):  # the recovery is steps 40 to 100
+        assert method.is_candidate(run) is kept
+
+
+def test_the_unlearning_gives_way_where_the_kl_passes_its_budget() -> None:
+    run, method = make_run(WFIPConfig(budget=0.5), net()), WFIP()
+    for kl, room in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0), (2.0, 0.0)):
+        assert method.room(run, {"kl": kl}) == pytest.approx(room)
+    assert method.room(run, {}) == 1.0
+
+
+def test_perturbations_that_work_better_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharpness: list[float] = []
+    draw = Perturbations.draw
+
+    def watched(self: Perturbations, y: Tensor, focus: float) -> Tensor:
+        sharpness.append(focus)
+        return draw(self, y, focus)
+
+    monkeypatch.setattr(Perturbations, "draw", watched)
+    fastfip.purify(net(torch.float32), data(40, torch.float32), "wfip", steps=5, unlearn=1.0, progress=False)
+    assert sharpness[-5:] == [2.0] * 5 and set(sharpness[:-5]) == {0.0}  # the search draws evenly
+
+
+def test_fast_wfip_ends_with_the_mean_of_the_last_fifth() -> None:
+    states: list[list[Tensor]] = []
+
+    class Watched(FastWFIP):
+        def after_step(self, run: Run) -> None:
+            if run.step == run.total_steps - 1:
+                self.mean.tensors = [t.clone() for t in self.space.tensors]  # the mean is put into these
+            super().after_step(run)
+            states.append([t.detach().clone() for t in self.space.tensors])
+            if run.step == run.total_steps - 1:
+                for t, mean in zip(zip(*states[-4:]), self.mean.tensors):
+                    torch.testing.assert_close(torch.stack(t).mean(0), mean, rtol=1e-5, atol=1e-6)
+                states.append([])
+
+    fastfip.purify(net(torch.float32), data(40, torch.float32), Watched, steps=20, trust=None, progress=False)
+    assert states[-1] == [] and (WFIP.average, WFIP.turns, WFIP.improve_every) == (0.0, False, 1)
 
 
 def test_inputs_that_cannot_be_perturbed_leave_the_clean_terms() -> None:

@@ -105,8 +105,8 @@ def test_test_data_that_cannot_be_used():
     ):
         with pytest.raises(DataError, match=words):
             evaluate(Says(), bad)
-    with pytest.raises((DataError, ModelError), match="logits"):
-        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), [(saying([1]), torch.tensor([0]))])
+    with pytest.raises((DataError, ModelError), match="outside"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), [(saying([1]), torch.tensor([2]))])
 
 
 def test_the_model_is_left_as_it_was():

@@ -329,18 +329,51 @@ def test_an_infinite_gradient_is_left_out():
 
 def test_ten_in_a_row_end_it():
     run = make_run(epochs=9)
-    with pytest.raises(ModelError, match="not finite in 10 steps in a row: lower lr"):
+    with pytest.raises(ModelError, match="not finite in 10 steps in a row, in epoch 4 of 9: lower lr"):
         fit(run, Poisoned(range(100)))
     run = make_run(epochs=9)
     history = fit(run, Poisoned(range(4, 100)))
-    assert run.best_epoch is not None and len(history) < 9 and "10 steps in a row" in run.notes[-1]
+    assert run.best_epoch is not None and len(history) < 9 and "10 steps in a row" in run.alerts[0]
+    assert run.diverged and "lower lr" in run.alerts[0]
 
 
 def test_a_divergence_is_never_kept():
     run = make_run(plain_net(), lr=1e38, epochs=4)
-    with pytest.raises(ModelError, match="finite.*lower lr"):  # which of the two comes first is a matter of rounding
+    with pytest.raises(ModelError, match="lower lr"):  # for which reason is a matter of rounding
         fit(run, Plain())
     assert all(bool(torch.isfinite(v).all()) for v in values(run.model).values())
+
+
+class Climbing(Plain):
+    """A loss that is finite for a while, whatever it is worth."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def backward(self, run, batch):
+        values = super().backward(run, batch)
+        return {**values, "loss": self.losses[min(run.step, len(self.losses) - 1)]}
+
+
+def test_a_loss_that_runs_away_ends_the_run_at_once():
+    run = make_run(epochs=9)
+    history = fit(run, Climbing([1.0] * 7 + [2e6]))
+    assert run.step == 7 and len(history) == 2 and run.best_epoch is not None
+    assert "stopped in epoch 3 of 9, the loss went from 1 to 2e+06: lower lr" in run.alerts[0] and run.diverged
+    with pytest.raises(ModelError, match=r"the loss went from 1 to 1e\+30, in epoch 1 of 9: lower lr"):
+        fit(make_run(epochs=9), Climbing([1.0, 1e30]))
+
+
+def test_a_loss_that_only_rises_goes_on():
+    run = make_run(epochs=3)
+    assert len(fit(run, Climbing([1e-3] * 4 + [9e5]))) == 3 and not run.diverged and not run.alerts
+
+
+def test_a_run_that_diverges_again_and_again_from_its_last_good_state_ends():
+    run = make_run(epochs=40)
+    bad = [step for step in range(120) if step >= 6 and step % 4]
+    fit(run, Poisoned(bad))
+    assert run.diverged and run.step < 40 and "steps: lower lr" in run.alerts[0]
 
 
 def test_an_epoch_without_a_finite_score_is_never_kept():

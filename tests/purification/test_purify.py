@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_in_place(method):
 @pytest.mark.parametrize("kind", [conv_net, TiedNet])
 def test_after_an_error_the_model_is_as_it_was(method, kind, inplace):
     model = net(kind)
-    next(model.parameters()).requires_grad_(False)
+    list(model.parameters())[1].requires_grad_(False)
     list(model.parameters())[-1].grad = torch.ones_like(list(model.parameters())[-1])
     before, form = values(model), structure(model)
 
@@ -143,7 +144,8 @@ def test_after_an_error_the_model_is_as_it_was(method, kind, inplace):
         ((data(6)[0][:, :1], data(6)[1]), ModelError, "the model fails on a batch"),
         ((data(6)[0], data(6)[1][:4]), DataError, "4 labels"),
         ((data(6)[0] * float("nan"), data(6)[1]), ModelError, "NaN"),
-        (None, DataError, "must be an iterable"),
+        (None, DataError, "give clean_loader="),
+        (3, DataError, "must be an iterable"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
@@ -415,7 +417,7 @@ class Uncopiable(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = net()
-        self.cache = (torch.ones(2, requires_grad=True) * 2,)
+        self.lock = threading.Lock()
 
     def forward(self, x):
         return self.inner(x)

@@ -84,10 +84,10 @@ def tensor(size=(4,), stride=(1,), offset=0, numel=4, key="0", kind=FLOATS, loca
     return Call(Name("torch._utils", "_rebuild_tensor_v2"), (Pid(ident), offset, size, stride, False, HOOKS))
 
 
-def write_zip(path, root, storages=None, extra=None, compress=(), data=None) -> None:
+def write_zip(path, root, storages=None, extra=None, compress=(), data=None, order=b"little") -> None:
     """A file like torch.save's: `root` is what it holds (see `encode`), `storages` {key: bytes}."""
     storages = {"0": struct.pack("<4f", 1, 2, 3, 4)} if storages is None else storages
-    entries = {"archive/data.pkl": pickled(root) if data is None else data, "archive/byteorder": b"little"}
+    entries = {"archive/data.pkl": pickled(root) if data is None else data, "archive/byteorder": order}
     entries |= {f"archive/data/{key}": value for key, value in storages.items()}
     entries |= {"archive/version": b"3\n", **(extra or {})}
     with zipfile.ZipFile(path, "w") as archive:

@@ -103,13 +103,22 @@ def trip(root: Path, scene: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def long_files(root: Path) -> list[str]:
+    """Python files of the package that are too long to be of one trade."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (root / "fastfip").rglob("*.py")}
+    return sorted(f"{path.relative_to(root)}: {lines}" for path, lines in lengths.items() if lines > 400)
+
+
 def fine_tune_modules(root: Path) -> list[str]:
     """Modules of the package that `purify(..., "fine_tune")` enters, on a tiny model."""
     return list(trip(root, "fine_tune")["modules"])
 
 
 def audit_stations(root: Path) -> list[str]:
-    """Functions of the package that are handed the model of `audit`, or the copy of it."""
+    """Functions of the package that are handed the model of `audit`, or the copy of it, as an argument.
+
+    What carries the model in a field (a subject, a search) is not counted.
+    """
     return list(trip(root, "audit")["stations"])
 
 
@@ -125,14 +134,13 @@ RULES = (
     Rule("loose files at the top level of fastfip/", loose_files, 8),
     Rule("names of classes and types in two files of fastfip/", names_in_two_files, 0),
     Rule("words of the README outside code, comments and tables", readme_words, 700),
-    Rule("rows of LAYER in tests/test_imports.py", layer_rows, 25),
+    Rule("rows of LAYER in tests/test_imports.py", layer_rows, 21),
+    Rule("files of fastfip/ with more than 400 lines", long_files, 0),
     Rule("relative imports", relative_imports, 0),
     Rule("docstrings that only say See ...", empty_docstrings, 0),
     Rule('modules that purify(..., "fine_tune") enters', fine_tune_modules, 20),
     Rule("functions that audit hands its model to", audit_stations, 19),
 )
-#: Rules that are not kept yet. One that is kept by now makes tests/test_house.py fail until it is taken out here.
-NOT_YET: tuple[Callable[[Path], list[str]], ...] = ()
 
 
 def main() -> int:
@@ -143,7 +151,7 @@ def main() -> int:
     for rule in RULES:
         counted = rule.count(ROOT)
         kept = len(counted) <= rule.limit
-        verdict = "yes" if kept else "not yet" if rule.count in NOT_YET else "no"
+        verdict = "yes" if kept else "no"
         print(f"{rule.what:{width}}  {rule.limit:5}  {len(counted):4}  {verdict}")
         if not kept:
             broken.append((rule, counted))

@@ -30,7 +30,7 @@ from fastfip.fisher.differences.shifts import (
 from fastfip.fisher.graph.forms import ConvForm, DenseForm, SumForm
 from fastfip.fisher.graph.layout import Layout
 from fastfip.fisher.graph.plan import Plan, UseGroup
-from fastfip.ops.convolution import ConvolutionOptions
+from fastfip.ops.convolution import ConvolutionOptions, per_dimension
 
 MemoryKey = tuple[Any, ...]
 
@@ -83,7 +83,7 @@ def target_of(plan: Plan, group: UseGroup) -> ShiftTarget:
         if makes is ConvForm:
             dims = len(z) - 2
             stride, padding, dilation, output_padding = (
-                _spatial(getattr(node, f"_saved_{k}"), dims)
+                per_dimension(getattr(node, f"_saved_{k}"), dims)
                 for k in ("stride", "padding", "dilation", "output_padding")
             )
             options = stride, padding, dilation, node._saved_transposed, output_padding, node._saved_groups
@@ -103,11 +103,6 @@ def flipped(plan: Plan, group: UseGroup) -> bool:
     """Whether the matrix of a product is used as [I, O], behind the data: what its graph sees of x W^T is W^T."""
     use = group.uses[0]
     return (plan.sites[use.site].node.name(), use.slot) in (("AddmmBackward0", 2), ("MmBackward0", 1))
-
-
-def _spatial(value: Any, dims: int) -> tuple[int, ...]:
-    value = tuple(int(v) for v in value)
-    return value * dims if len(value) == 1 else value
 
 
 class ShiftedForward(TorchFunctionMode):

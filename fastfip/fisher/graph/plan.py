@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fastfip.errors import ModelError
-from fastfip.fisher.graph import rules  # noqa: F401  (registers them)
+from fastfip.fisher.graph import norm_rules, rules  # noqa: F401  (registers them)
 from fastfip.fisher.graph.forms import JOINED, GradientForm
 from fastfip.fisher.graph.layout import Layout
 from fastfip.fisher.graph.reading import (
@@ -311,9 +311,14 @@ def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | No
             )
     else:
         names = [params] if isinstance(params, str) else list(params)
-        unknown = [name for name in names if name not in every]
-        if unknown:
-            raise ModelError(f"the model has no parameter {unknown[0]!r}")
+        for name in names:
+            if not isinstance(name, str):
+                raise ModelError(
+                    f"params= takes names, not a {type(name).__name__}: e.g. params=[name for name, _ in"
+                    " model.named_parameters() if name.startswith('fc.')]"
+                )
+            if name not in every:
+                raise ModelError(f"the model has no parameter {name!r}")
         chosen = {name: every[name] for name in names}
     once: dict[int, str] = {}
     for name, p in chosen.items():

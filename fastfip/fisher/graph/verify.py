@@ -1,7 +1,8 @@
 """Verification of a plan, on the first batch of a graph: a wrong guess must not pass silently.
 
 Two backward passes, one with weighted losses, show which elements belong to which sample at every site (layout.py). A
-third, of a single sample's loss through the whole graph, is compared with that sample's gradients by the plan.
+third, of a single sample's loss through the whole graph, is compared with that sample's gradients by the plan, on the
+way of the second. Only where sites turn out to be none are there more.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def _both(known: Known, now: Known) -> Known:
 def _resolved(known: Known, reading: Reading, samples: int) -> list[Layout] | None:
     """The layouts for this batch, or None if what is known leaves more than one possibility.
 
-    Where some batches' gradients fit two layouts alike (class tokens at 0, T, 2T ... belong to samples 0, 1, 2 ... in
-    either order if T = 1 modulo N), the first is taken in the end: looking again would cost four passes each step.
+    Where some batches' gradients fit two layouts alike, the first is taken in the end: looking again would cost three
+    passes each step.
     """
     if len(known.layouts) != len(reading.sites):
         return None
@@ -127,7 +128,8 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
     stuck, at_first = frozenset[str](), reading.at_root
     for rounds in itertools.count():
         plan = Plan(losses, params, reading, [site.recipe.layouts[0] for site in reading.sites], reading.at_root)
-        agreeing, evidence = _sample_axes(plan)
+        comparison = _Comparison(plan.routed()) if rounds == 0 else None
+        agreeing, evidence = _sample_axes(plan, comparison)
         wrong = [i for i, layouts in enumerate(agreeing) if not layouts and not plan.sites[i].params <= stuck]
         # No layout, and nothing but parameters goes in: the same for all samples, so the cut lies further up.
         up = [] if rounds == _ROUNDS else [i for i in wrong if not _has_data(plan, i)]
@@ -140,9 +142,12 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
         if lost:  # data after all (samples that see each other): what lies above must not go the slow way with it
             stuck |= frozenset().union(*(moved.pop(i) for i in lost))
             reading = read_graph(losses, params, frozenset(moved))
-    layouts = tuple(good or site.recipe.layouts for good, site in zip(agreeing, plan.sites))
+    layouts = _settled_layouts(plan, [good or site.recipe.layouts for good, site in zip(agreeing, plan.sites)])
     plan = Plan(losses, params, reading, [good[0] for good in layouts], stuck | reading.at_root).routed()
-    refuted, seen = _refuted_by_one_sample(plan)
+    if comparison is None or stuck:
+        comparison = _Comparison(plan)
+        plan.stream(torch.ones_like(losses), comparison.take, retain_graph=True)
+    refuted, seen = comparison.verdict()
     if refuted:
         stuck |= refuted
         plan = Plan(losses, params, reading, plan.layouts, stuck | reading.at_root).routed()
@@ -150,70 +155,102 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
     return plan, Known(frozenset(moved), layouts, stuck, settled, tries + 1)
 
 
-def _sample_axes(plan: Plan) -> tuple[list[tuple[Layout, ...]], bool]:
-    """Return the layouts that each site's gradient agrees with, and whether every site had a gradient to judge by."""
+def _sample_axes(plan: Plan, comparison: _Comparison | None) -> tuple[list[tuple[Layout, ...]], bool]:
+    """Return the layouts that each site's gradient agrees with, and whether every site had a gradient to judge by.
+
+    The comparison sees what has a layout; it is done if all sites have.
+    """
+    ones = torch.ones_like(plan.losses)
     if plan.samples == 1:  # everything belongs to the one sample
+        if comparison is not None:
+            plan.stream(ones, comparison.take, retain_graph=True)
         return [site.recipe.layouts for site in plan.sites], True
     probes: dict[int, Probe] = {}
     verdicts: dict[int, tuple[tuple[Layout, ...], bool]] = {}
     weights = weights_for(plan.samples, plan.losses, seed=plan.samples)
-    plan.stream(torch.ones_like(plan.losses), lambda i, g: probes.update({i: Probe.of(g)}), retain_graph=True)
+    plan.stream(weights, lambda i, g: probes.update({i: Probe.of(g, plan.samples)}), retain_graph=True)
 
     def judge(i: int, g: Tensor) -> None:
         verdicts[i] = probes[i].verdict(g, weights, plan.sites[i].recipe.layouts)
+        if comparison is not None and verdicts[i][0]:
+            plan.layouts[i] = verdicts[i][0][0]
+            comparison.take(i, g)
 
-    plan.stream(weights, judge, retain_graph=True)
+    plan.stream(ones, judge, retain_graph=True)
     nothing = [(site.recipe.layouts, False) for site in plan.sites]
     results = [verdicts.get(i, nothing[i]) for i in range(len(plan.sites))]
     return [layouts for layouts, _ in results], all(evidence for _, evidence in results)
+
+
+def _settled_layouts(plan: Plan, agreeing: list[tuple[Layout, ...]]) -> tuple[tuple[Layout, ...], ...]:
+    """Decide between frames that follow each other and frames that alternate, where this batch fits both.
+
+    Class tokens at rows 0, T, 2T ... belong to samples 0, 1, 2 ... in either order if T = 1 modulo N. Other sites of as
+    many rows tell, where all positions have a gradient. Where there are none the first order it is: rows of alternating
+    frames that one position of each sample leads to lie together, and fit both orders for N = 2 alone.
+    """
+    orders: dict[int, set[bool]] = {}
+    for site, layouts in zip(plan.sites, agreeing):
+        if len(layouts) == 1:
+            orders.setdefault(site.recipe.shape[layouts[0].dim], set()).add(layouts[0].major)
+    settled = []
+    for site, layouts in zip(plan.sites, agreeing):
+        if len(layouts) > 1 and len({one.dim for one in layouts}) == 1:
+            known = orders.get(site.recipe.shape[layouts[0].dim], set())
+            told = tuple(one for one in layouts if known == {one.major})
+            layouts = told or (layouts[:1] if plan.samples > 2 else layouts)
+        settled.append(layouts)
+    return tuple(settled)
 
 
 def _has_data(plan: Plan, i: int) -> bool:
     return any(edge is not None and edge[0] not in plan.reading.below for edge in inputs_of(plan.sites[i].node))
 
 
-def _refuted_by_one_sample(plan: Plan) -> tuple[frozenset[str], bool]:
-    """Compare the gradients of the sample with the largest loss with its own backward pass through the whole graph.
+class _Comparison:
+    """The gradients of the sample with the largest loss by a plan, against its own backward pass through the graph."""
 
-    Returns the parameters for which they differ, and whether the sample had any gradient to compare.
-    """
-    names = [name for name in plan.params if name not in plan.loop]
-    if not names:
-        return frozenset(), True
-    m = int(plan.losses.detach().nan_to_num().argmax())
-    rest = _own_gradient(plan, m, names)  # what the plan finds is taken away from it: one buffer, not two
-    sizes = {name: _norm(value) for name, value in rest.items()}
-    scale: dict[str, float] = {}
-    forms: dict[tuple[int, int], GradientForm] = {}
-    pulled = plan.pulled_uses()
-    direct: dict[int, list[tuple[int, str, Chain]]] = {}
-    for name, groups in plan.groups.items():
-        for group in groups:
-            for use in group.uses:
-                direct.setdefault(use.site, []).append((use.slot, name, use.chain or group.chain))
+    def __init__(self, plan: Plan) -> None:
+        self.plan, names = plan, [name for name in plan.params if name not in plan.loop]
+        self.m = int(plan.losses.detach().nan_to_num().argmax())
+        # What the plan finds is taken away from it: one buffer, not two.
+        self.rest = _own_gradient(plan, self.m, names) if names else {}
+        self.sizes = {name: _norm(value) for name, value in self.rest.items()}
+        self.scale: dict[str, float] = {}
+        self.forms: dict[tuple[int, int], GradientForm] = {}
+        self.pulled, self.any = plan.pulled_uses(), bool(names)
+        self.direct: dict[int, list[tuple[int, str, Chain]]] = {}
+        for name, groups in plan.groups.items():
+            for group in groups:
+                for use in group.uses:
+                    self.direct.setdefault(use.site, []).append((use.slot, name, use.chain or group.chain))
 
-    def handle(i: int, g: Tensor) -> None:
-        for slot, name, chain in direct.get(i, ()):
+    def take(self, i: int, g: Tensor) -> None:
+        """Take away what the gradient at a site says of the sample."""
+        plan, rest = self.plan, self.rest
+        for slot, name, chain in self.direct.get(i, ()):
             form = plan.form(i, slot, g)
-            value = form.one(m)
+            value = form.one(self.m)
             if name not in rest:
                 rest[name] = value.new_zeros(plan.params[name].shape)
             chain.view(rest[name]).sub_(value)
-            scale[name] = scale.get(name, 0.0) + float(form.scale(m))
+            self.scale[name] = self.scale.get(name, 0.0) + float(form.scale(self.m))
         for slot in plan.sites[i].recipe.edges:
-            if (i, slot) in pulled:
-                forms[i, slot] = plan.form(i, slot, g)
+            if (i, slot) in self.pulled:
+                self.forms[i, slot] = plan.form(i, slot, g)
 
-    plan.stream(torch.ones_like(plan.losses), handle, retain_graph=True)
-    for name, value in plan.pull(m, forms).items() if plan.pulled else ():
-        rest[name] = rest[name] - value.detach() if name in rest else -value.detach()
-    wrong = set()
-    for name, value in rest.items():
-        dtype = plan.params[name].dtype
-        noise = 1e3 * torch.finfo(dtype).eps * scale.get(name, 0.0)
-        if not _norm(value) <= _TOLERANCE.get(dtype, 1e-2) * sizes.get(name, 0.0) + noise:
-            wrong.add(name)
-    return frozenset(wrong), any(sizes.values())
+    def verdict(self) -> tuple[frozenset[str], bool]:
+        """Return the parameters for which they differ, and whether the sample had any gradient to compare."""
+        plan, rest = self.plan, self.rest
+        for name, value in plan.pull(self.m, self.forms).items() if plan.pulled else ():
+            rest[name] = rest[name] - value.detach() if name in rest else -value.detach()
+        wrong = set()
+        for name, value in rest.items():
+            dtype = plan.params[name].dtype
+            noise = 1e3 * torch.finfo(dtype).eps * self.scale.get(name, 0.0)
+            if not _norm(value) <= _TOLERANCE.get(dtype, 1e-2) * self.sizes.get(name, 0.0) + noise:
+                wrong.add(name)
+        return frozenset(wrong), any(self.sizes.values()) or not self.any
 
 
 def _own_gradient(plan: Plan, m: int, names: list[str]) -> dict[str, Tensor]:

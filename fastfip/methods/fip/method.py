@@ -95,7 +95,10 @@ class FIP(SpaceMethod):
 
 @dataclass(frozen=True)
 class FastFIPConfig(FIPConfig):
-    """Settings of Fast FIP: those of FIP, in the space of spectral shifts."""
+    """Settings of Fast FIP: those of FIP (SGD, BatchNorm in train mode), in the space of spectral shifts.
+
+    The paper's own settings of Fast FIP are not known, and its released code has no runnable path for it.
+    """
 
     trace_way: Literal["auto", "exact"] = setting("auto", "the trace of the shifts has an exact gradient of its own")
     rank: int | float | None = setting(

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
-from fastfip.fisher.diagonal import Kind
+from fastfip.fisher.labels import Kind
 from fastfip.methods._space import Space, SpaceMethod, Spectral
 from fastfip.methods.base import Groups, Run, register
 from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.config import FastWFIPConfig, WFIPConfig
-from fastfip.methods.wfip.search import IMPROVE_STEP, at_least, endless, search
+from fastfip.methods.wfip.search import IMPROVE_STEP, at_least, search
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.nets.state import frozen_copy
@@ -75,7 +75,7 @@ class WFIP(SpaceMethod):
             self.bound = StepBound(self.space.tensors, diagonal, config.trust)
         received = frozen_copy(run.model) if config.kl > 0 or config.sieve > 0 else None
         self.sieve = Sieve(run)
-        batches = endless(run)
+        batches = run.endless()
         first = next(batches)
         self.clean = CleanTerms(run, self.turns, received, perturbable(run.task, first))
         self.perturbations = search(run, batches, first, config.radius_factor)

@@ -13,7 +13,7 @@ from fastfip.methods.base import Run
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "endless", "search"]
+__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "search"]
 
 #: Radii that are tried at most, each larger than the one before it by the growth, with so many steps at each.
 ROUNDS, GROWTH, STEPS = 16, 1.3, 10
@@ -21,6 +21,8 @@ ROUNDS, GROWTH, STEPS = 16, 1.3, 10
 REACH = 0.9
 #: Step of a perturbation, in radii, in the search and while the model unlearns.
 IMPROVE_STEP = 0.3
+#: Clean inputs that are looked at together, at most 64 batches; no more are read once they fill this.
+MOST_BYTES = 128 << 20
 #: Samples of a perturbed batch, at least.
 SEARCH_BATCH = 64
 
@@ -38,19 +40,24 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         radius_factor: the radius that is left, over the one at which the search ended.
     """
     why_not = ""
-    inputs: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []  # what the clean range and the norm of a typical input are taken from
     if not perturbable(run.task, first):
         why_not = "no input of real numbers under a name that is known, such as x or image"
     else:
-        inputs = [run.task.inputs(b) for b in itertools.islice(run.clean.batches(device=run.device), 64)]
+        for clean in itertools.islice(run.clean.batches(device=run.device), 64):
+            inputs.append(run.task.inputs(clean))
+            if sum(x.nbytes for x in inputs) >= MOST_BYTES:
+                break
         if len({x.shape[1:] for x in inputs}) > 1:
             why_not = "the inputs differ in shape"
         elif run.classes is None:
             why_not = "loss= takes outputs or labels of another form"
     if why_not or run.classes is None:
         run.note(f"no worst-case inputs were looked for ({why_not}): only the clean terms of the objective are left")
+        run.alert(f"ONLY FINE-TUNED, nothing was unlearned ({why_not})")
         return None
     perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
+    inputs.clear()
     with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
         for _ in range(ROUNDS):
             for _ in range(STEPS):
@@ -63,12 +70,6 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         perturbations.grow(radius_factor)
         run.log(radius=perturbations.relative_radius)
     return perturbations
-
-
-def endless(run: Run) -> Iterator[Batch]:
-    """Walk the clean samples again and again, shuffled."""
-    while True:
-        yield from run.clean.batches(run.config.batch_size, shuffle=True, generator=run.generator, device=run.device)
 
 
 def at_least(run: Run, batch: Batch) -> Batch:

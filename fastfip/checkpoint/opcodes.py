@@ -1,0 +1,136 @@
+"""Read the instructions of a pickle one by one, within bounds that do not depend on what the file says of itself."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from fastfip.errors import CheckpointError
+
+__all__ = ["MOST_INSTRUCTIONS", "ROOM", "Budget", "Skipped", "Window", "instructions"]
+
+#: What following a pickle may take beside the bytes of the pickle itself.
+ROOM = 32 * 2**20
+#: A list of half a million samples with their labels has about as many.
+MOST_INSTRUCTIONS = 3_000_000
+#: Texts and bytes that are longer are passed over: they are pictures and logs, never names or numbers.
+LONGEST = 1 << 16
+_LENGTHS = {"BINUNICODE": "<I", "BINBYTES": "<I", "BINSTRING": "<I", "BINUNICODE8": "<Q", "BINBYTES8": "<Q"}
+_LENGTHS |= {"BYTEARRAY8": "<Q", "LONG4": "<I"}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A text or bytes of `length` bytes that were passed over."""
+
+    length: int
+
+
+class Window:
+    """A part of a file, from its position on; it never asks for more than there is, as read(n) allocates n bytes."""
+
+    def __init__(self, file: BinaryIO, size: int | None = None) -> None:
+        here = file.tell()
+        self.whole = file.seek(0, os.SEEK_END)
+        self.left = self.whole - here if size is None else size
+        file.seek(here)
+        self.file, self.taken = file, 0
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes, fewer at the end."""
+        data = self.file.read(max(min(count, self.left), 0))
+        self.left -= len(data)
+        self.taken += len(data)
+        return data
+
+    def readline(self) -> bytes:
+        """Return the next line, or as much of it as a name may have."""
+        data = self.file.readline(min(self.left, LONGEST))
+        self.left -= len(data)
+        self.taken += len(data)
+        return data
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes."""
+        self.file.seek(count, os.SEEK_CUR)
+        self.left -= count
+
+
+class Budget:
+    """What following a pickle may take: instructions, and bytes (estimated; what is freed counts too)."""
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.spent, self.steps = window, 0, 0
+        self.stored = 0
+
+    def spend(self, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            CheckpointError: it was too much.
+        """
+        self.spent += count
+        if self.spent > ROOM + self.window.taken + min(self.stored, self.window.whole):
+            raise CheckpointError("is refused: its pickle would take many times its size in memory")
+
+    def store(self, count: int) -> None:
+        """Take note of a block of bytes that the file says it has: what describes it may take as much, up to 4 kB."""
+        self.stored += min(count, 4096)
+
+    def step(self) -> None:
+        """Count an instruction.
+
+        Raises:
+            CheckpointError: it was too much.
+        """
+        self.steps += 1
+        self.spend(5)
+        if self.steps > MOST_INSTRUCTIONS:
+            raise CheckpointError(f"is refused: its pickle has more than {MOST_INSTRUCTIONS} instructions")
+
+
+def instructions(window: Window, budget: Budget) -> Iterator[tuple[str, Any]]:
+    """Return name and argument of each instruction, up to the one that ends the pickle.
+
+    Raises:
+        ValueError: there is none of that kind, or the file ends.
+        CheckpointError: the budget is used up.
+    """
+    codes = pickletools.code2op  # type: ignore[attr-defined]
+    name = ""
+    while name != "STOP":
+        budget.step()
+        code = window.read(1)
+        if not code:
+            raise ValueError("it ends before its last instruction")
+        kind = codes.get(code.decode("latin-1"))
+        if kind is None:
+            raise ValueError(f"it has no instruction {code!r}")
+        name = kind.name
+        if kind.arg is None:
+            yield name, None
+        elif name in _LENGTHS:
+            yield name, _long(name, window)
+        else:
+            yield name, kind.arg.reader(window)
+
+
+def _long(name: str, window: Window) -> Any:
+    """Return a text, bytes or number that is preceded by its length."""
+    form = _LENGTHS[name]
+    (length,) = struct.unpack(form, window.read(struct.calcsize(form)))
+    if length > window.left:
+        raise ValueError(f"{length} bytes are expected, and {window.left} are left")
+    if length > LONGEST:
+        window.skip(length)
+        return Skipped(length)
+    data = window.read(length)
+    if name == "LONG4":
+        return int.from_bytes(data, "little", signed=True)
+    if name == "BINSTRING":
+        return data.decode("latin-1")
+    return data.decode("utf-8", "surrogatepass") if name.startswith("BINUNICODE") else data

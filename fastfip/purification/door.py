@@ -1,0 +1,132 @@
+"""What is found out before anything is tuned: the faster memory layout, and whether model and data fit each other.
+
+A model that its data do not fit (images scaled in another way, classes in another order, a checkpoint before training)
+is ruined by every method without a sign of it, so that is asked first, of the model as it was received.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.task import Task
+from fastfip.errors import DataError
+from fastfip.metrics.evaluation import binomial_tail, wilson
+from fastfip.nets.state import is_compiled, requires_grad
+from fastfip.purification.workcopy import WorkCopy
+
+__all__ = ["check_fit", "choose_layout"]
+
+#: Samples with which the layouts are compared.
+LAYOUT_SAMPLES = 8
+#: Clean samples that are asked whether the model fits them, at most.
+FIT_SAMPLES = 1024
+#: Fewer losses than that have no spread to speak of.
+FEWEST = 10
+#: Standard errors of a one-sided confidence of 99.9 %.
+SURE = 3.09
+#: Share of guessing models that pass for one that knows something.
+BY_CHANCE = 0.01
+#: How far the model's own mean confidence may lie above its accuracy without a word.
+OVERCONFIDENT = 0.15
+
+_REMEDY = (
+    "check how images are scaled (0..1, -1..1, mean and std), the order of channels and of classes, and that the model "
+    "is the trained one"
+)
+
+
+def choose_layout(work: WorkCopy, clean: CleanSet, task: Task, device: torch.device) -> None:
+    """Put a convolutional model on a CPU in channels_last, where it then gives the same and has a backward pass."""
+    model = work.model
+    if device.type != "cpu" or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return
+    if is_compiled(model):  # its code is for the layout that it met first
+        return
+    batch = next(iter(clean.batches(min(LAYOUT_SAMPLES, clean.n), device=device)))
+
+    def outputs() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return task.forward(model, batch)
+
+    def works() -> bool:
+        try:
+            with requires_grad(model.parameters(), True):
+                there = outputs()
+                weights = [p for p in model.parameters() if p.requires_grad]
+                if there.requires_grad:
+                    torch.autograd.grad(there.sum(), weights, allow_unused=True)
+        except Exception:  # what a user's forward raises in a layout that it was not written for can be anything
+            return False
+        return there.shape == here.shape and bool((there.detach() - here).abs().max() <= tolerance * here.abs().max())
+
+    with torch.no_grad():
+        here = outputs()
+    tolerance = 32 * math.sqrt(torch.finfo(here.dtype).eps) if here.is_floating_point() else 0.0
+    work.channels_last(works)
+
+
+def check_fit(
+    model: nn.Module, clean: CleanSet, task: Task, classes: int | None, device: torch.device, force: bool
+) -> list[str]:
+    """Refuse a model and clean data that do not fit each other; see `force=` of `purify` for when that is.
+
+    Args:
+        model: the received one, in eval mode.
+        clean: all clean samples, of which at most 1,024 are asked.
+        task: how it meets a batch.
+        classes: C of its logits [N, C]; None: nothing is known about them, and nothing is checked.
+        device: where it is.
+        force: a note instead of an error.
+
+    Returns:
+        what the result should say: that the model is suspiciously bad on the clean samples, or nothing.
+
+    Raises:
+        DataError: they do not fit.
+    """
+    if classes is None or clean.labels is None:
+        return []
+    right, sure, losses = _answers(model, clean, task, device)
+    n = len(right)
+    accuracy, guessing, nothing = float(right.mean()), 1 / classes, math.log(classes)
+    error = float(losses.std()) / math.sqrt(n) if n >= FEWEST else math.inf
+    mean = float(losses.mean())
+    # An infinite loss is one that is above every bound.
+    high = mean - SURE * error > nothing if math.isfinite(mean) else n >= FEWEST
+    low = wilson(accuracy, n, SURE)[1] < (1 + guessing) / 2
+    guesses = binomial_tail(int(right.sum()), n, guessing) > BY_CHANCE
+    said = f"the received model is right on {100 * accuracy:.1f} % of {n} clean samples, with a mean loss of {mean:.3g}"
+    if low and (guesses or high):
+        text = f"{said} (guessing: {100 * guessing:.1f} %, {nothing:.3g}): they do not fit each other, {_REMEDY}"
+        if not force and task.loss_hook is None:
+            raise DataError(f"{text}; force=True goes on")
+        return [text]
+    likely = wilson(accuracy, n)[1]  # a remark needs less certainty than a refusal
+    if high or likely < (1 + guessing) / 2:
+        return [f"{said}, which is suspiciously bad: {_REMEDY}"]
+    confidence = float(sure.mean())
+    if likely < confidence - OVERCONFIDENT:
+        return [f"{said}, and {100 * confidence:.1f} % sure of itself, which is suspicious: {_REMEDY}"]
+    return []
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, clean: CleanSet, task: Task, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each of the samples whether the answer is right, its probability, and its cross-entropy, all [n]."""
+    right, sure, losses = [], [], []
+    if clean.n > FIT_SAMPLES:  # spread evenly: the samples may be sorted by class
+        clean = clean.subset(torch.linspace(0, clean.n - 1, FIT_SAMPLES, dtype=torch.float64, device="cpu").long())
+    for batch in clean.batches(device=device):
+        logits = task.forward(model, batch).float()
+        y = task.labels(batch).to(logits.device)
+        losses.append(F.cross_entropy(logits, y, reduction="none").double().cpu())
+        top = logits.softmax(1).max(1)
+        right.append((top.indices == y).double().cpu())
+        sure.append(top.values.double().cpu())
+    return torch.cat(right), torch.cat(sure), torch.cat(losses)

@@ -1,0 +1,57 @@
+"""Files made to take memory or time are refused within bounds, whatever they say of themselves."""
+
+import re
+
+import pytest
+import torch
+
+from fastfip.checkpoint import load_checkpoint, opcodes, scan
+from fastfip.errors import CheckpointError
+from tests.hostile.generators import SLOW
+from tests.support.peak_memory import in_child
+
+MORE = 64 * 2**20
+
+
+class Counted(opcodes.Budget):
+    """A budget that is looked at afterwards."""
+
+    all: list["Counted"] = []
+
+    def __init__(self, window):
+        super().__init__(window)
+        self.all.append(self)
+
+
+@pytest.mark.parametrize("hostile", SLOW, ids=lambda hostile: hostile.name)
+def test_files_made_to_be_slow_are_refused_within_their_bounds(tmp_path, hostile, monkeypatch):
+    path = tmp_path / f"m{hostile.suffix}"
+    hostile.write(path)
+    size = path.stat().st_size
+    monkeypatch.setattr(scan, "Budget", Counted)
+
+    def read():
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            return str(error), [(budget.steps, budget.spent) for budget in Counted.all]
+
+    (said, counted), peak = in_child(read)
+    assert re.search(hostile.match, said), said
+    assert said.startswith(str(path)) and "\n" not in said and len(said) < 800
+    assert peak <= size + MORE
+    for steps, spent in counted:
+        assert steps <= opcodes.MOST_INSTRUCTIONS + 1 and spent <= opcodes.ROOM + 2 * size + 2**20
+
+
+def test_a_sound_file_of_many_tensors_is_within_the_bounds(tmp_path):
+    state = {f"layers.{i}.weight": torch.full((512,), float(i)) for i in range(12_000)}
+    torch.save(state, tmp_path / "m.pth")
+    loaded = load_checkpoint(tmp_path / "m.pth")
+    assert len(loaded) == 12_000 and loaded["layers.777.weight"][3] == 777
+
+
+def test_long_lists_beside_the_weights_are_within_the_bounds(tmp_path):
+    samples = [(f"data/train/n{i:07d}.png", i % 10) for i in range(50_000)]
+    torch.save({"net": {"w": torch.ones(1)}, "samples": samples}, tmp_path / "m.pth")
+    assert load_checkpoint(tmp_path / "m.pth").extras["samples"][49_999] == ("data/train/n0049999.png", 9)
