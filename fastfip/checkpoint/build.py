@@ -13,11 +13,14 @@ from fastfip.errors import CheckpointError
 
 __all__ = ["build"]
 
+#: Tuples within tuples that are gone through; what lies deeper is no plain data for anybody.
+_DEEPEST = 64
+
 
 def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -> Any:
     """Return what a pickle holds, with tensors on the CPU in place of claims. No unpickler runs.
 
-    Tensors of one block share its memory. Only dicts and lists are gone through: weights lie in dicts.
+    Tensors of one block share its memory.
 
     Args:
         file: the file.
@@ -39,16 +42,27 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             made[id(claim)] = empty.set_(blocks[storage.key], claim.offset + storage.start, claim.size, claim.stride)
     todo: list[Any] = [scanned.root]
     seen = set()
+    tuples: dict[int, tuple[Any, Any]] = {}
+
+    def built(item: Any, depth: int = 0) -> Any:
+        if isinstance(item, Claim):
+            return made[id(item)]
+        if isinstance(item, (dict, list)):
+            todo.append(item)
+        if not isinstance(item, tuple) or depth > _DEEPEST:
+            return item
+        if id(item) not in tuples:  # with the old one, so that its id is nobody else's
+            tuples[id(item)] = item, tuple([built(part, depth + 1) for part in item])
+        return tuples[id(item)][1]
+
     while todo:
         value = todo.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         for key, item in list(value.items()) if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, Claim):
-                value[key] = made[id(item)]
-            elif isinstance(item, (dict, list)):
-                todo.append(item)
+            if isinstance(item, (Claim, dict, list, tuple)):
+                value[key] = built(item)
     return scanned.root
 
 

@@ -142,3 +142,25 @@ def test_flags_are_true_or_false_whatever_bytes_say(tmp_path):
     flags = tensor(kind=Name("torch", "BoolStorage"))
     write_zip(tmp_path / "m.pth", {"w": flags}, {"0": bytes([0, 1, 2, 255])})
     assert load_checkpoint(tmp_path / "m.pth")["w"].view(torch.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_extra_state_of_modules_is_plain_data_with_tensors(tmp_path):
+    scale = {"scale": torch.ones(5), "history": collections.OrderedDict(a=(1, [torch.zeros(2)]))}
+    path = save({"net": {**small_state(), "fc._extra_state": scale}}, tmp_path / "m.pth")
+    loaded = load_checkpoint(path)
+    assert loaded["fc._extra_state"]["scale"].sum() == 5 and loaded["fc._extra_state"]["history"]["a"][0] == 1
+    save_checkpoint(loaded, tmp_path / "out.pth", like=loaded)
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["net"]["fc._extra_state"]
+    assert torch.equal(written["history"]["a"][1][0], torch.zeros(2))
+    path = save({"net": {**small_state(), "fc._extra_state": argparse.Namespace()}}, tmp_path / "n.pth")
+    with pytest.raises(CheckpointError, match=r"entry fc\._extra_state that is no plain data"):
+        load_checkpoint(path)
+
+
+def test_notes_on_versions_that_are_no_plain_data_are_not_kept(tmp_path):
+    state = make_net().state_dict()
+    state._metadata["bn"] = {"version": argparse.Namespace()}
+    loaded = load_checkpoint(save(state, tmp_path / "m.pth"), make_net())
+    assert "bn" not in loaded._metadata and loaded._metadata["fc"] == {"version": 1}
+    save_checkpoint(loaded, tmp_path / "out.pth", like=loaded)
+    assert torch.load(tmp_path / "out.pth", weights_only=True)._metadata["fc"] == {"version": 1}

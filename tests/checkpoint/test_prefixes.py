@@ -78,6 +78,7 @@ def test_what_wrappers_put_into_names_is_passed_over(tmp_path, inside, prefix):
     assert list(torch.load(tmp_path / "out.pth", weights_only=True)) == list(state)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 def test_a_compiled_part_of_the_model_takes_a_plain_file(tmp_path):
     net = nn.Sequential(make_net(), nn.Linear(3, 3))
     other = nn.Sequential(torch.compile(make_net()), nn.Linear(3, 3))
