@@ -36,8 +36,9 @@ class Checkpoint(dict[str, Tensor]):
         nesting: the keys that led to the weights, e.g. ("net",); () for a bare state dict.
         names: for each name here the name in the file, which may carry a prefix such as `module.`.
         extras: the plain data beside the weights ({"epoch": 46, "acc": 84.8}), nested as in the file.
-        left_out: entries beside the weights that are not plain data (optimiser state, other weights); `save_checkpoint`
-            does not carry them over, as they belong to the weights that were replaced.
+        left_out: entries beside the weights that are not plain data (optimiser state, other weights, settings), and
+            names without the prefix of the weights; `save_checkpoint` does not carry them over, as they belong to the
+            weights that were replaced. Safe to print.
         metadata: the metadata of a safetensors file.
     """
 
