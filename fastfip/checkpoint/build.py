@@ -9,7 +9,7 @@ import torch
 
 from fastfip.checkpoint.claims import Claim, Storage
 from fastfip.checkpoint.scan import Scan
-from fastfip.errors import CheckpointError
+from fastfip.errors import CheckpointError, reason
 
 __all__ = ["build"]
 
@@ -38,8 +38,17 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             storage = claim.storage
             if storage.key not in blocks:
                 blocks[storage.key] = _block(file, scanned.storages[storage.key], starts.get(storage.key, 0), big)
+            if big and claim.width > storage.width:
+                raise CheckpointError("has bytes in the other order without a word on how many make a value")
             empty = torch.empty(0, dtype=getattr(torch, claim.dtype))
-            made[id(claim)] = empty.set_(blocks[storage.key], claim.offset + storage.start, claim.size, claim.stride)
+            try:
+                made[id(claim)] = empty.set_(
+                    blocks[storage.key], claim.offset + storage.start, claim.size, claim.stride
+                )
+            except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"is damaged: a tensor cannot be made of what it says ({reason(error)})"
+                ) from None
     todo: list[Any] = [scanned.root]
     seen = set()
     tuples: dict[int, tuple[Any, Any]] = {}
