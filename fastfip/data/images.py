@@ -30,6 +30,8 @@ NPZ_NAMES = {
 #: Sets whose inputs take no more bytes than this are kept in memory, larger ones are made batch by batch.
 IN_MEMORY = 2**30
 _CHUNK = 512
+#: An image file may have this many; the largest of ImageNet have 61 million.
+_MOST_PIXELS = 2**26
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise ValueError(f"it has {file.width} x {file.height} pixels: make it smaller")
             image = file.convert("L" if channels == 1 else "RGB")
         if size is not None and image.size != (size[1], size[0]):
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
