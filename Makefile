@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser fuzz lint format real bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,12 @@ test: lint
 test-lesser: $(STAMP)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 FASTFIP_ISA=portable \
 		$(BIN)/python -m pytest -n 2 -q -m numeric $(ARGS)
+
+# Mutated files for every reader of files, e.g. ARGS="--minutes 30". atheris has no wheel for every Python: without it,
+# mutations are drawn at random.
+fuzz: $(STAMP)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
+	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fastfip.checkpoint.align import is_extra
 from fastfip.checkpoint.load import Checkpoint, check_tensor, load_checkpoint
 from fastfip.checkpoint.prefixes import align
-from fastfip.errors import CheckpointError
+from fastfip.errors import CheckpointError, printable, reason
 
 __all__ = ["check_suffix", "replacing", "save_checkpoint"]
 
@@ -78,6 +79,12 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
         known = " ".join((".safetensors", *_TORCH_SUFFIXES))
         raise CheckpointError(f"{os.fspath(path)}: the format is told by the suffix, one of {known}")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no system takes
+        raise CheckpointError(f"{printable(os.fspath(path))}: cannot be written: {reason(error)}") from None
     return suffix
 
 
@@ -142,22 +149,36 @@ def _put(extras: Mapping[str, Any], nesting: tuple[str, ...], state: Any) -> dic
     return {name: inner if name == first else value for name, value in extras.items()}
 
 
+def _mode(target: Path, temporary: Path) -> int:
+    """Create the temporary file; return the mode that the file is to have, which it has from the start."""
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the name of a temporary file beside `path`; at the end it takes the place of `path`, or is removed.
 
-    A link is followed, so that what it points at is replaced.
+    A link is followed, so that what it points at is replaced. The file keeps the mode that it had; a new one has what
+    the umask leaves.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise CheckpointError("is a folder: give the name of a file")
     if not target.parent.is_dir():
         raise CheckpointError(f"the folder {target.parent} does not exist")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
+        mode = _mode(target, temporary)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
