@@ -108,7 +108,7 @@ def _cuda_kernels() -> str:
 
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        return "no: not installed (pip install 'fastfip[triton]')"
+        return "no: not installed (pip install triton)"
     return f"yes ({_version('triton') or 'unknown version'})"
 
 

@@ -24,6 +24,7 @@ from fastfip.metrics.evaluation import evaluate
 from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usable_device
 from fastfip.nets.state import copied, requires_grad
 from fastfip.purification.process import seeded
+from fastfip.reporting.progress import Beat
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
 from fastfip.worst_case.pixels import perturbable
 
@@ -79,12 +80,13 @@ def audit(
         seed: of everything random.
         device: where to compute; None: where the model is.
         amp: False, True, "bf16" or "fp16": autocast of the searches.
-        progress: called with a line before each part.
+        progress: called with a line before each part, and while a search takes long.
         forward: as for `fastfip.purify`.
         loss: as for `fastfip.purify`; used by the sharpness.
 
     Returns:
-        the evidence; prints as a table, `.plot("audit.png")` shows the changes.
+        the evidence; prints as a table, `.plot("audit.png")` shows the changes. After Ctrl-C it holds the searches
+        that were complete, if there is one.
 
     Raises:
         DataError: clean data that cannot be used.
@@ -114,34 +116,42 @@ def audit(
         poison = None if poisoned is None else _Poison(last, task, poisoned, asr_loader, device, seed)
         searched = _classes(classes, received.classes)
         audits: dict[str, NetAudit] = {}
-        for subject in subjects:
-            name, net = subject.name, subject.model
-            inverted: dict[str, Inverted] = {}
-            for form in forms if batch is not None else ():
-                say(f"{name} net: the smallest {form} change for each of {len(searched)} classes")
-                inverted[form] = invert(
-                    net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
-                    per_class=_per_class(len(searched)), check=48 if len(searched) <= 20 else 32,
-                    amp=autocast_dtype(amp, device), seed=seed,
-                )  # fmt: skip
-            curvature = None
-            if sharpness:
-                say(f"{name} net: sharpness")
-                curvature = _sharpness(net, clean, subject.task, device, seed, notes)
-            ranks = {form: anomaly(searched, one.size, one.reached) for form, one in inverted.items()}
-            audits[name] = NetAudit(name, inverted, ranks, curvature)
-        if last is not received and batch is not None:
-            for form, one in audits["received"].inverted.items():
-                audits["purified"].transfer[form] = _transfer(last.model, last.task, last.given(batch), one)
-        retuning = None
-        if poison is not None:
-            say("re-tuning test")
-            retuning = _retune(last, clean, poison, device)
+        retuning, interrupted = None, False
+        try:
+            for subject in subjects:
+                name, net = subject.name, subject.model
+                found = audits[name] = NetAudit(name, {}, {}, None)
+                for form in forms if batch is not None else ():
+                    what = f"{name} net: the smallest {form} change for each of {len(searched)} classes"
+                    say(what)
+                    one = invert(
+                        net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
+                        per_class=_per_class(len(searched)), check=48 if len(searched) <= 20 else 32,
+                        amp=autocast_dtype(amp, device), seed=seed, watch=Beat(say, f"{what}, step", steps).at,
+                    )  # fmt: skip
+                    found.inverted[form] = one
+                    found.anomaly[form] = anomaly(searched, one.size, one.reached)
+                if sharpness:
+                    say(f"{name} net: sharpness")
+                    found.sharpness = _sharpness(net, clean, subject.task, device, seed, notes)
+            if last is not received and batch is not None:
+                for form, one in audits["received"].inverted.items():
+                    audits["purified"].transfer[form] = _transfer(last.model, last.task, last.given(batch), one)
+            if poison is not None:
+                say("re-tuning test")
+                retuning = _retune(last, clean, poison, device)
+        except KeyboardInterrupt:
+            audits = {name: found for name, found in audits.items() if found.inverted}
+            if not audits:
+                raise
+            interrupted = True
+            notes.append("interrupted: only what was complete is shown")
     settings = {
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
         "device": str(device), "amp": amp, "classes": len(searched),
     }  # fmt: skip
-    return Audit(audits["received"], audits.get("purified"), retuning, settings, time.perf_counter() - start, notes)
+    took = time.perf_counter() - start
+    return Audit(audits["received"], audits.get("purified"), retuning, settings, took, notes, interrupted)
 
 
 def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str, seed: int) -> None:

@@ -124,7 +124,7 @@ class NetAudit:
 
 @dataclass
 class Audit(Report):
-    """The evidence on a net, and on its purified copy where that was given."""
+    """The evidence on a net, and on its purified copy where that was given; `interrupted`: by Ctrl-C."""
 
     received: NetAudit
     purified: NetAudit | None
@@ -132,6 +132,7 @@ class Audit(Report):
     settings: dict[str, Any]
     seconds: float
     notes: list[str]
+    interrupted: bool = False
 
     @property
     def nets(self) -> list[NetAudit]:
@@ -185,6 +186,7 @@ class Audit(Report):
             "settings": self.settings,
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "interrupted": self.interrupted,
             "caveat": CAVEAT,
         }
 

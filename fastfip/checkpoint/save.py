@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,9 @@ from fastfip.checkpoint.align import is_extra
 from fastfip.checkpoint.load import Checkpoint, check_tensor, load_checkpoint
 from fastfip.checkpoint.prefixes import align
 from fastfip.errors import CheckpointError, printable, reason
+from fastfip.reporting.files import replacing
 
-__all__ = ["check_suffix", "replacing", "save_checkpoint"]
+__all__ = ["check_suffix", "save_checkpoint"]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl")
 
@@ -48,6 +46,8 @@ def save_checkpoint(
             disk refuses. A file that was there before is then still there, unchanged.
     """
     where = Path(path)
+    from safetensors import SafetensorError
+
     suffix = check_suffix(where)
     source = weights.state_dict() if isinstance(weights, nn.Module) else weights
     try:
@@ -58,14 +58,18 @@ def save_checkpoint(
         if not state:
             raise CheckpointError("there are no weights to save")
         with replacing(where) as temporary:
-            if suffix == ".safetensors":
-                _write_safetensors(state, temporary, like.metadata if like is not None else {})
-            else:
-                _write_torch(state, temporary, like, getattr(source, "_metadata", None))
+            try:
+                if suffix == ".safetensors":
+                    _write_safetensors(state, temporary, like.metadata if like is not None else {})
+                else:
+                    _write_torch(state, temporary, like, getattr(source, "_metadata", None))
+            except (RuntimeError, SafetensorError) as error:  # what both writers make of a full disk
+                raise CheckpointError(f"cannot be written: {reason(error)}") from None
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be written: {error.strerror or error}") from None
+        said = error.strerror or str(error)
+        raise CheckpointError(f"{where}: {said if error.errno is None else f'cannot be written: {said}'}") from None
     return where
 
 
@@ -147,45 +151,3 @@ def _put(extras: Mapping[str, Any], nesting: tuple[str, ...], state: Any) -> dic
     first, *rest = nesting
     inner = _put(extras[first], tuple(rest), state) if rest else state
     return {name: inner if name == first else value for name, value in extras.items()}
-
-
-def _mode(target: Path, temporary: Path) -> int:
-    """Create the temporary file; return the mode that the file is to have, which it has from the start."""
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the name of a temporary file beside `path`; at the end it takes the place of `path`, or is removed.
-
-    A link is followed, so that what it points at is replaced. The file keeps the mode that it had; a new one has what
-    the umask leaves.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise CheckpointError("is a folder: give the name of a file")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"the folder {target.parent} does not exist")
-    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.tmp")
-    try:
-        mode = _mode(target, temporary)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    with contextlib.suppress(OSError):  # not every system lets a folder be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,9 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli import triggers
-from fastfip.cli.errors import fail
+from fastfip.cli.errors import Interrupted, fail, say
+from fastfip.cli.outputs import check_drawing, inputs_of, kept
+from fastfip.reporting.progress import SHORTEST
 
 
 def audit(
@@ -45,7 +49,7 @@ def audit(
     seed: o.Seed = 0,
     amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --picture if it exists")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="do not say what is being done, also on a terminal")] = False,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -57,10 +61,12 @@ def audit(
     mixed = o.precision(amp)
     if (asr_data is not None or target is not None) and poisoned is None:
         raise fail("--asr-data and --target belong to the re-tuning test: give --poisoned")
-    o.check_drawing("--picture", picture, force)
+    inputs = inputs_of(source, purified, data, poisoned, asr_data)
+    check_drawing("--picture", picture, force, inputs)
     searched = _labels(classes)
 
     from fastfip.auditing.audit import audit as look
+    from fastfip.errors import CheckpointError
     from fastfip.reporting.table import show
 
     where, how = net.where_and_how()
@@ -83,20 +89,29 @@ def audit(
         seed=seed,
         device=where,
         amp=mixed,
-        progress=_say if sys.stderr.isatty() and not quiet else None,
+        progress=_sayer(quiet),
     )
     evidence.notes += clean.words()
     evidence.settings["images"] = clean.to_dict()
-    if picture is not None:
-        evidence.plot(picture)
     if as_json:
         print(evidence.to_json())
     else:
         show(evidence)
+    lost = None if picture is None else kept(picture, evidence.plot)
+    if lost:
+        raise CheckpointError(lost)
+    if evidence.interrupted:
+        raise Interrupted("interrupted: what was complete is shown")
 
 
-def _say(text: str) -> None:
-    print(f"fastfip: {text} ...", file=sys.stderr)
+def _sayer(quiet: bool) -> Callable[[str], None] | None:
+    """Return what says the parts of an audit: all of them on a terminal, at most one in 5 seconds in a log."""
+    if quiet:
+        return None
+    if sys.stderr.isatty():
+        return say
+    start = time.monotonic()
+    return lambda text: say(text) if time.monotonic() - start >= SHORTEST else None
 
 
 def _labels(text: str | None) -> list[int] | None:

@@ -9,6 +9,7 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, fail
+from fastfip.cli.outputs import check_drawing, check_file, inputs_of, kept
 
 
 def compare(
@@ -34,7 +35,7 @@ def compare(
     amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --out and --plot if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no live table, also on a terminal")] = False,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -45,9 +46,11 @@ def compare(
     drawn = _seeds(seeds)
     mixed = o.precision(amp)
     scores.check()
-    _check_outputs(out, plot, resume, force)
+    inputs = inputs_of(source, clean.data, scores.test_data, scores.asr_data)
+    _check_outputs(out, plot, resume, force, inputs)
 
     from fastfip.comparison.compare import compare as side_by_side
+    from fastfip.errors import CheckpointError
     from fastfip.reporting.table import show, to_json
 
     chosen = _choices(methods, settings or [])
@@ -66,21 +69,22 @@ def compare(
         resume=resume,
         device=where,
         amp=mixed,
-        progress=False if quiet else None,
+        progress=o.progress(quiet),
         force=ignore_fit,
     )
     comparison.notes += images.words()
-    if plot is not None:
-        comparison.plot(plot)
     if as_json:
         print(to_json({**comparison.to_dict(), "images": images.to_dict()}))
     else:
         show(comparison)
+    lost = [comparison.unsaved, None if plot is None else kept(plot, comparison.plot)]
+    if any(lost):
+        raise CheckpointError("; ".join(text for text in lost if text))
     if comparison.interrupted:
-        kept = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
+        hint = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
         if out is not None:
-            kept = f"{out} holds the rows that are complete, --resume goes on from there"
-        raise Interrupted(f"interrupted: {kept}")
+            hint = f"{out} holds the rows that are complete, --resume goes on from there"
+        raise Interrupted(f"interrupted: {hint}")
     runs = [row for row in comparison.rows if row.label != "none"]
     if all(row.error for row in runs):
         from fastfip.errors import ModelError
@@ -95,13 +99,13 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: bool) -> None:
+def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: bool, inputs: list[Path]) -> None:
     """Find out before the work what could not be written after it."""
     if resume and out is None:
         raise fail("--resume needs --out, the file of the broken run")
     if out is not None:
-        o.check_file("--out", out, (".csv", ".json"), force or resume, ", --resume goes on from it")
-    o.check_drawing("--plot", plot, force)
+        check_file("--out", out, (".csv", ".json"), force or resume, ", --resume goes on from it", inputs)
+    check_drawing("--plot", plot, force, inputs)
 
 
 def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[str, str]]]:

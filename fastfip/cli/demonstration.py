@@ -70,7 +70,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ModuleNotFoundError("the demo needs scikit-learn: pip install 'fastfip[demo]'") from None
+        raise ModuleNotFoundError("the demo needs scikit-learn: pip install scikit-learn matplotlib") from None
     bunch = load_digits()
     x = F.interpolate(torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, size=SIZE, mode="bilinear")
     y = torch.tensor(bunch.target, dtype=torch.int64)
@@ -124,7 +124,7 @@ def run_demo(
     try:
         import matplotlib  # noqa: F401 (better now than after the work)
     except ImportError:
-        raise ModuleNotFoundError("the demo needs matplotlib: pip install 'fastfip[demo]'") from None
+        raise ModuleNotFoundError("the demo needs matplotlib: pip install scikit-learn matplotlib") from None
     if progress is None:
         progress = sys.stderr is not None and sys.stderr.isatty()
     threads = torch.get_num_threads()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 
-__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run"]
+__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed"]
 
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
@@ -19,7 +22,7 @@ CODES = {
     1: "unexpected error (a defect: --debug shows where)",
     2: "wrong usage: unknown option, missing argument, an output that exists already",
     3: "data that cannot be used",
-    4: "a checkpoint that is refused, does not fit the model, or cannot be written",
+    4: "a checkpoint that is refused or does not fit the model, or a result that cannot be written",
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
     7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
@@ -67,6 +70,48 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM (systemd, Slurm, timeout) for Ctrl-C, so that what is good is saved."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[list[int]]:
+    """Let a first Ctrl-C or SIGTERM wait for the end of the block, whose list then has it; a second one does not wait.
+
+    For the writing of what took long to compute.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+        say("writing the result first; once more to give it up")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():  # None: it was not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def _nobody_reads() -> None:
     """`fastfip methods | head`: whoever reads has had enough, which is no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +119,11 @@ def _nobody_reads() -> None:
 
 def run(command: Any, arguments: list[str] | None) -> int:
     """Run the command line; return its exit code. Every error is one line on stderr."""
+    with _terminable():
+        return _run(command, arguments)
+
+
+def _run(command: Any, arguments: list[str] | None) -> int:
     arguments = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
     debug = bool(os.environ.get("FASTFIP_DEBUG")) or "--debug" in arguments
     try:
@@ -83,13 +133,13 @@ def run(command: Any, arguments: list[str] | None) -> int:
     except typer.Exit as error:
         return int(error.exit_code)
     except Interrupted as error:
-        _say(str(error))
+        say(str(error))
         return 130
     except NotPurified as error:
-        _say(str(error))
+        say(str(error))
         return 7
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted")
+        say("interrupted")
         return 130
     except BrokenPipeError:
         _nobody_reads()
@@ -97,7 +147,7 @@ def run(command: Any, arguments: list[str] | None) -> int:
     except _USAGE as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "fastfip")
         text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
-        _say(f"{text} (see {path} --help)")
+        say(f"{text} (see {path} --help)")
         return 2
     except Exception as error:
         if debug:
@@ -106,11 +156,12 @@ def run(command: Any, arguments: list[str] | None) -> int:
         text = " ".join(str(error).split())
         if code == 1:
             text = f"unexpected {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)")
-        _say(text)
+        say(text)
         return code
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line on stderr, where it does nothing to a terminal."""
     from fastfip.errors import printable
 
     print(f"fastfip: {printable(text, 2000)}", file=sys.stderr)

@@ -15,6 +15,7 @@ def evaluate(
     source: o.In,
     net: o.ScoredNet,
     scores: o.Scores,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -32,6 +33,7 @@ def evaluate(
     shown = next(images for images in sets if images is not None)
     loaders = [net.batches(images) for images in sets]
     forward, notes = o.as_logits(model, loaders[0] or loaders[1])
+    loaders = [o.counted(one, quiet, "batch of images") for one in loaders]
     measured = measure(model, *loaders, forward=forward, device=where)
     measured = replace(measured, notes=(*notes, *measured.notes, *shown.words()))
     if as_json:
@@ -46,6 +48,7 @@ def sharpness(
     data: o.Data,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="use N images, picked at random")] = 1000,
     seed: o.Seed = 0,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -59,7 +62,8 @@ def sharpness(
     batches = net.batches(images)
     forward, notes = o.as_logits(model, batches)
     notes += images.words()
-    values = measure(model.to(where), batches, forward=forward, seed=seed).to_dict()
+    counted = o.counted(batches, quiet, "one pass over the images, batch")
+    values = measure(model.to(where), counted, forward=forward, seed=seed).to_dict()
     if as_json:
         print(to_json({"checkpoint": str(source), **values, "notes": notes, "images": images.to_dict()}))
     else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastfip.cli import options as o
-from fastfip.cli.purify import check_outputs
+from fastfip.cli.errors import Interrupted, undisturbed
+from fastfip.cli.outputs import check_outputs, inputs_of, kept
 
 
 def fisher(
@@ -38,16 +38,17 @@ def fisher(
     ] = None,
     seed: o.Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar, also on a terminal")] = False,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Write the diagonal of IN's Fisher information on images to OUT: the parameters' names and shapes, exact."""
-    check_outputs(source, out, None, force)
+    check_outputs(source, out, None, force, inputs_of(clean.data))
 
     from fastfip.checkpoint import save_checkpoint
+    from fastfip.errors import CheckpointError
     from fastfip.fisher import fisher_diagonal
-    from fastfip.reporting.table import Sheet, show, to_json
+    from fastfip.reporting.table import show, to_json
 
     where, how = net.where_and_how()
     model, _ = net.restore(source)
@@ -65,12 +66,12 @@ def fisher(
         forward=forward,
         top_k=top_k,
         seed=seed,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=True if (wanted := o.progress(quiet)) is None else wanted,
     )
-    if out.suffix.lower() == ".safetensors":
-        diagonal.save(out)  # with the number of images, the kind and the coverage
-    else:
-        save_checkpoint(diagonal, out)
+    with undisturbed() as came:
+        # A .safetensors file has the number of images, the kind and the coverage as well.
+        write = diagonal.save if out.suffix.lower() == ".safetensors" else lambda path: save_checkpoint(diagonal, path)
+        lost = kept(out, write)
     traces = {name: float(value.double().sum()) for name, value in diagonal.items()}
     whole = float(diagonal.trace())
     if as_json:
@@ -78,10 +79,21 @@ def fisher(
         print(
             to_json({"checkpoint": str(source), "out": str(out), **figures, "notes": notes, "images": images.to_dict()})
         )
-        return
+    else:
+        show(_sheet(source, diagonal, traces, notes, f"trace {whole:.6g} over {diagonal.n} images, kind {kind}"))
+        print("" if lost else f"wrote {out}")
+    if lost:
+        raise CheckpointError(lost)
+    if came:
+        raise Interrupted(f"interrupted: {out} holds the result, which is complete")
+
+
+def _sheet(source: Path, diagonal: Any, traces: dict[str, float], notes: list[str], line: str) -> Any:
+    from fastfip.reporting.table import Sheet
+
     rows = [(name, _size(diagonal[name]), f"{traces[name]:.6g}", diagonal.coverage[name]) for name in diagonal]
-    lines = [f"trace {whole:.6g} over {diagonal.n} images, kind {kind}", *(f"note: {note}" for note in notes)]
-    show(Sheet(str(source), ("parameter", "shape", "trace>", "found by"), rows, [*lines, f"wrote {out}"]))
+    lines = [line, *(f"note: {note}" for note in notes)]
+    return Sheet(str(source), ("parameter", "shape", "trace>", "found by"), rows, lines)
 
 
 def _size(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastfip.cli import options as o
-from fastfip.cli.errors import fail
+from fastfip.cli.errors import fail, say
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def inspect(
     inputs: o.Inputs = o.Inputs(),  # noqa: B008 (options.grouped makes a new one for each call)
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="use N images, picked by --seed")] = 500,
     seed: o.Seed = 0,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -67,7 +68,7 @@ def inspect(
         except CheckpointError as error:
             fits, why = False, str(error).removeprefix(f"{source}: ")
         if fits and data is not None:
-            tried, used = _tried(model.to(where), data, how, inputs, limit, seed, contents)
+            tried, used = _tried(model.to(where), data, how, inputs, limit, seed, contents, None if quiet else say)
     lines = _commands(source, arch, arch_args, key, data, fits, tried, used, contents)
     if as_json:
         figures = {**contents.to_dict(), "arch": arch, "fits": fits, "misfit": why or None}
@@ -83,7 +84,14 @@ def inspect(
 
 
 def _tried(
-    model: nn.Module, data: str, how: ImageReader, inputs: o.Inputs, limit: int, seed: int, contents: FileContents
+    model: nn.Module,
+    data: str,
+    how: ImageReader,
+    inputs: o.Inputs,
+    limit: int,
+    seed: int,
+    contents: FileContents,
+    tell: Callable[[str], None] | None,
 ) -> tuple[Scalings, ImageReader]:
     """Return the trials, in the size and channels of the images or, where the model fails on these, in others."""
     from fastfip.errors import DataError, ModelError
@@ -91,7 +99,7 @@ def _tried(
 
     def run(way: ImageReader, count: int) -> Scalings:
         images = way.load(data, "clean").sample(count, None, seed)
-        return try_scalings(model, images, device=inputs.device, batch_size=inputs.batch_size)
+        return try_scalings(model, images, device=inputs.device, batch_size=inputs.batch_size, progress=tell)
 
     try:
         return run(how, limit), how
@@ -134,7 +142,7 @@ def _commands(
     words: list[Any] = ["--arch", arch or "MODULE:FACTORY"]
     words += ["--arch-args", arch_args] if arch_args is not None else []
     words += ["--key", key] if key else []
-    if contents.refused is not None:
+    if contents.refused is not None and not fits:
         return [f"the file {contents.refused}"]
     if fits is False:
         like = " and ".join(f"{count} {name}" for name, count in contents.guesses.items())

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from fastfip.cli import triggers
-from fastfip.cli.errors import fail
+from fastfip.cli.errors import fail, say
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ PerClass = Annotated[
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything random")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="say nothing on stderr but errors: no bar, no lines")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 IgnoreFit = Annotated[
     bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
@@ -254,36 +256,25 @@ class Scores(Group):
         return test, triggers.triggered(self.asr_data, self.attack, self.target, test, how)
 
 
+def progress(quiet: bool) -> Any:
+    """Return what `progress=` is for `--quiet`: a bar on a terminal, lines on stderr elsewhere, or nothing."""
+    if quiet or sys.stderr is None:
+        return False
+    return None if sys.stderr.isatty() else say
+
+
+def counted(batches: Any, quiet: bool, title: str) -> Any:
+    """Return batches that say how far they are, in lines; they stay as they are for `--quiet`."""
+    from fastfip.reporting.progress import Counted
+
+    return batches if quiet or batches is None else Counted(batches, say, title)
+
+
 def precision(amp: str) -> bool | str:
     """Return what `amp=` is for `--amp`."""
     if amp not in ("off", "bf16", "fp16"):
         raise fail(f"--amp={amp}: must be off, bf16 or fp16")
     return False if amp == "off" else amp
-
-
-def check_drawing(name: str, path: Path | None, force: bool) -> None:
-    """Find out before the work whether a drawing could be written after it."""
-    if path is None:
-        return
-    check_file(name, path, (".png", ".svg", ".pdf"), force)
-    try:
-        import matplotlib  # noqa: F401 (better now than after the work)
-    except ImportError:
-        from fastfip.errors import BackendError
-
-        raise BackendError(f"{name} needs matplotlib: pip install 'fastfip[plot]'") from None
-
-
-def check_file(name: str, path: Path, suffixes: tuple[str, ...], force: bool, also: str = "") -> None:
-    """Find out before the work whether a file could be written after it."""
-    if path.suffix not in suffixes:
-        raise fail(f"{name} {path}: must end in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise fail(f"{name} {path} is a folder")
-    if path.exists() and not force:
-        raise fail(f"{name} {path} exists: --force replaces it{also}")
-    if not path.resolve().parent.is_dir():
-        raise fail(f"{name} {path}: the folder {path.resolve().parent} does not exist")
 
 
 def build(arch: str, arch_args: str | None) -> nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastfip.cli import options as o
-from fastfip.cli.errors import Interrupted, NotPurified, fail
+from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
+from fastfip.cli.outputs import check_outputs, inputs_of, kept
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -42,18 +41,19 @@ def purify(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar, also on a terminal")] = False,
+    quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
-    check_outputs(source, out, report, force)
+    check_outputs(source, out, report, force, inputs_of(clean.data, scores.test_data, scores.asr_data, config))
     mixed = o.precision(amp)
     scores.check()
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
     from fastfip.checkpoint import save_checkpoint
+    from fastfip.errors import CheckpointError
     from fastfip.purification.purify import purify as clean_up
     from fastfip.reporting.table import show
 
@@ -72,7 +72,7 @@ def purify(
         seed=seed,
         device=where,
         amp=mixed,
-        progress=False if quiet else None,
+        progress=o.progress(quiet),
         test_loader=net.batches(test),
         asr_loader=net.batches(asr),
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
@@ -83,53 +83,28 @@ def purify(
     result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
-    if not result.unchanged:
-        save_checkpoint(result.model, out, like=checkpoint)
     if checkpoint.left_out:
         result.notes.append(
             f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
         )
-    if report is not None:
-        _write_report(report, result)
+    with undisturbed() as came:
+        lost = []
+        if not result.unchanged:
+            lost.append(kept(out, lambda path: save_checkpoint(result.model, path, like=checkpoint)))
+        if report is not None:
+            lost.append(kept(report, lambda path: _write_report(path, result)))
     if as_json:
         print(result.to_json())
     else:
         show(result)
-    if result.interrupted:
-        raise Interrupted(f"interrupted: {out} holds the last good state")
+    if any(lost):
+        raise CheckpointError("; ".join(text for text in lost if text))
+    if result.interrupted or came:
+        what = "the last good state" if result.interrupted else "the result, which is complete"
+        raise Interrupted(f"interrupted: {out} holds {what}")
     if result.unchanged or result.diverged:
         written = "nothing written" if result.unchanged else f"{out} holds the last good state"
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
-
-
-def check_outputs(source: Path, out: Path, report: Path | None, force: bool) -> None:
-    """Find out before the work what could not be written after it."""
-    from fastfip.checkpoint import check_suffix
-
-    check_suffix(out)
-    for name, path in (("OUT", out), ("--report", report)):
-        if path is None:
-            continue
-        if _same(path, source):
-            raise fail(f"{name} {path} is IN: IN is never changed, give another file")
-        if path.is_dir():
-            raise fail(f"{name} {path} is a folder")
-        if path.exists() and not force:
-            raise fail(f"{name} {path} exists: --force replaces it")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise fail(f"{name} {path}: the folder {folder} does not exist")
-        if not os.access(folder, os.W_OK):
-            raise fail(f"{name} {path}: the folder {folder} cannot be written")
-    if report is not None and _same(report, out):
-        raise fail(f"OUT and --report are both {out}")
-
-
-def _same(a: Path, b: Path) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig:
@@ -151,8 +126,5 @@ def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig
 def _write_report(path: Path, result: Any) -> None:
     from fastfip.checkpoint import replacing
 
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(result.to_json() + "\n", encoding="utf-8")
-    except OSError as error:
-        print(f"fastfip: the report {path} cannot be written: {error.strerror}", file=sys.stderr)
+    with replacing(path) as temporary:
+        temporary.write_text(result.to_json() + "\n", encoding="utf-8")

@@ -21,12 +21,13 @@ from fastfip.comparison.result import BASELINE, Comparison, Row
 from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Forward, Loss, Task, batches_of
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, reason
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
 from fastfip.nets.checks import device_of, usable_device
 from fastfip.purification.process import resident_memory, seeded
 from fastfip.purification.purify import purify
+from fastfip.reporting.progress import Beat
 
 __all__ = ["Choice", "compare"]
 
@@ -47,7 +48,7 @@ def compare(
     resume: bool = False,
     device: torch.device | str | None = None,
     amp: bool | str = False,
-    progress: bool | None = None,
+    progress: bool | Callable[[str], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
@@ -73,7 +74,8 @@ def compare(
             and version of fastfip; rows with an error are run again.
         device: as for `fastfip.purify`.
         amp: as for `fastfip.purify`.
-        progress: whether a table that grows is shown on stderr; None: where stderr is a terminal.
+        progress: whether a table that grows is shown on stderr; a function gets lines instead, as of `purify`; None: a
+            table where stderr is a terminal.
         on_row: called with each new row.
         forward: as for `fastfip.purify`.
         loss: as for `fastfip.purify`.
@@ -114,7 +116,8 @@ def compare(
     if baseline:
         done.rows.append(_received(measured, common))
     known = {row.key: row for row in old.rows if not row.error}
-    options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force}
+    lines = progress if callable(progress) else False
+    options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force, "progress": lines}
     with _shown(done, progress) as show:
         try:
             for seed, (method, config, label) in itertools.product(drawn, plan):
@@ -186,7 +189,7 @@ def _run(
     mine: Any = clean.subset(torch.arange(clean.n, device="cpu"))
     try:
         held = _held(row.device)
-        result = purify(model, mine, method, config=config, seed=row.seed, progress=False, **options)
+        result = purify(model, mine, method, config=config, seed=row.seed, **options)
         row.interrupted = result.interrupted
         row.seconds = result.seconds["total"] - result.seconds["evaluation"]
         row.peak_memory = max(0, result.peak_memory - held)
@@ -233,7 +236,10 @@ def _again(data: Any) -> Any:
 
 
 def _save(done: Comparison, old: Comparison, out: str | Path | None) -> None:
-    """Write the rows, and those of the old file that are of other models, settings or data."""
+    """Write the rows, and those of the old file that are of other models, settings or data.
+
+    Where that fails, `done.unsaved` says so, and the next row tries again: the rows must not be lost with the file.
+    """
     if out is None:
         return
     mine = {row.key for row in done.rows}
@@ -241,13 +247,18 @@ def _save(done: Comparison, old: Comparison, out: str | Path | None) -> None:
     path = Path(out)
     try:
         (every.to_csv if path.suffix == ".csv" else every.to_json)(path)
+        done.unsaved = ""
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+        done.unsaved = f"{path}: cannot be written: {error.strerror or error}"
 
 
 @contextlib.contextmanager
-def _shown(done: Comparison, progress: bool | None) -> Iterator[Callable[[str, int], None]]:
-    """Show the table while it grows, on stderr."""
+def _shown(done: Comparison, progress: bool | Callable[[str], None] | None) -> Iterator[Callable[[str, int], None]]:
+    """Show the table while it grows, on stderr; or say by lines how many runs are complete."""
+    if callable(progress):
+        beat = Beat(progress, "runs complete", None)
+        yield lambda label, seed: beat.at(len(done.rows), f"{label or 'next'}, seed {seed}")
+        return
     if progress is None:
         progress = sys.stderr is not None and sys.stderr.isatty()
     if not progress:

@@ -101,11 +101,15 @@ class Summary:
 
 @dataclass
 class Comparison(Report):
-    """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there; `notes` are printed below."""
+    """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there; `notes` are printed below.
+
+    `unsaved`: why the file `out=` does not hold the rows, "" if it does.
+    """
 
     rows: list[Row]
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
+    unsaved: str = ""
 
     def summary(self) -> list[Summary]:
         """Return the methods, in the order of the rows."""
@@ -147,6 +151,7 @@ class Comparison(Report):
         if not any(row.test_asr is not None for row in self.rows):
             lines.append("note: no triggered images: ASR, RA and DER are not known")
         lines += [f"note: {note}" for note in self.notes]
+        lines += [self.unsaved] if self.unsaved else []
         lines += ["interrupted: not all runs are there"] if self.interrupted else []
         samples = sorted({row.clean_samples for row in self.rows if row.clean_samples})
         title = f"{', '.join(map(str, samples))} clean samples" if samples else ""

@@ -19,6 +19,7 @@ from fastfip.fisher.likelihood import Categorical, Likelihood
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 from fastfip.fisher.result import FisherDiagonal
 from fastfip.ops.memory import accumulation_dtype, zeros_like
+from fastfip.reporting.progress import Counted, length
 
 
 class SquaredSum:
@@ -75,7 +76,7 @@ def fisher_diagonal(
     label_smoothing: float = 0.0,
     seed: int = 0,
     device: torch.device | str | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[str], None] = False,
     backend: str = "auto",
 ) -> FisherDiagonal:
     """Return the diagonal of the Fisher information, exact for every parameter: mean_n (d log p(y_n|x_n) / d theta)^2.
@@ -107,7 +108,7 @@ def fisher_diagonal(
         label_smoothing: of the cross-entropy; for kind="empirical" without `loss=`.
         seed: of the labels drawn.
         device: where the batches go; None: where the model is.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; a function gets lines instead (every tenth, or 30 seconds).
         backend: of the products (`fastfip.ops`): "auto", or the name of one.
 
     Raises:
@@ -207,12 +208,14 @@ def smoothed(task: Task, label_smoothing: float) -> Task:
     return Task.of(task.forward_hook, loss)
 
 
-def _bar(batches: Iterable[Batch], data: Any, show: bool) -> Iterable[Batch]:
+def _bar(batches: Iterable[Batch], data: Any, show: bool | Callable[[str], None]) -> Iterable[Batch]:
     if not show:
         return batches
+    if callable(show):
+        return Counted(batches, show, "Fisher diagonal, batch", data)
     from rich.console import Console
     from rich.progress import track
 
-    total = len(data) if hasattr(data, "__len__") and not isinstance(data, (tuple, dict)) else None
+    total = length(data)
     bar = Console(stderr=True)  # what is printed stays clean
     return track(batches, description="Fisher diagonal", total=total, transient=True, console=bar)

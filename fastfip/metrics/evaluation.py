@@ -259,7 +259,7 @@ def _clean(
     n = 0
     for given in iter_batches(loader, task):
         batch = move_to(given, device)
-        with reading("test_loader"):
+        with reading("test_loader="):
             logits = task.forward(model, batch)
         size = task.size(given)
         hits, losses = _answers(logits, batch, size, task, notes)
@@ -319,7 +319,7 @@ def _triggered(
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        with reading("asr_loader"):
+        with reading("asr_loader="):
             logits = task.forward(model, move_to(batch, device))
         logits = two_columns(logits) if is_one_logit(logits, len(attack)) else _logits_shape(logits)
         for y in (attack, *([] if true is None else [true])):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from fastfip.data.outputs import first_outputs, logits_task
 from fastfip.data.pictures import ORDERS, class_order
 from fastfip.data.scaling import STATISTICS, Pixels
 from fastfip.data.task import Task
-from fastfip.errors import DataError
+from fastfip.errors import DataError, ModelError
 from fastfip.nets.state import eval_mode
+from fastfip.reporting.progress import Beat
 from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Scalings", "Trial", "try_scalings"]
@@ -133,7 +134,12 @@ def _named(t: Trial) -> str:
 
 
 def try_scalings(
-    model: nn.Module, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 128
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 128,
+    progress: Callable[[str], None] | None = None,
 ) -> Scalings:
     """Measure a model on images under the usual scalings, and its class folders under both orders.
 
@@ -142,6 +148,7 @@ def try_scalings(
         images: with the scaling that the user has in mind; the others keep its size and channels.
         device: where to compute; the model has to be there.
         batch_size: images a batch.
+        progress: gets a line now and then, where it takes long.
 
     Raises:
         ModelError: the model fails on the images. DataError: labels beyond the model's classes in every order.
@@ -153,8 +160,17 @@ def try_scalings(
     trials: list[Trial] = []
     first: list[Trial] = []
     with eval_mode(model), torch.no_grad():
-        for pixels in _candidates(given, raw, notes):
-            logits = _logits(model, raw, pixels, labels, device, batch_size, notes if pixels == given else [])
+        candidates = _candidates(given, raw, notes)
+        beat = Beat(progress or (lambda text: None), "scaling", len(candidates))
+        for done, pixels in enumerate(candidates):
+            beat.at(done)
+            try:
+                logits = _logits(model, raw, pixels, labels, device, batch_size, notes if pixels == given else [])
+            except ModelError:
+                if pixels == given:
+                    raise
+                notes.append(f"note: under {pixels} the model gives no finite outputs")
+                continue
             for order, mapping in orders.items():
                 y = mapping[labels]
                 if int(y.max()) >= logits.shape[1]:

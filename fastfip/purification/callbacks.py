@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastfip.methods.run import Run
+from fastfip.reporting.progress import Beat
 
-__all__ = ["Callback", "Progress", "as_callbacks"]
+__all__ = ["Callback", "Lines", "Progress", "as_callbacks"]
 
 Record = dict[str, Any]
 
@@ -75,9 +76,7 @@ class Progress(Callback):
 
     def on_epoch(self, run: Run, record: Record) -> None:
         """Show the figures of the epoch."""
-        shown = [("loss", "loss", "{:.3f}"), ("score", "held-out", "{:.3f}"), ("heldout_acc", "acc", "{:.1%}")]
-        figures = "  ".join(f"{word} {form.format(record[key])}" for key, word, form in shown if key in record)
-        self._bar.update(self._task, figures=figures)
+        self._bar.update(self._task, figures=_figures(record))
 
     def on_end(self, run: Run) -> None:
         """Take the bar away."""
@@ -85,13 +84,44 @@ class Progress(Callback):
             self._bar.stop()
 
 
+class Lines(Callback):
+    """The same in lines, given to a function: at every tenth of the steps, see `fastfip.reporting.progress.Beat`."""
+
+    def __init__(self, title: str, say: Callable[[str], None]) -> None:
+        self.title, self.say = title, say
+        self._beat: Beat | None = None
+        self._figures = ""
+
+    def on_start(self, run: Run) -> None:
+        """Begin to count."""
+        self._beat = Beat(self.say, f"{self.title}, step", run.total_steps)
+
+    def on_step(self, run: Run, values: Record) -> None:
+        """Say how far it is, if it is time to."""
+        if self._beat is not None:
+            self._beat.at(run.step, self._figures)
+
+    def on_epoch(self, run: Run, record: Record) -> None:
+        """Keep the figures of the epoch for the next line."""
+        self._figures = _figures(record)
+
+
+def _figures(record: Record) -> str:
+    shown = [("loss", "loss", "{:.3f}"), ("score", "held-out", "{:.3f}"), ("heldout_acc", "acc", "{:.1%}")]
+    return "  ".join(f"{word} {form.format(record[key])}" for key, word, form in shown if key in record)
+
+
 def as_callbacks(
-    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]], progress: bool | None, title: str
+    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]],
+    progress: bool | Callable[[str], None] | None,
+    title: str,
 ) -> list[Callback]:
-    """Return callbacks as objects, with the bar added if it is wanted (None: where stderr is a terminal)."""
+    """Return callbacks as objects, with the bar (None: where stderr is a terminal) or lines, if they are wanted."""
     if callable(callbacks) or isinstance(callbacks, Callback):
         callbacks = [callbacks]
     out = [item if isinstance(item, Callback) else _Function(item) for item in callbacks]
-    if progress or (progress is None and sys.stderr is not None and sys.stderr.isatty()):
+    if callable(progress):
+        out.append(Lines(title, progress))
+    elif progress or (progress is None and sys.stderr is not None and sys.stderr.isatty()):
         out.append(Progress(title))
     return out

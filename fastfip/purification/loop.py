@@ -36,7 +36,7 @@ MOST_SCORES = 100
 def fit(
     run: Run,
     method: Method,
-    progress: bool | None = None,
+    progress: bool | Callable[[str], None] | None = None,
     callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] = (),
 ) -> list[Record]:
     """Tune `run.model` by a method; afterwards it holds the state that was kept, folded back to plain weights.
@@ -53,7 +53,7 @@ def fit(
     Args:
         run: made by `fastfip.purify`; its model is changed in place.
         method: an instance made for this run.
-        progress: whether a bar is shown; None: where stderr is a terminal.
+        progress: whether a bar is shown, or a function that gets lines; None: a bar where stderr is a terminal.
         callbacks: `Callback` objects or functions `f(run, record)` called after each epoch.
 
     Returns:

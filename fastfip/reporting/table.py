@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastfip.errors import printable
+from fastfip.reporting.files import replacing
 
 _LONGEST_LINE = 10_000
 
@@ -163,13 +163,8 @@ def to_json(values: Any, indent: int | None = 2) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write to a file beside it and rename: a run that is stopped leaves no half of a file."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -180,6 +180,7 @@ def invert(
     chunk: int = 512,
     amp: torch.dtype | None = None,
     seed: int = 0,
+    watch: Callable[[int], None] | None = None,
 ) -> Inverted:
     """Look for the smallest change of one form for every class.
 
@@ -201,6 +202,7 @@ def invert(
         chunk: samples that go through the net at a time.
         amp: dtype of autocast; None: none.
         seed: of samples and starting points.
+        watch: called with the number of steps that are done.
 
     Raises:
         DataError: samples of one class alone.
@@ -209,7 +211,7 @@ def invert(
     search = _Search(model, task, batch, classes, form, reach, chunk, amp, torch.Generator().manual_seed(seed))
     with requires_grad(model.parameters(), False):
         with torch.enable_grad():
-            search.run(steps, per_class)
+            search.run(steps, per_class, watch or (lambda step: None))
         with torch.no_grad():
             return search.measure(check)
 
@@ -252,7 +254,7 @@ class _Search:
         with torch.autocast(self.x.device.type, dtype=self.amp, enabled=self.amp is not None):
             return self.task.forward(self.model, batch).float()
 
-    def run(self, steps: int, per_class: int) -> None:
+    def run(self, steps: int, per_class: int, watch: Callable[[int], None]) -> None:
         """Minimise."""
         form, C = self.form, self.classes
         device = self.x.device
@@ -261,6 +263,7 @@ class _Search:
         smallest = torch.full((C,), math.inf, device=device)
         c_all = torch.arange(C, device=device).repeat_interleave(per_class)
         for step in range(steps):
+            watch(step)
             index = self.draw(per_class).flatten()
             for p in form.parameters:
                 p.grad = None

@@ -288,7 +288,7 @@ def test_completion_of_a_shell():
 def test_demo_without_its_extra(work, capsys, monkeypatch):
     pytest.importorskip("fastfip.cli.demonstration")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "fastfip[demo]" in fails(capsys, 6, "demo")
+    assert "pip install scikit-learn matplotlib" in fails(capsys, 6, "demo")
 
 
 # ---------------------------------------------------------------- how it ends

@@ -97,7 +97,7 @@ def test_audit(work, capsys):  # noqa: F811
     np.savez("bad.npz", x=rng.integers(0, 255, (6, 6, 6, 3), dtype=np.uint8), y=np.ones(6, int))
     capsys.readouterr()
     more = ["--purified", "out.pth", "--poisoned", "bad.npz", "--picture", "a.png"]
-    assert main([*AUDIT, *more]) == 0
+    assert main([*AUDIT, *more, "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "not a certificate" in out and "re-tuned with 3 poisoned samples" in out
     assert os.path.getsize("a.png") > 5000

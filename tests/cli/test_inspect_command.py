@@ -61,6 +61,16 @@ def test_json_has_everything(trained, capsys):
     assert alone["fits"] is None and alone["accuracy"] is None
 
 
+def test_the_entry_that_fits_is_in_the_next_command(trained, capsys):
+    state = dict(load_checkpoint("net.pth"))
+    torch.save({"teacher": {"w": torch.ones(3, 3)}, "student": state}, "two.pth")
+    out = printed(capsys, "two.pth")
+    assert "has several state dicts, teacher, student" in out and "teacher (1), student (9)" in out
+    out = printed(capsys, "two.pth", *NET, "--data", "data.npz")
+    assert "fits tiny_arch:net: yes, under 'student'" in out
+    assert "two-purified.pth --arch tiny_arch:net --key student --data data.npz --scale 255\n" in out
+
+
 def test_a_model_that_does_not_fit(work, capsys):
     out = printed(capsys, "in.pth", *NET, "--arch-args", '{"classes": 4}', "--data", "data.npz")
     assert "fits tiny_arch:net: no: it does not fit the model: 4.weight is [3, 128]" in out

@@ -84,6 +84,20 @@ def test_images_that_the_model_knows_nothing_of_are_said_to_be_so(images):
     assert "does not fit: ACC 8.33 % at best, chance is 8.33 %" in words and "numbered differently" not in words
 
 
+class Fragile(Levels):
+    """Overflows for pixels above 2."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(x.max() > 2, torch.inf, 1.0)
+
+
+def test_a_scaling_that_the_model_cannot_take_is_passed_over(images):
+    found = try_scalings(Fragile(Pixels()), load(images))
+    assert found.best.acc == 1 and "note: under x as it is, 0..255 the model gives no finite outputs" in found.words()
+    with pytest.raises(ModelError, match="NaN or Inf"):
+        try_scalings(Fragile(Pixels()), load(images, pixels=Pixels(scale="255")))
+
+
 def test_a_softmax_inside_the_model_is_said_and_taken_out(images):
     found = try_scalings(nn.Sequential(Levels(Pixels()), nn.Softmax(1)), load(images))
     assert found.best.acc == 1 and any("softmax inside it" in word for word in found.words())

@@ -24,7 +24,7 @@ def interpreted() -> bool:
 @constant
 def reason() -> str:
     """Why Triton kernels cannot run here; empty when they can."""
-    return "" if _installed() else "triton is not installed (pip install 'fastfip[triton]')"
+    return "" if _installed() else "triton is not installed (pip install triton)"
 
 
 def refuses(*tensors: torch.Tensor) -> str:
