@@ -13,6 +13,7 @@ from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError
 from fastfip.fisher.graph.forms import GradientForm, Workspace
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
+from fastfip.fisher.graph.reading import as_real, own_gradients
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.labels import Kind, LabelledPass, Labels, Sample
 from fastfip.fisher.likelihood import Categorical, Likelihood
@@ -27,7 +28,7 @@ class SquaredSum:
     def __init__(self, params: Mapping[str, Tensor], with_grad: bool = False, backend: str = "auto") -> None:
         self.params = dict(params)
         self.out = {k: zeros_like(p.detach(), accumulation_dtype(p.dtype)) for k, p in params.items()}
-        self.grad = {k: zeros_like(v, v.dtype) for k, v in self.out.items()} if with_grad else None
+        self.grad = {k: _sums_of(p.detach()) for k, p in params.items()} if with_grad else None
         self.coverage: dict[str, str] = {}
         self.workspace = Workspace(backend=backend)
 
@@ -54,10 +55,20 @@ class SquaredSum:
     def add_one(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the square of one sample's gradients."""
         for name, g in gradients.items():
-            g = g.detach().to(self.out[name].dtype)
-            self.out[name].addcmul_(g, g)
+            g = g.detach()
+            if g.is_complex():  # |g|^2
+                self.out[name].add_(as_real(g).to(self.out[name].dtype).square().sum(-1))
+            else:
+                g = g.to(self.out[name].dtype)
+                self.out[name].addcmul_(g, g)
             if self.grad is not None:
                 self.grad[name].add_(g)
+
+
+def _sums_of(p: Tensor) -> Tensor:
+    """Where gradients of a parameter are summed."""
+    dtype = accumulation_dtype(p.dtype)
+    return torch.zeros_like(p, dtype=dtype.to_complex()) if p.is_complex() else zeros_like(p, dtype)
 
 
 def fisher_diagonal(
@@ -175,9 +186,9 @@ class _Measure:
             mine = self._single(one, n, samples) if alone else None
             if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=tolerance, atol=1e-3 * tolerance):
                 alone, mine = False, losses[n]
-            got = torch.autograd.grad(mine, list(params.values()), retain_graph=not alone, allow_unused=True)
             root = 1.0 if one.weights is None else one.weights[n]
-            self.total.add_one({name: g * root for name, g in zip(params, got) if g is not None})
+            got = own_gradients(mine, params, retain_graph=not alone)
+            self.total.add_one({name: g * root for name, g in got.items()})
 
     def _single(self, one: LabelledPass, n: int, samples: int) -> Tensor | None:
         try:
