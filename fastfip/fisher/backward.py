@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fastfip.errors import ConfigError, ModelError
-from fastfip.fisher.diagonal import SquaredSum
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import inputs_of, is_leaf, own_gradients, variable_of
 from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.modes import check_modes
 from fastfip.fisher.result import FisherDiagonal
+from fastfip.fisher.squared_sum import SquaredSum
 from fastfip.fisher.trace import Params
 
 

@@ -234,6 +234,20 @@ class Plan:
         """Whether operations of the data side are run again after the pass."""
         return any(self.sites[use.site].recipe.without_rule for uses in self.pulled.values() for use in uses)
 
+    @property
+    def deep(self) -> frozenset[str]:
+        """Pulled parameters that have more than reindexing between them and an operation without a rule.
+
+        For each sample all of that is walked through for the whole batch.
+        """
+        names = {id(p): name for name, p in self.params.items()}
+        return frozenset(
+            name
+            for name, uses in self.pulled.items()
+            for use in uses
+            if self.sites[use.site].recipe.without_rule and chain_to(use.edge, names) is None
+        )
+
     def pulled_uses(self) -> set[tuple[int, int]]:
         """(site, slot) of every use whose form `pull` needs."""
         return {(use.site, use.slot) for uses in self.pulled.values() for use in uses}
