@@ -125,6 +125,10 @@ class Task:
                 y = batch[1]
         if y is None:
             raise DataError(where)
+        if isinstance(y, (int, float)) or (isinstance(y, Tensor) and y.dim() == 0):
+            raise DataError(
+                "the data's items are single samples (one label each), not batches: pass batches, or a Dataset"
+            )
         if not isinstance(y, Tensor):
             raise DataError(f"labels must be a tensor, not {_describe(y)}")
         if self.loss_hook is None:
@@ -188,13 +192,15 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
         DataError: they are not, with the remedy.
     """
     if y.dtype not in _INTEGERS:
-        how = "y.argmax(1)" if y.dim() == 2 else "y.long()"
-        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: give class indices, e.g. {how}, or pass loss=")
+        how = "y.argmax(1)" if _one_hot(y) else "y.flatten().long()" if y.dim() == 2 and y.shape[1] == 1 else "y.long()"
+        how = f"give class indices, e.g. {how}, or " if y.dim() == 1 or _one_hot(y) or y.shape[1:] == (1,) else ""
+        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: {how}pass loss=")
     if y.dim() != 1:
-        how = "y.argmax(1)" if y.dim() == 2 and y.shape[1] > 1 else "y.flatten()"
-        raise DataError(
-            f"labels have the shape {list(y.shape)}, not [N]: give class indices, e.g. {how}, or pass loss="
-        )
+        shape = f"labels have the shape {list(y.shape)}, not [N]"
+        if _one_hot(y) or y.shape[1:] == (1,):
+            how = "y.flatten()" if y.shape[1:] == (1,) else "y.argmax(1)"
+            raise DataError(f"{shape}: give class indices, e.g. {how}, or pass loss=")
+        raise DataError(f"{shape}, one for each position (token, pixel): pass loss= that returns one loss a sample")
     if y.numel() == 0:
         return
     low, high = int(y.min()), int(y.max())
@@ -203,6 +209,13 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
         raise DataError(
             f"labels run from {low} to {high}, outside {bound}: number the classes from 0, as the model does"
         )
+
+
+def _one_hot(y: Tensor) -> bool:
+    """Whether labels [N, C] are class probabilities, of the kind 0, 0, 1 or softer."""
+    if y.dim() != 2 or y.shape[1] < 2 or y.numel() == 0:
+        return False
+    return bool((y >= 0).all()) and bool(((y.double().sum(1) - 1).abs() < 1e-3).all())
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from fastfip.errors import BackendError, ConfigError, ModelError, reason
 
-__all__ = ["check_amp", "check_net", "check_seed", "device_of", "usable_device"]
+__all__ = ["check_amp", "check_initialised", "check_net", "check_seed", "device_of", "usable_device"]
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -45,13 +47,22 @@ def check_net(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     parameters = list(model.named_parameters())
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for _, p in parameters):
-        raise ModelError("the model has lazy layers without weights: run one batch through it first")
+    check_initialised(p for _, p in parameters)
     if any(t.device.type == "meta" for _, t in [*parameters, *model.named_buffers()]):
         raise ModelError("the model is on the meta device, without weights: load them first")
     for name, p in parameters:
         if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all()):
             raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
+
+
+def check_initialised(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse parameters of lazy layers that have no values yet.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise ModelError("the model has lazy layers without weights: run one batch through it first")
 
 
 def check_seed(seed: object) -> None:
