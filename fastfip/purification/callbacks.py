@@ -86,9 +86,11 @@ class Progress(Callback):
 
 
 def as_callbacks(
-    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]], progress: bool | None, title: str
+    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] | None, progress: bool | None, title: str
 ) -> list[Callback]:
     """Return callbacks as objects, with the bar added if it is wanted (None: where stderr is a terminal)."""
+    if callbacks is None:
+        callbacks = ()
     if callable(callbacks) or isinstance(callbacks, Callback):
         callbacks = [callbacks]
     out = [item if isinstance(item, Callback) else _Function(item) for item in callbacks]

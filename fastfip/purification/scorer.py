@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastfip.data.batch import Batch
+from fastfip.data.stores import kept
 from fastfip.errors import FastFIPError, reason
 from fastfip.methods.run import Run
 from fastfip.metrics.evaluation import Evaluation, evaluate
@@ -90,4 +91,4 @@ class Scorer:
 
 def _walked_again(data: Any) -> Any:
     """A generator is kept, so that it can be walked before and after."""
-    return list(data) if isinstance(data, Iterator) else data
+    return kept(data) if isinstance(data, Iterator) else data

@@ -43,6 +43,9 @@ class WorkCopy:
         self.contiguous = {name: p.is_contiguous() for name, p in self.parameters.items()}
         self.order = {name: (list(m._parameters), list(m._buffers)) for name, m in self.model.named_modules()}
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
+        # In place: where the values are. Layout, device and dtype may change meanwhile, but an optimiser or a view of
+        # the user's must find the values there again.
+        self.memory = {name: t.detach() for name, t in self._tensors()} if inplace else {}
         self.saved = {name: t.detach().clone() for name, t in self._tensors()} if inplace else {}
         for p in self.parameters.values():
             p.grad = None
@@ -121,6 +124,15 @@ class WorkCopy:
             if self.contiguous.get(name):
                 p.data = p.data.contiguous()
             p.grad = self.grads.get(name)
+        self._to_own_memory()
+
+    @torch.no_grad()
+    def _to_own_memory(self) -> None:
+        for name, t in [*self.model.named_parameters(remove_duplicate=False),
+                        *self.model.named_buffers(remove_duplicate=False)]:  # fmt: skip
+            own = self.memory.get(name)
+            if own is not None and own.shape == t.shape and own.data_ptr() != t.data_ptr():
+                t.data = own.copy_(t)
 
     def _reorder(self) -> None:
         """A parametrisation that is taken off puts its weight last: the state dict keeps the user's order."""
