@@ -36,6 +36,8 @@ LABEL_KEYS = ("labels", "label", "y", "target", "targets")
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _DATASET_BATCH = 128
+#: Samples after which data without a length is taken to have no end.
+MOST_SAMPLES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Task:
             out = self.loss_hook(logits, batch)
             if not isinstance(out, Tensor) or out.dim() != 1:
                 raise DataError(f"loss= must return one loss for each sample, shape [N], not {_describe(out)}")
+            self._check_count(out, batch)
             return out
         y = self.labels(batch)
         if logits.dim() != 2 or logits.shape[1] < 2:
@@ -167,6 +170,14 @@ class Task:
         if y.device.type == "cpu":  # elsewhere this would wait for the device; iter_batches has checked before the move
             check_labels(y, logits.shape[1])
         return F.cross_entropy(logits, y, reduction="none")
+
+    def _check_count(self, losses: Tensor, batch: Batch) -> None:
+        try:
+            n = self.size(batch)
+        except DataError:  # fields of a form of the user's own
+            return
+        if losses.shape[0] != n:
+            raise DataError(f"loss= returned {losses.shape[0]} losses for {n} samples: return one for each, shape [N]")
 
     def size(self, batch: Batch) -> int:
         """Return N, the number of samples of a batch."""
@@ -249,20 +260,35 @@ def iter_batches(
         batches, lists and named tuples in them turned into plain tuples; a batch of no samples is passed over.
 
     Raises:
-        DataError: no batches at all, labels that are no class indices or out of range, uint8 images.
+        DataError: no batches at all, labels that are no class indices or out of range, uint8 images, NaN or Inf in
+            inputs, no end. From the second batch on the error gives the number of the batch.
     """
     task = Task() if task is None else task
-    seen = False
-    for raw in batches_of(data):
+    seen, endless = 0, not _has_length(data)
+    for number, raw in enumerate(batches_of(data), 1):
         batch = to_tensors(raw)
-        if _check_batch(batch, task, classes) == 0:
+        try:
+            n = _check_batch(batch, task, classes)
+        except DataError as error:
+            raise error if number == 1 else DataError(f"batch {number} of the data: {error}") from None
+        if n == 0:
             continue
-        seen = True
+        seen += n
+        if endless and seen > MOST_SAMPLES:
+            raise DataError(f"the data gave {seen:,} samples and no end: pass what ends, such as a list or a Dataset")
         yield move_to(batch, device)
     if not seen:
         raise DataError(
             "the data gave no samples: an empty loader, or a generator that is used up (pass a list or a DataLoader)"
         )
+
+
+def _has_length(data: object) -> bool:
+    try:
+        len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def batches_of(data: Any) -> Iterable[Batch]:
@@ -287,6 +313,9 @@ def _check_batch(batch: Batch, task: Task, classes: int | None) -> int:
         x = task.inputs(batch)
         if x.dtype == torch.uint8 and x.dim() > 2:
             raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
+        if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
+            raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")
     if task.loss_hook is None:
         y = task.labels(batch)
         if y.device.type == "cpu":
