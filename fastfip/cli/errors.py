@@ -33,6 +33,10 @@ CODES = {
 _USAGE: Any = typer.BadParameter.__mro__[1]
 
 
+#: What errors of the library propose, and what the command line has instead.
+_OPTIONS = {"force=True goes on": "--ignore-fit goes on, fastfip inspect tries the usual scalings and class orders"}
+
+
 class Interrupted(Exception):
     """Ctrl-C; the text says what was written."""
 
@@ -154,6 +158,8 @@ def _run(command: Any, arguments: list[str] | None) -> int:
             traceback.print_exc()
         code = _code(error)
         text = " ".join(str(error).split())
+        for words, option in _OPTIONS.items():
+            text = text.replace(words, option)
         if code == 1:
             text = f"unexpected {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)")
         say(text)

@@ -45,7 +45,6 @@ def fisher(
     """Write the diagonal of IN's Fisher information on images to OUT: the parameters' names and shapes, exact."""
     check_outputs(source, out, None, force, inputs_of(clean.data))
 
-    from fastfip.checkpoint import save_checkpoint
     from fastfip.errors import CheckpointError
     from fastfip.fisher import fisher_diagonal
     from fastfip.reporting.table import show, to_json
@@ -69,9 +68,7 @@ def fisher(
         progress=True if (wanted := o.progress(quiet)) is None else wanted,
     )
     with undisturbed() as came:
-        # A .safetensors file has the number of images, the kind and the coverage as well.
-        write = diagonal.save if out.suffix.lower() == ".safetensors" else lambda path: save_checkpoint(diagonal, path)
-        lost = kept(out, write)
+        lost = kept(out, lambda path: _write(diagonal, path))
     traces = {name: float(value.double().sum()) for name, value in diagonal.items()}
     whole = float(diagonal.trace())
     if as_json:
@@ -86,6 +83,15 @@ def fisher(
         raise CheckpointError(lost)
     if came:
         raise Interrupted(f"interrupted: {out} holds the result, which is complete")
+
+
+def _write(diagonal: Any, path: Path) -> None:
+    from fastfip.checkpoint import save_checkpoint
+
+    if path.suffix.lower() == ".safetensors":
+        diagonal.save(path)  # with the number of images, the kind and the coverage
+    else:
+        save_checkpoint(diagonal, path)
 
 
 def _sheet(source: Path, diagonal: Any, traces: dict[str, float], notes: list[str], line: str) -> Any:

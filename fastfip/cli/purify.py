@@ -88,7 +88,7 @@ def purify(
             f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
         )
     with undisturbed() as came:
-        lost = []
+        lost: list[str | None] = []
         if not result.unchanged:
             lost.append(kept(out, lambda path: save_checkpoint(result.model, path, like=checkpoint)))
         if report is not None:
@@ -99,7 +99,7 @@ def purify(
         show(result)
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
-    if result.interrupted or came:
+    if result.interrupted or (came and not result.unchanged):
         what = "the last good state" if result.interrupted else "the result, which is complete"
         raise Interrupted(f"interrupted: {out} holds {what}")
     if result.unchanged or result.diverged:

@@ -21,7 +21,7 @@ from tests.support.command_line import NET, PURIFY, fails, work
 
 __all__ = ["work"]
 ROOT = Path(__file__).resolve().parents[2]
-STEP = ["--steps", "1"]
+STEP = ["--steps", "1", "--ignore-fit"]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_second_signal_does_not_wait(capsys):
 
 def test_sigterm_writes_the_last_good_state(work):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "fastfip", *PURIFY, "--epochs", "30000"]
+    run = [sys.executable, "-m", "fastfip", *PURIFY, "--epochs", "30000", "--ignore-fit"]
     process = subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = process.stderr.readline()  # the first line comes after some seconds of work
     assert said.startswith("fastfip: fine_tune, step "), said
