@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser zoo lint format real bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ test: lint
 test-lesser: $(STAMP)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 FASTFIP_ISA=portable \
 		$(BIN)/python -m pytest -n 2 -q -m numeric $(ARGS)
+
+# The small zoo with what it skips elsewhere: the models of other libraries.
+zoo: $(STAMP)
+	$(BIN)/python -m pip install --quiet peft transformers timm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
