@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser fuzz lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser fuzz zoo lint format real bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,11 @@ test-lesser: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+# The small zoo with what it skips elsewhere: the models of other libraries.
+zoo: $(STAMP)
+	$(BIN)/python -m pip install --quiet peft transformers timm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
