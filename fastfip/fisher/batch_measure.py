@@ -18,7 +18,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
-from fastfip.nets.state import LOW_PRECISION
+from fastfip.nets.state import LOW_PRECISION, is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself
 _LOOPED: weakref.WeakKeyDictionary[nn.Module, dict[Any, float]] = weakref.WeakKeyDictionary()
@@ -41,7 +41,7 @@ class BatchMeasure:
         hooks = (task.forward_hook, task.loss_hook)
         self.key = (tuple(self.params), *(getattr(hook, "__code__", type(hook)) for hook in hooks))
         if self.key in self.looped:
-            with torch.no_grad(), eagerly(self.model):
+            with torch.no_grad(), eagerly(is_compiled(self.model)):
                 return self._cooled(task.forward(self.model, batch))
         with torch.enable_grad(), readable(self.model):
             return self._cooled(task.forward(self.model, batch))
@@ -51,7 +51,7 @@ class BatchMeasure:
         with torch.enable_grad():
             losses = one.task.loss(outputs, one.batch)
         if losses.grad_fn is None and self.key in self.looped:
-            with eagerly(self.model):
+            with eagerly(is_compiled(self.model)):
                 if not self._loop(losses, one, self.params, self.looped[self.key]):
                     del self.looped[self.key]
             self.total.coverage.update(dict.fromkeys(self.params, "per-sample loop"))
@@ -59,7 +59,7 @@ class BatchMeasure:
         with torch.enable_grad():
             plan = plan_for(losses, self.params, self.cache)
         slow = plan.loop
-        with eagerly(self.model):
+        with eagerly(is_compiled(self.model)):
             if plan.deep and next(self._alone(one, losses.shape[0]), None) is not None:
                 slow |= plan.deep
                 plan = Plan(losses, plan.params, plan.reading, plan.layouts, slow).routed()

@@ -160,7 +160,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(eagerly(model))
+        stack.enter_context(eagerly(is_compiled(model)))
         if second_order:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -181,9 +181,9 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def eagerly(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def eagerly(compiled: bool) -> contextlib.AbstractContextManager[None]:
     """Run compiled code as what it was compiled from; a function of the user's may be compiled as well."""
-    used = is_compiled(model) or "torch._dynamo" in sys.modules  # torch.compile imports it, and little else does
+    used = compiled or "torch._dynamo" in sys.modules  # torch.compile imports it, and little else does
     if not used or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
