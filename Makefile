@@ -50,6 +50,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Needs networks and images in the folder that FASTFIP_DATA names: docs/results.md lists them.
 real: $(STAMP)
 	$(BIN)/python -m benchmarks.purification.real_models $(ARGS)
 
