@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser fuzz zoo lint format real bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -35,10 +35,22 @@ test-lesser: $(STAMP)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 FASTFIP_ISA=portable \
 		$(BIN)/python -m pytest -n 2 -q -m numeric $(ARGS)
 
+# Mutated files for every reader of files, e.g. ARGS="--minutes 30". atheris has no wheel for every Python: without it,
+# mutations are drawn at random.
+fuzz: $(STAMP)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
+	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+# The small zoo with what it skips elsewhere: the models of other libraries.
+zoo: $(STAMP)
+	$(BIN)/python -m pip install --quiet peft transformers timm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py $(ARGS)
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Needs networks and images in the folder that FASTFIP_DATA names: docs/results.md lists them.
 real: $(STAMP)
 	$(BIN)/python -m benchmarks.purification.real_models $(ARGS)
 

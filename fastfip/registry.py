@@ -37,7 +37,8 @@ def working_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.reverse()  # the last one is the one that was appended
-        sys.path.remove(here)
+        with contextlib.suppress(ValueError):  # a module of the user's may have taken it off
+            sys.path.remove(here)
         sys.path.reverse()
 
 

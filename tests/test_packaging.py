@@ -98,6 +98,26 @@ def test_environment_report():
     )
 
 
+def test_the_citation_names_this_version_and_addresses_stand_in_one_place_each():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == fastfip.__version__ and {"cff-version", "message", "title", "authors"} <= set(
+        citation
+    )
+    named = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.md", "*.cff", "*.toml", "docs/**/*.md", "fastfip/**/*.py")
+        for path in ROOT.glob(pattern)
+        if "fastfip.example" in path.read_text()
+    }
+    assert named == {"SECURITY.md", "pyproject.toml"}  # one has the address for reports, one the others
+
+
+def test_make_real_names_where_its_data_is_expected():
+    for name in ("README.md", "docs/results.md", "Makefile"):
+        assert "FASTFIP_DATA" in (ROOT / name).read_text(), name
+
+
 def test_version_and_typing_marker_are_packaged():
     assert (ROOT / "fastfip" / "py.typed").exists()
     pyproject = (ROOT / "pyproject.toml").read_text()

@@ -40,7 +40,7 @@ class Blend(Attack):
         """Blend the picture into images x [N, C, H, W] in [0, 1]."""
         picture = self.picture
         if picture is None:
-            picture = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(self.seed))
+            picture = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         if picture.shape != x.shape[1:]:
             raise DataError(f"the picture is {list(picture.shape)}, the images are {list(x.shape[1:])}: resize it")
         return (1 - self.alpha) * x + self.alpha * picture.to(x)

@@ -80,7 +80,7 @@ def _share_beyond(index: float, classes: int) -> float:
 @functools.lru_cache(maxsize=16)
 def _null(classes: int) -> Tensor:
     """Largest indices of samples of `classes` draws from a normal distribution."""
-    draws = torch.randn(_DRAWS, classes, generator=torch.Generator().manual_seed(0), device="cpu")
+    draws = torch.randn(_DRAWS, classes, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     median = draws.quantile(0.5, dim=1, keepdim=True)
     spread = 1.4826 * (draws - median).abs().quantile(0.5, dim=1)
     return (median[:, 0] - draws.amin(1)) / spread

@@ -95,7 +95,8 @@ def audit(
         BackendError: a device that is not here.
     """
     start = time.perf_counter()
-    _check(forms, reach, steps, samples, amp, seed)
+    seed = check_seed(seed)
+    _check(forms, reach, steps, samples, amp)
     task = Task.of(forward, loss)
     say = progress or (lambda text: None)
     nets = {"received": model} if purified is None else {"received": model, "purified": purified}
@@ -154,7 +155,7 @@ def audit(
     return Audit(audits["received"], audits.get("purified"), retuning, settings, took, notes, interrupted)
 
 
-def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str, seed: int) -> None:
+def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bool | str) -> None:
     for form in forms:
         if form not in FORMS:
             raise ConfigError(f"form {form!r}: must be one of {', '.join(FORMS)}")
@@ -163,7 +164,6 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
     if steps < 1 or samples < 2:
         raise ConfigError(f"steps={steps}, samples={samples}: must be at least 1 and 2")
     check_amp(amp)
-    check_seed(seed)
 
 
 def _one_batch(clean: CleanSet, task: Task, device: torch.device, notes: list[str]) -> Any:

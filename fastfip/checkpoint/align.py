@@ -16,6 +16,9 @@ __all__ = ["NESTINGS", "find_state", "fits_or_raise", "is_extra", "is_state"]
 #: Entries that usually hold the weights, in the order in which they are looked for.
 NESTINGS = ("state_dict", "net", "netC", "model", "model_state_dict", "state_dict_ema")
 
+#: How much of a name is compared with others: the time for it grows with the square.
+_COMPARED = 200
+
 
 def is_state(value: Any) -> bool:
     """Return whether a value is a state dict: names to tensors (and what modules save beside them)."""
@@ -147,7 +150,8 @@ def _names(names: Iterable[Any], quote: bool = True, most: int = 6) -> str:
 
 def _with_nearest(names: list[str], others: list[str]) -> str:
     shown = []
+    known = {other[:_COMPARED]: other for other in others[:2000]}
     for name in names[:4]:
-        near = difflib.get_close_matches(name, others[:2000], 1, 0.6)
-        shown.append(f"{name} (there: {near[0]})" if near else name)
+        near = difflib.get_close_matches(name[:_COMPARED], known, 1, 0.6)
+        shown.append(f"{name[:300]} (there: {known[near[0]][:300]})" if near else name[:300])
     return ", ".join(shown) + (", ..." if len(names) > 4 else "")

@@ -9,15 +9,18 @@ import torch
 
 from fastfip.checkpoint.claims import Claim, Storage
 from fastfip.checkpoint.scan import Scan
-from fastfip.errors import CheckpointError
+from fastfip.errors import CheckpointError, reason
 
 __all__ = ["build"]
+
+#: Tuples within tuples that are gone through; what lies deeper is no plain data for anybody.
+_DEEPEST = 64
 
 
 def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -> Any:
     """Return what a pickle holds, with tensors on the CPU in place of claims. No unpickler runs.
 
-    Tensors of one block share its memory. Only dicts and lists are gone through: weights lie in dicts.
+    Tensors of one block share its memory.
 
     Args:
         file: the file.
@@ -35,20 +38,40 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             storage = claim.storage
             if storage.key not in blocks:
                 blocks[storage.key] = _block(file, scanned.storages[storage.key], starts.get(storage.key, 0), big)
+            if big and claim.width > storage.width:
+                raise CheckpointError("has bytes in the other order without a word on how many make a value")
             empty = torch.empty(0, dtype=getattr(torch, claim.dtype))
-            made[id(claim)] = empty.set_(blocks[storage.key], claim.offset + storage.start, claim.size, claim.stride)
+            try:
+                made[id(claim)] = empty.set_(
+                    blocks[storage.key], claim.offset + storage.start, claim.size, claim.stride
+                )
+            except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"is damaged: a tensor cannot be made of what it says ({reason(error)})"
+                ) from None
     todo: list[Any] = [scanned.root]
     seen = set()
+    tuples: dict[int, tuple[Any, Any]] = {}
+
+    def built(item: Any, depth: int = 0) -> Any:
+        if isinstance(item, Claim):
+            return made[id(item)]
+        if isinstance(item, (dict, list)):
+            todo.append(item)
+        if not isinstance(item, tuple) or depth > _DEEPEST:
+            return item
+        if id(item) not in tuples:  # with the old one, so that its id is nobody else's
+            tuples[id(item)] = item, tuple([built(part, depth + 1) for part in item])
+        return tuples[id(item)][1]
+
     while todo:
         value = todo.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         for key, item in list(value.items()) if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, Claim):
-                value[key] = made[id(item)]
-            elif isinstance(item, (dict, list)):
-                todo.append(item)
+            if isinstance(item, (Claim, dict, list, tuple)):
+                value[key] = built(item)
     return scanned.root
 
 

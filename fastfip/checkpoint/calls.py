@@ -64,6 +64,8 @@ _HARMLESS = re.compile(
 
 def shown(value: Any) -> str:
     """Return a name to print; containers by their type, as one that holds itself twice, nested, has no end of text."""
+    if isinstance(value, Opaque):
+        return f"a {value.of.name}"
     return str(value) if isinstance(value, (Global, *PLAIN)) else f"a {type(value).__name__}"
 
 

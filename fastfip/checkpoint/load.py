@@ -36,8 +36,9 @@ class Checkpoint(dict[str, Tensor]):
         nesting: the keys that led to the weights, e.g. ("net",); () for a bare state dict.
         names: for each name here the name in the file, which may carry a prefix such as `module.`.
         extras: the plain data beside the weights ({"epoch": 46, "acc": 84.8}), nested as in the file.
-        left_out: entries beside the weights that are not plain data (optimiser state, other weights); `save_checkpoint`
-            does not carry them over, as they belong to the weights that were replaced.
+        left_out: entries beside the weights that are not plain data (optimiser state, other weights, settings), and
+            names without the prefix of the weights; `save_checkpoint` does not carry them over, as they belong to the
+            weights that were replaced. Safe to print.
         metadata: the metadata of a safetensors file.
     """
 
@@ -94,6 +95,8 @@ def load_checkpoint(
         return _load(path, model, key, prefix, strict)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {printable(str(error))}") from None
+    except MemoryError:
+        raise CheckpointError(f"{os.fspath(path)}: needs more memory than there is") from None
 
 
 def _load(
@@ -109,7 +112,10 @@ def _load(
     for name, value in state.items():
         if not isinstance(name, str):
             raise CheckpointError(f"has a weight whose name is no text, or far too long ({type(name).__name__})")
-        entries[name] = value if is_extra(name) and not isinstance(value, Tensor) else check_tensor(name, value)
+        if is_extra(name) and not isinstance(value, Tensor):
+            entries[name] = _extra(name, value)
+        else:
+            entries[name] = check_tensor(name, value)
     names = _names_of(entries, own, prefix)
     out = Checkpoint((name, entries[theirs]) for name, theirs in names.items())
     out.path, out.format, out.nesting, out.names, out.metadata = Path(path), form, nesting, names, metadata
@@ -234,11 +240,30 @@ def tied_names(state: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _renamed_versions(state: Any, prefix: str) -> Any:
     versions = getattr(state, "_metadata", None)
-    if not isinstance(versions, Mapping) or not prefix:
+    if not isinstance(versions, Mapping):
+        return None
+    versions = {k: v for k, v in versions.items() if isinstance(k, str) and isinstance(v, dict) and _is_flat(v)}
+    if not prefix:
         return versions
     stem = prefix.removesuffix(".")
-    kept = {k: v for k, v in versions.items() if isinstance(k, str) and (k == stem or k.startswith(prefix))}
+    kept = {k: v for k, v in versions.items() if k == stem or k.startswith(prefix)}
     return {k[len(prefix) :]: v for k, v in kept.items()}
+
+
+def _is_flat(values: Mapping[Any, Any]) -> bool:
+    return all(isinstance(item, PLAIN) for pair in values.items() for item in pair)
+
+
+def _extra(name: str, value: Any) -> Any:
+    """Return what `Module.get_extra_state` gave, in Python's own containers; tensors are kept.
+
+    Raises:
+        CheckpointError: there is something else in it.
+    """
+    try:
+        return _plain(value, {}, tensors=True)
+    except TypeError as error:
+        raise CheckpointError(f"has an entry {name} that is no plain data ({error})") from None
 
 
 def _beside(root: Any, nesting: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
@@ -259,25 +284,25 @@ def _beside(root: Any, nesting: tuple[str, ...]) -> tuple[dict[str, Any], list[s
     return kept, left
 
 
-def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
-    """Return numbers, text and containers of them, single-valued tensors too; TypeError for anything else.
+def _plain(value: Any, known: dict[int, Any], depth: int = 0, tensors: bool = False) -> Any:
+    """Return numbers, text and containers of them, single-valued or all `tensors` too; TypeError for anything else.
 
     `known` has what was seen before by its id, so that what occurs often is copied once; None while it is open.
     """
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, Tensor) and value.numel() == 1 and value.layout is torch.strided and not value.is_quantized:
+    if isinstance(value, Tensor) and (tensors or value.numel() == 1):
         return value.detach()
-    if not isinstance(value, (dict, list, tuple)) or is_state(value) or depth > _DEEPEST:
+    if not isinstance(value, (dict, list, tuple)) or (is_state(value) and not tensors) or depth > _DEEPEST:
         raise TypeError(f"{type(value).__name__} is no plain data")
     if id(value) not in known:
         known[id(value)] = None
         if isinstance(value, dict):
             if any(isinstance(key, Opaque) for key in value):
                 raise TypeError("a key that is no plain data")
-            known[id(value)] = {k: _plain(v, known, depth + 1) for k, v in value.items()}
+            known[id(value)] = {k: _plain(v, known, depth + 1, tensors) for k, v in value.items()}
         else:
-            items = [_plain(v, known, depth + 1) for v in value]
+            items = [_plain(v, known, depth + 1, tensors) for v in value]
             known[id(value)] = items if isinstance(value, list) else tuple(items)
     if known[id(value)] is None:
         raise TypeError("a container that holds itself")

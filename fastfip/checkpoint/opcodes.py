@@ -74,7 +74,8 @@ class Budget:
             CheckpointError: it was too much.
         """
         self.spent += count
-        if self.spent > ROOM + self.window.taken + min(self.stored, self.window.whole):
+        taken, whole = self.window.taken, self.window.whole
+        if self.spent > ROOM + taken + min(self.stored, whole - taken):
             raise CheckpointError("is refused: its pickle would take many times its size in memory")
 
     def store(self, count: int) -> None:

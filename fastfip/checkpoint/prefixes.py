@@ -18,6 +18,8 @@ _INSIDE = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_m
 _AVERAGES = re.compile(r"(^|[._])(ema|swa|averaged?|shadow|momentum)([._]|$)")
 _PROBES = 12
 _CANDIDATES = 24
+#: No module lies deeper.
+_LEVELS = 64
 
 
 def common_prefixes(names: Iterable[str]) -> list[str]:
@@ -90,14 +92,14 @@ def _candidates(theirs: list[str], ours: list[str]) -> Iterator[tuple[str, str]]
         for on in common_prefixes(ours):
             seen.add((off, on))
             yield off, on
-    ends: dict[str, list[list[str]]] = {}
+    ends: dict[str, list[str]] = {}
     for name in theirs:
-        parts = name.split(".")
-        ends.setdefault(parts[-1], []).append(parts)
+        ends.setdefault(name.rpartition(".")[2], []).append(name)
     votes: Counter[tuple[str, str]] = Counter()
     for probe in ours[:: max(1, len(ours) // _PROBES)]:
-        wanted = probe.split(".")
-        for parts in ends.get(wanted[-1], ()):
+        wanted = probe.rsplit(".", _LEVELS)
+        for name in ends.get(wanted[-1], ()):
+            parts = name.rsplit(".", _LEVELS)
             same = 1
             while same < min(len(parts), len(wanted)) and parts[-same - 1] == wanted[-same - 1]:
                 same += 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastfip.checkpoint.align import is_extra
 from fastfip.checkpoint.load import Checkpoint, check_tensor, load_checkpoint
 from fastfip.checkpoint.prefixes import align
-from fastfip.errors import CheckpointError, reason
+from fastfip.errors import CheckpointError, printable, reason
 from fastfip.reporting.files import replacing
 
 __all__ = ["check_suffix", "save_checkpoint"]
@@ -83,6 +83,12 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
         known = " ".join((".safetensors", *_TORCH_SUFFIXES))
         raise CheckpointError(f"{os.fspath(path)}: the format is told by the suffix, one of {known}")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no system takes
+        raise CheckpointError(f"{printable(os.fspath(path))}: cannot be written: {reason(error)}") from None
     return suffix
 
 

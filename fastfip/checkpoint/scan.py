@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from fastfip.checkpoint.calls import PLAIN, STORAGES, result, shown, take_array_state
 from fastfip.checkpoint.claims import Claim, Global, NumpyArray, NumpyType, Odd, Opaque, Ordered, Storage
-from fastfip.checkpoint.opcodes import Budget, Window, instructions
+from fastfip.checkpoint.opcodes import Budget, Skipped, Window, instructions
 from fastfip.errors import CheckpointError
 
 __all__ = ["Machine", "Scan", "scan"]
@@ -214,7 +214,7 @@ class Machine:
         for part in key if isinstance(key, tuple) else (key,):
             if not isinstance(part, PLAIN):
                 self.budget.spend(200)
-                return Opaque(Global("builtins", type(key).__name__))
+                return Opaque(Global("builtins", "long text" if isinstance(key, Skipped) else type(key).__name__))
             self.budget.spend(sys.getsizeof(part) if not isinstance(part, (float, complex)) else 30)
         return key
 

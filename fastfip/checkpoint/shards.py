@@ -16,7 +16,7 @@ __all__ = ["index_of", "read_shards"]
 #: What a folder of Hugging Face has, in the order in which it is looked for; the first two name shards.
 _FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
 #: An index has about a hundred bytes a weight; more than this many are none.
-_MOST_BYTES = 2**21
+_MOST_BYTES = 3 * 2**19
 _MOST_SHARDS = 1000
 _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0\n]+")
 
@@ -52,7 +52,8 @@ def read_shards(
     files: dict[str, set[str]] = {}
     for name, file_name in places.items():
         if not isinstance(file_name, str) or not _PLAIN_NAME.fullmatch(file_name):
-            raise CheckpointError(f"names a file for {name} that does not lie beside it ({printable(file_name, 100)})")
+            shown = file_name if isinstance(file_name, str) else f"a {type(file_name).__name__}"
+            raise CheckpointError(f"names a file for {name} that does not lie beside it ({printable(shown, 100)})")
         files.setdefault(file_name, set()).add(name)
     if len(files) > _MOST_SHARDS:
         raise CheckpointError(f"names {len(files)} files, more than any checkpoint has")

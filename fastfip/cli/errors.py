@@ -167,7 +167,7 @@ def _run(command: Any, arguments: list[str] | None) -> int:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
+    """Print a line on stderr, where it does nothing to a terminal."""
     from fastfip.errors import printable
 
     print(f"fastfip: {printable(text, 2000)}", file=sys.stderr)

@@ -43,7 +43,7 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
     )
     mirrored = torch.zeros(n, dtype=torch.bool, device="cpu")
     if flip:
-        mirrored = torch.rand(n, generator=generator, device="cpu") < 0.5
+        mirrored = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32) < 0.5
     return task.replace_inputs(batch, shifted(x, down.to(x.device), right.to(x.device), mirrored.to(x.device)))
 
 

@@ -60,12 +60,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def to_tensors(batch: Batch) -> Batch:
-    """Return a batch with the numpy arrays and numbers in it as tensors; containers become plain tuples and dicts."""
+    """Return a batch with the numpy arrays and numbers in it as tensors; containers become plain tuples and dicts.
+
+    Tensors are cut from a graph that they may come from: what is done to them later is nobody's else.
+    """
     return map_batch(_as_tensor, batch)
 
 
 def _as_tensor(value: Any) -> Any:
-    if isinstance(value, (Tensor, str, bytes)) or not hasattr(value, "__array__"):
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__array__"):
         return value
     try:
         return torch.as_tensor(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.outputs import binary_labels
-from fastfip.data.stores import DEFAULT_BATCH, Live, Memory, Store, live_loader, tensors_of
+from fastfip.data.stores import DEFAULT_BATCH, Live, Memory, Store, kept, live_loader, tensors_of
 from fastfip.data.task import Task, check_labels, iter_batches
 from fastfip.errors import DataError
 
@@ -26,6 +26,8 @@ class CleanSet:
     Attributes:
         n: the number of samples. labels: their labels [n] int64, None where `loss=` takes something else.
         batch_size: the user's (of an iterable: its first batch's). notes: what the user should know.
+        forms: the first batch, with its number, of each further shape and dtype that inputs have: a model that takes
+            the first batch may fail on them.
     """
 
     def __init__(self, store: Store, index: Tensor, labels: Tensor | None, batch_size: int, task: Task) -> None:
@@ -36,6 +38,7 @@ class CleanSet:
         self.task = task
         self.binary = False
         self.notes: list[str] = []
+        self.forms: list[tuple[int, Batch]] = []
 
     @classmethod
     def of(cls, data: Any, task: Task | None = None) -> CleanSet:
@@ -51,14 +54,16 @@ class CleanSet:
         task = Task() if task is None else task
         if isinstance(data, CleanSet):
             return data
-        live = live_loader(data)
+        live, forms = live_loader(data), _Forms(task)
         if live is None:
-            batches = list(iter_batches(data, task))
+            batches = kept(forms.watched(iter_batches(data, task)))
             single = isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and isinstance(data[0], Tensor))
             store: Store = Memory(batches, [task.size(batch) for batch in batches])
             size = DEFAULT_BATCH if single else task.size(batches[0])
             index = torch.arange(sum(task.size(batch) for batch in batches), device="cpu")
-            return cls(store, index, _labels(batches, task), size, task)
+            clean = cls(store, index, _labels(batches, task), size, task)
+            clean.forms = forms.found[1:]
+            return clean
         loader, index, size = live
         if len(index) == 0:
             raise DataError("the data gave no samples: the clean loader is empty")
@@ -70,11 +75,13 @@ class CleanSet:
         else:
             store = Live(loader)
             order = [index[i : i + size].tolist() for i in range(0, len(index), size)]
-            labels = [_labels([batch], task) for batch in iter_batches(store.loader(order), task)]
+            labels = [_labels([batch], task) for batch in forms.watched(iter_batches(store.loader(order), task))]
         if labels[0] is not None and tensors is not None:
             labels = [labels[0][index]]
         known = [y for y in labels if y is not None]
-        return cls(store, index, torch.cat(known) if len(known) == len(labels) else None, size, task)
+        clean = cls(store, index, torch.cat(known) if len(known) == len(labels) else None, size, task)
+        clean.forms = forms.found[1:]
+        return clean
 
     def __len__(self) -> int:
         return len(self._index)
@@ -97,7 +104,12 @@ class CleanSet:
         """
         if self.labels is None or classes is None:
             return
-        check_labels(self.labels, classes)
+        try:
+            check_labels(self.labels, classes)
+        except DataError as error:
+            first = int(((self.labels < 0) | (self.labels >= classes)).nonzero()[0])
+            where = f"first in batch {first // self.batch_size + 1}, at sample {first % self.batch_size + 1}"
+            raise DataError(f"{error} ({where})") from None
         missing = sorted(set(range(classes)) - set(self.labels.unique().tolist()))
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -127,6 +139,10 @@ class CleanSet:
     def _given(self, batch: Batch) -> Batch:
         batch = to_tensors(batch)
         return class_indices(batch) if self.binary else batch
+
+    def close(self) -> None:
+        """End the worker processes of the user's dataset, if there are some; the next pass would start others."""
+        self._store.close()
 
     def places(self) -> Tensor:
         """Return the places [n] in this set of the samples, in the order in which an unshuffled walk meets them."""
@@ -250,6 +266,32 @@ def class_indices(batch: Batch) -> Batch:
 
 def _any_labels(logits: Tensor, batch: Batch) -> Tensor:
     raise NotImplementedError
+
+
+class _Forms:
+    """Keeps the first batch of each shape and dtype of the inputs, up to `most` of them."""
+
+    most = 8
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.seen = task, set[Any]()
+        self.found: list[tuple[int, Batch]] = []
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, 1):
+            form = self._of(batch)
+            if form not in self.seen and len(self.found) < self.most:
+                self.seen.add(form)
+                self.found.append((number, batch))
+            yield batch
+
+    def _of(self, batch: Batch) -> Any:
+        try:
+            x = self.task.inputs(batch)
+        except DataError:
+            return None
+        # Token ids are as long as the longest text of a batch: no other form.
+        return (x.dtype, tuple(x.shape[1:])) if x.is_floating_point() else x.dim()
 
 
 def _permutation(n: int, generator: torch.Generator | None) -> Tensor:

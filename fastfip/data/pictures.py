@@ -19,6 +19,8 @@ __all__ = ["ORDERS", "class_order", "find_pictures", "grey", "order_words", "rea
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 #: How class folders can be ordered: by the numbers in their names, or letter by letter, as torchvision's ImageFolder.
 ORDERS = ("number", "text")
+#: An image file may have this many pixels; the largest of ImageNet have 61 million.
+_MOST_PIXELS = 2**26
 
 
 def class_order(names: Sequence[str], order: str | None = None) -> tuple[list[str], str]:
@@ -102,6 +104,8 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise DataError(f"it has {file.width} x {file.height} pixels: make it smaller")
             image = ImageOps.exif_transpose(file)
             if image.mode in ("F", "I") or image.mode.startswith("I;"):
                 return _deep(image, channels, size)

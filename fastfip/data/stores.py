@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +20,47 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fastfip.data.batch import Batch, map_batch
+from fastfip.data.batch import Batch, map_batch, map_tensors
+from fastfip.errors import DataError
 
-__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "live_loader", "tensors_of"]
+__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "kept", "live_loader", "tensors_of"]
+
+#: Batches of an iterable that are kept, at most: one that has no end must not fill the memory.
+MOST_BATCHES = 1_000_000
 
 #: Samples a step where the user's data come without batches: a dataset, or one tuple (x, y).
 DEFAULT_BATCH = 128
+
+
+def kept(batches: Iterable[Batch]) -> list[Batch]:
+    """Return the batches of an iterable, which is read to its end.
+
+    Raises:
+        DataError: they fill half of the machine's memory, or are a million.
+    """
+    most, held, out = _half_of_memory(), 0, list[Batch]()
+
+    def weigh(t: Tensor) -> Tensor:
+        nonlocal held
+        held += t.nbytes
+        return t
+
+    for batch in batches:
+        map_tensors(weigh, batch)
+        out.append(batch)
+        if held > most or len(out) > MOST_BATCHES:
+            raise DataError(
+                f"{len(out):,} batches ({held / 1e9:.1f} GB) were read and there was no end: pass fewer samples, a "
+                "generator that ends, or a Dataset, which is read batch by batch"
+            )
+    return out
+
+
+def _half_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 << 30
 
 
 class Store(Protocol):
@@ -38,14 +74,33 @@ class Store(Protocol):
     def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
         """Return the batches that lists of indices name."""
 
+    def close(self) -> None:
+        """End what the store keeps running."""
+
+
+class _Order:
+    """The batches of the next pass, which a loader asks for when the pass begins."""
+
+    def __init__(self) -> None:
+        self.now: Iterable[list[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.now)
+
 
 class Live:
-    """The user's dataset behind their own loader's settings."""
+    """The user's dataset behind their own loader's settings.
+
+    Worker processes are started for the first pass and serve the next ones, until `close`.
+    """
 
     parts: Tensor | None = None
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.user = loader
+        self._order = _Order()
+        self._lasting: DataLoader[Any] | None = None
+        self._busy = False
 
     def get(self, index: list[int]) -> Batch:
         """Return some samples as one batch."""
@@ -53,11 +108,29 @@ class Live:
 
     def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
         """Return a loader with the user's settings and this order."""
+        return self._fresh(order) if self.user.num_workers == 0 else self._by_workers(order)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._lasting = None  # the last reference: its iterator shuts them down
+
+    def _by_workers(self, order: Iterable[list[int]]) -> Iterator[Batch]:
+        if self._busy:  # a pass within a pass: the lasting loader has one set of workers, and they are at work
+            yield from self._fresh(order)
+            return
+        if self._lasting is None:
+            self._lasting = self._fresh(self._order, persistent_workers=True)
+        self._busy, self._order.now = True, order
+        try:
+            yield from self._lasting
+        finally:
+            self._busy = False
+
+    def _fresh(self, order: Iterable[list[int]], **more: Any) -> DataLoader[Any]:
         user = self.user
-        more: dict[str, Any] = {}
         if user.num_workers > 0:
-            more = {"prefetch_factor": user.prefetch_factor, "multiprocessing_context": user.multiprocessing_context}
-        # persistent_workers would keep processes alive behind a loader that is gone after one pass.
+            more["prefetch_factor"] = user.prefetch_factor
+            more["multiprocessing_context"] = user.multiprocessing_context
         return DataLoader(
             user.dataset,
             batch_sampler=order,
@@ -103,6 +176,9 @@ class Memory:
     def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
         """Return the batches that lists of indices name."""
         return (self.get(index) for index in order)
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 class _Rows:

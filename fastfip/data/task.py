@@ -36,6 +36,8 @@ LABEL_KEYS = ("labels", "label", "y", "target", "targets")
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _DATASET_BATCH = 128
+#: Samples after which data without a length is taken to have no end.
+MOST_SAMPLES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Task:
                 y = batch[1]
         if y is None:
             raise DataError(where)
+        if isinstance(y, (int, float)) or (isinstance(y, Tensor) and y.dim() == 0):
+            raise DataError(
+                "the data's items are single samples (one label each), not batches: pass batches, or a Dataset"
+            )
         if not isinstance(y, Tensor):
             raise DataError(f"labels must be a tensor, not {_describe(y)}")
         if self.loss_hook is None:
@@ -150,6 +156,7 @@ class Task:
             out = self.loss_hook(logits, batch)
             if not isinstance(out, Tensor) or out.dim() != 1:
                 raise DataError(f"loss= must return one loss for each sample, shape [N], not {_describe(out)}")
+            self._check_count(out, batch)
             return out
         y = self.labels(batch)
         if logits.dim() != 2 or logits.shape[1] < 2:
@@ -163,6 +170,14 @@ class Task:
         if y.device.type == "cpu":  # elsewhere this would wait for the device; iter_batches has checked before the move
             check_labels(y, logits.shape[1])
         return F.cross_entropy(logits, y, reduction="none")
+
+    def _check_count(self, losses: Tensor, batch: Batch) -> None:
+        try:
+            n = self.size(batch)
+        except DataError:  # fields of a form of the user's own
+            return
+        if losses.shape[0] != n:
+            raise DataError(f"loss= returned {losses.shape[0]} losses for {n} samples: return one for each, shape [N]")
 
     def size(self, batch: Batch) -> int:
         """Return N, the number of samples of a batch."""
@@ -188,13 +203,15 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
         DataError: they are not, with the remedy.
     """
     if y.dtype not in _INTEGERS:
-        how = "y.argmax(1)" if y.dim() == 2 else "y.long()"
-        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: give class indices, e.g. {how}, or pass loss=")
+        how = "y.argmax(1)" if _one_hot(y) else "y.flatten().long()" if y.dim() == 2 and y.shape[1] == 1 else "y.long()"
+        how = f"give class indices, e.g. {how}, or " if y.dim() == 1 or _one_hot(y) or y.shape[1:] == (1,) else ""
+        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: {how}pass loss=")
     if y.dim() != 1:
-        how = "y.argmax(1)" if y.dim() == 2 and y.shape[1] > 1 else "y.flatten()"
-        raise DataError(
-            f"labels have the shape {list(y.shape)}, not [N]: give class indices, e.g. {how}, or pass loss="
-        )
+        shape = f"labels have the shape {list(y.shape)}, not [N]"
+        if _one_hot(y) or y.shape[1:] == (1,):
+            how = "y.flatten()" if y.shape[1:] == (1,) else "y.argmax(1)"
+            raise DataError(f"{shape}: give class indices, e.g. {how}, or pass loss=")
+        raise DataError(f"{shape}, one for each position (token, pixel): pass loss= that returns one loss a sample")
     if y.numel() == 0:
         return
     low, high = int(y.min()), int(y.max())
@@ -203,6 +220,13 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
         raise DataError(
             f"labels run from {low} to {high}, outside {bound}: number the classes from 0, as the model does"
         )
+
+
+def _one_hot(y: Tensor) -> bool:
+    """Whether labels [N, C] are class probabilities, of the kind 0, 0, 1 or softer."""
+    if y.dim() != 2 or y.shape[1] < 2 or y.numel() == 0:
+        return False
+    return bool((y >= 0).all()) and bool(((y.double().sum(1) - 1).abs() < 1e-3).all())
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:
@@ -236,20 +260,35 @@ def iter_batches(
         batches, lists and named tuples in them turned into plain tuples; a batch of no samples is passed over.
 
     Raises:
-        DataError: no batches at all, labels that are no class indices or out of range, uint8 images.
+        DataError: no batches at all, labels that are no class indices or out of range, uint8 images, NaN or Inf in
+            inputs, no end. From the second batch on the error gives the number of the batch.
     """
     task = Task() if task is None else task
-    seen = False
-    for raw in batches_of(data):
+    seen, endless = 0, not _has_length(data)
+    for number, raw in enumerate(batches_of(data), 1):
         batch = to_tensors(raw)
-        if _check_batch(batch, task, classes) == 0:
+        try:
+            n = _check_batch(batch, task, classes)
+        except DataError as error:
+            raise error if number == 1 else DataError(f"batch {number} of the data: {error}") from None
+        if n == 0:
             continue
-        seen = True
+        seen += n
+        if endless and seen > MOST_SAMPLES:
+            raise DataError(f"the data gave {seen:,} samples and no end: pass what ends, such as a list or a Dataset")
         yield move_to(batch, device)
     if not seen:
         raise DataError(
             "the data gave no samples: an empty loader, or a generator that is used up (pass a list or a DataLoader)"
         )
+
+
+def _has_length(data: object) -> bool:
+    try:
+        len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def batches_of(data: Any) -> Iterable[Batch]:
@@ -274,6 +313,9 @@ def _check_batch(batch: Batch, task: Task, classes: int | None) -> int:
         x = task.inputs(batch)
         if x.dtype == torch.uint8 and x.dim() > 2:
             raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
+        if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
+            raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")
     if task.loss_hook is None:
         y = task.labels(batch)
         if y.device.type == "cpu":

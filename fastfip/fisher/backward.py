@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from fastfip.errors import ConfigError, ModelError
-from fastfip.fisher.diagonal import SquaredSum
 from fastfip.fisher.graph.plan import selected
-from fastfip.fisher.graph.reading import is_leaf, variable_of
+from fastfip.fisher.graph.reading import inputs_of, is_leaf, own_gradients, variable_of
 from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.modes import check_modes
 from fastfip.fisher.result import FisherDiagonal
+from fastfip.fisher.squared_sum import SquaredSum
 from fastfip.fisher.trace import Params
 
 
@@ -59,18 +60,19 @@ def backward_with_fisher(
     assert total.grad is not None
     slow = {name: p for name, p in chosen.items() if name in plan.loop}
     for loss in losses if slow else ():
-        got = torch.autograd.grad(loss, list(slow.values()), retain_graph=True, allow_unused=True)
-        total.add_one({name: g for name, g in zip(slow, got) if g is not None})
-    ours = {id(p) for p in chosen.values()}
+        total.add_one(own_gradients(loss, slow, retain_graph=True))
+    ours, rescaled = {id(p) for p in chosen.values()}, {id(chosen[name]) for name in plan.rescaled}
     leaves = [variable_of(node) for node in plan.reading.nodes if is_leaf(node)]
-    rest = [leaf for leaf in leaves if id(leaf) not in ours]
+    rest = [leaf for leaf in leaves if id(leaf) not in ours or id(leaf) in rescaled]  # as torch makes them
     leaf_gradients = total.add(plan, retain_graph=retain_graph, leaves=rest)
+    sparse = _with_sparse_gradients(plan.reading.nodes)
     share = 1 / losses.shape[0]
     with torch.no_grad():
         reached = {id(leaf) for leaf in leaves}
-        pairs = [(p, total.grad[name]) for name, p in chosen.items() if id(p) in reached]
+        pairs = [(p, total.grad[name]) for name, p in chosen.items() if id(p) in reached - rescaled]
         for leaf, g in [*pairs, *((leaf, g) for leaf, g in zip(rest, leaf_gradients) if g is not None)]:
             g = (g.mul_(share) if reduction == "mean" else g).to(leaf.dtype)
+            g = g.to_sparse(1) if id(leaf) in sparse and not g.is_sparse else g
             leaf.grad = g if leaf.grad is None else leaf.grad.add_(g)
         for value in total.out.values():
             value.mul_(share)
@@ -93,3 +95,18 @@ def _refuse_second_softmax(losses: Tensor) -> None:
                 "the losses are a cross-entropy of probabilities (a softmax inside the model): take"
                 " F.nll_loss(model(x).log(), y, reduction='none'), or leave out the model's softmax"
             )
+
+
+def _with_sparse_gradients(nodes: list[Node]) -> set[int]:
+    """Return the ids of the leaves whose gradient torch gives as a sparse tensor: embeddings with sparse=True alone.
+
+    Optimisers for such gradients take no others.
+    """
+    found: dict[bool, set[int]] = {True: set(), False: set()}
+    if not any(node.name().startswith("Embedding") and getattr(node, "_saved_sparse", False) for node in nodes):
+        return found[True]
+    for node in nodes:
+        for edge in inputs_of(node):
+            if edge is not None and is_leaf(edge[0]):
+                found[bool(getattr(node, "_saved_sparse", False))].add(id(variable_of(edge[0])))
+    return found[True] - found[False]

@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, pick
+from fastfip.data.batch import Batch
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError
-from fastfip.fisher.graph.forms import GradientForm, Workspace
-from fastfip.fisher.graph.plan import Plan, UseGroup, selected
-from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
-from fastfip.fisher.labels import Kind, LabelledPass, Labels, Sample
+from fastfip.fisher.batch_measure import BatchMeasure
+from fastfip.fisher.graph.plan import selected
+from fastfip.fisher.labels import Kind, Labels, Sample
 from fastfip.fisher.likelihood import Categorical, Likelihood
-from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
+from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision
 from fastfip.fisher.result import FisherDiagonal
-from fastfip.ops.memory import accumulation_dtype, zeros_like
+from fastfip.fisher.squared_sum import SquaredSum
 from fastfip.reporting.progress import Counted, length
-
-
-class SquaredSum:
-    """Sums of squared per-sample gradients (`with_grad`: of the gradients too), over as many batches as are added."""
-
-    def __init__(self, params: Mapping[str, Tensor], with_grad: bool = False, backend: str = "auto") -> None:
-        self.params = dict(params)
-        self.out = {k: zeros_like(p.detach(), accumulation_dtype(p.dtype)) for k, p in params.items()}
-        self.grad = {k: zeros_like(v, v.dtype) for k, v in self.out.items()} if with_grad else None
-        self.coverage: dict[str, str] = {}
-        self.workspace = Workspace(backend=backend)
-
-    def add(
-        self, plan: Plan, weights: Tensor | None = None, retain_graph: bool = False, leaves: Sequence[Tensor] = ()
-    ) -> list[Tensor | None]:
-        """Add what the plan covers (all but `plan.loop`), every sample's loss multiplied by its weight first.
-
-        Returns the ordinary gradients of `leaves`, from the same pass.
-        """
-
-        def take(group: UseGroup, form: GradientForm) -> None:
-            name, view = group.chain.param, group.chain.view
-            grad = None if self.grad is None else view(self.grad[name])
-            form.add_squares(view(self.out[name]), grad, self.workspace)
-
-        with torch.no_grad():
-            kept, leaf_gradients = plan.forms(take, weights, retain_graph, leaves)
-            for n in range(plan.samples) if plan.pulled else ():
-                self.add_one(plan.pull(n, kept))
-        self.coverage.update({name: plan.coverage(name) for name in self.params})
-        return leaf_gradients
-
-    def add_one(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add the square of one sample's gradients."""
-        for name, g in gradients.items():
-            g = g.detach().to(self.out[name].dtype)
-            self.out[name].addcmul_(g, g)
-            if self.grad is not None:
-                self.grad[name].add_(g)
 
 
 def fisher_diagonal(
@@ -133,66 +93,19 @@ def fisher_diagonal(
     total, count, first = SquaredSum(chosen, backend=backend), 0, True
     device = next(iter(chosen.values())).device if device is None else device
     generator = torch.Generator().manual_seed(seed)
-    measure = _Measure(model, temperature, chosen, cache_of(model), total)
+    measure = BatchMeasure(model, temperature, chosen, total)
     for batch in _bar(iter_batches(data, task, device), data, progress):
         with naming_precision(chosen.values(), batch):
             if first:
                 task, first = fit_for_fisher(model, task, batch, takes_logits), False
-            with torch.enable_grad(), readable(model):
-                logits = _cooled(task.forward(model, batch), temperature)
+            logits = measure.forward(task, batch)
         samples = logits.shape[0]
         for one in labels.passes(task, batch, logits, generator):
-            with torch.enable_grad():
-                losses = one.task.loss(logits, one.batch)
-            measure.add(losses, one)
-            samples = losses.shape[0]
+            samples = measure.add(logits, one)
         count += samples
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)
-
-
-class _Measure:
-    """One batch's contribution, with the slow path for what the plan leaves over."""
-
-    def __init__(
-        self, model: nn.Module, temperature: float, params: dict[str, Tensor], cache: Cache, total: SquaredSum
-    ) -> None:
-        self.model, self.temperature = model, temperature
-        self.params, self.cache, self.total = params, cache, total
-
-    def add(self, losses: Tensor, one: LabelledPass) -> None:
-        with torch.enable_grad():
-            plan = plan_for(losses, self.params, self.cache)
-        if plan.loop:
-            self._loop(losses, one, {name: self.params[name] for name in self.params if name in plan.loop})
-        self.total.add(plan, one.weights, retain_graph=not one.last)
-
-    def _loop(self, losses: Tensor, one: LabelledPass, params: dict[str, Tensor]) -> None:
-        """One backward for each sample: through a forward pass of its own, where batches can be cut."""
-        samples, alone = losses.shape[0], True
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(losses.dtype, 1e-2)
-        for n in range(samples):
-            mine = self._single(one, n, samples) if alone else None
-            if mine is None or not torch.allclose(mine, losses[n].detach(), rtol=tolerance, atol=1e-3 * tolerance):
-                alone, mine = False, losses[n]
-            got = torch.autograd.grad(mine, list(params.values()), retain_graph=not alone, allow_unused=True)
-            root = 1.0 if one.weights is None else one.weights[n]
-            self.total.add_one({name: g * root for name, g in zip(params, got) if g is not None})
-
-    def _single(self, one: LabelledPass, n: int, samples: int) -> Tensor | None:
-        try:
-            batch = pick(one.batch, n, samples)
-            with torch.enable_grad(), readable(self.model):
-                logits = _cooled(one.task.forward(self.model, batch), self.temperature)
-                losses = one.task.loss(logits, batch)
-        except (RuntimeError, ValueError, IndexError):
-            return None
-        return losses[0] if losses.shape[0] == 1 and losses.grad_fn is not None else None
-
-
-def _cooled(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1 else logits / temperature
 
 
 def smoothed(task: Task, label_smoothing: float) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -159,8 +160,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if is_compiled(model):
-            stack.enter_context(_eager())
+        stack.enter_context(eagerly(is_compiled(model)))
         if second_order:
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -181,7 +181,9 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def _eager() -> contextlib.AbstractContextManager[None]:
-    if torch.compiler.is_compiling():
+def eagerly(compiled: bool) -> contextlib.AbstractContextManager[None]:
+    """Run compiled code as what it was compiled from; a function of the user's may be compiled as well."""
+    used = compiled or "torch._dynamo" in sys.modules  # torch.compile imports it, and little else does
+    if not used or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -16,6 +16,7 @@ from fastfip.fisher.differences.perturb import TraceWithGradient, Uncovered, per
 from fastfip.fisher.differences.signs import signed
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import topological
+from fastfip.fisher.graph.recipe import refuse_node
 from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 from fastfip.fisher.trace import trace_and_logits
@@ -42,7 +43,12 @@ def choose_way(model: nn.Module, batch: Batch, task: Task) -> tuple[str, str]:
         root = task.forward(model, pick(batch, 0, task.size(batch))).grad_fn
     if root is None:
         raise ModelError("the model's output has no graph: no parameter of it requires a gradient")
-    names = {node.name() for node in topological(root)}
+    nodes = topological(root)
+    for node in nodes:
+        refuse_node(node)
+    names = {node.name() for node in nodes}
+    if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in nodes):
+        return "exact", "an Embedding has scale_grad_by_freq=True, and differences take gradients for derivatives"
     kinks = sorted(name for name in names if name.startswith(KINKED))
     if kinks:
         return "exact", f"the net has kinks ({_operation(kinks[0])}), where differences of gradients are no derivatives"
@@ -185,6 +191,8 @@ class FisherPenalty:
         way, reason = choose_way(self._model, batch, self._task)
         if self._open:
             self.way, self.reason = way, reason
+        elif "scale_grad_by_freq" in reason:
+            raise ModelError(f"way={self.way!r}, but {reason}: take way='exact'")
         elif "kinks" in reason:
             self.reason = f"asked for, although {reason}"
             warnings.warn(f"way={self.way!r}, but {reason}: take way='exact'", stacklevel=4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfip.fisher.graph.forms import GradientForm
-from fastfip.fisher.graph.reading import Chain
+from fastfip.fisher.graph.reading import Chain, own_gradients
 from fastfip.fisher.graph.verify import Cache, plan_for
 
 __all__ = ["per_sample_gradients"]
@@ -44,10 +44,8 @@ def per_sample_gradients(
             mine.update(plan.pull(n, forms, create_graph=create_graph))
         if looped:
             with torch.enable_grad():
-                got = torch.autograd.grad(
-                    losses[n], list(looped.values()), retain_graph=True, create_graph=create_graph, allow_unused=True
-                )
-            mine.update({name: g for name, g in zip(looped, got) if g is not None})
+                loss = losses[n]
+            mine.update(own_gradients(loss, looped, retain_graph=True, create_graph=create_graph))
         yield mine
 
 

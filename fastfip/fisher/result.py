@@ -150,7 +150,7 @@ class QuadraticPenalty:
         """Return the penalty of the model's weights (None: of the model it was made of): a differentiable scalar."""
         params = _parameters(self.model if model is None else model, self.fisher)
         terms = [
-            (self.fisher[name].to(p.device) * (p - self.anchor[name].to(p.device)).square()).sum()
+            (self.fisher[name].to(p.device) * _squared(p - self.anchor[name].to(p.device))).sum()
             for name, p in params.items()
         ]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() / 2
@@ -194,6 +194,10 @@ def merge(
             total = torch.stack([s * other[name].to(s) for s, other in zip(shares, theirs)]).sum(0)
             p.copy_(total / torch.stack(shares).sum(0))
     return merged
+
+
+def _squared(t: Tensor) -> Tensor:
+    return t.abs().square() if t.is_complex() else t.square()
 
 
 def _parameters(model: nn.Module, fisher: FisherDiagonal) -> dict[str, Tensor]:

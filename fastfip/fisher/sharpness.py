@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task, iter_batches
-from fastfip.errors import ConfigError
+from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.verify import Cache, cache_of
 from fastfip.fisher.modes import fit_for_fisher, naming_precision, readable
@@ -92,6 +92,9 @@ def sharpness(
     if iterations < 1 or probes < 0:
         raise ConfigError("iterations must be at least 1 and probes at least 0")
     task, chosen = Task.of(forward, loss), selected(model, params)
+    for name, p in chosen.items():
+        if p.is_complex():
+            raise ModelError(f"sharpness is of real parameters, and {name!r} is complex: leave it out with params=")
     device = next(iter(chosen.values())).device if device is None else device
     batches = list(itertools.islice(iter_batches(data, task, device), max_batches))
     with eval_mode(model):

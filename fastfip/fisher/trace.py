@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
+from fastfip.errors import ModelError
 from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
+from fastfip.fisher.graph.reading import as_real, own_gradients
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 
@@ -51,12 +53,19 @@ def _norms(plan: Plan) -> Tensor:
         kept, _ = plan.forms(take, retain_graph=True)
         for n in range(plan.samples) if plan.pulled or plan.loop else ():
             for g in (*plan.pull(n, kept).values(), *_looped(plan, n, create_graph=False)):
-                total[n] += g.double().square().sum()
+                total[n] += as_real(g).double().square().sum()
     return total.to(plan.losses.dtype)
 
 
 def _norms_with_graph(plan: Plan) -> Tensor:
-    """The same as a differentiable function of everything that the losses depend on."""
+    """The same as a differentiable function of everything that the losses depend on.
+
+    Raises:
+        ModelError: an operation of torch that has no second derivative.
+    """
+    for node in plan.reading.nodes if plan.pulled else ():
+        if node.name().startswith("EmbeddingBag") and getattr(node, "_saved_sparse", False):
+            raise ModelError("an EmbeddingBag with sparse=True has no second derivative: set sparse=False")
     with torch.enable_grad():
         gradients = plan.gradients()
         forms: dict[tuple[int, int], GradientForm] = {}
@@ -78,7 +87,7 @@ def _norms_with_graph(plan: Plan) -> Tensor:
             each = []
             for n in range(plan.samples):
                 mine = (*plan.pull(n, kept, create_graph=True).values(), *_looped(plan, n, create_graph=True))
-                squares = [g.square().sum() for g in mine]
+                squares = [as_real(g).square().sum() for g in mine]
                 each.append(torch.stack(squares).sum() if squares else plan.losses.new_zeros(()))
             parts.append(torch.stack(each))
         if not parts:
@@ -88,14 +97,12 @@ def _norms_with_graph(plan: Plan) -> Tensor:
 
 def _looped(plan: Plan, n: int, create_graph: bool) -> list[Tensor]:
     """Sample n's gradients of the parameters that only a backward pass of its own can give."""
-    params = [plan.params[name] for name in plan.params if name in plan.loop]
+    params = {name: p for name, p in plan.params.items() if name in plan.loop}
     if not params:
         return []
     with torch.enable_grad():
-        got = torch.autograd.grad(
-            plan.losses[n], params, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-    return [g for g in got if g is not None]
+        loss = plan.losses[n]
+    return list(own_gradients(loss, params, retain_graph=True, create_graph=create_graph).values())
 
 
 def trace_and_logits(

@@ -77,7 +77,7 @@ class Classifier:
         """Draw the weight (and bias) anew, uniform in +-spread, the weight scaled to the received norm."""
 
         def uniform(like: Tensor) -> Tensor:
-            values = torch.rand(like.shape, generator=generator, device="cpu") * 2 - 1
+            values = torch.rand(like.shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
             return (spread * values).to(like.device)
 
         put(self.module, uniform(self.received))

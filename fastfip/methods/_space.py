@@ -122,6 +122,9 @@ class Spectral(Space):
         ]
         self.affine_tensors: list[Tensor] = [named[name] for name in self.affine]
         self.tensors = [*self.shifts.deltas, *self.affine_tensors]
+        for shift in self.shifts.shifts:
+            if not bool(shift.sigma.any()):
+                run.left[shift.names[0]] = "it is zero, and so are its singular values: take wfip or fine_tune"
         for name, p in named.items():
             if id(p) not in shifted and name not in self.affine:
                 run.left[name] = "biases and the affine of norm layers only with affine=True"

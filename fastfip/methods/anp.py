@@ -122,7 +122,10 @@ class ANP(Method):
         eps, step = self.config.radius, self.config.radius / self.config.inner
 
         def start(like: list[Tensor]) -> list[Tensor]:
-            draws = [torch.rand(t.shape, generator=run.generator, device="cpu").mul_(2 * eps).sub_(eps) for t in like]
+            draws = [
+                torch.rand(t.shape, generator=run.generator, device="cpu", dtype=torch.float32).mul_(2 * eps).sub_(eps)
+                for t in like
+            ]
             return [d.to(t.device, t.dtype) for d, t in zip(draws, like)]
 
         delta, xi = start(self.masks.values), start(self.received_biases)

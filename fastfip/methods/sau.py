@@ -149,7 +149,7 @@ class SAU(Method):
     def _start(self, run: Run, x: Tensor) -> Tensor:
         radius, kind = self.config.radius, self.config.start
         if kind == "random":
-            draws = torch.rand(x.shape, generator=run.generator, device="cpu")
+            draws = torch.rand(x.shape, generator=run.generator, device="cpu", dtype=torch.float32)
             return (radius * (2 * draws - 1)).to(x.device, x.dtype)
         return torch.full_like(x, {"max": radius, "min": -radius, "zero": 0.0}[kind])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from fastfip.errors import BackendError, ConfigError, ModelError, reason
 
-__all__ = ["check_amp", "check_net", "check_seed", "device_of", "usable_device"]
+__all__ = ["check_amp", "check_initialised", "check_net", "check_seed", "device_of", "usable_device"]
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -40,28 +43,42 @@ def check_net(model: nn.Module) -> None:
     """Refuse what is no model with weights.
 
     Raises:
-        ModelError: no module, lazy layers, weights on the meta device, NaN or Inf in a parameter.
+        ModelError: no module, lazy layers, weights on the meta device, NaN or Inf in a parameter or in the running
+            statistics of a norm layer.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     parameters = list(model.named_parameters())
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for _, p in parameters):
-        raise ModelError("the model has lazy layers without weights: run one batch through it first")
+    check_initialised(p for _, p in parameters)
     if any(t.device.type == "meta" for _, t in [*parameters, *model.named_buffers()]):
         raise ModelError("the model is on the meta device, without weights: load them first")
-    for name, p in parameters:
+    # Other buffers may hold -Inf on purpose, as masks do.
+    statistics = [(n, b) for n, b in model.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
+    for name, p in [*parameters, *statistics]:
         if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all()):
             raise ModelError(f"the weight {name} holds NaN or Inf: the checkpoint is broken")
 
 
-def check_seed(seed: object) -> None:
-    """Refuse what cannot seed a generator.
+def check_initialised(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse parameters of lazy layers that have no values yet.
 
     Raises:
-        ConfigError: no whole number, or a negative one.
+        ModelError: there is one.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}: must be a whole number >= 0")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise ModelError("the model has lazy layers without weights: run one batch through it first")
+
+
+def check_seed(seed: object) -> int:
+    """Return a seed as Python's integer, NumPy's too; refuse what cannot seed a generator.
+
+    Raises:
+        ConfigError: no whole number, or one outside of 0 .. 2**64 - 1, which torch's generators take.
+    """
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not whole or not 0 <= int(seed) < 2**64:  # type: ignore[call-overload]
+        raise ConfigError(f"seed={seed!r}: must be a whole number from 0 to 2**64 - 1")
+    return int(seed)  # type: ignore[call-overload]
 
 
 def check_amp(amp: object) -> None:

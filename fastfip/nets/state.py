@@ -85,12 +85,12 @@ def copied(model: nn.Module, remedy: str) -> nn.Module:
     Raises:
         ModelError: copying it fails, with the reason.
     """
-    refuse_sharded(model)
     try:
         with torch.no_grad():
             computed = (t for m in model.modules() for t in _tensors_in(m.__dict__) if t.grad_fn is not None)
             return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     except Exception as error:  # what a user's module raises when it is copied can be anything
+        refuse_sharded(model)
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {reason(error)}): {remedy}") from error
 
 

@@ -48,8 +48,8 @@ def kept_scratch() -> Scratch:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which squares of `dtype` are summed: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Return the dtype in which squares of `dtype` are summed: float64 for float64 and complex128, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def zeros_like(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -112,11 +112,13 @@ def _figures(record: Record) -> str:
 
 
 def as_callbacks(
-    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]],
+    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] | None,
     progress: bool | Callable[[str], None] | None,
     title: str,
 ) -> list[Callback]:
     """Return callbacks as objects, with the bar (None: where stderr is a terminal) or lines, if they are wanted."""
+    if callbacks is None:
+        callbacks = ()
     if callable(callbacks) or isinstance(callbacks, Callback):
         callbacks = [callbacks]
     out = [item if isinstance(item, Callback) else _Function(item) for item in callbacks]

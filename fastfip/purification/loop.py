@@ -37,7 +37,7 @@ def fit(
     run: Run,
     method: Method,
     progress: bool | Callable[[str], None] | None = None,
-    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] = (),
+    callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] | None = (),
 ) -> list[Record]:
     """Tune `run.model` by a method; afterwards it holds the state that was kept, folded back to plain weights.
 
@@ -206,8 +206,9 @@ class _Loop:
                     run.note(str(stop))
                 self.tuned.restore(self.good)
         finally:
-            for watcher in self.watchers:
-                watcher.on_end(run)
+            with contextlib.ExitStack() as ends:  # every one of them, whatever another raises: the bar has a thread
+                for watcher in self.watchers:
+                    ends.callback(watcher.on_end, run)
         if self.best is not None:
             self.tuned.restore(self.best)
         elif self.history and not math.isfinite(self.history[-1].get("score", 0.0)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,22 @@ import torch
 
 __all__ = ["PeakMemory", "resident_memory", "seeded"]
 
+#: The global generators are the whole process's: one thread at a time has them. Blocks of one thread may be nested.
+_GENERATORS = threading.RLock()
+
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed Python, NumPy and torch for a block, and give every generator its old state back."""
+    """Seed Python, NumPy and torch for a block, and give every generator its old state back.
+
+    Blocks of several threads take turns: what one had seeded would be kept by another as the state to give back, and
+    neither would draw what its seed says.
+    """
+    with _GENERATORS:
+        yield from _seeded(seed, device)
+
+
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     import numpy
 
     python, old = random.getstate(), numpy.random.get_state()

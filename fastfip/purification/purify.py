@@ -6,6 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import fastfip
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
@@ -56,7 +57,7 @@ class PurifyOptions:
     device: torch.device | None
     amp: bool | str
     progress: bool | Callable[[str], None] | None
-    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]]
+    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] | None
     test_loader: Iterable[Batch] | None
     asr_loader: Iterable[Batch] | None
     measure: tuple[str, ...]
@@ -64,7 +65,6 @@ class PurifyOptions:
     frozen: str
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
@@ -85,7 +85,7 @@ def purify(
     device: torch.device | str | None = None,
     amp: bool | str = False,
     progress: bool | Callable[[str], None] | None = None,
-    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] = (),
+    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] | None = (),
     test_loader: Iterable[Batch] | None = None,
     asr_loader: Iterable[Batch] | None = None,
     measure: Iterable[str] = ("acc", "asr"),
@@ -99,6 +99,7 @@ def purify(
     """Remove a backdoor from a classifier with a few clean samples.
 
     The given model is left alone (unless `inplace`), the global random state too; the same seed gives the same weights.
+    Python's, NumPy's and torch's global generators are seeded meanwhile: purifications in several threads take turns.
     In the result training flags, requires_grad, gradients, device, dtype, tied weights, hooks and the form of the state
     dict are those of the given model. A model whose parameters are all frozen is purified like any other.
 
@@ -150,6 +151,11 @@ def purify(
             "class are enough"
         )
     recipe = get(method) if isinstance(method, str) else method
+    if not (isinstance(recipe, type) and issubclass(recipe, Method)):
+        raise ConfigError(f"method={method!r}: give the name of a method, such as 'fast_wfip', or a class of one")
+    if not isinstance(inplace, bool):
+        raise ConfigError(f"inplace={inplace!r}: must be True or False")
+    seed = check_seed(seed)
     options = PurifyOptions(
         clean_loader=clean_loader,
         recipe=recipe,
@@ -171,8 +177,8 @@ def purify(
         work = WorkCopy(model, inplace)
         work_device = work.device if options.device is None else options.device
         try:
-            with PeakMemory(work_device) as memory:
-                run, history, before, after = _purify(work, work_device, options)
+            with PeakMemory(work_device) as memory, seeded(options.seed, work_device), ExitStack() as ends:
+                run, history, before, after = _purify(work, work_device, options, ends)
             result = work.finish(recipe.name)
             moved = work.moved()
             coverage = _coverage(work, run, recipe.name, moved)
@@ -234,7 +240,7 @@ else:
 
 
 def _purify(
-    work: WorkCopy, device: torch.device, options: PurifyOptions
+    work: WorkCopy, device: torch.device, options: PurifyOptions, ends: ExitStack
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
     notes: list[str] = []
@@ -243,6 +249,7 @@ def _purify(
     model = work.model.eval()
     with seeded(seed, device):
         clean = CleanSet.of(options.clean_loader, options.task)
+        ends.callback(clean.close)
         clean, task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
@@ -357,6 +364,8 @@ def _probe(
     """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
     logits = first_outputs(model, task.forward, batch)
+    for number, odd in clean.forms:
+        first_outputs(model, task.forward, move_to(odd, device), f"the clean data (batch {number})")
     two = binary_task(task, logits, batch) if is_one_logit(logits, task.size(batch)) else None
     if two is not None:
         notes.append("one logit, and labels 0 and 1: tuned and measured as two classes")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastfip.data.batch import Batch
 from fastfip.data.cleanset import class_indices
+from fastfip.data.stores import kept
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import FastFIPError, reason
 from fastfip.methods.run import Run
@@ -94,4 +95,4 @@ class Scorer:
 
 def _walked_again(data: Any) -> Any:
     """A generator is kept, so that it can be walked before and after."""
-    return list(data) if isinstance(data, Iterator) else data
+    return kept(data) if isinstance(data, Iterator) else data

@@ -52,6 +52,9 @@ class WorkCopy:
         self.contiguous = {name: t.is_contiguous() for name, t in self._tensors()}
         self.order = {name: (list(m._parameters), list(m._buffers)) for name, m in self.model.named_modules()}
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
+        # In place: where the values are. Layout, device and dtype may change meanwhile, but an optimiser or a view of
+        # the user's must find the values there again.
+        self.memory = {name: t.detach() for name, t in self._tensors()} if inplace else {}
         self.saved = {name: t.detach().clone() for name, t in self._tensors()} if inplace else {}
         for p in self.parameters.values():
             p.grad = None
@@ -162,12 +165,24 @@ class WorkCopy:
         for name, p in self.model.named_parameters(remove_duplicate=False):
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
             p.grad = self.grads.get(name)
-        for name, t in [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]:
+        for name, t in self._named():
             if self.contiguous.get(name):
                 t.data = t.data.contiguous()
+        self._to_own_memory()
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """Return the parameters and buffers that the model has now."""
+        return [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+
+    @torch.no_grad()
+    def _to_own_memory(self) -> None:
+        for name, t in self._named():
+            own = self.memory.get(name)
+            if own is not None and own.shape == t.shape and own.data_ptr() != t.data_ptr():
+                t.data = own.copy_(t)
 
     def _reorder(self) -> None:
         """A parametrisation that is taken off puts its weight last: the state dict keeps the user's order."""

@@ -15,6 +15,8 @@ __all__ = ["replacing"]
 
 #: A temporary file of a process that is gone is removed once it has not changed for so many seconds.
 _ABANDONED = 60
+#: So much of the target's name is in that of the temporary file, which must not become too long for the system.
+_SHOWN = 50
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not target.parent.is_dir():
         raise FileNotFoundError(None, f"the folder {target.parent} does not exist")
     _tidy(target)
-    temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:_SHOWN]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         mode = _mode(target, temporary)
         yield temporary
@@ -67,7 +69,7 @@ def _mode(target: Path, temporary: Path) -> int:
 
 def _tidy(target: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote `target`."""
-    pattern = re.compile(rf"\.{re.escape(target.name[:50])}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"\.{re.escape(target.name[:_SHOWN])}\.(\d+)\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for entry in os.scandir(target.parent):
             match = pattern.fullmatch(entry.name)

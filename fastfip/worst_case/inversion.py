@@ -95,7 +95,7 @@ class Additive(TriggerForm):
 
     def __init__(self, x: Tensor, classes: int, generator: torch.Generator) -> None:
         super().__init__(x)
-        start = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu").to(x)
+        start = torch.randn(classes, *x.shape[1:], generator=generator, device="cpu", dtype=torch.float32).to(x)
         spread = self.unit / math.sqrt(x[0].numel())
         self.delta = (1e-3 * spread * start).requires_grad_(True)
         self.parameters = [self.delta]
@@ -133,13 +133,13 @@ class Patch(TriggerForm):
     def __init__(self, x: Tensor, classes: int, generator: torch.Generator) -> None:
         super().__init__(x)
         shape = (classes, 1, *x.shape[2:]) if x.dim() > 2 else (classes, *x.shape[1:])
-        draw = lambda shape: torch.randn(shape, generator=generator, device="cpu").to(x)  # noqa: E731
+        draw = lambda shape: torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(x)  # noqa: E731
         self.mask_logits = (0.1 * draw(shape) - 2.0).requires_grad_(True)
         self.pattern_logits = (0.1 * draw((classes, *x.shape[1:]))).requires_grad_(True)
         self.parameters = [self.mask_logits, self.pattern_logits]
         self.usual = float(self.size().detach().mean())  # by which the penalty is scaled
         # Strong at first and falling: from below, a change is never large in places that it does not need.
-        self.weight = torch.full((classes,), 10.0, device=x.device)
+        self.weight = torch.full((classes,), 10.0, device=x.device, dtype=torch.float32)
         self.adam = torch.optim.Adam(self.parameters, lr=0.1, betas=(0.5, 0.9))
 
     def apply(self, x: Tensor, c: Tensor, scale: Tensor) -> Tensor:
@@ -258,19 +258,20 @@ class _Search:
         """Minimise."""
         form, C = self.form, self.classes
         device = self.x.device
-        success = torch.zeros(C, device=device)
+        success = torch.zeros(C, device=device, dtype=torch.float32)
         best = [p.detach().clone() for p in form.parameters]
-        smallest = torch.full((C,), math.inf, device=device)
+        smallest = torch.full((C,), math.inf, device=device, dtype=torch.float32)
         c_all = torch.arange(C, device=device).repeat_interleave(per_class)
         for step in range(steps):
             watch(step)
             index = self.draw(per_class).flatten()
             for p in form.parameters:
                 p.grad = None
-            hits = torch.zeros(C, device=device)
+            hits = torch.zeros(C, device=device, dtype=torch.float32)
             for part in torch.arange(len(index), device=device).split(self.chunk):
                 c = c_all[part]
-                logits, wanted = self.logits(index[part], c, torch.ones(len(part), device=device)), self.label[c]
+                unscaled = torch.ones(len(part), device=device, dtype=torch.float32)
+                logits, wanted = self.logits(index[part], c, unscaled), self.label[c]
                 if logits.requires_grad:
                     (nn.functional.cross_entropy(logits, wanted, reduction="sum") / per_class).backward()
                 if any(p.grad is None for p in form.parameters):
@@ -296,7 +297,7 @@ class _Search:
         """Return the share [C] of samples [C, K] that go to the class, the changes enlarged `scale` [C] times."""
         C, K = index.shape
         c = torch.arange(C, device=index.device).repeat_interleave(K)
-        flat, out = index.flatten(), torch.zeros(C, device=index.device)
+        flat, out = index.flatten(), torch.zeros(C, device=index.device, dtype=torch.float32)
         for part in torch.arange(C * K, device=index.device).split(self.chunk):
             hit = self.logits(flat[part], c[part], scale[c[part]]).argmax(1) == self.label[c[part]]
             out.index_add_(0, c[part], hit.float())
@@ -305,7 +306,7 @@ class _Search:
     def measure(self, count: int, rounds: int = 7, largest: float = 4.0) -> Inverted:
         """Scale every change to where it just reaches, by bisection on the same samples."""
         index = self.draw(count)
-        low = torch.zeros(self.classes, device=index.device)
+        low = torch.zeros(self.classes, device=index.device, dtype=torch.float32)
         high = torch.full_like(low, largest)
         success = self.share(index, high)
         for k in range(rounds):

@@ -38,12 +38,14 @@ class DeltaStore:
         """
         shape = like.shape[1:]
         if classes * shape.numel() * 4 <= LARGE_BYTES:
-            values = torch.randn(classes, *shape, generator=generator, device="cpu").to(like.device)
+            values = torch.randn(classes, *shape, generator=generator, device="cpu", dtype=torch.float32).to(
+                like.device
+            )
             values *= length / row_norms(values)
             return cls(values)
         values = torch.empty(classes, *shape, dtype=torch.float16, device=like.device)
         for row in values:  # one at a time: the whole in float32 is what must not be there
-            noise = torch.randn(1, *shape, generator=generator, device="cpu")
+            noise = torch.randn(1, *shape, generator=generator, device="cpu", dtype=torch.float32)
             row.copy_((noise * (length / scale / row_norms(noise)))[0])
         return cls(values, scale)
 

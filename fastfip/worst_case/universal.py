@@ -70,7 +70,7 @@ class Perturbations:
             unit,
             radius * unit,
             generator,
-            torch.zeros(classes, device=x.device),
+            torch.zeros(classes, device=x.device, dtype=torch.float32),
             torch.zeros(0, dtype=torch.int64, device=x.device),
         )
 

@@ -132,6 +132,30 @@ def test_files_of_the_other_byte_order_are_read(tmp_path):
     assert load_checkpoint(tmp_path / "m.pth")["w"].tolist() == [[0, 1], [2, 3]]
 
 
+def test_blocks_of_the_other_byte_order_without_a_width_are_refused(tmp_path):
+    claim = tensor((2,), kind=Name("torch.storage", "UntypedStorage"), numel=16)
+    ident = claim.args[0]
+    typed = Call(
+        Name("torch._utils", "_rebuild_tensor_v3"), (ident, 0, (2,), (1,), False, None, Name("torch", "uint16"))
+    )
+    write_zip(tmp_path / "m.pth", {"w": typed}, {"0": bytes(16)}, order=b"big")
+    with pytest.raises(CheckpointError, match="other order"):
+        load_checkpoint(tmp_path / "m.pth")
+    write_zip(tmp_path / "m.pth", {"w": typed}, {"0": bytes([1, 0, 2, 0] * 4)})
+    assert load_checkpoint(tmp_path / "m.pth")["w"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("size", [(0,), (0, 2**62), (2**62, 0, 2**62), (1,) * 64])
+@pytest.mark.parametrize("stride", [0, 1, 2**62])
+@pytest.mark.parametrize("offset", [0, 3, 2**62])
+def test_sizes_at_the_edge_are_read_or_refused(tmp_path, size, stride, offset):
+    write_zip(tmp_path / "m.pth", {"w": tensor(size, (stride,) * len(size), offset)})
+    try:
+        assert load_checkpoint(tmp_path / "m.pth")["w"].shape == size
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
 def test_conjugates_that_are_not_computed_yet_are_refused(tmp_path):
     path = save({"w": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match="w is conjugated"):
@@ -142,3 +166,25 @@ def test_flags_are_true_or_false_whatever_bytes_say(tmp_path):
     flags = tensor(kind=Name("torch", "BoolStorage"))
     write_zip(tmp_path / "m.pth", {"w": flags}, {"0": bytes([0, 1, 2, 255])})
     assert load_checkpoint(tmp_path / "m.pth")["w"].view(torch.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_extra_state_of_modules_is_plain_data_with_tensors(tmp_path):
+    scale = {"scale": torch.ones(5), "history": collections.OrderedDict(a=(1, [torch.zeros(2)]))}
+    path = save({"net": {**small_state(), "fc._extra_state": scale}}, tmp_path / "m.pth")
+    loaded = load_checkpoint(path)
+    assert loaded["fc._extra_state"]["scale"].sum() == 5 and loaded["fc._extra_state"]["history"]["a"][0] == 1
+    save_checkpoint(loaded, tmp_path / "out.pth", like=loaded)
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["net"]["fc._extra_state"]
+    assert torch.equal(written["history"]["a"][1][0], torch.zeros(2))
+    path = save({"net": {**small_state(), "fc._extra_state": argparse.Namespace()}}, tmp_path / "n.pth")
+    with pytest.raises(CheckpointError, match=r"entry fc\._extra_state that is no plain data"):
+        load_checkpoint(path)
+
+
+def test_notes_on_versions_that_are_no_plain_data_are_not_kept(tmp_path):
+    state = make_net().state_dict()
+    state._metadata["bn"] = {"version": argparse.Namespace()}
+    loaded = load_checkpoint(save(state, tmp_path / "m.pth"), make_net())
+    assert "bn" not in loaded._metadata and loaded._metadata["fc"] == {"version": 1}
+    save_checkpoint(loaded, tmp_path / "out.pth", like=loaded)
+    assert torch.load(tmp_path / "out.pth", weights_only=True)._metadata["fc"] == {"version": 1}

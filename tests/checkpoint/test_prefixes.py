@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastfip.checkpoint import load_checkpoint, save_checkpoint
 from fastfip.checkpoint.prefixes import align
+from fastfip.cli import main
 from fastfip.errors import CheckpointError
 from tests.support.checkpoint_files import make_net, refused, same, save
 
@@ -78,6 +80,7 @@ def test_what_wrappers_put_into_names_is_passed_over(tmp_path, inside, prefix):
     assert list(torch.load(tmp_path / "out.pth", weights_only=True)) == list(state)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 def test_a_compiled_part_of_the_model_takes_a_plain_file(tmp_path):
     net = nn.Sequential(make_net(), nn.Linear(3, 3))
     other = nn.Sequential(torch.compile(make_net()), nn.Linear(3, 3))
@@ -94,6 +97,15 @@ def test_two_models_in_one_dict_need_the_users_word(tmp_path):
         assert same(other.state_dict(), teacher.state_dict()) and loaded.prefix == "teacher."
     assert same(load_checkpoint(path, prefix="student"), student.state_dict())
     assert all(name.startswith("student.") for name in loaded.left_out)
+
+
+def test_the_command_line_takes_a_prefix(tmp_path, capsys):
+    path = save({**renamed(make_net(), "student."), **renamed(make_net(), "teacher.")}, tmp_path / "m.pth")
+    np.savez(tmp_path / "a.npz", x=np.ones((6, 4), np.float32), y=np.arange(6) % 3)
+    arguments = ["evaluate", str(path), "--arch", "tests.support.checkpoint_files:make_net"]
+    arguments += ["--test-data", str(tmp_path / "a.npz")]
+    assert main(arguments) == 4 and "say which by prefix=" in capsys.readouterr().err
+    assert main([*arguments, "--prefix", "teacher"]) == 0
 
 
 def test_a_prefix_that_is_not_there_is_refused_with_those_that_are(tmp_path):

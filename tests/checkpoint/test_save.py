@@ -201,3 +201,32 @@ def test_replacing_leaves_nothing_behind(tmp_path):
     with replacing(tmp_path / "a.json") as temporary:
         temporary.write_text("x")
     assert (tmp_path / "a.json").read_text() == "x"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, None])
+def test_a_file_keeps_its_mode_and_a_new_one_has_that_of_the_umask(tmp_path, suffix, mode):
+    path = tmp_path / f"m{suffix}"
+    before = os.umask(0o027)
+    try:
+        if mode is not None:
+            path.write_bytes(b"")
+            path.chmod(mode)
+        save_checkpoint(make_net(), path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == (0o640 if mode is None else mode)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".pth", "a\0b.pth"])
+def test_names_that_no_system_takes_are_refused_in_one_line(tmp_path, name):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_checkpoint(make_net(), tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be read|does not exist"):
+        load_checkpoint(tmp_path / name)
+
+
+def test_the_longest_name_is_written(tmp_path):
+    path = tmp_path / ("x" * 251 + ".pth")
+    save_checkpoint(make_net(), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

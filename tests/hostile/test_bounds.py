@@ -55,3 +55,18 @@ def test_long_lists_beside_the_weights_are_within_the_bounds(tmp_path):
     samples = [(f"data/train/n{i:07d}.png", i % 10) for i in range(50_000)]
     torch.save({"net": {"w": torch.ones(1)}, "samples": samples}, tmp_path / "m.pth")
     assert load_checkpoint(tmp_path / "m.pth").extras["samples"][49_999] == ("data/train/n0049999.png", 9)
+
+
+@pytest.mark.parametrize("body", [b"{},", b'{"":0},', b"[],"])
+def test_an_index_of_shards_is_refused_within_its_memory(tmp_path, body):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(b'{"weight_map": {"a": [' + body * (1_500_000 // len(body)) + b"1]}}")
+
+    def read():
+        try:
+            load_checkpoint(tmp_path)
+        except CheckpointError as error:
+            return str(error)
+
+    said, peak = in_child(read)
+    assert "names a file for a that does not lie beside it (a list)" in said and peak < MORE

@@ -172,3 +172,20 @@ def test_bombs_are_refused_within_their_memory(tmp_path, make, match):
     with pytest.raises(DataError, match=match):
         raise DataError(said)
     assert peak < path.stat().st_size + 64 * 2**20
+
+
+def test_images_of_too_many_pixels_are_refused_within_their_memory(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    Image.new("1", (9000, 9000)).save(path)
+    assert path.stat().st_size < 2**17
+
+    def read():
+        try:
+            read_image(path)
+        except DataError as error:
+            return str(error)
+
+    said, peak = in_child(read)
+    assert "9000 x 9000 pixels" in said and peak < 64 * 2**20

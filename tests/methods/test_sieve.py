@@ -94,9 +94,9 @@ def test_no_class_loses_its_last_sample() -> None:
 
 def test_a_loss_that_is_no_number_counts_as_the_greatest_rise() -> None:
     x, y = torch.randn(20, 4), torch.arange(20) % 3
-    x[11] = torch.inf
+    x[11] = 3e38  # finite, but no loss is
     run = sieved(x, y, 0.05)[0].run
-    assert run.clean.n == 19 and torch.isfinite(inputs(run)).all()
+    assert run.clean.n == 19 and inputs(run).abs().max() < 1e38
 
 
 def test_of_a_large_set_as_many_are_ranked_as_the_steps_can_draw() -> None:

@@ -195,3 +195,11 @@ def test_a_purification_moves_it_and_takes_everything_back(kind: str, method: st
     twin = Net()
     twin.load_state_dict(result.state_dict())
     torch.testing.assert_close(twin.eval()(x), result.model.eval()(x))
+
+
+def test_a_weight_that_is_zero_is_said_to_have_no_directions() -> None:
+    net = nn.Sequential(nn.Linear(D, D), nn.Linear(D, 3))
+    nn.init.zeros_(net[1].weight)
+    clean = torch.randn(24, D), torch.arange(24) % 3
+    coverage = fastfip.purify(net, clean, "fast_wfip", steps=3, progress=False).coverage
+    assert "so are its singular values" in coverage.left["1.weight"]

@@ -33,15 +33,15 @@ def in_child(call: Callable[[], Any], most: int = 2**31) -> tuple[Any, int]:
         os.close(out)
         said: Any = None
         try:
-            here = _status("VmSize")
+            here = status("VmSize")
             resource.setrlimit(resource.RLIMIT_AS, (here + most, here + most))
             Path("/proc/self/clear_refs").write_text("5")
-            before = _status("VmRSS")
+            before = status("VmRSS")
             try:
                 said = call()
             except BaseException as error:
                 said = error
-            said = (said, _status("VmHWM") - before)
+            said = (said, status("VmHWM") - before)
         finally:
             os.write(into, pickle.dumps(said))
             os._exit(0)
@@ -52,6 +52,7 @@ def in_child(call: Callable[[], Any], most: int = 2**31) -> tuple[Any, int]:
     return pickle.loads(data)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """Return bytes that /proc/self/status has under a name, e.g. VmRSS."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1])

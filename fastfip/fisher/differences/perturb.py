@@ -178,7 +178,7 @@ def _first_pass(
         raise uncovered(sorted(set(lost)))
     if params is None:
         return None, plan.samples
-    mean = {name: g for name, g in zip(leaves, leaf_gradients) if g is not None}
+    mean = {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, leaf_gradients) if g is not None}
     for name in params:
         if name not in leaves and name in plan.groups:
             mean[name] = _summed(plan, targets, name, params[name])
@@ -237,7 +237,7 @@ def _shifted_pass(
             raise uncovered(missed)
         losses = task.loss(logits, batch)
         gradients = torch.autograd.grad(losses.sum() * loss_scale, list(params.values()), allow_unused=True)
-    return {name: g for name, g in zip(params, gradients) if g is not None}
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, gradients) if g is not None}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.fisher.differences.perturb import TraceWithGradient, default_step, swapped, working_dtype
+from fastfip.fisher.graph.reading import as_real
 
 
 def signed(
@@ -42,13 +43,16 @@ def signed(
                 e = torch.randint(0, 2, losses.shape, generator=generator, device="cpu").to(losses) * 2 - 1
             total = (e * losses).sum() * (loss_scale / losses.shape[0] ** 0.5)
             gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-        named = {name: g / loss_scale for name, g in zip(params, gradients) if g is not None}
+        dense = {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, gradients) if g is not None}
+        named = {name: g / loss_scale for name, g in dense.items()}
         return named, e, losses.detach(), logits.detach()
 
     here, e, losses, logits = gradient(None)
     acc = torch.promote_types(losses.dtype, torch.float32)
-    sizes = [torch.linalg.vector_norm(t.detach(), dtype=acc) for t in params.values()]
-    norm = torch.stack([torch.linalg.vector_norm(g, dtype=acc) for g in here.values()] or [losses.new_zeros(())]).norm()
+    sizes = [torch.linalg.vector_norm(as_real(t.detach()), dtype=acc) for t in params.values()]
+    norm = torch.stack(
+        [torch.linalg.vector_norm(as_real(g), dtype=acc) for g in here.values()] or [losses.new_zeros(())]
+    ).norm()
     if not float(norm) > 0:
         return TraceWithGradient(
             norm.square(), {name: torch.zeros_like(g) for name, g in here.items()}, losses, logits, None

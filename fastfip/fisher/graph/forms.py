@@ -238,7 +238,8 @@ class BackwardForm(GradientForm):
     def one(self, n: int) -> Tensor:
         call = self.node if callable(self.node) else self.node.apply
         gradients = call(self.g * (self.owner == n))
-        return gradients[self.slot] if isinstance(gradients, tuple) else gradients
+        value = gradients[self.slot] if isinstance(gradients, tuple) else gradients
+        return value.to_dense() if value.is_sparse else value
 
     @override
     def scale(self, n: int) -> Tensor:

@@ -29,11 +29,13 @@ from fastfip.fisher.graph.reading import (
     chain_to,
     elements,
     gradient_edge,
+    inputs_of,
     is_leaf,
     read,
     variable_of,
 )
-from fastfip.fisher.graph.recipe import recipe_for, refuse_batch_statistics
+from fastfip.fisher.graph.recipe import recipe_for, refuse_node
+from fastfip.nets.checks import check_initialised
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,30 @@ class Plan:
     def sites(self) -> list[Site]:
         """Where parameters meet data."""
         return self.reading.sites
+
+    @property
+    def rescaled(self) -> frozenset[str]:
+        """Parameters whose gradient torch divides by counts over the batch (`scale_grad_by_freq`): no derivative."""
+        tables = [edge[0] for node in self._rescaling() for edge in inputs_of(node) if edge is not None]
+        return frozenset().union(*(self.reading.below.get(table, frozenset()) for table in tables))
+
+    def refuse_rescaled(self) -> None:
+        """Refuse gradients through an operation that rescales them.
+
+        Raises:
+            ModelError: such an operation is no site, or its table needs a backward pass for each sample.
+        """
+        sites = {site.node for site in self.sites}
+        hidden = [node for node in self._rescaling() if node not in sites]
+        if self.rescaled & self.loop or (hidden and self.rescaled):
+            raise ModelError(
+                "an Embedding has scale_grad_by_freq=True, which makes its gradients no derivatives, and its samples"
+                " cannot be told apart: set it to False"
+            )
+
+    def _rescaling(self) -> list[Node]:
+        named = (node for node in self.reading.nodes if node.name() == "EmbeddingBackward0")
+        return [node for node in named if node._saved_scale_grad_by_freq]  # type: ignore[attr-defined]
 
     def routed(self) -> Plan:
         """Decide for every parameter how its uses are put together; returns the plan itself."""
@@ -208,6 +234,20 @@ class Plan:
         """Whether operations of the data side are run again after the pass."""
         return any(self.sites[use.site].recipe.without_rule for uses in self.pulled.values() for use in uses)
 
+    @property
+    def deep(self) -> frozenset[str]:
+        """Pulled parameters that have more than reindexing between them and an operation without a rule.
+
+        For each sample all of that is walked through for the whole batch.
+        """
+        names = {id(p): name for name, p in self.params.items()}
+        return frozenset(
+            name
+            for name, uses in self.pulled.items()
+            for use in uses
+            if self.sites[use.site].recipe.without_rule and chain_to(use.edge, names) is None
+        )
+
     def pulled_uses(self) -> set[tuple[int, int]]:
         """(site, slot) of every use whose form `pull` needs."""
         return {(use.site, use.slot) for uses in self.pulled.values() for use in uses}
@@ -258,7 +298,7 @@ def read_graph(losses: Tensor, params: Mapping[str, Tensor], shared: frozenset[i
     """Find the sites of `params` in the graph of the losses.
 
     Raises:
-        ModelError: a BatchNorm used the statistics of the batch.
+        ModelError: a BatchNorm used the statistics of the batch, dropout was active, or a block hides its parameters.
     """
     samples = losses.shape[0]
 
@@ -268,8 +308,7 @@ def read_graph(losses: Tensor, params: Mapping[str, Tensor], shared: frozenset[i
     assert losses.grad_fn is not None
     reading = read(losses.grad_fn, {id(p): name for name, p in params.items()}, recipe, shared)
     for node in reading.nodes:
-        if "BatchNormBackward" in node.name():
-            refuse_batch_statistics(node)
+        refuse_node(node)
     return reading
 
 
@@ -297,7 +336,7 @@ def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | No
     A parameter that has several names (tied weights) is listed once, under its first name.
 
     Raises:
-        ModelError: there are none, one is unknown, or one does not require a gradient.
+        ModelError: there are none, one is unknown, one does not require a gradient, or a lazy one has no values yet.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     chosen: dict[str, Tensor]
@@ -321,6 +360,7 @@ def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | No
                 raise ModelError(f"the model has no parameter {name!r}")
         chosen = {name: every[name] for name in names}
     once: dict[int, str] = {}
+    check_initialised(chosen.values())
     for name, p in chosen.items():
         once.setdefault(id(p), name)
         if not p.requires_grad or not p.is_leaf:

@@ -65,6 +65,22 @@ def topological(root: Node) -> list[Node]:
     return order
 
 
+def own_gradients(
+    loss: Tensor, params: Mapping[str, Tensor], *, retain_graph: bool, create_graph: bool = False
+) -> dict[str, Tensor]:
+    """Return the gradients of one sample's loss by a backward pass of its own, dense; without those that have none."""
+    with torch.enable_grad():
+        got = torch.autograd.grad(
+            loss, list(params.values()), retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, got) if g is not None}
+
+
+def as_real(t: Tensor) -> Tensor:
+    """Return a complex tensor as real and imaginary parts, [..., 2], whose squares add up to |t|^2; others as is."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 # ---------------------------------------------------------------------------------- operations that only move numbers
 
 
@@ -158,6 +174,10 @@ def elements(chain: Chain, shape: torch.Size) -> Tensor:
 # ----------------------------------------------------------------------------------------------- uses of parameters
 
 
+#: In place of a recipe: data is mixed in here, in a way that no rule was written for.
+OPAQUE = object()
+
+
 @dataclass
 class Reading:
     """What the graph of the losses says about the selected parameters."""
@@ -225,7 +245,9 @@ def read(
         recipe = None
         if wanted and i not in shared:
             recipe = recipe_for(node, wanted, bool(data), below)
-        if recipe is not None:
+        if recipe is OPAQUE:
+            reading.at_root |= made_of
+        elif recipe is not None:
             reading.sites.append(Site(node, i, recipe, terminal=node not in site_below))
             site_below.add(node)
         elif not data and (made_of or None not in sources):  # unselected parameters and an input without gradient: data

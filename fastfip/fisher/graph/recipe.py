@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfip.errors import ModelError
 from fastfip.fisher.graph.forms import BackwardForm, GradientForm
 from fastfip.fisher.graph.layout import Layout, candidates
-from fastfip.fisher.graph.reading import Edge, inputs_of
+from fastfip.fisher.graph.reading import OPAQUE, Edge, inputs_of
 
 Slots = dict[int, Edge]
 Builder = Callable[[Tensor, Layout, int], GradientForm]  # (natural gradient, layout, N)
@@ -51,15 +51,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozenset[str]], samples: int) -> Recipe | None:
+def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozenset[str]], samples: int) -> Any:
     """Return the recipe for a node whose inputs in `slots` are made of selected parameters.
 
-    `data` says whether other differentiable inputs come in. None: nothing can be separated here.
+    `data` says whether other differentiable inputs come in. None: nothing can be separated here; OPAQUE: not even what
+    is data.
     """
     name = node.name()
     bare = any(edge is None for edge in inputs_of(node))  # an input without gradient: data, or a constant
     if not (data or bare or name in ALONE):
         return None
+    if any(meta.dtype.is_complex for meta in node._input_metadata):
+        return OPAQUE
     recipe = RULES[name](node, slots, samples) if name in RULES else None
     if recipe is not None and not recipe.layouts:
         recipe = None
@@ -71,16 +74,34 @@ def recipe_for(node: Any, slots: Slots, data: bool, below: Mapping[Any, frozense
     return Recipe(**{**recipe.__dict__, "params": params})
 
 
-def refuse_batch_statistics(node: Any) -> None:
-    """Refuse an operation that normalises samples together; instance norm ([1, N*C, ...] to torch) is no such case.
+def refuse_node(node: Any) -> None:
+    """Refuse what leaves no per-sample gradients below it, or none of all parameters.
+
+    That is an operation that normalises samples together (instance norm, [1, N*C, ...] to torch, is no such case),
+    active dropout, and a block that torch computes again with autograd's own hand.
 
     Raises:
-        ModelError: per-sample gradients do not exist below it.
+        ModelError: it is one of these.
     """
-    if getattr(node, "_saved_training", True) and node._input_metadata[0].shape[0] != 1:
+    name = node.name()
+    if "BatchNormBackward" in name and getattr(node, "_saved_training", True) and output_shape(node)[0] != 1:
         raise ModelError(
             "a BatchNorm used the statistics of the batch: its samples are coupled and have no gradients of their own;"
             " call model.eval() before the forward pass"
+        )
+    if name.startswith("NativeDropout") or float(getattr(node, "_saved_dropout_p", 0.0) or 0.0) > 0:
+        raise ModelError(
+            "dropout was active in the forward pass: the Fisher of a random subnet is not the model's; call"
+            " model.eval() before it"
+        )
+    if name.startswith("EmbeddingBag") and getattr(node, "_saved_scale_grad_by_freq", False):
+        raise ModelError(
+            "an EmbeddingBag has scale_grad_by_freq=True, which makes its gradients no derivatives: set it to False"
+        )
+    if name == "CheckpointFunctionBackward":
+        raise ModelError(
+            "a block runs under checkpoint(use_reentrant=True), which hides its parameters from the graph: pass"
+            " use_reentrant=False"
         )
 
 

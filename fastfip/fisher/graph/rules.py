@@ -229,8 +229,7 @@ def _table(node: Any, slots: Slots, samples: int, index: Callable[[], Tensor], l
 
 @rule("EmbeddingBackward0")
 def _embedding(node: Any, slots: Slots, samples: int) -> Recipe | None:
-    if node._saved_scale_grad_by_freq:  # counts over the whole batch: not a gradient of single samples
-        return None
+    # What scale_grad_by_freq=True makes of the gradient, with counts over the whole batch, is no derivative: left out.
     padding = node._saved_padding_idx
     padding = padding - (1 << 64) if padding >= 1 << 63 else padding
 

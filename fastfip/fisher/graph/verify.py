@@ -22,7 +22,7 @@ from fastfip.errors import DataError, ModelError
 from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.layout import Layout, Probe, weights_for
 from fastfip.fisher.graph.plan import Plan, read_graph
-from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of
+from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of, own_gradients
 
 _ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
 _TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled
@@ -148,6 +148,7 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
         comparison = _Comparison(plan)
         plan.stream(torch.ones_like(losses), comparison.take, retain_graph=True)
     refuted, seen = comparison.verdict()
+    plan.refuse_rescaled()
     if refuted:
         stuck |= refuted
         plan = Plan(losses, params, reading, plan.layouts, stuck | reading.at_root).routed()
@@ -211,7 +212,8 @@ class _Comparison:
     """The gradients of the sample with the largest loss by a plan, against its own backward pass through the graph."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, names = plan, [name for name in plan.params if name not in plan.loop]
+        self.plan, self.left_out = plan, plan.rescaled
+        names = [name for name in plan.params if name not in plan.loop and name not in self.left_out]
         self.m = int(plan.losses.detach().nan_to_num().argmax())
         # What the plan finds is taken away from it: one buffer, not two.
         self.rest = _own_gradient(plan, self.m, names) if names else {}
@@ -229,6 +231,8 @@ class _Comparison:
         """Take away what the gradient at a site says of the sample."""
         plan, rest = self.plan, self.rest
         for slot, name, chain in self.direct.get(i, ()):
+            if name in self.left_out:
+                continue
             form = plan.form(i, slot, g)
             value = form.one(self.m)
             if name not in rest:
@@ -243,6 +247,8 @@ class _Comparison:
         """Return the parameters for which they differ, and whether the sample had any gradient to compare."""
         plan, rest = self.plan, self.rest
         for name, value in plan.pull(self.m, self.forms).items() if plan.pulled else ():
+            if name in self.left_out:
+                continue
             rest[name] = rest[name] - value.detach() if name in rest else -value.detach()
         wrong = set()
         for name, value in rest.items():
@@ -255,14 +261,11 @@ class _Comparison:
 
 def _own_gradient(plan: Plan, m: int, names: list[str]) -> dict[str, Tensor]:
     """The gradient of sample m's loss by an ordinary backward pass, in memory that may be written to."""
-    inputs = [plan.params[name] for name in names]
-    gradients: list[Tensor | None] = [
-        *torch.autograd.grad(plan.losses[m], inputs, retain_graph=True, allow_unused=True)
-    ]
+    gradients = own_gradients(plan.losses[m], {name: plan.params[name] for name in names}, retain_graph=True)
     out: dict[str, Tensor] = {}
     taken: set[int] = set()
-    for i, name in enumerate(names):
-        g, gradients[i] = gradients[i], None
+    for name in names:
+        g = gradients.pop(name, None)
         if g is None:
             continue
         if not g.is_contiguous() or g.data_ptr() in taken:  # expanded, or one tensor for two parameters

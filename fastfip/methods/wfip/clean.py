@@ -81,6 +81,6 @@ class CleanTerms:
         if not self.mixable or n < 2:
             return batch
         x = self.run.task.inputs(batch)
-        share = 0.5 + 0.5 * float(torch.rand((), generator=self.run.generator, device="cpu"))
+        share = 0.5 + 0.5 * float(torch.rand((), generator=self.run.generator, device="cpu", dtype=torch.float32))
         other = torch.randperm(n, generator=self.run.generator, device="cpu").to(x.device)
         return self.run.task.replace_inputs(batch, share * x + (1 - share) * x[other])

@@ -1,0 +1,183 @@
+"""Sparse gradients, complex and lazy parameters, gradients that are no derivatives, checkpoints: right, or one line."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastfip
+from fastfip.errors import ModelError
+from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace, per_sample_gradients
+from fastfip.fisher.sharpness import sharpness
+from fastfip.testing.definitions import loop_diagonal, worst_error
+from tests.support.fisher_problems import Lambda
+
+N = 6
+
+
+def words(**options):
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.head(torch.tanh(m.table(x)).mean(1)), table=nn.Embedding(7, 4, **options), head=nn.Linear(4, 3)
+    )
+    return model.double(), torch.randint(0, 7, (N, 5)), torch.randint(0, 3, (N,))
+
+
+def losses_of(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def test_sparse_gradients_of_an_embedding():
+    model, x, y = words(sparse=True)
+    want = loop_diagonal(words()[0], (x, y), N)
+    assert worst_error(fisher_diagonal(model, (x, y)), want) < 1e-12
+    total = sum(v.sum() for v in want.values())
+    torch.testing.assert_close(fisher_trace(model, x, y).detach(), total)
+    for way in ("exact", "perturb"):
+        torch.testing.assert_close(fastfip.FisherPenalty(model, way)(x, y).detach(), total)
+    fastfip.FisherPenalty(model, "signs")(x, y).backward()
+    model.zero_grad()
+    for _ in range(2):  # the second adds to a sparse one
+        assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-12
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    (2 * losses_of(reference, x, y).mean()).backward()
+    assert model.table.weight.grad.is_sparse and reference.table.weight.grad.is_sparse
+    torch.testing.assert_close(model.table.weight.grad.to_dense(), reference.table.weight.grad.to_dense())
+    torch.optim.SparseAdam([model.table.weight]).step()
+
+
+def test_sparse_gradients_of_a_bag_and_of_coupled_samples():
+    torch.manual_seed(0)
+    y, x = torch.randint(0, 3, (N,)), torch.randint(0, 7, (N, 5))
+
+    def made(sparse, forward):
+        torch.manual_seed(1)
+        parts = {"bag": nn.EmbeddingBag(7, 4, mode="sum", sparse=sparse), "head": nn.Linear(4, 3)}
+        return Lambda(forward, **parts).double()
+
+    def alone(m, x):
+        return m.head(torch.tanh(m.bag(x)))
+
+    def coupled(m, x):
+        h = m.bag(x)
+        return m.head(torch.tanh(h - h.mean(0)))
+
+    for forward in (alone, coupled):
+        a, b = (fisher_diagonal(made(sparse, forward), (x, y)) for sparse in (True, False))
+        assert worst_error(a, b) < 1e-12
+    with pytest.raises(ModelError, match="set sparse=False"):
+        fisher_trace(made(True, alone), x, y)
+    torch.testing.assert_close(
+        fisher_trace(made(False, alone), x, y).detach(), fisher_diagonal(made(True, alone), (x, y)).trace()
+    )
+
+
+class Spectral(nn.Module):
+    """A layer in the frequencies, as neural operators have it: a complex weight, and a real one made complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 5, dtype=torch.complex128))
+        self.r = nn.Parameter(torch.randn(5, 2, dtype=torch.float64))
+        self.head = nn.Linear(8, 3).double()
+
+    def forward(self, x):
+        z = torch.fft.rfft(x) * torch.view_as_complex(self.r) @ self.w
+        return self.head(torch.tanh(torch.fft.irfft(z, n=8)))
+
+
+def test_complex_parameters_have_the_squared_absolute_value():
+    model, x, y = Spectral(), torch.randn(N, 8, dtype=torch.float64), torch.randint(0, 3, (N,))
+    want = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    for loss in losses_of(model, x, y):
+        got = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        for value, g in zip(want.values(), got):
+            value += g.abs().square() / N
+    diagonal = fisher_diagonal(model, (x, y))
+    assert worst_error(diagonal, want) < 1e-12 and diagonal["w"].dtype == torch.float64
+    assert diagonal.coverage["head.weight"] == "linear"
+    torch.testing.assert_close(fisher_trace(model, x, y).detach(), diagonal.trace())
+    fisher_trace(model, x, y).backward()
+    exact = model.w.grad.clone()
+    model.zero_grad()
+    reference = copy.deepcopy(model)
+    losses_of(reference, x, y).mean().backward()
+    assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-12
+    torch.testing.assert_close(model.w.grad, reference.w.grad)
+    each = [g["w"] for g in per_sample_gradients(losses_of(model, x, y), dict(model.named_parameters()))]
+    torch.testing.assert_close(sum(g.abs().square() for g in each) / N, want["w"])
+    signs = fastfip.FisherPenalty(model, "signs", difference="central")
+    drawn = []
+    for _ in range(300):
+        model.zero_grad()
+        signs(x, y).backward()
+        drawn.append(model.w.grad.clone())
+    assert (torch.stack(drawn).mean(0) - exact).norm() < 0.2 * exact.norm()
+    ewc = diagonal.penalty(model)
+    with torch.no_grad():
+        model.w.add_(1j)
+    torch.testing.assert_close(ewc().detach(), want["w"].sum() / 2)
+    with pytest.raises(ModelError, match="complex"):
+        sharpness(model, (x, y))
+
+
+def test_frequencies_do_not_scale_the_derivative():
+    """The Fisher is of derivatives; `.grad` is what torch makes of them."""
+    model, x, y = words(scale_grad_by_freq=True)
+    plain = words()[0]
+    want = loop_diagonal(plain, (x, y), N)
+    parts = [(x[:1], y[:1]), (x[1:], y[1:])]
+    for data in ((x, y), parts):
+        got = fisher_diagonal(model, data)
+        assert worst_error(got, want) < 1e-12 and got.coverage["table.weight"] == "embedding"
+    torch.testing.assert_close(fisher_trace(model, x, y), fisher_trace(plain, x, y))
+    fastfip.FisherPenalty(model)(x, y)
+    with pytest.raises(ModelError, match="way='exact'"):
+        fastfip.FisherPenalty(model, "signs")(x, y)
+    assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-12
+    reference = words(scale_grad_by_freq=True)[0]
+    losses_of(reference, x, y).mean().backward()
+    torch.testing.assert_close(model.table.weight.grad, reference.table.weight.grad)
+
+
+def test_frequencies_where_samples_are_coupled_are_one_line():
+    model, x, y = words(scale_grad_by_freq=True)
+    coupled = Lambda(lambda m, x: m.net(x) - m.net(x).mean(0), net=model)
+    with pytest.raises(ModelError, match="scale_grad_by_freq"):
+        fisher_diagonal(coupled, (x, y))
+    bag = Lambda(lambda m, x: m.b(x), b=nn.EmbeddingBag(7, 3, mode="sum", scale_grad_by_freq=True))
+    with pytest.raises(ModelError, match="scale_grad_by_freq"):
+        fisher_diagonal(bag, (x, y))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_reentrant_checkpoint_is_one_line(inside):
+    """Where its input needs a gradient torch raises at length; where only x does, parameters would be left out."""
+    net = Lambda(
+        lambda m, x: m.c(checkpoint(m.b, m.a(x) if inside else x, use_reentrant=True)),
+        a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3),
+    )  # fmt: skip
+    x, y = torch.randn(N, 4, requires_grad=not inside), torch.randint(0, 3, (N,))
+    calls = [
+        lambda: fisher_diagonal(net, (x, y)),
+        lambda: fisher_trace(net, x, y),
+        lambda: backward_with_fisher(losses_of(net, x, y), net),
+        lambda: fastfip.FisherPenalty(net, "signs")(x, y),
+    ]
+    for call in calls:
+        with pytest.raises(ModelError, match="use_reentrant=False") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_lazy_layers_are_one_line():
+    model, batch = nn.Sequential(nn.LazyLinear(3)), (torch.randn(N, 4), torch.randint(0, 3, (N,)))
+    for call in (fisher_diagonal, fisher_trace, sharpness):
+        with pytest.raises(ModelError, match="run one batch through it first"):
+            call(model, batch)
+    model(batch[0])
+    fisher_diagonal(model, batch)
