@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.outputs import reading
 from fastfip.data.task import Forward, Loss, Task, check_labels, iter_batches
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import device_of, usable_device
@@ -206,9 +207,10 @@ def _clean(
     right: Tensor | float = 0.0
     total: Tensor | float = 0.0
     n = 0
-    for given in iter_batches(loader, task):
+    for number, given in enumerate(iter_batches(loader, task), 1):
         batch = move_to(given, device)
-        logits = task.forward(model, batch)
+        with reading(f"test_loader= (batch {number})"):
+            logits = task.forward(model, batch)
         y = _class_labels(given, logits, task)
         right = float("nan") if y is None else right + (logits.argmax(1) == y.to(logits.device)).sum()
         total = total + task.loss(logits, batch).double().sum()
@@ -245,11 +247,12 @@ def _triggered(
     kept: Tensor | float = 0.0
     n, seen, blind = 0, 0, False
     # The hook of the user knows the clean batches; without it a dict's true labels must not reach the model.
-    for raw in iter_batches(loader, Task(task.forward_hook, _no_loss)):
+    for number, raw in enumerate(iter_batches(loader, Task(task.forward_hook, _no_loss)), 1):
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        logits = _logits_shape(task.forward(model, move_to(batch, device)))
+        with reading(f"asr_loader= (batch {number})"):
+            logits = _logits_shape(task.forward(model, move_to(batch, device)))
         for y in (attack, *([] if true is None else [true])):
             check_labels(y, logits.shape[1])
         if true is not None:
