@@ -257,9 +257,9 @@ def _clean(
     right: Tensor | float = 0.0
     total: Tensor | float = 0.0
     n = 0
-    for given in iter_batches(loader, task):
+    for number, given in enumerate(iter_batches(loader, task), 1):
         batch = move_to(given, device)
-        with reading("test_loader="):
+        with reading(f"test_loader= (batch {number})"):
             logits = task.forward(model, batch)
         size = task.size(given)
         hits, losses = _answers(logits, batch, size, task, notes)
@@ -315,11 +315,11 @@ def _triggered(
     kept: Tensor | float = 0.0
     n, seen, blind = 0, 0, False
     # The hook of the user knows the clean batches; without it a dict's true labels must not reach the model.
-    for raw in iter_batches(loader, Task(task.forward_hook, _no_loss)):
+    for number, raw in enumerate(iter_batches(loader, Task(task.forward_hook, _no_loss)), 1):
         batch, attack, true, counts = _read(raw, task, target)
         seen += len(attack)
         blind = blind or true is None
-        with reading("asr_loader="):
+        with reading(f"asr_loader= (batch {number})"):
             logits = task.forward(model, move_to(batch, device))
         logits = two_columns(logits) if is_one_logit(logits, len(attack)) else _logits_shape(logits)
         for y in (attack, *([] if true is None else [true])):

@@ -79,6 +79,16 @@ def test_a_fault_of_a_later_batch_is_one_line_with_its_number(what, live):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("form", [(1, 8, 8), (3, 16, 16)])
+def test_test_data_that_the_model_does_not_take_is_one_line_with_the_batch(form):
+    data = batches(x=torch.rand(8, *form))
+    with pytest.raises(ModelError, match=r"the model fails on a batch of test_loader= \(batch 3\)") as found:
+        fastfip.evaluate(net(), data)
+    assert "\n" not in str(found.value)
+    with pytest.raises(ModelError, match=r"a batch of asr_loader= \(batch 3\)"):
+        fastfip.evaluate(net(), None, data)
+
+
 def endless():
     while True:
         yield X, Y
