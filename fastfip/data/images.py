@@ -32,6 +32,8 @@ IN_MEMORY = 2**30
 _CHUNK = 512
 #: An image file may have this many; the largest of ImageNet have 61 million.
 _MOST_PIXELS = 2**26
+#: More pixels need a byte of the file for each 32: a header claims anything, and pillow takes the memory at once.
+_SMALL = 2**22
 
 
 @dataclass(frozen=True)
@@ -297,8 +299,10 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise ValueError(f"it has {file.width} x {file.height} pixels: make it smaller")
+            if file.width * file.height > min(_MOST_PIXELS, max(_SMALL, 32 * os.path.getsize(path))):
+                raise ValueError(
+                    f"it claims {file.width} x {file.height} pixels, too many for its size: make it smaller"
+                )
             image = file.convert("L" if channels == 1 else "RGB")
         if size is not None and image.size != (size[1], size[0]):
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
