@@ -21,6 +21,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 ORDERS = ("number", "text")
 #: An image file may have this many pixels; the largest of ImageNet have 61 million.
 _MOST_PIXELS = 2**26
+#: More pixels need a byte of the file for each 32: a header claims anything, and pillow takes the memory at once.
+_SMALL = 2**22
 
 
 def class_order(names: Sequence[str], order: str | None = None) -> tuple[list[str], str]:
@@ -104,8 +106,9 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
     try:
         with Image.open(path) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise DataError(f"it has {file.width} x {file.height} pixels: make it smaller")
+            if file.width * file.height > min(_MOST_PIXELS, max(_SMALL, 32 * os.path.getsize(path))):
+                claim = f"it claims {file.width} x {file.height} pixels, too many for its size: make it smaller"
+                raise ValueError(claim)
             image = ImageOps.exif_transpose(file)
             if image.mode in ("F", "I") or image.mode.startswith("I;"):
                 return _deep(image, channels, size)
