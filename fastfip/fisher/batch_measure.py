@@ -35,12 +35,14 @@ class BatchMeasure:
         self.model, self.temperature, self.params, self.total = model, temperature, params, total
         self.cache, self.looped = cache_of(model), _LOOPED.setdefault(model, {})
         self.key: Any = None
+        self.without_graph = False  # of the batch at hand
 
     def forward(self, task: Task, batch: Batch) -> Tensor:
         """Return the outputs of a batch, with their graph if that will be read."""
         hooks = (task.forward_hook, task.loss_hook)
         self.key = (tuple(self.params), *(getattr(hook, "__code__", type(hook)) for hook in hooks))
-        if self.key in self.looped:
+        self.without_graph = self.key in self.looped
+        if self.without_graph:
             with torch.no_grad(), eagerly(is_compiled(self.model)):
                 return self._cooled(task.forward(self.model, batch))
         with torch.enable_grad(), readable(self.model):
@@ -50,10 +52,10 @@ class BatchMeasure:
         """Add one backward pass of a batch; return N."""
         with torch.enable_grad():
             losses = one.task.loss(outputs, one.batch)
-        if losses.grad_fn is None and self.key in self.looped:
+        if self.without_graph:
             with eagerly(is_compiled(self.model)):
-                if not self._loop(losses, one, self.params, self.looped[self.key]):
-                    del self.looped[self.key]
+                if not self._loop(losses.detach(), one, self.params, self.looped.get(self.key, 0.0)):
+                    self.looped.pop(self.key, None)
             self.total.coverage.update(dict.fromkeys(self.params, "per-sample loop"))
             return losses.shape[0]
         with torch.enable_grad():
