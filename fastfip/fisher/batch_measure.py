@@ -18,7 +18,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
-from fastfip.nets.state import LOW_PRECISION, is_compiled
+from fastfip.nets.state import is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself
 _LOOPED: weakref.WeakKeyDictionary[nn.Module, dict[Any, float]] = weakref.WeakKeyDictionary()
@@ -66,7 +66,7 @@ class BatchMeasure:
                 slow |= plan.deep
                 plan = Plan(losses, plan.params, plan.reading, plan.layouts, slow).routed()
             mine = {name: self.params[name] for name in self.params if name in slow}
-            tolerance = _closeness(losses, plan) if mine else 0.0
+            tolerance = 1e-2 if mine and plan.coarse else _CLOSE.get(losses.dtype, 1e-2)
             alone = bool(mine) and self._loop(losses, one, mine, tolerance)
         if alone and 2 * sum(p.numel() for p in mine.values()) >= sum(p.numel() for p in self.params.values()):
             self.looped[self.key] = tolerance
@@ -116,9 +116,3 @@ class BatchMeasure:
 
     def _cooled(self, logits: Tensor) -> Tensor:
         return logits if self.temperature == 1 else logits / self.temperature
-
-
-def _closeness(losses: Tensor, plan: Plan) -> float:
-    """How far a loss in its batch and by itself may be apart: the coarsest arithmetic in the graph decides."""
-    coarse = any(meta.dtype in LOW_PRECISION for node in plan.reading.nodes for meta in node._input_metadata)
-    return 1e-2 if coarse else _CLOSE.get(losses.dtype, 1e-2)
