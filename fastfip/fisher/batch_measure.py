@@ -18,7 +18,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
-from fastfip.nets.state import LOW_PRECISION, is_compiled
+from fastfip.nets.state import is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself
 _LOOPED: weakref.WeakKeyDictionary[nn.Module, dict[Any, float]] = weakref.WeakKeyDictionary()
@@ -35,12 +35,14 @@ class BatchMeasure:
         self.model, self.temperature, self.params, self.total = model, temperature, params, total
         self.cache, self.looped = cache_of(model), _LOOPED.setdefault(model, {})
         self.key: Any = None
+        self.without_graph = False  # of the batch at hand
 
     def forward(self, task: Task, batch: Batch) -> Tensor:
         """Return the outputs of a batch, with their graph if that will be read."""
         hooks = (task.forward_hook, task.loss_hook)
         self.key = (tuple(self.params), *(getattr(hook, "__code__", type(hook)) for hook in hooks))
-        if self.key in self.looped:
+        self.without_graph = self.key in self.looped
+        if self.without_graph:
             with torch.no_grad(), eagerly(is_compiled(self.model)):
                 return self._cooled(task.forward(self.model, batch))
         with torch.enable_grad(), readable(self.model):
@@ -50,10 +52,10 @@ class BatchMeasure:
         """Add one backward pass of a batch; return N."""
         with torch.enable_grad():
             losses = one.task.loss(outputs, one.batch)
-        if losses.grad_fn is None and self.key in self.looped:
+        if self.without_graph:
             with eagerly(is_compiled(self.model)):
-                if not self._loop(losses, one, self.params, self.looped[self.key]):
-                    del self.looped[self.key]
+                if not self._loop(losses.detach(), one, self.params, self.looped.get(self.key, 0.0)):
+                    self.looped.pop(self.key, None)
             self.total.coverage.update(dict.fromkeys(self.params, "per-sample loop"))
             return losses.shape[0]
         with torch.enable_grad():
@@ -64,7 +66,7 @@ class BatchMeasure:
                 slow |= plan.deep
                 plan = Plan(losses, plan.params, plan.reading, plan.layouts, slow).routed()
             mine = {name: self.params[name] for name in self.params if name in slow}
-            tolerance = _closeness(losses, plan) if mine else 0.0
+            tolerance = 1e-2 if mine and plan.coarse else _CLOSE.get(losses.dtype, 1e-2)
             alone = bool(mine) and self._loop(losses, one, mine, tolerance)
         if alone and 2 * sum(p.numel() for p in mine.values()) >= sum(p.numel() for p in self.params.values()):
             self.looped[self.key] = tolerance
@@ -114,9 +116,3 @@ class BatchMeasure:
 
     def _cooled(self, logits: Tensor) -> Tensor:
         return logits if self.temperature == 1 else logits / self.temperature
-
-
-def _closeness(losses: Tensor, plan: Plan) -> float:
-    """How far a loss in its batch and by itself may be apart: the coarsest arithmetic in the graph decides."""
-    coarse = any(meta.dtype in LOW_PRECISION for node in plan.reading.nodes for meta in node._input_metadata)
-    return 1e-2 if coarse else _CLOSE.get(losses.dtype, 1e-2)

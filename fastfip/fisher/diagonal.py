@@ -72,8 +72,8 @@ def fisher_diagonal(
         backend: of the products (`fastfip.ops`): "auto", or the name of one.
 
     Raises:
-        ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
-            model.
+        ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
+            buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters.
         DataError: data that cannot be used, labels that do not fit the outputs.
         ConfigError: an unknown kind or likelihood, or options that exclude each other.
         BackendError: the backend asked for cannot run here.

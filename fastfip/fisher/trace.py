@@ -145,7 +145,8 @@ def fisher_trace(
     form for the length of the call.
 
     Args:
-        model: any module that classifies, in eval mode (or at least with BatchNorm and dropout in eval mode).
+        model: any module that classifies, in eval mode (or at least with BatchNorm and dropout in eval mode). Where it
+            ends in a softmax, what goes into that is taken for the logits (without `forward=` and `loss=`).
         x: the inputs; with `y=None` a whole batch (a tuple or dict).
         y: labels [N]; to take the Fisher of the model's own distribution draw them with `fisher.draw_labels`.
         loss: `loss(logits, batch) -> [N]`; None: cross-entropy.
@@ -154,8 +155,8 @@ def fisher_trace(
         create_graph: whether the result is to be differentiated; None: if gradients are enabled.
 
     Raises:
-        ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
-            model.
+        ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
+            buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters.
         DataError: the batch cannot be used.
 
     Source: the trace term of FIP (arXiv 2409.00863); docs/trace.md for the three ways to its gradient.

@@ -79,12 +79,35 @@ def test_a_batch_whose_samples_see_each_other_is_noticed_after_one_whose_do_not(
     quiet, loud = (*batch, torch.zeros(N)), (*batch, torch.ones(N))
     for _ in range(2):
         assert worst_error(fisher_diagonal(model, [quiet], forward=forward), definition(model, batch)) < 1e-10
+    probabilities = forward(model, loud).softmax(1).detach()
+    exact = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for c in range(3):
+        for p, loss in zip(
+            probabilities[:, c], F.cross_entropy(forward(model, loud), torch.full((N,), c), reduction="none")
+        ):
+            for value, g in zip(exact.values(), torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)):
+                value += p * g.square() / N
+    assert worst_error(fisher_diagonal(model, [loud], kind="exact", forward=forward), exact) < 1e-10
+    for _ in range(2):
+        fisher_diagonal(model, [quiet], forward=forward)
     got = fisher_diagonal(model, [loud], forward=forward)
     want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for loss in F.cross_entropy(forward(model, loud), loud[1], reduction="none"):
         for value, g in zip(want.values(), torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)):
             value += g.square() / N
     assert worst_error(got, want) < 1e-10
+
+
+def test_a_loss_with_weights_of_its_own_does_not_pass_for_the_graph():
+    model, batch = Packed().double(), sequences()
+    model.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def loss(z, one):
+        return model.scale * F.cross_entropy(z, one[1], reduction="none")
+
+    first = fisher_diagonal(model, [batch], forward=of_lengths, loss=loss)
+    second = fisher_diagonal(model, [batch], forward=of_lengths, loss=loss)
+    assert worst_error(second, first) < 1e-10 and all(value.any() for value in second.values())
 
 
 def test_tokens_as_samples_go_through_one_row_at_a_time(walks):

@@ -88,6 +88,20 @@ def test_a_verification_walks_backward_three_times(monkeypatch):
     assert counts == [4, 1]
 
 
+@pytest.mark.parametrize("samples", [5, 40])
+def test_arithmetic_in_sixteen_bits_keeps_the_rules(samples):
+    """Rounding must not pass for coupling: 40 samples have more weights than there are powers of two."""
+    torch.manual_seed(0)
+    model = nets.randomize_norms(nets.ViT(4, size=8, patch=4, dim=6, depth=2, heads=1)).eval()
+    x, y = torch.randn(samples, 3, 8, 8), torch.randint(0, 4, (samples,))
+    want = fisher_diagonal(model, (x, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fisher_diagonal(model, (x, y))
+    assert got.coverage == want.coverage and "loop" not in str(got.coverage)
+    half = fisher_diagonal(model.bfloat16(), (x.bfloat16(), y))
+    assert "loop" not in str(half.coverage)
+
+
 class Pair(nn.Module):
     """Sample `into` also sees a little of sample `of`; the others are on their own."""
 

@@ -60,9 +60,15 @@ def candidates(dims: Iterable[int], shape: torch.Size, samples: int) -> tuple[La
     return tuple(sorted(layouts, key=lambda one: shape[one.dim] != samples))
 
 
-def weights_for(samples: int, like: Tensor, seed: int) -> Tensor:
-    """Return weights between 2^-12 and 16, [N]: powers of two for up to 16 samples, 256 different ones for more."""
+def weights_for(samples: int, like: Tensor, seed: int, coarse: bool) -> Tensor:
+    """Return weights between 2^-12 and 16, [N]: 256 different ones, powers of two for up to 16 samples.
+
+    `coarse` is of arithmetic in 16 bits, which rounds products with anything but powers of two too much, and has no
+    room for small ones: 1, 2, 4 and 8.
+    """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    if coarse:
+        return (2.0 ** (order % 4)).to(like)
     return (2.0 ** (3 - order % 16) * (1 + order // 16 % 16 / 16)).to(like)
 
 

@@ -36,6 +36,7 @@ from fastfip.fisher.graph.reading import (
 )
 from fastfip.fisher.graph.recipe import recipe_for, refuse_node
 from fastfip.nets.checks import check_initialised
+from fastfip.nets.state import LOW_PRECISION
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Plan:
     def sites(self) -> list[Site]:
         """Where parameters meet data."""
         return self.reading.sites
+
+    @property
+    def coarse(self) -> bool:
+        """Whether something in the graph is computed in 16 bits."""
+        return any(meta.dtype in LOW_PRECISION for node in self.reading.nodes for meta in node._input_metadata)
 
     @property
     def rescaled(self) -> frozenset[str]:

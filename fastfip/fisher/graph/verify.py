@@ -168,7 +168,7 @@ def _sample_axes(plan: Plan, comparison: _Comparison | None) -> tuple[list[tuple
         return [site.recipe.layouts for site in plan.sites], True
     probes: dict[int, Probe] = {}
     verdicts: dict[int, tuple[tuple[Layout, ...], bool]] = {}
-    weights = weights_for(plan.samples, plan.losses, seed=plan.samples)
+    weights = weights_for(plan.samples, plan.losses, seed=plan.samples, coarse=plan.coarse)
     plan.stream(weights, lambda i, g: probes.update({i: Probe.of(g, plan.samples)}), retain_graph=True)
 
     def judge(i: int, g: Tensor) -> None:
