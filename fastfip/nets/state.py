@@ -131,7 +131,7 @@ def as_written(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
     Compiled code knows one backward pass at a time, and nothing of weights that are put in another's place.
     """
-    if not isinstance(model, nn.Module) or not is_compiled(model):  # what is no module is refused elsewhere
+    if not isinstance(model, nn.Module) or not is_compiled(model):  # what is no model is refused by who looks at it
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 

@@ -201,8 +201,8 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
 def _check(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
-    refuse_sharded(model)
     check_net(model)
+    refuse_sharded(model)
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
 
