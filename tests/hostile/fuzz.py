@@ -11,6 +11,7 @@ written to a temporary folder, which is named. The exit code is 1 where there wa
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import random
@@ -75,7 +76,11 @@ class Figures:
     def __init__(self) -> None:
         self.files, self.read, self.memory = Counter[str](), Counter[str](), 0
         self.refusals, self.crashes = Counter[str](), Counter[str]()
-        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where files that crash are kept, made for the first of them."""
+        return Path(tempfile.mkdtemp(prefix="fuzz-"))
 
     def refuse(self, text: str) -> None:
         """Count a refusal by what it says, without names and numbers."""

@@ -1,11 +1,18 @@
 """The fuzzing program finds what it looks for, and nothing in a second of it."""
 
 import random
+import tempfile
 
 import pytest
 
 from tests.hostile import fuzz
 from tests.hostile.fuzz import Figures, Fuzz, mutated, plain
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path_factory, monkeypatch):
+    """Files that crash go where pytest cleans up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("crashes")))
 
 
 def test_a_second_of_it_finds_no_crash(tmp_path, monkeypatch):
