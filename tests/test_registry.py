@@ -89,7 +89,7 @@ def test_what_another_package_offers_is_in_the_tables(installed):
         print("nudge" in methods.names(), "dim" in attacks.names(), "broken" in methods.names())
         x, y = torch.rand(24, 1, 6, 6), torch.arange(24) % 3
         net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
-        print(fastfip.purify(net, (x, y), "nudge", epochs=1, share=0.25, progress=False).method)
+        print(fastfip.purify(net, (x, y), "nudge", epochs=1, share=0.25, force=True, progress=False).method)
         print(float(attacks.get("dim")().trigger(torch.ones(1, 1, 2, 2)).max()))
         from fastfip.cli import main
         print(main(["methods", "nudge"]))

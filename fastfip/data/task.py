@@ -156,7 +156,7 @@ class Task:
             out = self.loss_hook(logits, batch)
             if not isinstance(out, Tensor) or out.dim() != 1:
                 raise DataError(f"loss= must return one loss for each sample, shape [N], not {_describe(out)}")
-            self._check_count(out, batch)
+            self.check_count(out, batch, times=True)
             return out
         y = self.labels(batch)
         if logits.dim() != 2 or logits.shape[1] < 2:
@@ -171,29 +171,19 @@ class Task:
             check_labels(y, logits.shape[1])
         return F.cross_entropy(logits, y, reduction="none")
 
-    def _check_count(self, losses: Tensor, batch: Batch) -> None:
+    def check_count(self, losses: Tensor, batch: Batch, times: bool = False) -> None:
+        """Refuse losses that are not one for each sample (`times`: as many for each as for the others, tokens say).
+
+        Raises:
+            DataError: there are more or fewer.
+        """
         try:
             n = self.size(batch)
         except DataError:  # fields of a form of the user's own
             return
-        if losses.shape[0] != n:
-            raise DataError(f"loss= returned {losses.shape[0]} losses for {n} samples: return one for each, shape [N]")
-
-    def size(self, batch: Batch) -> int:
-        """Return N, the number of samples of a batch."""
-        for field in (self.labels, self.inputs):
-            try:
-                value = field(batch)
-            except DataError:
-                continue
-            if value.dim() > 0:
-                return value.shape[0]
-        # With both hooks the fields may have any names; what they share is the first dimension.
-        fields = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-        for value in fields:
-            if isinstance(value, Tensor) and value.dim() > 0:
-                return value.shape[0]
-        raise DataError(f"cannot tell how many samples are in {_describe(batch)}")
+        count = losses.shape[0]
+        if count != n and not (times and n and count >= n and count % n == 0):
+            raise DataError(f"loss= returned {count} losses for {n} samples: return one for each, shape [N]")
 
 
 def check_labels(y: Tensor, classes: int | None = None) -> None:

@@ -128,7 +128,7 @@ class FisherPenalty:
         if step is not None and not step > 0:
             raise ConfigError(f"step={step}: must be positive")
         self.way, self.reason = way, "asked for" if way != "auto" else "not yet chosen: the first batch decides"
-        self._model, self._inner = unwrapped(model), _uncompiled(unwrapped(model))
+        self._model, self._inner = unwrapped(model, compiled=False), _uncompiled(unwrapped(model, compiled=False))
         self._params = params if params is None or isinstance(params, Mapping) else tuple(params)
         self._task = Task.of(forward, loss)
         self._difference, self._step = difference, step

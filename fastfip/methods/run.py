@@ -149,7 +149,10 @@ class Run:
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample [N], with the config's label smoothing."""
         if not self.config.label_smoothing:
-            return self.task.loss(logits, batch)
+            losses = self.task.loss(logits, batch)
+            if self.task.loss_hook is not None:
+                self.task.check_count(losses, batch)
+            return losses
         return F.cross_entropy(
             logits, self.task.labels(batch), reduction="none", label_smoothing=self.config.label_smoothing
         )

@@ -115,12 +115,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel or what torch.compile returns."""
+def unwrapped(model: nn.Module, compiled: bool = True) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and, if `compiled`, what torch.compile returns."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif type(model).__name__ == "OptimizedModule":
+        elif compiled and type(model).__name__ == "OptimizedModule":
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model

@@ -250,13 +250,16 @@ def _worker(rank, port, out):
 
 
 def test_distributed_data_parallel(tmp_path):
-    """Two processes with half a batch each leave the gradient of the whole batch in both."""
+    """Two processes with half a batch each leave the gradient of the whole batch in both.
+
+    Spawned, not forked: a fork of a process with threads may wait for a lock that nobody holds any more.
+    """
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_worker, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(_worker, (port, str(tmp_path)), nprocs=2, start_method="spawn")
     model, x, y = vit()
     want = wanted(model, x, y)
     for rank in range(2):

@@ -163,11 +163,12 @@ def test_a_reentrant_checkpoint_is_one_line(inside):
     )  # fmt: skip
     x, y = torch.randn(N, 4, requires_grad=not inside), torch.randint(0, 3, (N,))
     calls = [
-        lambda: fisher_diagonal(net, (x, y)),
         lambda: fisher_trace(net, x, y),
         lambda: backward_with_fisher(losses_of(net, x, y), net),
         lambda: fastfip.FisherPenalty(net, "signs")(x, y),
     ]
+    if inside:  # data that is walked is cut from a graph of the user's, so that x needs no gradient there
+        calls.append(lambda: fisher_diagonal(net, (x, y)))
     for call in calls:
         with pytest.raises(ModelError, match="use_reentrant=False") as error:
             call()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastfip.checkpoint import load_checkpoint
 from fastfip.cli import main
-from fastfip.cli.errors import _say
+from fastfip.cli.errors import say
 from fastfip.data.images import load, same_classes
 from fastfip.errors import CheckpointError, DataError, printable, reason
 from fastfip.reporting.table import Sheet
@@ -90,7 +90,7 @@ def test_tables_and_the_command_line(tmp_path, capsys):
     stream = io.StringIO()
     Console(file=stream, force_terminal=True, color_system=None).print(sheet)
     assert harmless(str(sheet).replace("\n", "")) and harmless(stream.getvalue())
-    _say(EVIL)
+    say(EVIL)
     assert harmless(capsys.readouterr().err)
     np.savez(tmp_path / "a.npz", **{EVIL.replace("\n", ""): np.zeros(3)})
     save({EVIL: 3}, tmp_path / "m.pth")

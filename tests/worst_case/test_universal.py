@@ -181,5 +181,5 @@ def test_the_search_holds_no_more_clean_inputs_than_its_budget(monkeypatch: Any)
     monkeypatch.setattr(searching, "MOST_BYTES", 3)
     monkeypatch.setattr(searching, "ROUNDS", 0)
     monkeypatch.setattr(Perturbations, "of", lambda x, *args: looked.append(len(x)) or of(x, *args))
-    searching.search(run, searching.endless(run), next(iter(run.clean.batches())), 1.0)
+    searching.search(run, run.endless(), next(iter(run.clean.batches())), 1.0)
     assert looked == [2]
