@@ -185,6 +185,22 @@ class Task:
         if count != n and not (times and n and count >= n and count % n == 0):
             raise DataError(f"loss= returned {count} losses for {n} samples: return one for each, shape [N]")
 
+    def size(self, batch: Batch) -> int:
+        """Return N, the number of samples of a batch."""
+        for field in (self.labels, self.inputs):
+            try:
+                value = field(batch)
+            except DataError:
+                continue
+            if value.dim() > 0:
+                return value.shape[0]
+        # With both hooks the fields may have any names; what they share is the first dimension.
+        fields = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+        for value in fields:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
+        raise DataError(f"cannot tell how many samples are in {_describe(batch)}")
+
 
 def check_labels(y: Tensor, classes: int | None = None) -> None:
     """Check that `y` are class indices: integer, [N], and within 0 .. classes-1 if `classes` is given.

@@ -134,8 +134,9 @@ def test_losses_of_another_number_than_the_samples_are_refused(short):
 
     with pytest.raises(DataError, match="losses for [0-9]+ samples: return one for each"):
         fastfip.purify(net(), (X, Y), "fine_tune", steps=2, loss=loss, progress=False)
-    with pytest.raises(DataError, match="losses for 32 samples: return one for each"):
-        fastfip.fisher_trace(net().eval(), (X, Y), loss=loss)
+    if len(short(torch.zeros(32))) % 32:  # the Fisher takes as many for each sample as for the others: tokens
+        with pytest.raises(DataError, match="losses for 32 samples: return one for each"):
+            fastfip.fisher_trace(net().eval(), (X, Y), loss=loss)
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
