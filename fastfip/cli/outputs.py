@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfip.cli.errors import fail
+from fastfip.errors import reason
 
 __all__ = ["check_drawing", "check_file", "check_outputs", "inputs_of", "kept"]
 
@@ -61,6 +62,12 @@ def check_drawing(name: str, path: Path | None, force: bool, inputs: Iterable[Pa
 
 
 def _check(name: str, path: Path, force: bool, inputs: Iterable[Path], also: str) -> None:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, a NUL in it, a file where a folder should be
+        raise fail(f"{name}: no file can be written there: {reason(error)}") from None
     if path.is_dir():
         raise fail(f"{name} {path} is a folder")
     if path.exists() and not path.is_file():

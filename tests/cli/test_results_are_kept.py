@@ -154,6 +154,13 @@ def test_rows_of_compare_are_shown_where_the_file_cannot_be_written(work, capsys
     assert "fine_tune (steps=1)" in out and "c.csv: cannot be written: No space left on device" in err
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "in.pth/report"])
+def test_names_that_no_system_takes_are_one_line_before_the_work(work, capsys, name):
+    for arguments in ([*PURIFY, "--report", f"{name}.json"], ["audit", "in.pth", *NET, "--data", "data.npz",
+                                                              "--picture", f"{name}.png"]):  # fmt: skip
+        assert "no file can be written there" in fails(capsys, 2, *arguments)
+
+
 def test_devices_and_inputs_are_not_overwritten(work, capsys):
     os.mkfifo("pipe.json")
     (work / "c.json").write_text("{}")
