@@ -41,10 +41,11 @@ fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
-# The small zoo with what it skips elsewhere: the models of other libraries.
+# The small zoo and the tests of the Fisher with what they skip elsewhere: the models of other libraries. torch is named so
+# that it stays the one that it is. timm is not: it needs torchvision, whose wheels want a CUDA build of torch.
 zoo: $(STAMP)
-	$(BIN)/python -m pip install --quiet peft transformers timm
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py $(ARGS)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
