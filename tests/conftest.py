@@ -20,6 +20,11 @@ NUMERIC = {
 ELSEWHERE = {"test_cuda_build", "test_cuda_kernels", "test_cuda_on_cpu", "test_triton"}
 
 
+def pytest_collectstart():
+    """The same weights in what a file builds while it is imported: parameters of tests, constants."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     """Mark the tests of `NUMERIC`."""
     for item in items:

@@ -15,11 +15,9 @@ def test_a_large_bias_does_not_round_the_gradient_away(
     module: nn.Module, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "prefers_dense", lambda *_: False)
-    torch.manual_seed(0)
     shape = (8, 96) if isinstance(module, nn.Linear) else (8, module.in_channels, 8, 8)
-    x = torch.randn(shape).bfloat16()
 
-    def gradient(bias: float, dtype: torch.dtype) -> torch.Tensor:
+    def gradient(x: torch.Tensor, bias: float, dtype: torch.dtype) -> torch.Tensor:
         with torch.no_grad():
             module.bias.fill_(bias)
         module.to(dtype)
@@ -32,9 +30,17 @@ def test_a_large_bias_does_not_round_the_gradient_away(
         shifts.remove()
         return shifts.deltas[0].grad.double()
 
-    with torch.no_grad():
-        module.weight.copy_(module.weight.bfloat16())
-    wanted = gradient(30.0, torch.float64)
-    for bias in (0.0, 30.0):
-        got = gradient(bias, torch.bfloat16)
-        assert (got.abs() - wanted.abs()).norm() < 0.03 * wanted.norm(), bias  # singular vectors have no sign
+    # Four sums of one draw can all be near zero by chance, where rounding is all that is left: six are judged together.
+    wrong, size = dict.fromkeys((0.0, 30.0), 0.0), 0.0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x = torch.randn(shape).bfloat16()
+        module.float().reset_parameters()
+        with torch.no_grad():
+            module.weight.copy_(module.weight.bfloat16())
+        wanted = gradient(x, 30.0, torch.float64)
+        size += wanted.square().sum().item()
+        for bias in wrong:
+            got = gradient(x, bias, torch.bfloat16)
+            wrong[bias] += (got.abs() - wanted.abs()).square().sum().item()  # singular vectors have no sign
+    assert max(wrong.values()) < 0.03**2 * size, wrong
