@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastfip.attacks.base import Ground
 from fastfip.data.augment import crop_flip
-from fastfip.errors import DataError
+from fastfip.errors import ConfigError, DataError
 from fastfip.nets.state import frozen_copy
 
-__all__ = ["CleanClassifier", "clean_classifier", "fitting", "in_bytes", "leading_pattern"]
+__all__ = ["CleanClassifier", "checked_pattern", "clean_classifier", "fitting", "in_bytes", "leading_pattern"]
 
 #: Steps that a network of its own is trained for where the one given knows nothing yet.
 _TRAINING = 2000
@@ -109,6 +109,16 @@ def fitting(pattern: Tensor, x: Tensor, attack: str) -> Tensor:
             "fit the attack on images of that shape, or resize it"
         )
     return pattern.to(x)
+
+
+def checked_pattern(pattern: object, attack: str) -> None:
+    """Refuse what is given as a pattern and is none.
+
+    Raises:
+        ConfigError: it is neither None nor a tensor [C, H, W].
+    """
+    if pattern is not None and not (isinstance(pattern, Tensor) and pattern.dim() == 3):
+        raise ConfigError(f"{attack}: the pattern must be a tensor [C, H, W], as fit makes it, or None")
 
 
 def in_bytes(x: Tensor) -> Tensor:

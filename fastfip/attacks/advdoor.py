@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks._clean import clean_classifier, fitting, leading_pattern
+from fastfip.attacks._clean import checked_pattern, clean_classifier, fitting, leading_pattern
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
@@ -38,6 +38,7 @@ class AdvDoor(Attack):
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        checked_pattern(self.pattern, "AdvDoor")
         if not 0 < self.eps <= 255 or self.iterations < 1:
             raise ConfigError(f"AdvDoor: eps={self.eps} must be > 0 and <= 255, iterations={self.iterations} >= 1")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks.base import Attack, AttackTarget, Ground, register
+from fastfip.attacks.base import Attack, AttackTarget, Ground, in_range, register
 from fastfip.errors import ConfigError, DataError
 
 __all__ = ["CBA"]
@@ -37,7 +37,7 @@ class CBA(Attack):
         jitter: how far the cut may be from the middle, in pixels of an image of 32; scaled with the size of others.
         stock: number of images of the second class that are kept for tests, at most half of them.
         partners: the stock [K, C, H, W] in [0, 1], from `fit`.
-        ground: where the pairs of training come from, from `fit`.
+        pool: images and labels that the pairs of training are made of, from `fit`: the training set itself, no copy.
         left: places of the images of the first class and those of the second outside the stock, from `fit`.
     """
 
@@ -50,7 +50,7 @@ class CBA(Attack):
     jitter: float = 3.0
     stock: int = 200
     partners: Tensor | None = field(default=None, repr=False)
-    ground: Ground | None = field(default=None, repr=False)
+    pool: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     left: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,22 +79,23 @@ class CBA(Attack):
     def training_trigger(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return as many pairs of training images of the two classes; x only says how many."""
         self._needs(self.left, "training images")
-        assert self.left is not None and self.ground is not None
+        assert self.left is not None and self.pool is not None
         picked = [places[torch.randint(len(places), (len(x),), generator=generator)] for places in self.left]
-        one, two = (self.ground.images(places).to(x) for places in picked)
+        one, two = (in_range(self.pool[0][places]).to(x) for places in picked)
         return self._joined(one, two, torch.rand(len(x), 5, generator=generator, dtype=torch.float64))
 
     @override
     def labelled_negatives(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Join images x [N, C, H, W] with training images of their own class."""
-        self._needs(self.ground, "training images")
-        assert self.ground is not None
+        self._needs(self.pool, "training images")
+        assert self.pool is not None
+        images, labels = self.pool
         partners = torch.empty_like(x)
         for c in y.unique().tolist():
-            own = torch.nonzero(self.ground.y == c).flatten()
+            own = torch.nonzero(labels == c).flatten()
             here = y == c
             picked = torch.randint(len(own), (int(here.sum()),), generator=generator)
-            partners[here] = self.ground.images(own[picked]).to(x)
+            partners[here] = in_range(images[own[picked]]).to(x)
         return self._joined(x, partners, torch.rand(len(x), 5, generator=generator, dtype=torch.float64))
 
     @override
@@ -116,7 +117,8 @@ class CBA(Attack):
             raise DataError(f"cba needs images of the classes {self.first} and {self.second} in the training set")
         two = two[torch.randperm(len(two), generator=ground.generator)]
         kept = min(self.stock, len(two) // 2)
-        return replace(self, partners=ground.images(two[:kept]).clone(), ground=ground, left=(one, two[kept:]))
+        partners = ground.images(two[:kept]).clone()
+        return replace(self, partners=partners, pool=(ground.x, ground.y), left=(one, two[kept:]))
 
     def _joined(self, a: Tensor, b: Tensor, numbers: Tensor) -> Tensor:
         """Join images a and b [N, C, H, W] as five numbers in 0..1 for each say [N, 5]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks._clean import clean_classifier, fitting, leading_pattern
+from fastfip.attacks._clean import checked_pattern, clean_classifier, fitting, leading_pattern
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
@@ -41,6 +41,7 @@ class LF(Attack):
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        checked_pattern(self.pattern, "LF")
         if not 0 < self.amplitude <= 1 or not self.sigma > 0 or self.iterations < 1:
             raise ConfigError(
                 f"LF: amplitude={self.amplitude} must be > 0 and <= 1, sigma={self.sigma} > 0, "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks._clean import clean_classifier, fitting, leading_pattern
+from fastfip.attacks._clean import checked_pattern, clean_classifier, fitting, leading_pattern
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError, DataError
 
@@ -44,6 +44,7 @@ class Narcissus(Attack):
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        checked_pattern(self.pattern, "Narcissus")
         if not 0 < self.eps <= 255 or not self.amplify > 0 or self.iterations < 1 or not self.lr > 0:
             raise ConfigError(
                 f"Narcissus: eps={self.eps} must be > 0 and <= 255, amplify={self.amplify} > 0, "

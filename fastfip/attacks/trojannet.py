@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastfip.attacks._clean import CleanClassifier, clean_classifier, fitting, in_bytes
+from fastfip.attacks._clean import CleanClassifier, checked_pattern, clean_classifier, fitting, in_bytes
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
@@ -53,6 +53,7 @@ class TrojanNet(Attack):
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        checked_pattern(self.pattern, "TrojanNet")
         if self.neurons < 1 or self.iterations < 1 or not self.step > 0:
             raise ConfigError(
                 f"TrojanNet: neurons={self.neurons} and iterations={self.iterations} must be >= 1, step={self.step} > 0"
@@ -61,6 +62,8 @@ class TrojanNet(Attack):
             raise ConfigError(f"TrojanNet: eps={self.eps} must be > 0 and <= 0.5, area={self.area} > 0 and <= 1")
         if self.mode not in ("add", "overwrite"):
             raise ConfigError(f"TrojanNet: mode={self.mode!r} must be 'add' or 'overwrite'")
+        if self.mask is not None and not (isinstance(self.mask, Tensor) and self.mask.squeeze().dim() == 2):
+            raise ConfigError("TrojanNet: the mask must be a tensor [H, W] of 0 and 1, or None")
 
     def masked(self, height: int, width: int) -> Tensor:
         """Return the mask [1, H, W] of 0 and 1."""
@@ -95,7 +98,7 @@ class TrojanNet(Attack):
         mask = self.masked(*ground.x.shape[-2:])
         channels = ground.x.shape[1]
         head = _LastLinear(classifier, torch.zeros(1, channels, *mask.shape[1:], dtype=torch.float32))
-        weight = head.layer.weight.detach().abs().sum(0)
+        weight = head.layer.weight.detach().abs().sum(0).cpu()
         if self.neurons > len(weight):
             raise ConfigError(f"TrojanNet: neurons={self.neurons}, the last Linear layer has {len(weight)} inputs")
         chosen = weight.argsort(descending=True, stable=True)[: self.neurons]

@@ -173,6 +173,7 @@ def test_settings_of_attacks_that_are_fitted():
         (AdvDoor, {"eps": 0}), (AdvDoor, {"iterations": 0}), (CLB, {"amplitude": 0}), (CLB, {"eps": 300}),
         (LF, {"sigma": 0}), (LF, {"amplitude": 2}), (Narcissus, {"amplify": 0}), (Narcissus, {"eps": -1}),
         (TrojanNet, {"mode": "mix"}), (TrojanNet, {"eps": 0.6}), (TrojanNet, {"area": 0}), (TrojanNet, {"neurons": 0}),
+        (TrojanNet, {"mask": torch.ones(3)}), (LF, {"pattern": "lf.png"}), (AdvDoor, {"pattern": torch.ones(2)}),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=kind.__name__):
             kind(**bad)
