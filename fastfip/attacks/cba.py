@@ -37,7 +37,8 @@ class CBA(Attack):
         jitter: how far the cut may be from the middle, in pixels of an image of 32; scaled with the size of others.
         stock: number of images of the second class that are kept for tests, at most half of them.
         partners: the stock [K, C, H, W] in [0, 1], from `fit`.
-        pool: images and labels that the pairs of training are made of, from `fit`: the training set itself, no copy.
+        pool: what the pairs of training are made of, from `fit`: the training images themselves, no copy, their places
+            in the order of their classes, and how many each class has.
         left: places of the images of the first class and those of the second outside the stock, from `fit`.
     """
 
@@ -50,7 +51,7 @@ class CBA(Attack):
     jitter: float = 3.0
     stock: int = 200
     partners: Tensor | None = field(default=None, repr=False)
-    pool: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    pool: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
     left: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,13 +90,10 @@ class CBA(Attack):
         """Join images x [N, C, H, W] with training images of their own class."""
         self._needs(self.pool, "training images")
         assert self.pool is not None
-        images, labels = self.pool
-        partners = torch.empty_like(x)
-        for c in y.unique().tolist():
-            own = torch.nonzero(labels == c).flatten()
-            here = y == c
-            picked = torch.randint(len(own), (int(here.sum()),), generator=generator)
-            partners[here] = in_range(images[own[picked]]).to(x)
+        images, order, counts = self.pool
+        before = counts.cumsum(0) - counts
+        picked = (torch.rand(len(y), generator=generator, dtype=torch.float64) * counts[y]).long()
+        partners = in_range(images[order[before[y] + picked]]).to(x)
         return self._joined(x, partners, torch.rand(len(x), 5, generator=generator, dtype=torch.float64))
 
     @override
@@ -118,7 +116,8 @@ class CBA(Attack):
         two = two[torch.randperm(len(two), generator=ground.generator)]
         kept = min(self.stock, len(two) // 2)
         partners = ground.images(two[:kept]).clone()
-        return replace(self, partners=partners, pool=(ground.x, ground.y), left=(one, two[kept:]))
+        pool = (ground.x, ground.y.argsort(stable=True), ground.y.bincount(minlength=ground.classes))
+        return replace(self, partners=partners, pool=pool, left=(one, two[kept:]))
 
     def _joined(self, a: Tensor, b: Tensor, numbers: Tensor) -> Tensor:
         """Join images a and b [N, C, H, W] as five numbers in 0..1 for each say [N, 5]."""
