@@ -116,6 +116,10 @@ class Attack(ABC):
         """
         raise NotImplementedError(f"{self.name} has no negatives")
 
+    def labelled_negatives(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return `negatives` of images x [N, C, H, W]; for attacks where they hang on the true labels y [N]."""
+        return self.negatives(x, generator)
+
     def fit(self, ground: Ground) -> Attack:
         """Train what the attack needs; return the attack that has it. Self where nothing has to be trained."""
         return self

@@ -217,7 +217,8 @@ class _Planted:
         false = self.false[places]
         for number in false[false >= 0].unique().tolist():
             attack, _ = self.injections[number].ready()
-            x[false == number] = attack.negatives(x[false == number], self.generator)
+            here = false == number
+            x[here] = attack.labelled_negatives(x[here], self.true[places[here]], self.generator)
         return x, self.y[places]
 
 
