@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, map_tensors
@@ -154,7 +156,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
 
     Recurrent layers are computed step by step rather than by one opaque call, compiled models run eagerly, and fused
     attention, which has no second derivative, gives way to the mathematical form; layers whose second derivative is
-    expensive in torch are computed by second_order.py.
+    expensive in torch are computed by second_order.py, and checkpointed blocks keep what they compute.
     """
     with contextlib.ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -162,6 +164,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(eagerly(is_compiled(model)))
         if second_order:
+            stack.enter_context(keeping_activations())
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
             from fastfip.fisher.second_order import CheapSecondOrder
@@ -169,6 +172,39 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapSecondOrder())
         yield
+
+
+_CHECKPOINTS = threading.Lock()
+_keeping = 0  # how many threads are in a block
+
+
+@contextlib.contextmanager
+def keeping_activations() -> Iterator[None]:
+    """Let checkpoint(use_reentrant=False) keep what it computes for a block.
+
+    What is computed again in a backward pass, after the block, would be so without what holds in it, and torch refuses
+    what then differs. Where torch has no such function any more, it is left as it is.
+    """
+    global _keeping
+    with _CHECKPOINTS:
+        _keeping += 1
+        if _WITHOUT_REENTRANT is not None:
+            torch.utils.checkpoint._checkpoint_without_reentrant_generator = _nothing_to_do
+    try:
+        yield
+    finally:
+        with _CHECKPOINTS:
+            _keeping -= 1
+            if _WITHOUT_REENTRANT is not None and not _keeping:
+                torch.utils.checkpoint._checkpoint_without_reentrant_generator = _WITHOUT_REENTRANT
+
+
+#: What torch runs before and after the function that is checkpointed.
+_WITHOUT_REENTRANT = getattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", None)
+
+
+def _nothing_to_do(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 @contextlib.contextmanager

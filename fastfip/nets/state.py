@@ -23,6 +23,7 @@ __all__ = [
     "eval_mode",
     "frozen_copy",
     "is_compiled",
+    "refuse_parts",
     "refuse_sharded",
     "requires_grad",
     "to_float32",
@@ -142,8 +143,17 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it is sharded (FSDP, DTensor).
     """
-    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in type(model).__mro__)
-    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    refuse_parts(model.parameters(), type(model))
+
+
+def refuse_parts(parameters: Iterable[Tensor], kind: type[nn.Module]) -> None:
+    """Refuse parameters of which each process has a part, in a model of the class `kind`.
+
+    Raises:
+        ModelError: they are such, or will be so again after the next pass (FSDP).
+    """
+    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in kind.__mro__)
+    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
         raise ModelError(
             "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
             "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"
