@@ -17,7 +17,7 @@ from fastfip.data.batch import Batch, map_tensors
 from fastfip.data.outputs import logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.state import LOW_PRECISION, is_compiled
+from fastfip.nets.state import LOW_PRECISION, fresh_caches, is_compiled
 
 #: Of each model the modes and the code of `forward=` with which its forward pass was tried, and whether it gave
 #: probabilities.
@@ -163,6 +163,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(eagerly(is_compiled(model)))
+        stack.enter_context(fresh_caches(model))
         if second_order:
             stack.enter_context(keeping_activations())
             from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -21,6 +21,7 @@ __all__ = [
     "copied",
     "dtypes_of",
     "eval_mode",
+    "fresh_caches",
     "frozen_copy",
     "is_compiled",
     "refuse_parts",
@@ -70,6 +71,30 @@ def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], b
     finally:
         for t, flag in before:
             t.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def fresh_caches(model: nn.Module) -> Iterator[None]:
+    """Empty what modules keep in eval mode between passes for a block, and put back what was there.
+
+    That is a dict of tensors computed of parameters (LeViT's biases by position), which the module's own `train` method
+    empties: one from a pass without gradients has none, the graph of another pass's is gone.
+    """
+    kept = [
+        (value, dict(value))
+        for module in model.modules()
+        if type(module).train is not nn.Module.train
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_") and all(isinstance(t, Tensor) for t in value.values())
+    ]
+    for cache, _ in kept:
+        cache.clear()
+    try:
+        yield
+    finally:
+        for cache, before in kept:
+            cache.clear()
+            cache.update(before)
 
 
 def copied(model: nn.Module, remedy: str) -> nn.Module:
