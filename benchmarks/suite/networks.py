@@ -95,8 +95,18 @@ BASES = {
         Base("vgg", "cifar10", 50000, lambda: nets.SmallVGG(10, 16), Pixels(), 10000, scratch=12),
         Base("gtsrb", "gtsrb32", 39209, lambda: nets.SmallVGG(43, 16), Pixels(), 4300, epochs=8, flip=False,
              scratch=30),
-        Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=5, lr=0.02, crop=False,
+        Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
+        # Patterns that are optimised, generators, clean labels, composites: in no development network.
+        *_each("resnet20", [
+            Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("issba", 4), Backdoor("dynamic", 5),
+            Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.05), Backdoor("clb", 1, 0.05),
+            Backdoor("cba", 2), Backdoor("trojannet", 2, 0.01),
+        ], "validation"),
+        *_each("digits", [
+            Backdoor("trojannet", "next"), Backdoor("lira", 3), Backdoor("advdoor", 6), Backdoor("dynamic", 5),
+        ], "validation"),
+        *_each("gtsrb", [Backdoor("trojannet", 2), Backdoor("lira", 3)], "validation"),
     )
 }  # fmt: skip
 
@@ -131,11 +141,22 @@ class Network:
     backdoors: tuple[Backdoor, ...]
     set: Set = "development"
     seed: int = 0
+    effort: float = 1.0
 
     def key(self) -> str:
         """Return a name that changes with everything the network is made of."""
         base = BASES[self.base]
-        made = [self.base, base.images, base.epochs, base.lr, base.crop, base.flip, base.scratch, self.seed]
+        made = [
+            self.base,
+            base.images,
+            base.epochs,
+            base.lr,
+            base.crop,
+            base.flip,
+            base.scratch,
+            self.seed,
+            self.effort,
+        ]
         said = json.dumps([made, [[b.attack, b.target, b.rate, b.settings, b.sources] for b in self.backdoors]])
         return f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
 
@@ -246,6 +267,7 @@ def _make(network: Network) -> dict[str, Any]:
     out = poison_and_train(
         clean_model(network.base), (x, y), [backdoor.injection() for backdoor in network.backdoors], classes=classes,
         pixels=base.pixels, epochs=base.epochs, lr=base.lr, crop=base.crop, flip=base.flip, seed=network.seed,
+        effort=network.effort,
     )  # fmt: skip
     test_x, test_y = _first(data["test_x"]), torch.from_numpy(data["test_y"])
     triggered, leaked = [], []
@@ -296,10 +318,10 @@ def score(prepared: Prepared, model: nn.Module) -> tuple[Evaluation, list[Evalua
 
 def _each(base: str, backdoors: Sequence[Backdoor], of: Set) -> list[Network]:
     """One network for each backdoor."""
-    return [Network(f"{base}-{b.label.replace(' ', '').replace('%', '')}", base, (b,), of) for b in backdoors]
+    names = [f"{base}-{backdoor.label.replace(' ', '').replace('%', '')}" for backdoor in backdoors]
+    return [Network(name, base, (backdoor,), of) for name, backdoor in zip(names, backdoors)]
 
 
-_PATCH = (("size", 3),)
 NETWORKS: dict[str, Network] = {
     network.name: network
     for network in (
@@ -315,5 +337,15 @@ NETWORKS: dict[str, Network] = {
                "development"),
         *_each("gtsrb", [Backdoor("badnets"), Backdoor("blend")], "development"),
         *_each("vgg", [Backdoor("badnets"), Backdoor("blend")], "development"),
+        # Patterns that are optimised, generators, clean labels, composites: in no development network.
+        *_each("resnet20", [
+            Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("issba", 4), Backdoor("dynamic", 5),
+            Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.05), Backdoor("clb", 1, 0.05),
+            Backdoor("cba", 2), Backdoor("trojannet", 2, 0.01),
+        ], "validation"),
+        *_each("digits", [
+            Backdoor("trojannet", "next"), Backdoor("lira", 3), Backdoor("advdoor", 6), Backdoor("dynamic", 5),
+        ], "validation"),
+        *_each("gtsrb", [Backdoor("trojannet", 2), Backdoor("lira", 3)], "validation"),
     )
 }  # fmt: skip
