@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser fuzz zoo lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,10 @@ format: $(STAMP)
 # Needs networks and images in the folder that FASTFIP_DATA names: docs/results.md lists them.
 real: $(STAMP)
 	$(BIN)/python -m benchmarks.purification.real_models $(ARGS)
+
+# The same data; networks with backdoors are trained first: docs/suite.md. ARGS="day --minutes 120" goes on with the rest.
+suite: $(STAMP)
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 bench: $(STAMP)
 	for file in benchmarks/*/bench_*.py; do $(BIN)/python -m $$(echo $${file%.py} | tr / .) || exit 1; done

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
     from fastfip import (
         attacks as attacks,
         auditing as auditing,
+        backdoorbench as backdoorbench,
         checkpoint as checkpoint,
         comparison as comparison,
         data as data,
@@ -64,6 +65,7 @@ _WHERE = {
 _MODULES = (
     "attacks",
     "auditing",
+    "backdoorbench",
     "checkpoint",
     "comparison",
     "data",

@@ -20,6 +20,7 @@ LAYER = {
     "metrics": 3,
     "env": 3,
     "attacks": 4,
+    "backdoorbench": 4,
     "fisher": 4,
     "worst_case": 4,
     "spectral": 5,

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fastfip.checkpoint.claims import Claim, Storage
+from fastfip.checkpoint.opcodes import Encoded
 from fastfip.checkpoint.scan import Scan
 from fastfip.errors import CheckpointError, reason
 
@@ -52,10 +53,15 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
     todo: list[Any] = [scanned.root]
     seen = set()
     tuples: dict[int, tuple[Any, Any]] = {}
+    encoded: dict[int, tuple[Encoded, bytes]] = {}
 
     def built(item: Any, depth: int = 0) -> Any:
         if isinstance(item, Claim):
             return made[id(item)]
+        if isinstance(item, Encoded):
+            if id(item) not in encoded:  # with the old one, so that its id is nobody else's
+                encoded[id(item)] = item, bytes(item)
+            return encoded[id(item)][1]
         if isinstance(item, (dict, list)):
             todo.append(item)
         if not isinstance(item, tuple) or depth > _DEEPEST:
@@ -70,7 +76,7 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             continue
         seen.add(id(value))
         for key, item in list(value.items()) if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, (Claim, dict, list, tuple)):
+            if isinstance(item, (Claim, Encoded, dict, list, tuple)):
                 value[key] = built(item)
     return scanned.root
 

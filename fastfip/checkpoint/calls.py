@@ -18,7 +18,7 @@ from fastfip.checkpoint.claims import (
     Ordered,
     Storage,
 )
-from fastfip.checkpoint.opcodes import Skipped
+from fastfip.checkpoint.opcodes import Encoded, Skipped
 from fastfip.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -119,10 +119,9 @@ def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> An
         return complex(*args)
     if name == "_codecs.encode" and args[1:] == ("latin1",):
         if isinstance(first, str):
-            machine.budget.spend(60 + len(first))
-            return first.encode("latin1")
+            return _encoded(machine, first)
         return first if isinstance(first, Skipped) else None
-    if name == "builtins.bytearray" and (not args or isinstance(first, (bytes, Skipped))):
+    if name == "builtins.bytearray" and (not args or isinstance(first, (bytes, Encoded, Skipped))):
         return first if args else b""  # bytearray(n) would allocate whatever the file asks for
     if name == "numpy.dtype" and isinstance(first, str) and args[1:] in ((False, True), (False, False), (0, 1)):
         if first in _NUMPY_TYPES:
@@ -133,6 +132,19 @@ def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> An
     if of.module in _NUMPY and of.name == "_reconstruct" and len(args) == 3:
         return NumpyArray() if shown(args[0]) == "numpy.ndarray" and args[1] == (0,) else None
     return None
+
+
+def _encoded(machine: Machine, text: str) -> bytes | Encoded:
+    """Return a text as bytes; long ones share its memory the first time, as pictures and arrays do."""
+    window = machine.budget.window
+    found = window.latest
+    if found is not None and found.text is text:
+        window.latest = None
+        machine.budget.spend(120)
+        text.encode("latin1")  # ValueError where it is none
+        return found
+    machine.budget.spend(60 + len(text))
+    return text.encode("latin1")
 
 
 def _as_tensor(args: tuple[Any, ...]) -> Claim | Odd:
@@ -214,14 +226,16 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], (NumpyType, Opaque))):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     _, shape, kind, _, data = state
-    if not isinstance(data, (bytes, Skipped)):
+    if not isinstance(data, (bytes, Encoded, Skipped)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
     if not all(type(side) is int and 0 <= side < 2**63 for side in sides):
         raise CheckpointError("holds a NumPy array with a shape that no array has")
-    if isinstance(kind, NumpyType) and isinstance(data, bytes):
+    if isinstance(kind, NumpyType) and not isinstance(data, Skipped):
         needed = kind.width
         for side in sides:
             needed *= side
         if needed != len(data):
             raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {len(data)}")
+    if isinstance(kind, NumpyType) and kind.order and isinstance(state[3], bool):
+        target.shape, target.kind, target.columns_first, target.data = sides, kind, state[3], data

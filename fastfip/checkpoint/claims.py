@@ -106,7 +106,12 @@ class NumpyType:
 
 @dataclass(eq=False)
 class NumpyArray:
-    """A NumPy array whose state is still to come, or has been looked at; its values are not kept."""
+    """A NumPy array, of numbers once `kind` is there; `data` is what stands for its bytes (see `opcodes`)."""
+
+    shape: tuple[int, ...] = ()
+    kind: NumpyType | None = None
+    columns_first: bool = False
+    data: Any = b""
 
 
 class Ordered(dict[Any, Any]):

@@ -11,23 +11,44 @@ from typing import Any, BinaryIO
 
 from fastfip.errors import CheckpointError
 
-__all__ = ["MOST_INSTRUCTIONS", "ROOM", "Budget", "Skipped", "Window", "instructions"]
+__all__ = ["MOST_INSTRUCTIONS", "ROOM", "Budget", "Encoded", "Skipped", "Window", "instructions"]
 
 #: What following a pickle may take beside the bytes of the pickle itself.
-ROOM = 32 * 2**20
+ROOM = 48 * 2**20
 #: A list of half a million samples with their labels has about as many.
 MOST_INSTRUCTIONS = 3_000_000
 #: Texts and bytes that are longer are passed over: they are pictures and logs, never names or numbers.
 LONGEST = 1 << 16
+#: Of longer texts it is known where they stand: the values of pictures and arrays are read from there.
+_SHORT = 1 << 10
 _LENGTHS = {"BINUNICODE": "<I", "BINBYTES": "<I", "BINSTRING": "<I", "BINUNICODE8": "<Q", "BINBYTES8": "<Q"}
 _LENGTHS |= {"BYTEARRAY8": "<Q", "LONG4": "<I"}
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A text or bytes of `length` bytes that were passed over."""
+    """A text or bytes of `length` bytes that were passed over, from `start` on in the file."""
 
     length: int
+    start: int
+    is_text: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Bytes that protocol 2 writes as a text, one character for each: `length` bytes from `start` on in the file."""
+
+    text: str
+    length: int
+    start: int
+
+    def __len__(self) -> int:
+        """Return how many bytes it stands for."""
+        return len(self.text)
+
+    def __bytes__(self) -> bytes:
+        """Return them."""
+        return self.text.encode("latin1")
 
 
 class Window:
@@ -39,6 +60,7 @@ class Window:
         self.left = self.whole - here if size is None else size
         file.seek(here)
         self.file, self.taken = file, 0
+        self.latest: Encoded | None = None  # the last text of more than a name, where it could stand for bytes
 
     def read(self, count: int) -> bytes:
         """Return the next bytes, fewer at the end."""
@@ -126,12 +148,18 @@ def _long(name: str, window: Window) -> Any:
     (length,) = struct.unpack(form, window.read(struct.calcsize(form)))
     if length > window.left:
         raise ValueError(f"{length} bytes are expected, and {window.left} are left")
+    start = window.file.tell() if length > _SHORT else 0
     if length > LONGEST:
         window.skip(length)
-        return Skipped(length)
+        return Skipped(length, start, "UNICODE" in name)
     data = window.read(length)
     if name == "LONG4":
         return int.from_bytes(data, "little", signed=True)
     if name == "BINSTRING":
         return data.decode("latin-1")
-    return data.decode("utf-8", "surrogatepass") if name.startswith("BINUNICODE") else data
+    if not name.startswith("BINUNICODE"):
+        return data
+    text = data.decode("utf-8", "surrogatepass")
+    if length > _SHORT:
+        window.latest = Encoded(text, length, start)
+    return text

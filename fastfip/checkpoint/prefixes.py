@@ -14,6 +14,9 @@ __all__ = ["align", "common_prefixes", "strip"]
 PREFIXES = ("module.", "_orig_mod.", "model.")
 #: What torch.compile, activation checkpointing and FSDP put into names, wherever a module was wrapped.
 _INSIDE = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+#: The two Linear layers of torchvision's vision transformers, by their names in 0.12 and by those since then.
+_MLP = re.compile(r"(^|\.)mlp\.linear_([12])(?=\.)")
+_NUMBERS = {"1": "0", "2": "3"}
 #: Averages of weights: where the weights themselves are there too, those are meant.
 _AVERAGES = re.compile(r"(^|[._])(ema|swa|averaged?|shadow|momentum)([._]|$)")
 _PROBES = 12
@@ -79,10 +82,17 @@ def align(names: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
 
 
 def _bare(names: Iterable[str]) -> Mapping[str, str]:
-    """Return {name without what wrappers put into it: name}, or the names as they are where two would become one."""
+    """Return {name without what wrappers put into it: name}, or the names as they are where two would become one.
+
+    A layer with two names in the releases of a library has the later one.
+    """
     names = list(names)
-    out = {".".join(part for part in name.split(".") if part not in _INSIDE): name for name in names}
+    out = {".".join(part for part in _renamed(name).split(".") if part not in _INSIDE): name for name in names}
     return out if len(out) == len(names) else {name: name for name in names}
+
+
+def _renamed(name: str) -> str:
+    return _MLP.sub(lambda found: f"{found[1]}mlp.{_NUMBERS[found[2]]}", name) if "mlp." in name else name
 
 
 def _candidates(theirs: list[str], ours: list[str]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -16,7 +18,7 @@ from fastfip.checkpoint.scan import Scan, scan
 from fastfip.checkpoint.shards import index_of, read_shards
 from fastfip.errors import CheckpointError, reason
 
-__all__ = ["find_path", "read"]
+__all__ = ["find_path", "follow", "read"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
@@ -30,9 +32,39 @@ def read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
     Raises:
         CheckpointError: it is refused; the text says why, without the name of the file.
     """
-    try:
+    with _one_line():
         where = index_of(path)
         return read_shards(where, _read) if where.name.endswith(".index.json") else _read(where)
+
+
+def follow(path: str | os.PathLike[str]) -> Any:
+    """Return what a file of torch.save holds, all of it checked as by `read`, with stand-ins for what is no plain data.
+
+    A tensor is the claim that is made of it, an array its description, a picture the state that it would be given.
+
+    Returns:
+        a dict; None for a file of another format.
+
+    Raises:
+        CheckpointError: it is refused; the text says why, without the name of the file.
+    """
+    with _one_line():
+        where = index_of(path)
+        if where.is_dir() or where.suffix == ".json":
+            return None
+        file, size = open_file(where)
+        with file:
+            kind = kind_of(file, size, where.suffix.lower())
+            if kind not in ("zip", "legacy"):
+                return None
+            return _checked(file, size, kind)[0].root
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Make refusals of what a file makes of this process."""
+    try:
+        yield
     except MemoryError:
         raise CheckpointError("needs more memory than there is") from None
     except RecursionError:
@@ -48,16 +80,18 @@ def _read(path: str | os.PathLike[str]) -> tuple[str, Any, dict[str, str]]:
         if kind == "safetensors":
             metadata = check_safetensors(file, size)
             return kind, _load_safetensors(path), metadata
-        if kind == "zip":
-            archive = check_zip(file, size)
-            scanned, starts = _check_zip_claims(file, archive)
-            big = "byteorder" in archive.records and archive.read(file, "byteorder") == b"big"
-        elif kind == "legacy":
-            scanned, starts = _check_legacy_claims(file, size)
-            big = False  # torch always wrote them so
-        else:
+        if kind == "pickle":
             _refuse_plain_pickle(file)
-        return kind, build(file, scanned, starts, big), {}
+        return kind, build(file, *_checked(file, size, kind)), {}
+
+
+def _checked(file: BinaryIO, size: int, kind: str) -> tuple[Scan, dict[str, int], bool]:
+    """Return what a file of torch.save describes, where its blocks begin, and whether they are big-endian."""
+    if kind == "legacy":
+        return *_check_legacy_claims(file, size), False  # torch always wrote them so
+    archive = check_zip(file, size)
+    scanned, starts = _check_zip_claims(file, archive)
+    return scanned, starts, "byteorder" in archive.records and archive.read(file, "byteorder") == b"big"
 
 
 def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from fastfip.checkpoint.calls import PLAIN, STORAGES, result, shown, take_array_state
 from fastfip.checkpoint.claims import Claim, Global, NumpyArray, NumpyType, Odd, Opaque, Ordered, Storage
-from fastfip.checkpoint.opcodes import Budget, Skipped, Window, instructions
-from fastfip.errors import CheckpointError
+from fastfip.checkpoint.opcodes import Budget, Encoded, Skipped, Window, instructions
+from fastfip.errors import CheckpointError, printable
 
 __all__ = ["Machine", "Scan", "scan"]
 
@@ -112,7 +112,8 @@ class Machine:
         self.out, self.budget = Scan(), budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
+        self.scattered: dict[int, Any] = {}  # what is not noted in turn
 
     def step(self, op: str, arg: Any) -> None:
         """Follow one instruction."""
@@ -169,10 +170,9 @@ class Machine:
                 self.stack.append({})
             self.set_items(items)
         elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.budget.spend(90)
-            self.memo[len(self.memo) if op == "MEMOIZE" else arg] = stack[-1]
+            self._note(len(self.memo) + len(self.scattered) if op == "MEMOIZE" else arg, stack[-1])
         elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[arg])
+            stack.append(self.memo[arg] if 0 <= arg < len(self.memo) else self.scattered[arg])
         elif op == "PROTO":
             self.out.protocol = arg
         elif op == "POP":
@@ -187,7 +187,18 @@ class Machine:
 
     def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
+        self.budget.spend(-80)
         return items
+
+    def _note(self, place: int, value: Any) -> None:
+        if place == len(self.memo) and place not in self.scattered:  # as every pickler does
+            self.budget.spend(12)
+            self.memo.append(value)
+        elif 0 <= place < len(self.memo):
+            self.memo[place] = value
+        else:
+            self.budget.spend(90)
+            self.scattered[place] = value
 
     def _push_global(self, module: str, name: str) -> None:
         self.budget.spend(300)
@@ -200,9 +211,13 @@ class Machine:
         target = self.stack[-1]
         if not isinstance(target, dict):
             return
-        self.budget.spend(110 * (len(items) // 2) + (0 if target else 140))
+        small = max(0, 5 - len(target))  # so many more have room in what a dict takes at first
+        self.budget.spend(110 * max(0, len(items) // 2 - small) + (0 if target else 140))
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[self._key(key)] = value
+            key = self._key(key)
+            if key in target:
+                raise CheckpointError(f"sets {printable(shown(key), 80)} twice in one dict, which pickle never writes")
+            target[key] = value
 
     def _key(self, key: Any) -> Any:
         """Return a key as it is if it is plain, else a stand-in for it.
@@ -211,11 +226,14 @@ class Machine:
         """
         if isinstance(key, (list, dict)):
             raise ValueError(f"a {type(key).__name__} as a key")
+        if isinstance(key, Encoded):
+            key = bytes(key)
         for part in key if isinstance(key, tuple) else (key,):
             if not isinstance(part, PLAIN):
                 self.budget.spend(200)
                 return Opaque(Global("builtins", "long text" if isinstance(key, Skipped) else type(key).__name__))
-            self.budget.spend(sys.getsizeof(part) if not isinstance(part, (float, complex)) else 30)
+            if not isinstance(part, str):  # a text keeps its hash, and was counted when it was read
+                self.budget.spend(sys.getsizeof(part) if not isinstance(part, (float, complex)) else 30)
         return key
 
     def _persistent(self, ident: Any) -> Any:

@@ -13,8 +13,15 @@ from fastfip.errors import CheckpointError, printable
 
 __all__ = ["index_of", "read_shards"]
 
-#: What a folder of Hugging Face has, in the order in which it is looked for; the first two name shards.
-_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
+#: What a folder of Hugging Face has, in the order in which it is looked for; the first two name shards. The last one is
+#: what a run of BackdoorBench leaves.
+_FILES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "attack_result.pt",
+)
 #: An index has about a hundred bytes a weight; more than this many are none.
 _MOST_BYTES = 3 * 2**19
 _MOST_SHARDS = 1000
@@ -22,7 +29,7 @@ _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0\n]+")
 
 
 def index_of(path: str | os.PathLike[str]) -> Path:
-    """Return the file to read: the one that a folder of Hugging Face is read by, else the path itself."""
+    """Return the file to read: the one that a folder is read by, else the path itself."""
     where = Path(path)
     if where.is_dir():
         return next((where / name for name in _FILES if (where / name).is_file()), where)

@@ -69,9 +69,9 @@ def audit(
     from fastfip.errors import CheckpointError
     from fastfip.reporting.table import show
 
-    where, how = net.where_and_how()
-    model, _ = net.restore(source)
-    other = None if purified is None else net.restore(purified)[0]
+    opened = net.opened(source)
+    model, where, how = opened.model, opened.where, opened.how
+    other = None if purified is None else net.restore(purified, opened.attack)[0]
     clean = how.load(data, "clean")
     bad = None if poisoned is None else triggers.triggered(poisoned, None, target, None, how)
     asr = None if asr_data is None else triggers.triggered(asr_data, None, target, None, how)

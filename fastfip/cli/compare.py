@@ -54,12 +54,11 @@ def compare(
     from fastfip.reporting.table import show, to_json
 
     chosen = _choices(methods, settings or [])
-    where, how = net.where_and_how()
-    model, _ = net.restore(source)
-    images = clean.load(how, 0)
-    test, asr = scores.load(how, images)
+    opened = net.opened(source)
+    images = clean.load(opened.how, 0)
+    test, asr = scores.load(opened.how, images, opened.attack)
     comparison = side_by_side(
-        model,
+        opened.model,
         net.batches(images),
         chosen,
         test_loader=net.batches(test),
@@ -67,12 +66,12 @@ def compare(
         seeds=drawn,
         out=out,
         resume=resume,
-        device=where,
+        device=opened.where,
         amp=mixed,
         progress=o.progress(quiet),
         force=ignore_fit,
     )
-    comparison.notes += images.words()
+    comparison.notes += [*scores.unmeasured(opened.attack), *images.words()]
     if as_json:
         print(to_json({**comparison.to_dict(), "images": images.to_dict()}))
     else:

@@ -9,6 +9,9 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail
+from fastfip.cli.opening import attack_in
+
+NOTHING = "nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target"
 
 
 def evaluate(
@@ -20,21 +23,24 @@ def evaluate(
     debug: o.Debug = False,
 ) -> None:
     """Measure ACC on clean test images, and ASR and RA on triggered ones (never over images of the target class)."""
-    if scores.test_data is None and scores.asr_data is None:
-        raise fail("nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target")
     scores.check()
+    if scores.test_data is None and scores.asr_data is None and attack_in(source) is None:
+        raise fail(NOTHING)
 
     from fastfip.metrics.evaluation import evaluate as measure
     from fastfip.reporting.table import evaluation_sheet, show, to_json
 
-    where, how = net.where_and_how()
-    model, _ = net.restore(source)
-    sets = scores.load(how)
+    opened = net.opened(source)
+    model, where = opened.model, opened.where
+    sets = scores.load(opened.how, attack=opened.attack)
+    if sets == (None, None):
+        raise fail("; ".join((NOTHING, *scores.unmeasured(opened.attack))))
     shown = next(images for images in sets if images is not None)
     loaders = [net.batches(images) for images in sets]
     forward, notes = o.as_logits(model, loaders[0] or loaders[1])
     loaders = [o.counted(one, quiet, "batch of images") for one in loaders]
     measured = measure(model, *loaders, forward=forward, device=where)
+    notes += scores.unmeasured(opened.attack)
     measured = replace(measured, notes=(*notes, *measured.notes, *shown.words()))
     if as_json:
         print(to_json({"checkpoint": str(source), **measured.to_dict(), "images": shown.to_dict()}))
@@ -56,9 +62,9 @@ def sharpness(
     from fastfip.fisher.sharpness import sharpness as measure
     from fastfip.reporting.table import mapping_sheet, show, to_json
 
-    where, how = net.where_and_how()
-    model, _ = net.restore(source)
-    images = how.load(data, "clean").sample(limit, None, seed)
+    opened = net.opened(source)
+    model, where = opened.model, opened.where
+    images = opened.how.load(data, "clean").sample(limit, None, seed)
     batches = net.batches(images)
     forward, notes = o.as_logits(model, batches)
     notes += images.words()

@@ -49,9 +49,9 @@ def fisher(
     from fastfip.fisher import fisher_diagonal
     from fastfip.reporting.table import show, to_json
 
-    where, how = net.where_and_how()
-    model, _ = net.restore(source)
-    images = clean.load(how, seed)
+    opened = net.opened(source)
+    model, where = opened.model, opened.where
+    images = clean.load(opened.how, seed)
     batches = net.batches(images)
     logits = likelihood in (None, "categorical")
     forward, notes = o.as_logits(model, batches) if logits else (None, [])

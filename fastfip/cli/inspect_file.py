@@ -12,6 +12,7 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail, say
+from fastfip.cli.opening import build
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def inspect(
     fits: bool | None = None
     why, tried, used = "", None, how
     if arch is not None:
-        model = o.build(arch, arch_args).eval()
+        model = build(arch, arch_args).eval()
         try:
             found = fitting(source, model, contents, key)
             key, fits = (found if found != contents.key or key is not None else None), True

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -16,11 +15,13 @@ import typer
 
 from fastfip.cli import triggers
 from fastfip.cli.errors import fail, say
+from fastfip.cli.opening import Opened, attack_in, restored
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastfip.backdoorbench import AttackResult
     from fastfip.checkpoint import Checkpoint
     from fastfip.data.images import ImageSet
     from fastfip.data.scaling import Pixels
@@ -29,11 +30,12 @@ In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safe
 #: What `--arch` takes.
 ARCH_FORMS = "MODULE:FACTORY|timm:NAME|torchvision:NAME|hf:DIR"
 Arch = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--arch",
         metavar=ARCH_FORMS,
         help="what builds the model: nets:resnet18 for resnet18 in ./nets.py, or a model of a library",
+        show_default="what IN says, or its weights, where these are known",
     ),
 ]
 ArchArgs = Annotated[
@@ -187,9 +189,13 @@ class Inputs(Group):
     batch_size: BatchSize = 128
     device: Device = "cpu"
 
-    def where_and_how(self) -> tuple[str, ImageReader]:
-        """Return the device, checked, and how images become inputs and labels."""
+    def where_and_how(self, attack: AttackResult | None = None) -> tuple[str, ImageReader]:
+        """Return the device, checked, and how images become inputs: as options say, else as BackdoorBench does."""
         how = pixels(self.mean, self.std, self.size, self.channels, self.scale)
+        if attack is not None and attack.img_size is not None:
+            how = replace(how, size=how.size or attack.img_size[:2], channels=how.channels or attack.img_size[2])
+        if attack is not None and (self.mean, self.std, self.scale) == (None, None, None) and attack.clean_data:
+            how = replace(how, mean=attack.pixels.mean, std=attack.pixels.std)
         return device(self.device), ImageReader(how, class_order(self.class_order))
 
     def batches(self, images: ImageSet | None) -> Any:
@@ -203,14 +209,20 @@ class Inputs(Group):
 class Net(Inputs):
     """The network, how images become its inputs, and where it runs."""
 
-    arch: Arch
+    arch: Arch = None
     arch_args: ArchArgs = None
     key: Key = None
     prefix: Prefix = None
 
-    def restore(self, path: Path) -> tuple[nn.Module, Checkpoint]:
+    def opened(self, path: Path) -> Opened:
+        """Return the model of a checkpoint, in eval mode, and all that the file says of its images."""
+        attack = attack_in(path)
+        where, how = self.where_and_how(attack)
+        return Opened(*self.restore(path, attack), where, how, attack)
+
+    def restore(self, path: Path, attack: AttackResult | None = None) -> tuple[nn.Module, Checkpoint]:
         """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-        return restore(path, self.arch, self.arch_args, self.key, self.prefix)
+        return restored(path, attack, self.arch, self.arch_args, self.key, self.prefix)
 
 
 @dataclass(kw_only=True)
@@ -246,14 +258,25 @@ class Scores(Group):
         """Find out before the work what could not be measured after it."""
         triggers.check(self.asr_data, self.attack, self.target, self.test_data)
 
-    def load(self, how: ImageReader, clean: ImageSet | None = None) -> tuple[ImageSet | None, ImageSet | None]:
-        """Return both, None where not given; `clean` has to have the same classes."""
+    def load(
+        self, how: ImageReader, clean: ImageSet | None = None, attack: AttackResult | None = None
+    ) -> tuple[ImageSet | None, ImageSet | None]:
+        """Return both, None where not given; `clean` has to have the same classes.
+
+        Triggered images are those of the attack where no option says which.
+        """
         from fastfip.data.images import same_classes
 
         test = how.load(self.test_data, "test") if self.test_data is not None else None
         if test is not None and clean is not None:
             same_classes(clean, test)
+        if attack is not None and self.asr_data is None and self.attack is None:
+            return test, triggers.poisoned(attack, how)
         return test, triggers.triggered(self.asr_data, self.attack, self.target, test, how)
+
+    def unmeasured(self, attack: AttackResult | None) -> list[str]:
+        """Return why ASR was not measured although a result of BackdoorBench says on what."""
+        return [] if self.asr_data is not None or self.attack is not None else triggers.unmeasured(attack)
 
 
 def progress(quiet: bool) -> Any:
@@ -275,31 +298,6 @@ def precision(amp: str) -> bool | str:
     if amp not in ("off", "bf16", "fp16"):
         raise fail(f"--amp={amp}: must be off, bf16 or fp16")
     return False if amp == "off" else amp
-
-
-def build(arch: str, arch_args: str | None) -> nn.Module:
-    """Return the model of `--arch` and `--arch-args`."""
-    from fastfip.checkpoint import load_arch
-
-    arguments: Any = {}
-    if arch_args is not None:
-        try:
-            arguments = json.loads(arch_args)
-        except json.JSONDecodeError as error:
-            raise fail(f"--arch-args is no JSON: {error}") from None
-        if not isinstance(arguments, dict):
-            raise fail("--arch-args must be a JSON object, e.g. '{\"num_classes\": 43}'")
-    return load_arch(arch, arguments)
-
-
-def restore(
-    path: Path, arch: str, arch_args: str | None, key: str | None, prefix: str | None = None
-) -> tuple[nn.Module, Checkpoint]:
-    """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
-    from fastfip.checkpoint import load_checkpoint
-
-    model = build(arch, arch_args)
-    return model.eval(), load_checkpoint(path, model, key=key, prefix=prefix)
 
 
 def pixels(

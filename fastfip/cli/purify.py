@@ -9,7 +9,8 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
-from fastfip.cli.outputs import check_outputs, inputs_of, kept
+from fastfip.cli.opening import Opened, attack_in
+from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -17,10 +18,17 @@ if TYPE_CHECKING:
 
 def purify(
     source: o.In,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="file to write, .safetensors or .pth")],
     net: o.Net,
     clean: o.Clean,
     scores: o.Scores,
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            help="file to write, .safetensors or .pth",
+            show_default="of a result of BackdoorBench: defense_result.pt beside it",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_wfip",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
@@ -39,6 +47,14 @@ def purify(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
     ] = None,
+    leaderboard: Annotated[
+        Path | None,
+        typer.Option(
+            "--leaderboard",
+            metavar="CSV",
+            help="add the figures to a table of BackdoorBench's leaderboard, which is made if there is none",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
@@ -46,31 +62,36 @@ def purify(
     debug: o.Debug = False,
 ) -> None:
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
-    check_outputs(source, out, report, force, inputs_of(clean.data, scores.test_data, scores.asr_data, config))
+    out = default_out(source) if out is None else out
+    inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config)
+    check_outputs(source, out, report, force, inputs)
+    if leaderboard is not None:
+        _check_leaderboard(leaderboard, [source, *inputs])
     mixed = o.precision(amp)
     scores.check()
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
-    from fastfip.checkpoint import save_checkpoint
+    from fastfip.backdoorbench import leaderboard_rows, write_leaderboard
     from fastfip.errors import CheckpointError
     from fastfip.purification.purify import purify as clean_up
     from fastfip.reporting.table import show
 
     chosen = _config(method, config, settings or [])
-    where, how = net.where_and_how()
-    model, checkpoint = net.restore(source)
-    images = clean.load(how, seed)
-    test, asr = scores.load(how, images)
+    opened = net.opened(source)
+    if leaderboard is not None and opened.attack is None:
+        raise fail("--leaderboard is for results of BackdoorBench: IN is none")
+    images = clean.load(opened.how, seed)
+    test, asr = scores.load(opened.how, images, opened.attack)
     result = clean_up(
-        model,
+        opened.model,
         net.batches(images),
         method,
         config=chosen,
         epochs=epochs,
         steps=steps,
         seed=seed,
-        device=where,
+        device=opened.where,
         amp=mixed,
         progress=o.progress(quiet),
         test_loader=net.batches(test),
@@ -79,20 +100,22 @@ def purify(
         inplace=True,
         force=ignore_fit,
     )
-    result.notes += images.words()
+    result.notes += [*scores.unmeasured(opened.attack), *images.words()]
     result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
-    if checkpoint.left_out:
-        result.notes.append(
-            f"not carried over to {out.name}, as they belong to the old weights: {', '.join(checkpoint.left_out[:10])}"
-        )
+    if opened.checkpoint.left_out:
+        left = ", ".join(opened.checkpoint.left_out[:10])
+        result.notes.append(f"not carried over to {out.name}, as they belong to the old weights: {left}")
     with undisturbed() as came:
         lost: list[str | None] = []
         if not result.unchanged:
-            lost.append(kept(out, lambda path: save_checkpoint(result.model, path, like=checkpoint)))
+            lost.append(kept(out, lambda path: _write(opened, result, path)))
         if report is not None:
             lost.append(kept(report, lambda path: _write_report(path, result)))
+        if leaderboard is not None and opened.attack is not None and not (result.unchanged or result.interrupted):
+            rows = leaderboard_rows(opened.attack, result.before, result.after, result.method)
+            lost.append(kept(leaderboard, lambda path: write_leaderboard(path, rows)))
     if as_json:
         print(result.to_json())
     else:
@@ -121,6 +144,35 @@ def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig
             raise fail(f"--set {text}: give KEY=VALUE, e.g. --set lr=0.01")
         changes[name.strip()] = value.strip()
     return chosen.read(changes)
+
+
+def default_out(source: Path) -> Path:
+    """Return where the purified network goes if no option says it."""
+    attack = attack_in(source)
+    if attack is None:
+        raise fail("OUT is missing: give the file to write")
+    return attack.path.with_name("defense_result.pt")
+
+
+def _check_leaderboard(path: Path, inputs: list[Path]) -> None:
+    """Find out before the work whether rows can be added to a table."""
+    from fastfip.backdoorbench.leaderboard import read_rows
+
+    check_file("--leaderboard", path, (".csv",), True, inputs=inputs)
+    if path.exists():
+        read_rows(path)
+
+
+def _write(opened: Opened, result: Any, path: Path) -> None:
+    """Write the purified network in the form of IN; of a result of BackdoorBench as its defences do."""
+    from fastfip.backdoorbench import write_defense_result
+    from fastfip.checkpoint import save_checkpoint
+
+    form = opened.checkpoint
+    if opened.attack is not None and form.nesting == ("model",) and path.suffix != ".safetensors":
+        write_defense_result(result.model, path, form)
+    else:
+        save_checkpoint(result.model, path, like=form)
 
 
 def _write_report(path: Path, result: Any) -> None:

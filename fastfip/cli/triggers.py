@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastfip.cli.errors import fail
 
 if TYPE_CHECKING:
+    from fastfip.backdoorbench import AttackResult
     from fastfip.data.images import ImageSet
     from fastfip.data.scaling import Pixels
 
@@ -53,6 +54,20 @@ def triggered(
     if attack is None or test is None or target is None:
         return None
     return test.triggered(make_attack(attack).trigger, _attack_labels(test, target))
+
+
+def poisoned(attack: AttackResult, how: ImageReader) -> ImageSet | None:
+    """Return the poisoned test pictures of a result of BackdoorBench; None where it has none, or they are not there."""
+    found = attack.poisoned() if attack.img_size is not None else None
+    return found.images(how.pixels) if found is not None and found.is_there else None
+
+
+def unmeasured(attack: AttackResult | None) -> list[str]:
+    """Return why there are no triggered images where a result of BackdoorBench says that there are some."""
+    found = None if attack is None or attack.img_size is None else attack.poisoned()
+    if found is None or found.is_there:
+        return []
+    return [f"ASR not measured: the folder {found.folder}, which has the triggered images, is not beside the file"]
 
 
 def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfip.errors import ConfigError, DataError, printable, reason
 
-__all__ = ["ORDERS", "class_order", "find_pictures", "grey", "order_words", "read_image"]
+__all__ = ["ORDERS", "class_order", "find_pictures", "grey", "order_words", "read_image", "tensor_of"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 #: How class folders can be ordered: by the numbers in their names, or letter by letter, as torchvision's ImageFolder.
@@ -109,16 +109,26 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
             if file.width * file.height > min(_MOST_PIXELS, max(_SMALL, 32 * os.path.getsize(path))):
                 claim = f"it claims {file.width} x {file.height} pixels, too many for its size: make it smaller"
                 raise ValueError(claim)
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                return _deep(image, channels, size)
-            image = image.convert("L" if channels == 1 else "RGB")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            return tensor_of(ImageOps.exif_transpose(file), channels, size)
     except DataError as error:
         raise DataError(f"{printable(os.fspath(path))}: {error}") from None
     except Exception as error:  # pillow's readers raise whatever a damaged file makes of them
         raise DataError(f"{printable(os.fspath(path))}: cannot be read as an image: {reason(error)}") from None
+
+
+def tensor_of(image: Any, channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a picture of pillow as floats [C, H, W] in [0, 1], resized if `size` is given.
+
+    Raises:
+        DataError: its range is unknown (floats outside [0, 1]).
+    """
+    from PIL import Image
+
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        return _deep(image, channels, size)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     array = np.array(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255

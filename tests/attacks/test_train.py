@@ -98,10 +98,8 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
 
 def test_what_cannot_be_trained_on():
     x, y = shapes(20)
-    for data, said in (
-        Injection(PATCH, 1, rate=0.2, sources=(2,)),
-        Injection("sig", 0, rate=0.2), Injection("bppa", "next", rate=0.2),
-    ):  # fmt: skip
+    wrong = {"give images": (x[:, 0], y), "not normalised": (x * 2 - 1, y), "labels": (x, y[:3]), "from 0": (x, y - 1)}
+    for said, data in wrong.items():
         with pytest.raises(DataError, match=said):
             poison_and_train(net(), data, Injection(PATCH))
     with pytest.raises(ConfigError, match="epochs=0"):

@@ -77,6 +77,16 @@ def test_what_is_harmless_is_left_out_by_name(tmp_path, value, how):
     assert loaded.extras == {"net": None, "epoch": 3} and loaded.left_out == ["what"]
 
 
+def test_bytes_beside_the_weights_are_kept_up_to_64_kilobytes(tmp_path):
+    """Protocol 2 writes them as texts, of which the long ones are not copied while the file is followed."""
+    values = bytes(range(256)) * 100
+    path = save({"net": small_state(), "a": values, "b": [values], "c": {b"x" * 2000: 1}}, tmp_path / "m.pth")
+    extras = load_checkpoint(path).extras
+    assert extras["a"] == values and extras["b"] == [values] and extras["a"] is extras["b"][0]
+    assert extras["c"] == {b"x" * 2000: 1}
+    assert load_checkpoint(save({"net": small_state(), "a": values * 4}, path)).left_out == ["a"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -11,6 +11,7 @@ from fastfip.checkpoint import load_checkpoint, save_checkpoint
 from fastfip.checkpoint.prefixes import align
 from fastfip.cli import main
 from fastfip.errors import CheckpointError
+from fastfip.testing import nets
 from tests.support.checkpoint_files import make_net, refused, same, save
 
 
@@ -118,3 +119,17 @@ def test_many_names_are_aligned_in_a_moment():
     names = [f"backbone.layers.{i}.weight" for i in range(30_000)]
     expected = [name.removeprefix("backbone.") for name in names]
     assert align(names, expected) == dict(zip(expected, names))
+
+
+@pytest.mark.parametrize("prefix", ["", "1.", "module.1."])
+def test_both_names_of_the_layers_of_a_vision_transformer_load_and_come_back(tmp_path, prefix):
+    """torchvision 0.12 called `mlp.0` and `mlp.3` of a block `mlp.linear_1` and `mlp.linear_2`."""
+    net, other = (nets.VisionTransformer(3, 8, 4, 8, 2, 2) for _ in range(2))
+    old = OrderedDict()
+    for name, value in net.state_dict().items():
+        name = name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
+        old[prefix + name] = value
+    loaded = load_checkpoint(save({"model": old}, tmp_path / "m.pth"), other)
+    assert same(other.state_dict(), net.state_dict()) and loaded.prefix == prefix
+    save_checkpoint(other, tmp_path / "out.pth", like=loaded)
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], old)

@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from fastfip.checkpoint import load_checkpoint, opcodes, scan
 from fastfip.errors import CheckpointError
 from tests.hostile.generators import SLOW
+from tests.support.checkpoint_files import write_zip
 from tests.support.peak_memory import in_child
 
 MORE = 64 * 2**20
@@ -55,6 +57,23 @@ def test_long_lists_beside_the_weights_are_within_the_bounds(tmp_path):
     samples = [(f"data/train/n{i:07d}.png", i % 10) for i in range(50_000)]
     torch.save({"net": {"w": torch.ones(1)}, "samples": samples}, tmp_path / "m.pth")
     assert load_checkpoint(tmp_path / "m.pth").extras["samples"][49_999] == ("data/train/n0049999.png", 9)
+
+
+def test_the_poisoned_sets_of_a_large_benchmark_run_are_within_the_bounds(tmp_path):
+    """BackdoorBench on Tiny-ImageNet with crossed triggers: 40,000 pictures by NumPy's numbers, each with a path."""
+    index = np.arange(40_000)
+    held = {i: {"path": f"./record/wanet_0_1/bd_test_dataset/{i % 200}/{i}.png", "other_info": [0, 7]} for i in index}
+    torch.save({"model": {"w": torch.ones(1)}, "bd_test": {"data_dict": held, "index": index}}, tmp_path / "m.pt")
+    loaded = load_checkpoint(tmp_path / "m.pt")
+    assert list(loaded) == ["w"] and loaded.left_out == ["bd_test"]
+
+
+@pytest.mark.parametrize("again", [b"X\x01\0\0\0aK\x02s", b"(K\x01K\x02X\x01\0\0\0aK\x02u"])
+def test_a_dict_that_is_given_a_key_twice_is_refused(tmp_path, again):
+    """Two readers may take two different weights of it."""
+    write_zip(tmp_path / "m.pth", None, data=b"\x80\x02}X\x01\0\0\0aK\x01s" + again + b".")
+    with pytest.raises(CheckpointError, match="sets a twice in one dict"):
+        load_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("body", [b"{},", b'{"":0},', b"[],"])

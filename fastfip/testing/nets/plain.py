@@ -1,4 +1,4 @@
-"""The nets of the benchmarks and of many tests, in plain torch: nothing here knows fastfip.
+"""Nets of the benchmarks and of many tests, as their authors write them.
 
 The first four have the layers and the names of published checkpoints, so that those load strictly: the small VGG of
 I-BAU, the Wide ResNet 16-1 of NAD, the MNIST net of badnets-pytorch and the CIFAR ResNet-20 of pytorch_resnet_cifar10.

@@ -1,0 +1,53 @@
+"""The nets of the benchmarks and of many tests, in plain torch: nothing here knows fastfip."""
+
+from fastfip.testing.nets.plain import (
+    MLP,
+    BadNetMNIST,
+    BottleneckResNet,
+    PointNet,
+    PreActResNet,
+    ResNet20,
+    SmallVGG,
+    ViT,
+    WideResNet,
+    parameter_count,
+    preact_resnet18,
+    randomize_norms,
+    resnet50,
+    vit_b16,
+    vit_s16,
+)
+from fastfip.testing.nets.torchvision_keys import (
+    VGG,
+    ConvNeXt,
+    Resize,
+    VisionTransformer,
+    convnext_tiny,
+    resized_vit,
+    vgg,
+)
+
+__all__ = [
+    "MLP",
+    "VGG",
+    "BadNetMNIST",
+    "BottleneckResNet",
+    "ConvNeXt",
+    "PointNet",
+    "PreActResNet",
+    "ResNet20",
+    "Resize",
+    "SmallVGG",
+    "ViT",
+    "VisionTransformer",
+    "WideResNet",
+    "convnext_tiny",
+    "parameter_count",
+    "preact_resnet18",
+    "randomize_norms",
+    "resized_vit",
+    "resnet50",
+    "vgg",
+    "vit_b16",
+    "vit_s16",
+]
