@@ -93,7 +93,7 @@ class Attack(ABC):
     summary: ClassVar[str]
     #: Only images of the target class are poisoned, and keep their label.
     clean_label: ClassVar[bool] = False
-    #: Share of the training set that is poisoned where nobody says otherwise; for all, as in BackdoorBench.
+    #: Share of the training set that is poisoned where nobody says otherwise; BackdoorBench's.
     usual_rate: ClassVar[float] = 0.1
     #: Number of images with a false trigger and their true label, as a multiple of the poisoned ones.
     negative_ratio: ClassVar[float] = 0.0
