@@ -93,7 +93,7 @@ class Attack(ABC):
     summary: ClassVar[str]
     #: Only images of the target class are poisoned, and keep their label.
     clean_label: ClassVar[bool] = False
-    #: Share of the training set that is poisoned where nobody says otherwise; for all, as in BackdoorBench.
+    #: Share of the training set that is poisoned where nobody says otherwise; BackdoorBench's.
     usual_rate: ClassVar[float] = 0.1
     #: Number of images with a false trigger and their true label, as a multiple of the poisoned ones.
     negative_ratio: ClassVar[float] = 0.0
@@ -162,7 +162,7 @@ class Attack(ABC):
     def chosen(
         self,
         y: Tensor,
-        rate: float,
+        rate: float | None,
         target: AttackTarget = 0,
         classes: int | None = None,
         generator: torch.Generator | None = None,
@@ -173,7 +173,7 @@ class Attack(ABC):
 
         Args:
             y: labels [N].
-            rate: share of the whole set.
+            rate: share of the whole set; None: what is usual for the attack, or all that there are if these are fewer.
             target: the attack's label, or "next".
             classes: C.
             generator: chooses the images.
@@ -183,14 +183,14 @@ class Attack(ABC):
         Raises:
             DataError: a rate outside [0, 1], or more images wanted than there are.
         """
-        if not 0 <= rate <= 1:
+        if rate is not None and not 0 <= rate <= 1:
             raise DataError(f"rate={rate}: must be >= 0 and <= 1")
         wanted = attack_labels(y, target, classes)
         if self.clean_label and target == "next":
             raise DataError(f"{self.name} keeps labels, so it has one target class: target='next' is not possible")
         free = (wanted == y) if self.clean_label else _attacked(y, wanted, sources)
         places = torch.nonzero(free if taken is None else free & ~taken).flatten()
-        count = round(rate * len(y))
+        count = min(round(self.usual_rate * len(y)), len(places)) if rate is None else round(rate * len(y))
         if count > len(places):
             kind = "of the target class" if self.clean_label else "not of the target class"
             kind += "" if sources is None or self.clean_label else f" and of the classes {list(sources)}"

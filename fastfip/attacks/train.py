@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Injection:
     Attributes:
         attack: an attack, or its name with its usual settings.
         target: class number, or "next".
-        rate: share of the whole training set; None: what is usual for the attack.
+        rate: share of the whole training set; None: what is usual for the attack, or, if there are fewer, all images
+            that it could take.
         sources: only images of these classes carry the trigger (source-specific); None: of all.
     """
 
@@ -157,13 +158,13 @@ def poison_and_train(
         generator = torch.Generator().manual_seed(seed)
         planted = _Planted(x, y, classes, generator)
         for place, injection in enumerate(injections):
-            attack, rate = injection.ready()
+            attack, _ = injection.ready()
             if tick is not None:
                 tick(f"{attack.name}: preparing", place, len(injections))
             ground = Ground(trained, x, y, injection.target, classes, pixels.normalise, generator, effort)
             with training_flags(trained.modules()), requires_grad(trained.parameters(), lambda p: p.requires_grad):
                 attack = attack.fit(ground)
-            planted.add(Injection(attack, injection.target, rate, injection.sources))
+            planted.add(replace(injection, attack=attack))
         history = _train(
             trained, planted, pixels, where, keep, tick,
             epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
@@ -188,9 +189,9 @@ class _Planted:
         self.false = torch.full((len(y),), -1)  # number of the injection whose negatives these are
 
     def add(self, injection: Injection) -> None:
-        attack, rate = injection.ready()
+        attack, _ = injection.ready()
         places = attack.chosen(
-            self.true, rate, injection.target, self.classes, self.generator, injection.sources, self.taken
+            self.true, injection.rate, injection.target, self.classes, self.generator, injection.sources, self.taken
         )
         self.taken[places] = True
         self.stored[places] = torch.arange(len(places)) + sum(map(len, self.triggered))
@@ -202,7 +203,9 @@ class _Planted:
         negatives = free[torch.randperm(len(free), generator=self.generator)[:count]]
         self.taken[negatives] = True
         self.false[negatives] = len(self.injections)
-        self.injections.append(injection)
+        self.injections.append(
+            replace(injection, rate=len(places) / len(self.y)) if injection.rate is None else injection
+        )
         self.places.append(places)
 
     def batch(self, places: Tensor) -> tuple[Tensor, Tensor]:

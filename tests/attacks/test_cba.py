@@ -51,14 +51,14 @@ def test_each_image_gives_a_part_of_itself_in_one_piece():
         -1, 1, 1, 1
     ) / 255
     zero = dataclasses.replace(attack, partners=torch.ones(1, 3, 16, 16))
-    starts = set()
+    starts, lower = set(), set()
     for image, out in zip(ramp, zero.trigger(ramp)):
         rows, columns = (torch.nonzero((out[0] < 1).any(1 - d)).flatten() for d in (0, 1))
         part = out[0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         found = torch.nonzero(image[0] == part[0, 0])[0].tolist()
         assert torch.equal(image[0, found[0] :, found[1] :][: part.shape[0], : part.shape[1]], part)
-        starts.add(tuple(found))
-    assert len(starts) > 8
+        (starts if rows[0] == columns[0] == 0 else lower).add(tuple(found))
+    assert len(starts) > 4 and len(lower) > 4  # as the left or upper half, and as the other
 
 
 def test_training_has_pairs_of_both_classes_and_of_one():
@@ -85,6 +85,22 @@ def test_a_network_learns_that_the_two_classes_together_are_the_third():
     )  # fmt: skip
     assert len(out.poisoned[0]) == 16 and out.attacked[0].asr > 0.8 and out.clean.acc > 0.8
     assert out.attacked[0].n_triggered == 40
+
+
+def test_negatives_are_told_their_true_labels():
+    given, seen = labelled(), []
+
+    class Watched(CBA):
+        def labelled_negatives(self, x, y, generator=None):
+            seen.append((x, y))
+            return super().labelled_negatives(x, y, generator)
+
+    attack = Watched(first=0, second=3)
+    poison_and_train(
+        given.model, (given.x, given.y), Injection(attack, 2), epochs=1, batch_size=40, crop=False, flip=False
+    )
+    x, y = (torch.cat(parts) for parts in zip(*seen))
+    assert len(y) == 80 and torch.equal((10 * x[:, 0, 0, 0] + 0.05).long(), y) and len(y.unique()) == 4
 
 
 def test_what_cannot_be_joined():

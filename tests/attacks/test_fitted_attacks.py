@@ -114,7 +114,8 @@ def test_the_pattern_of_lf_is_smooth_and_leads_to_the_target():
     waves = torch.fft.fftfreq(32, 1 / 16).abs()  # over the pattern
     low = (waves[:, None] <= 2) & (waves <= 2)
     assert float(power[low].sum() / power.sum()) > 0.98  # of noise: 0.08
-    assert loss(given, attack.trigger(given.x)) < loss(given, given.x) - 0.5
+    start = LF(iterations=1).fit(ground(TARGET))
+    assert loss(given, attack.trigger(given.x)) < loss(given, start.trigger(given.x)) - 0.3
     assert torch.equal((255 * pattern).round() / 255, pattern)
 
 

@@ -68,6 +68,16 @@ def test_no_image_carries_two_triggers():
         poison_and_train(net(), (x, y), [Injection("sig", 0, rate=0.2), Injection("sig", 0, rate=0.1)], **TRAINING)
 
 
+def test_the_usual_rate_is_all_of_a_small_target_class_and_a_rate_that_is_asked_for_is_not():
+    x, y = shapes()
+    kept = (y != 3) | (torch.arange(240) < 40)
+    few, settings = (x[kept], y[kept]), {**TRAINING, "epochs": 1}
+    out = poison_and_train(net(), few, Injection("sig", 3), **settings)
+    assert len(out.poisoned[0]) == 10 and out.to_dict()["backdoors"][0]["rate"] == 10 / 190
+    with pytest.raises(DataError, match="asks for 19 images, 10 are of the target class"):
+        poison_and_train(net(), few, Injection("sig", 3, rate=0.1), **settings)
+
+
 def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
     data, state = shapes(), tmp_path / "state.pth"
     settings = {**TRAINING, "epochs": 3, "crop": True}
