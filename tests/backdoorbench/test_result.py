@@ -1,4 +1,4 @@
-"""Results of BackdoorBench are read bit by bit, in both modes and under both names of NumPy, and nothing in them runs."""
+"""Results of BackdoorBench are read bit by bit, in both modes, under both names of NumPy, and nothing in them runs."""
 
 import pickle
 import shutil
