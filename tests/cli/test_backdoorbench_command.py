@@ -118,6 +118,15 @@ def test_known_weights_of_other_files_need_no_arch(folder, capsys):
     assert "--arch-args needs --arch" in err
 
 
+def test_inspect_says_what_to_type_next(folder, capsys):
+    assert main(["inspect", "badnet_0_1/attack_result.pt"]) == 0
+    out = capsys.readouterr().out
+    assert "fastfip purify badnet_0_1/attack_result.pt --data DIR" in out and "--arch" not in out
+    attack_result(folder.parent / "s", {"w": torch.ones(2, 2)}, model_name="senet18")
+    assert main(["inspect", "s/attack_result.pt"]) == 0
+    assert "--arch MODULE:FACTORY" in capsys.readouterr().out
+
+
 def test_mistakes_are_said_before_the_work(folder, capsys):
     torch.save(nets.ResNet20(CLASSES).state_dict(), "m.pth")
     assert "OUT is missing: give the file to write" in fails(capsys, 2, "purify", "m.pth", *RUN)
