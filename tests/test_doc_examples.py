@@ -12,6 +12,8 @@ import torch
 
 from fastfip import purify
 from fastfip.cli import main
+from fastfip.testing import nets
+from tests.support.backdoorbench_files import CLASSES, attack_result, some_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -67,6 +69,31 @@ def test_readme(examples, capsys):
     arguments = shlex.split(command.replace("\\\n", " ").replace("clean.safetensors", "again.safetensors"))[1:]
     assert main([*arguments, "--quiet"]) == 0
     assert rows(capsys.readouterr().out) == rows(printed)
+
+
+def test_backdoorbench(tmp_path, monkeypatch, capsys):
+    """The command and the script of docs/backdoorbench.md, on a small run of a net of its own; fewer steps."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    folder = tmp_path / "record" / "badnet_0_1"
+    attack_result(folder, nets.ResNet20(CLASSES).state_dict(), True, model_name="resnet20")
+    for name, seed in (("clean", 1), ("test", 2)):
+        for i, (x, y) in enumerate(zip(*some_pictures(seed=seed), strict=True)):
+            (tmp_path / name / str(y)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(tmp_path / name / str(y) / f"{i}.png")
+    (command,) = [text for text in blocks_of("", "docs/backdoorbench.md") if text.startswith("fastfip purify")]
+    few = ["--method", "fine_tune", "--steps", "2", "--ignore-fit", "--quiet"]
+    assert main([*shlex.split(command)[1:], *few]) == 0
+    assert {"ACC", "ASR", "RA"} <= set(rows(capsys.readouterr().out))
+    first = (folder / "defense_result.pt").read_bytes()
+    (block,) = blocks_of("python", "docs/backdoorbench.md")
+    block = block.replace('"fast_wfip", ', '"fine_tune", steps=2, force=True, progress=False, ')
+    exec(compile(block, "docs/backdoorbench.md", "exec"), {"__name__": "docs"})
+    assert (folder / "defense_result.pt").read_bytes()[:100] == first[:100]
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[1].startswith("0,cifar10,resnet20,badnet,no defense,0.1,") and len(lines) == 3
 
 
 def test_contributing():

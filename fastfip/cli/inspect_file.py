@@ -12,7 +12,7 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail, say
-from fastfip.cli.opening import build
+from fastfip.cli.opening import attack_in, build
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def _commands(
     if fits is False:
         like = " and ".join(f"{count} {name}" for name, count in contents.guesses.items())
         return ["another --arch or other --arch-args" + (f": the file looks like {like}" if like else "")]
+    if arch is None and _is_known(source):  # BackdoorBench says what it is, and how its images are scaled
+        return [_line(command, source, "--data", data or "DIR") for command in ("purify", "audit")]
     if arch is None:
         return [_line("inspect", source, *words, "--data", data or "DIR")]
     words += ["--data", data or "DIR"]
@@ -160,6 +162,17 @@ def _commands(
     elif how.order is not None:
         words += ["--class-order", how.order]
     return [_line("purify", source, _purified(source), *words), _line("audit", source, *words)]
+
+
+def _is_known(source: Path) -> bool:
+    """Return whether a file is a result of BackdoorBench that needs no further options."""
+    from fastfip.errors import CheckpointError, ConfigError, ModelError
+
+    try:
+        attack = attack_in(source)
+        return attack is not None and bool(attack.arch and attack.pixels)
+    except (CheckpointError, ConfigError, ModelError):
+        return False
 
 
 def _purified(source: Path) -> Path:
