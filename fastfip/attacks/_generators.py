@@ -41,7 +41,7 @@ def in_bytes(change: Tensor) -> Tensor:
     Images are bytes where they come from. Rounding also takes away that convolutions of other batch sizes round in
     another way.
     """
-    return change + ((255 * change).round() / 255 - change).detach()
+    return (255 * change.detach()).round() / 255 + (change - change.detach())
 
 
 def another(x: Tensor, pool: Tensor, generator: torch.Generator | None = None) -> Tensor:
