@@ -49,8 +49,9 @@ class Ground:
     effort: float = 1.0
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the model's logits [N, classes] of images [N, C, H, W] in [0, 1]."""
-        return self.model(self.normalise(x))
+        """Return the model's logits [N, classes] of images [N, C, H, W] in [0, 1], on the device of the images."""
+        where = next((p.device for p in self.model.parameters()), x.device)
+        return self.model(self.normalise(x).to(where)).to(x.device)
 
     def steps(self, usual: int) -> int:
         """Return how many steps to take, at least one."""
