@@ -97,16 +97,6 @@ BASES = {
              scratch=30),
         Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
-        # Patterns that are optimised, generators, clean labels, composites: in no development network.
-        *_each("resnet20", [
-            Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("issba", 4), Backdoor("dynamic", 5),
-            Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.05), Backdoor("clb", 1, 0.05),
-            Backdoor("cba", 2), Backdoor("trojannet", 2, 0.01),
-        ], "validation"),
-        *_each("digits", [
-            Backdoor("trojannet", "next"), Backdoor("lira", 3), Backdoor("advdoor", 6), Backdoor("dynamic", 5),
-        ], "validation"),
-        *_each("gtsrb", [Backdoor("trojannet", 2), Backdoor("lira", 3)], "validation"),
     )
 }  # fmt: skip
 
