@@ -20,7 +20,7 @@ from fastfip.errors import CheckpointError
 
 __all__ = ["Machine", "Scan", "scan"]
 
-# The instructions of protocol 2, in which torch.save writes unless it is told otherwise, and what protocols 3 to 5 write
+# The instructions of protocol 2, in which torch.save writes unless it is told otherwise, and what protocols 3 to 5 have
 # in their place. Those of protocols 0 and 1, and buffers outside of the file, are in no file of torch.save.
 _READ = frozenset(
     "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS MARK TUPLE TUPLE1 TUPLE2 TUPLE3 NONE "
