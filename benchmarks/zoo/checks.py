@@ -5,6 +5,7 @@ Afterwards the model that was given has the values, flags and gradients that it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -134,7 +135,10 @@ def _in_double(model: nn.Module, batch: Given) -> tuple[nn.Module, Given]:
 
 
 class _Composite(TorchFunctionMode):
-    """A hard sigmoid as its definition, which torch can differentiate twice."""
+    """A hard sigmoid as its definition, which torch can differentiate twice.
+
+    (Its own first derivative has a sixth in float32 in it, also in float64.)
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:
@@ -152,7 +156,7 @@ def _each_gradient(twin: nn.Module, few: Given, create_graph: bool) -> list[list
     each = []
     for n in range(FISHER_SAMPLES):
         pair: Given = map_tensors(lambda t: t[[n, n]], few)  # noqa: B023
-        with sdpa_kernel(SDPBackend.MATH), _Composite():
+        with sdpa_kernel(SDPBackend.MATH), _Composite() if create_graph else contextlib.nullcontext():
             loss = F.cross_entropy(outputs(twin, pair), labels(pair), reduction="none")[0]
             got = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         each.append([torch.zeros_like(p) if g is None else g for p, g in zip(params, got)])
@@ -276,7 +280,9 @@ def _purified(model: nn.Module, batch: Given, method: str) -> str:
     fresh = copy.deepcopy(model)
     fresh.load_state_dict(torch.load(saved, weights_only=True))
     with torch.no_grad():
-        _must(torch.equal(outputs(fresh, batch), outputs(result.model, batch)), "loaded again it is another model")
+        again, reached = outputs(fresh, batch), outputs(result.model, batch)
+    # Not bit by bit: the memory of weights may be laid out in another order, which is that of sums.
+    _must(relative_error(again, reached) < 1e-4, "loaded again it is another model")
     tuned = f"tuned {len(coverage.tuned)} of {len(names)} parameters"
     why = {reason for name, reason in coverage.left.items() if name not in frozen}
     tuned += f" ({'; '.join(sorted(why))})" if why else ""

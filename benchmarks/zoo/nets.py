@@ -154,7 +154,7 @@ def _resmlp() -> nn.Module:
 _WINDOWS = {"img_size": 64, "window_size": 4}
 
 TIMM = (
-    _timm("seresnet18", "squeeze and excitation"),
+    _timm("seresnet18", "squeeze and excitation", layers=(1, 1, 1, 1), channels=(32, 48, 64, 96)),
     _timm("regnety_002", "grouped convolutions"),
     _timm("densenet121", "concatenated features", growth_rate=8, block_config=(2, 2, 2, 2)),
     _timm("mobilenetv3_small_050", "hard-swish, depthwise"),
@@ -163,13 +163,13 @@ TIMM = (
     _timm("repvgg_a0", "three branches a block", 32),
     Net("nf_resnet", "timm", "weight-standardised, no norm", _norm_free),
     Net("resnetv2_bit", "timm", "weight-standardised, GroupNorm", _bit),
-    _timm("convnext_atto", "layer scale, LayerNorm over channels"),
-    _timm("convnextv2_atto", "GRN"),
-    _timm("edgenext_xx_small", "attention over channels", 64),
-    _timm("vit_tiny_patch16_224", "class token", 64, img_size=64, depth=3),
-    _timm("deit_tiny_distilled_patch16_224", "distillation token", 64, img_size=64, depth=3),
-    _timm("cait_xxs24_224", "class attention, talking heads", 64, img_size=64, depth=2),
-    _timm("xcit_nano_12_p16_224", "cross-covariance attention", 64, img_size=64, depth=2),
+    _timm("convnext_atto", "layer scale, LayerNorm over channels", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
+    _timm("convnextv2_atto", "GRN", depths=(1, 1, 2, 1), dims=(16, 32, 48, 64)),
+    _timm("edgenext_xx_small", "attention over channels", 64, depths=(1, 2, 2, 2), dims=(16, 32, 48, 64)),
+    _timm("vit_tiny_patch16_224", "class token", 64, img_size=64, depth=3, embed_dim=96),
+    _timm("deit_tiny_distilled_patch16_224", "distillation token", 64, img_size=64, depth=3, embed_dim=96),
+    _timm("cait_xxs24_224", "class attention, talking heads", 64, img_size=64, depth=2, embed_dim=96),
+    _timm("xcit_nano_12_p16_224", "cross-covariance attention", 64, img_size=64, depth=2, embed_dim=64),
     _timm(
         "beit_base_patch16_224",
         "relative positions, no bias of keys",
@@ -211,7 +211,7 @@ TIMM = (
         depths=(1, 1, 2, 1),
         num_heads=(1, 2, 3, 4),
     ),
-    _timm("pvt_v2_b0", "attention to fewer tokens", 64),
+    _timm("pvt_v2_b0", "attention to fewer tokens", 64, depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64)),
 )
 
 
