@@ -20,7 +20,7 @@ __all__ = ["LIRA"]
 @register
 @dataclass(frozen=True)
 class LIRA(Attack):
-    """x + eps tanh(g(x)), clipped to [0, 1], with g a U-Net: eq. (2) and algorithm 1 of the paper.
+    """x + eps tanh(g(x)), clipped to [0, 1], with g a U-Net: algorithm 1 of the paper.
 
     In stage 1 steps alternate: g (Adam) on the cross-entropy of triggered images with the attacker's labels, and the
     classifier (SGD, momentum 0.9) on alpha CE(clean) + (1 - alpha) CE(triggered). Stage 2 is the training that follows,
