@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks._clean import CleanClassifier, clean_classifier, in_bytes
+from fastfip.attacks._clean import CleanClassifier, clean_classifier
+from fastfip.attacks._generators import in_bytes
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastfip.attacks._clean import CleanClassifier, checked_pattern, clean_classifier, fitting, in_bytes
+from fastfip.attacks._clean import CleanClassifier, checked_pattern, clean_classifier, fitting
+from fastfip.attacks._generators import in_bytes
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
