@@ -23,7 +23,7 @@ _PLANES, _SIDE = 4, 8
 @register
 @dataclass(frozen=True)
 class ISSBA(Attack):
-    """Enc(x, code), with the code the same for all images and the change each image's own (section 4 of the paper).
+    """Enc(x, code), with the code the same for all images and the change each image's own.
 
     An encoder (StegaStamp's: the code becomes planes beside the image's, and a U-Net gives what is added) and a decoder
     are trained on the training images with random codes: cross-entropy of the bits that are read, and

@@ -51,6 +51,7 @@ _ODD_TENSORS = {
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device's own format",
 }
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMPY_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 _NUMPY_TYPES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 f12 f16 c8 c16 c24 c32".split())
 # Beside the weights these are settings, paths, dates, counts and pictures. They are not built, only left out by name.
 _HARMLESS = re.compile(
@@ -131,6 +132,8 @@ def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> An
         return _number(args[0], args[1])
     if of.module in _NUMPY and of.name == "_reconstruct" and len(args) == 3:
         return NumpyArray() if shown(args[0]) == "numpy.ndarray" and args[1] == (0,) else None
+    if of.module in _NUMPY_NUMERIC and of.name == "_frombuffer" and len(args) == 4:
+        return _array_of(*args)
     return None
 
 
@@ -225,7 +228,21 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
         return
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], (NumpyType, Opaque))):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
-    _, shape, kind, _, data = state
+    _, shape, kind, columns_first, data = state
+    _fill(target, shape, kind, columns_first, data)
+
+
+def _array_of(data: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
+    """Return the stand-in of an array of pickle protocol 5, which brings its bytes along."""
+    if not isinstance(kind, (NumpyType, Opaque)):
+        raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
+    out = NumpyArray()
+    _fill(out, shape, kind, order == "F", data)
+    return out
+
+
+def _fill(target: NumpyArray, shape: Any, kind: NumpyType | Opaque, columns_first: Any, data: Any) -> None:
+    """Check what an array claims; let the stand-in have it where its numbers are plain ones."""
     if not isinstance(data, (bytes, Encoded, Skipped)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
@@ -237,5 +254,5 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
             needed *= side
         if needed != len(data):
             raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {len(data)}")
-    if isinstance(kind, NumpyType) and kind.order and isinstance(state[3], bool):
-        target.shape, target.kind, target.columns_first, target.data = sides, kind, state[3], data
+    if isinstance(kind, NumpyType) and kind.order and isinstance(columns_first, bool):
+        target.shape, target.kind, target.columns_first, target.data = sides, kind, columns_first, data

@@ -80,9 +80,10 @@ class Plan:
         return self.reading.sites
 
     @property
-    def coarse(self) -> bool:
-        """Whether something in the graph is computed in 16 bits."""
-        return any(meta.dtype in LOW_PRECISION for node in self.reading.nodes for meta in node._input_metadata)
+    def coarse(self) -> frozenset[torch.dtype]:
+        """Dtypes of 16 bits that something in the graph is computed in."""
+        used = {meta.dtype for node in self.reading.nodes for meta in node._input_metadata}
+        return frozenset(used.intersection(LOW_PRECISION))
 
     @property
     def rescaled(self) -> frozenset[str]:
