@@ -36,6 +36,7 @@ class CLB(Attack):
         iterations: how many; `fit` notes how many the effort leaves.
         amplitude: of the pattern, 0 to 1.
         classifier: the clean one, from `fit`.
+        target: the class whose images are poisoned, from `fit`.
     """
 
     name: ClassVar[str] = "clb"

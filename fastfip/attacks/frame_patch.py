@@ -1,4 +1,4 @@
-"""Frame patch: a patch in a corner of every frame of a clip, as Zhao et al. place theirs, arXiv 2003.03030."""
+"""Frame patch: a patch in a corner of every frame of a clip. Zhao et al., CVPR 2020, arXiv 2003.03030."""
 
 from __future__ import annotations
 
