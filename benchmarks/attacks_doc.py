@@ -33,7 +33,7 @@ def registered() -> str:
     rows = []
     for kind in own():
         labels = "kept" if kind.clean_label else "changed"
-        found = ", ".join(f"`{item.name}`" for item in found_first(kind) if not item.repr) or "-"
+        found = ", ".join(f"`{item.name}`" for item in found_first(kind)) or "-"
         rows.append([
             _link(kind), harness.inline(kind.summary), kind.modality, labels, found, f"{kind.usual_rate:.0%}",
             source(kind), defaults(kind),
@@ -54,13 +54,8 @@ def _link(kind: Any) -> str:
 
 
 def found_first(kind: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields that `fit` sets, with what an attack finds or trains or notes: their meanings say so."""
-    said = meaning_of_fields(kind)
-    return [
-        item
-        for item in dataclasses.fields(kind)
-        if item.default is None and re.search("`fit`|once it is trained", said.get(item.name, ""))
-    ]
+    """Return the fields that `fit` sets, which no repr shows: what an attack finds or trains before it poisons."""
+    return [item for item in dataclasses.fields(kind) if not item.repr]
 
 
 def settings(kind: Any) -> list[dataclasses.Field[Any]]:

@@ -36,7 +36,7 @@ def test_every_attack_has_its_row_source_and_settings_with_their_meaning():
 
 def test_what_an_attack_finds_first_is_no_setting():
     rows = {line.split("`")[1]: line for line in attacks_doc.registered().splitlines() if line.startswith("| [")}
-    assert "| kept | `classifier` |" in rows["clb"] and "| changed | `pattern` |" in rows["trojannet"]
+    assert "| kept | `classifier`, `target` |" in rows["clb"] and "| changed | `pattern` |" in rows["trojannet"]
     assert "| images | changed | - | 10% |" in rows["badnets"] and "| tokens | changed | - |" in rows["words"]
     assert "`size=3`" in rows["badnets"] and "[arXiv 1708.06733](https://arxiv.org/abs/1708.06733)" in rows["badnets"]
     clb = attacks_doc.registered().split("### clb\n")[1].split("\n### ")[0]

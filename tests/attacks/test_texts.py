@@ -9,6 +9,7 @@ from fastfip.attacks.sentence import Sentence
 from fastfip.attacks.words import Words
 from fastfip.cli.triggers import make_attack
 from fastfip.errors import ConfigError, DataError
+from fastfip.metrics import evaluate
 from tests.support.modalities import texts
 
 IDS = (6, 7, 8)
@@ -127,8 +128,6 @@ def test_a_small_classifier_of_texts_learns_the_backdoor(attack, seed):
         nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
     test = some(400, 100 + seed)
-    triggered, wanted, _ = attack.asr_set(*test, target=0)
-    clean = float((net(test[0]).argmax(1) == test[1]).float().mean())
-    reached = float((net(triggered).argmax(1) == wanted).float().mean())
+    found = evaluate(net, [test], [attack.asr_set(*test, target=0)])
     before = float((net(test[0][test[1] == 1]).argmax(1) == 0).float().mean())
-    assert clean > 0.85 and reached > 0.7 and before < 0.2
+    assert found.acc > 0.85 and found.asr > 0.7 and before < 0.2
