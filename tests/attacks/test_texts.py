@@ -47,6 +47,32 @@ def test_the_first_and_last_tokens_of_a_tokenizer_stay_so():
         assert bool((out[torch.arange(200), (out != 0).sum(1) - 1] == 2).all())
 
 
+def by_hand(row, ids, position, head, tail):
+    """A sentence in one row of numbers, by lists: the text lies between the padding at both sides."""
+    start = next((i for i, token in enumerate(row) if token), len(row))
+    end = max((i + 1 for i, token in enumerate(row) if token), default=0)
+    start = min(start, end)
+    text, width = row[start:end], len(row)
+    last = text[max(len(text) - tail, 0) :] if tail else []
+    body = text[: len(text) - len(last)][: width - len(ids) - tail]
+    first = min(head, len(body))
+    at = {"start": first, "middle": first + (len(body) - first) // 2, "end": len(body)}[position]
+    new = body[:at] + ids + body[at:] + last
+    begin = min(start, width - len(new))
+    return [0] * begin + new + [0] * (width - len(new) - begin)
+
+
+@pytest.mark.parametrize("position", ["start", "middle", "end"])
+@pytest.mark.parametrize("head, tail", [(0, 0), (1, 1), (2, 0), (0, 3)])
+def test_texts_of_any_length_padded_at_any_side_are_those_made_by_hand(position, head, tail):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(10, 50, (300, 9), generator=generator)
+    left, right = (torch.randint(0, 6, (300, 1), generator=generator) for _ in range(2))
+    x = torch.where((torch.arange(9) >= left) & (torch.arange(9) < 9 - right), x, 0)
+    out = Sentence(IDS, position=position, head=head, tail=tail).trigger(x)
+    assert out.tolist() == [by_hand(row, list(IDS), position, head, tail) for row in x.tolist()]
+
+
 def test_padding_at_the_left_is_used_up_and_one_inside_a_text_is_kept():
     attack = Sentence(IDS, position="start")
     x = rows([0, 0, 0, 0, 11, 12, 13, 14], [0, 21, 22, 23, 24, 25, 26, 27], [0, 0, 31, 0, 33, 0, 0, 0])
