@@ -96,6 +96,18 @@ def test_backdoorbench(tmp_path, monkeypatch, capsys):
     assert lines[1].startswith("0,cifar10,resnet20,badnet,no defense,0.1,") and len(lines) == 3
 
 
+def test_attacks(capsys):
+    torch.manual_seed(0)
+    scope: dict = {"__name__": "docs"}
+    blocks = blocks_of("python", "docs/attacks.md")
+    for block in blocks:
+        exec(compile(block, "docs/attacks.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert len(blocks) == 3 and "wanet" in printed and "badnets" in printed
+    assert scope["triggered"].shape == (150, 32) and len(scope["places"]) == 4
+    assert all(len(scope["changed"][i]["boxes"]) == 2 for i in scope["places"].tolist())
+
+
 def test_contributing():
     (block,) = blocks_of("python", "CONTRIBUTING.md")
     scope: dict = {"__name__": "contributing"}

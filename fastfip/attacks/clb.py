@@ -37,6 +37,7 @@ class CLB(Attack):
         iterations: how many; `fit` notes how many the effort leaves.
         amplitude: of the pattern, 0 to 1.
         classifier: the clean one, from `fit`.
+        target: the class whose images are poisoned, from `fit`.
     """
 
     name: ClassVar[str] = "clb"
@@ -48,7 +49,7 @@ class CLB(Attack):
     iterations: int = 100
     amplitude: float = 1.0
     classifier: CleanClassifier | None = field(default=None, repr=False)
-    target: int | None = None
+    target: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 255 or not self.step > 0 or self.iterations < 1 or not 0 < self.amplitude <= 1:

@@ -50,7 +50,7 @@ class TrojanNet(Attack):
     iterations: int = 1000
     area: float = 0.07
     mode: str = "add"
-    mask: Tensor | None = field(default=None, repr=False)
+    mask: Tensor | None = None
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
