@@ -31,7 +31,8 @@ class Dynamic(Attack):
     m is trained first, to small masks that differ between images; then p, together with the classifier, on the
     cross-entropy of clean images, of triggered images with the attacker's labels, and of images that carry the mask and
     pattern of another one with their true labels (the negatives), and on patterns that differ between images. "Dyn-one"
-    has a class as its target, "Dyn-all" has "next".
+    has a class as its target, "Dyn-all" has "next". All to all takes longer: on CIFAR-10 a
+    ResNet-20 came to ASR 93 for one class and to 48 for "next" in the same 4 epochs of 10,000 images.
 
     Defaults are those of the paper and BackdoorBench but for the steps (600 epochs there), the learning rate of masks
     and patterns (0.01 there; in a few steps that brings all patterns to one colour and costs accuracy), and the shares
