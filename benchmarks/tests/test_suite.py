@@ -1,0 +1,139 @@
+"""The suite: which networks are in which set, its tables, its cells. No network is trained here."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastfip
+from benchmarks import harness
+from benchmarks.suite import __main__ as program
+from benchmarks.suite import cells, slices, tables
+from benchmarks.suite.cells import Cell
+from benchmarks.suite.networks import BASES, NETWORKS, VALIDATION_ONLY, Backdoor, Network
+
+
+def test_families_of_the_validation_set_are_in_no_development_network():
+    used = {
+        of: {b.attack for n in NETWORKS.values() if n.set == of for b in n.backdoors}
+        for of in ("development", "validation")
+    }
+    assert len(VALIDATION_ONLY) >= 4 and not used["development"] & set(VALIDATION_ONLY)
+    assert used["validation"] <= set(VALIDATION_ONLY) <= set(fastfip.attacks.names())
+    assert not {n.name for n in slices.networks("validation") if n.backdoors} & {n.name for n in slices.networks("day")}
+    assert {NETWORKS[name].set for name in slices.SMOKE} == {"development"}
+    for network in NETWORKS.values():
+        assert f"{network.base}-clean" in NETWORKS
+        assert all(backdoor.injection().ready()[0].name == backdoor.attack for backdoor in network.backdoors)
+
+
+def test_the_smoke_slice_has_six_attacks_and_three_methods():
+    found = slices.cells("smoke")
+    assert sum(len(network.backdoors) for network in slices.networks("smoke")) == 6
+    assert {cell.method for cell in found} == set(slices.SMOKE_METHODS) and {cell.seed for cell in found} == {0}
+    day = slices.cells("day", settings=["plain", "hidden"])
+    assert {cell.seed for cell in day} == {0, 1, 2} and {cell.fraction for cell in day} == {0.05, 0.01}
+    assert {cell.method for cell in day} == {*slices.methods()} and day[0].method == "fine_tune"
+    assert not any(cell.setting == "hidden" and not NETWORKS[cell.network].backdoors for cell in day)
+
+
+def test_a_network_has_another_key_when_anything_of_it_changes():
+    first = Network("a", "digits", (Backdoor("badnets"),))
+    others = [
+        Network("a", "digits", (Backdoor("badnets", 1),)), Network("a", "digits", (Backdoor("badnets", rate=0.05),)),
+        Network("a", "digits", (Backdoor("badnets", settings=(("size", 2),)),)),
+        Network("a", "digits", first.backdoors, seed=1),
+        Network("a", "gtsrb", first.backdoors), Network("a", "digits", first.backdoors, effort=0.5),
+    ]  # fmt: skip
+    assert len({network.key() for network in (first, *others)}) == 7
+    assert first.key() == Network("a", "digits", (Backdoor("badnets"),), "validation").key()
+
+
+def test_a_large_step_is_fine_tuning_and_settings_are_halved_and_doubled():
+    name, config = cells.settings_of("large_step", "plain", BASES["resnet20"])
+    assert (name, config.lr, config.steps, config.epochs, config.bn_mode, config.augment) == (
+        "fine_tune", 0.1, 150, None, "train", "crop_flip"
+    )  # fmt: skip
+    assert cells.settings_of("large_step", "plain", BASES["gtsrb"])[1].augment == "crop"
+    usual = fastfip.methods.get("fine_tune").Config()
+    assert cells.settings_of("fine_tune", "lr_half", BASES["vgg"])[1] == usual.replace(lr=usual.lr / 2)
+    assert cells.settings_of("fine_tune", "steps_double", BASES["vgg"])[1] == usual.replace(epochs=2 * usual.epochs)
+    assert cells.settings_of("large_step", "steps_half", BASES["vgg"])[1].steps == 75
+    for method in slices.methods():
+        for setting in cells.SETTINGS:
+            assert cells.settings_of(method, setting, BASES["vgg"])[0] in fastfip.methods.names()
+
+
+def row(**values):
+    base = dict.fromkeys(cells.COLUMNS.split(), "")
+    base.update(network="digits-lira", base="digits", attack="lira", target="3", method="fine_tune", fraction="0.05",
+                setting="plain", seed="0", acc_before="98", asr_before="99", acc="97", asr="1", ra="90", der="98",
+                cpu_seconds="10", acc_twin="98.5")  # fmt: skip
+    return {**base, **values}
+
+
+ROWS = [
+    row(der="70", asr="50"), row(seed="1", der="74", asr="46"), row(method="large_step", der="60", asr="40", acc="90"),
+    row(method="wfip", der="80", asr="9"),
+    row(method="wfip", network="digits-clean", attack="", der="", asr="", acc="96"),
+    row(method="anp", network="gtsrb-lira", error="it broke", der="", asr=""),
+]  # fmt: skip
+
+
+def test_the_floor_is_the_best_of_the_simplest():
+    assert tables.floor(ROWS) == {("digits-lira", "lira", "0.05", "plain"): 72.0}
+    assert tables.floor([row(der="40"), row(method="large_step", der="30")]) == {
+        ("digits-lira", "lira", "0.05", "plain"): 50.0
+    }
+    assert tables.floor(ROWS[:2]) == {}  # without a rival there is no floor
+    text = tables.by_method(ROWS)
+    assert "| `wfip` | 1 | 80.0 | 80.0 (digits-lira, lira, 5%) | +8.0 (1 of 1 above) | 0 of 1 | -2.0 | 10 |" in text
+    assert "| `fine_tune` | 1 | 72.0 |" in text and "1 of 1 | - | 10 |" in text and "anp" not in text
+    assert "97.0 / **48.0**" in tables.by_attack(ROWS, 0.05) and "97.0 / 9.0" in tables.by_attack(ROWS, 0.05)
+    lacking = tables.missing(ROWS, "validation")
+    assert "`wfip` at 1%: every network" in lacking and "gtsrb-lira, `anp`, 5%: it broke" in lacking
+
+
+@pytest.mark.parametrize("of", ["development", "validation"])
+def test_the_page_shows_what_the_rows_say(of):
+    text = (harness.DOCS / "suite.md").read_text(encoding="utf-8")
+    assert harness.spliced(text, f"suite-{of}", tables.text(of)) == text
+
+
+def test_looks_at_the_validation_set_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "LOOKS", tmp_path / "looks.csv")
+    todo = [Cell("digits-lira", "wfip", 0.05, 0), Cell("digits-dynamic", "fine_tune", 0.05, 0)]
+    program._log_look(todo)
+    program._log_look(todo[:1])
+    with program.LOOKS.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["cells"], first["methods"], first["networks"]) == ("2", "fine_tune wfip", "2")
+    assert second["cells"] == "1" and first["commit"]
+
+
+def test_validation_networks_are_no_part_of_the_day_slice():
+    command = [sys.executable, "-m", "benchmarks.suite", "day", "--networks", "digits-lira", "--methods", "fine_tune"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
+    assert done.returncode != 0 or done.stdout.startswith("skipped")
+    assert "not of the development set" in done.stderr or "skipped" in done.stderr
+
+
+def test_hidden_images_carry_the_label_that_the_training_set_gave_them():
+    x, y = torch.zeros(200, 1, 4, 4), torch.zeros(200, dtype=torch.int64)
+    prepared = cells.Prepared(
+        NETWORKS["digits-lira"], BASES["digits"], torch.nn.Identity(), (x, y), [],
+        leaked=[(torch.ones(9, 1, 4, 4), y[:9] + 7)],
+        pool=((torch.rand(4000, 4, 4) * 99).byte().numpy(), (torch.arange(4000) % 10).numpy()),
+        seconds=0.0, clean=fastfip.metrics.Evaluation(), attacked=[],
+    )  # fmt: skip
+    plain, labels = cells.clean_set(prepared, 0.01, 0, "plain")
+    hidden, told = cells.clean_set(prepared, 0.01, 0, "hidden")
+    changed = (plain != hidden).flatten(1).any(1)
+    assert len(labels) == 600 and int(changed.sum()) == 3 and told[changed].tolist() == [7, 7, 7]
+    assert torch.equal(told[~changed], labels[~changed])
+    _, missing = cells.clean_set(prepared, 0.01, 0, "missing")
+    assert len(missing.unique()) == 9
