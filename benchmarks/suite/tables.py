@@ -8,6 +8,7 @@ while where it lies above. Methods are compared with the floor on the cells that
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 
 from benchmarks import harness
@@ -129,8 +130,30 @@ def text(of: str) -> str:
     return "\n\n".join([*parts, "Not measured:", missing(rows, of)])
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw the DER of each cell by method, best method above, at 5 % and plain; the floor is a method as well."""
+    from fastfip.reporting.plots import new_figure, saved
+
+    rows = [row for row in rows if row["setting"] == "plain" and float(row["fraction"]) == 0.05]
+    ders = {**_cells(rows, "der"), "floor": floor(rows)}
+    ders = {method: cells for method, cells in ders.items() if cells}
+    order = sorted(ders, key=lambda method: mean(ders[method].values()))
+    figure = new_figure(7.0, 0.9 + 0.28 * len(order))
+    axes = figure.subplots()
+    for place, method in enumerate(order):
+        values = list(ders[method].values())
+        axes.plot(values, [place] * len(values), "o", color="C7" if method == "floor" else "C0", alpha=0.5, ms=5)
+        axes.plot([mean(values)], [place], "|", color="C3", ms=14, mew=2)
+    axes.axvline(NOTHING, color="0.7", lw=1)
+    axes.set_yticks(range(len(order)), [f"{method} ({len(ders[method])})" for method in order])
+    axes.set_xlabel("DER of each backdoor (number of them in brackets), red: mean; 50: nothing gained")
+    saved(figure, path)
+
+
 def write() -> None:
-    """Put the tables into docs/suite.md and print the lines of the methods."""
+    """Put the tables into docs/suite.md, draw the validation set, and print the lines of the methods."""
+    if any(row["der"] for row in results("validation").read()):
+        plot(results("validation").read(), harness.DOCS / "pictures" / "suite.png")
     for of in ("development", "validation"):
         harness.splice(harness.DOCS / "suite.md", f"suite-{of}", text(of))
         rows = results(of).read()
