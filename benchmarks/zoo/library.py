@@ -22,7 +22,7 @@ def load(name: str) -> Any:
         ImportError: it is not installed: `make zoo` installs it.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if name == "timm" and not _DECLARED:
+    if not _DECLARED:  # transformers imports torchvision where it is there
         declared = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, op):

@@ -233,3 +233,44 @@ def test_what_a_module_keeps_between_passes_is_computed_anew(used_before):
     assert sharpness(model, [(x, y)], iterations=2, probes=0) == sharpness(plain, [(x, y)], iterations=2, probes=0)
     after = model.attention_bias_cache
     assert list(after) == list(before) and all(after[key] is before[key] for key in before)
+
+
+class Stem(nn.Module):
+    """XCiT's and LeViT's stem: a convolution and BatchNorm, whose map becomes tokens."""
+
+    def __init__(self, looped=False):
+        super().__init__()
+        self.conv, self.norm, self.looped = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), looped
+        self.mix, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+    def body(self, x):
+        tokens = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return (
+            torch.tanh(F.layer_norm(tokens, (4,)) @ self.mix)
+            * torch.arange(1.0, 1.0 + tokens.shape[1]).to(tokens)[:, None]
+        )
+
+    def forward(self, x):
+        tokens = checkpoint(self.body, x, use_reentrant=False) if self.looped else self.body(x)
+        return self.head(tokens.square().mean(1))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_batch_of_one_behind_batchnorm(looped):
+    """torch's own gradient is wrong there: of the sample and itself again it is right."""
+    torch.manual_seed(0)
+    model = Stem(looped).double().eval()
+    x, y = torch.randn(N, 2, 6, 6, dtype=torch.float64), torch.arange(N) % 3
+    want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(N):
+        loss = losses_of(model, x[[n, n]], y[[n, n]])[0]
+        for value, g in zip(want.values(), torch.autograd.grad(loss, list(model.parameters()))):
+            value += g.square() / N
+    singles = [(x[n : n + 1], y[n : n + 1]) for n in range(N)]
+    for data in (singles, [(x, y)], [(x[:5], y[:5]), (x[5:], y[5:])]):
+        assert worst_error(fisher_diagonal(model, data), want) < 1e-10
+    total = sum(float(v.sum()) for v in want.values())
+    traces = [fisher_trace(model, *one).detach() for one in singles]
+    assert float(sum(traces)) / N == pytest.approx(total)
+    with torch.no_grad():
+        assert float(sum(fisher_trace(model, *one) for one in singles)) / N == pytest.approx(total)

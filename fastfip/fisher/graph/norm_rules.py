@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
 
     builders = batch_norm_builders(slots, 1, saved)
     return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, SumForm))
+
+
+def mend_batches_of_one(nodes: Iterable[Any]) -> None:
+    """Give BatchNorm the gradient in the layout of its input, in the graph of a single sample.
+
+    Where one of the two is transposed, as where tokens are made of a map, torch 2.13 takes the one for the other: both
+    pass for contiguous if there is one sample alone.
+    """
+    for node in nodes:
+        if node.name() == "NativeBatchNormBackward0":
+            x = node._saved_input
+            if x.dim() > 3 and x.shape[0] == 1 and 0 not in x.stride():
+                node.register_prehook(partial(_in_layout, x.shape, x.stride()))
+
+
+def _in_layout(shape: torch.Size, stride: tuple[int, ...], gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    g, *rest = gradients
+    if g is None or g.stride() == stride:
+        return gradients
+    return g.new_empty_strided(shape, stride).copy_(g), *rest
 
 
 def batch_norm_builders(
