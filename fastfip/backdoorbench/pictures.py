@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfip.checkpoint.claims import NumpyArray, Opaque
+from fastfip.checkpoint.claims import Claim, NumpyArray, Opaque
 from fastfip.checkpoint.opcodes import Encoded, Skipped
 from fastfip.data.images import ImageSet
 from fastfip.data.pictures import IMAGE_SUFFIXES, read_image, tensor_of
@@ -219,6 +219,8 @@ def _stored_of(entry: Any, index: int) -> _Stored:
 
 def _labels_of(entry: Any, in_file: bool, index: int, classes: int) -> tuple[int, int]:
     labels = entry[1:] if in_file else entry["other_info"]
+    if isinstance(labels, (list, tuple)) and any(isinstance(y, Claim) for y in labels):
+        raise CheckpointError(f"has a picture {index} whose labels are tensors, as those of CelebA: they are not read")
     if (
         not isinstance(labels, (list, tuple))
         or len(labels) != 2
