@@ -1,6 +1,7 @@
 # Every target works from a fresh clone: set-up goes to .venv once and is redone when what it depends on changes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 BIN := .venv/bin
 STAMP := .venv/.ready
 TRITON := .venv/.triton
@@ -8,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser fuzz zoo lint format real bench picture triton gpu clean
+.PHONY: setup demo test test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -41,11 +42,14 @@ fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
-# The small zoo and the tests of the Fisher with what they skip elsewhere: the models of other libraries. torch is named so
-# that it stays the one that it is. timm is not: it needs torchvision, whose wheels want a CUDA build of torch.
+# The models of other libraries: the small zoo and the tests of the Fisher with what they skip elsewhere, then every public
+# function on about forty models, which writes docs/zoo.md. torch is named so that it stays the one that it is; timm comes
+# without what it depends on, because torchvision's wheels want a CUDA build of torch (benchmarks/zoo/library.py).
 zoo: $(STAMP)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py $(ARGS)
+	$(BIN)/python -m pip install --quiet --no-deps timm "$(TORCHVISION)"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.measure $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -54,6 +58,10 @@ format: $(STAMP)
 # Needs networks and images in the folder that FASTFIP_DATA names: docs/results.md lists them.
 real: $(STAMP)
 	$(BIN)/python -m benchmarks.purification.real_models $(ARGS)
+
+# The same data; networks with backdoors are trained first: docs/suite.md. ARGS="day --minutes 120" goes on with the rest.
+suite: $(STAMP)
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 bench: $(STAMP)
 	for file in benchmarks/*/bench_*.py; do $(BIN)/python -m $$(echo $${file%.py} | tr / .) || exit 1; done

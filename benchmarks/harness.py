@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastfip import env
-from fastfip.purification.process import PeakMemory
+from fastfip.nets.process import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"

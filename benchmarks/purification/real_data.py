@@ -26,7 +26,7 @@ from fastfip.testing import nets
 Images = np.ndarray  # uint8 [N, H, W, 3], or [N, H, W] for MNIST
 
 _CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def data_dir() -> Path:
@@ -174,7 +174,8 @@ def _decode_cifar10(split: str, fx: Path, fy: Path) -> None:
         part.replace(path)
 
 
-def _arrays(dataset: str) -> dict[str, np.ndarray]:
+def arrays(dataset: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a data set: cifar10, gtsrb32, mnist."""
     if dataset == "cifar10":
         return cifar10()
     z = np.load(data_dir() / f"{dataset}.npz")
@@ -216,7 +217,7 @@ SPECS: dict[str, _Spec] = {
               (73.39, 6.13)),
         _Spec("badnets_mnist.pth", nets.BadNetMNIST, "mnist", 10, 1, _white_5x5, _scaled(0.5, 0.5), 60000,
               (98.08, 99.93), probabilities=True),
-        _Spec("clean_cifar10_resnet20.th", nets.ResNet20, "cifar10", 10, None, None, _scaled(*_IMAGENET), 50000,
+        _Spec("clean_cifar10_resnet20.th", nets.ResNet20, "cifar10", 10, None, None, _scaled(*IMAGENET), 50000,
               (81.03, None)),
     )
 }  # fmt: skip
@@ -241,22 +242,23 @@ def load_real(name: str) -> RealNet:
         raise ValueError(f"unknown network {name!r}: one of {', '.join(SPECS)}")
     if not available():
         raise FileNotFoundError(f"no data at {data_dir()}: point FASTFIP_DATA to it")
-    spec, arrays = SPECS[name], _arrays(SPECS[name].dataset)
-    pool = "clean" if "clean_x" in arrays else "train"
+    spec = SPECS[name]
+    found = arrays(spec.dataset)
+    pool = "clean" if "clean_x" in found else "train"
     return RealNet(
         name=name,
         model=load_model(name),
         classes=spec.classes,
         target=spec.target,
         trigger=spec.trigger,
-        clean_x=arrays[f"{pool}_x"],
-        clean_y=arrays[f"{pool}_y"].astype(np.int64),
-        test_x=arrays["test_x"],
-        test_y=arrays["test_y"].astype(np.int64),
+        clean_x=found[f"{pool}_x"],
+        clean_y=found[f"{pool}_y"].astype(np.int64),
+        test_x=found["test_x"],
+        test_y=found["test_y"].astype(np.int64),
         to_input=spec.to_input,
         train_size=spec.train_size,
         recorded=spec.recorded,
-        clean_groups=arrays.get("clean_track"),
+        clean_groups=found.get("clean_track"),
         probabilities=spec.probabilities,
     )
 

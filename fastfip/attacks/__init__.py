@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from fastfip.attacks.base import Attack, attack_labels, get, names, register
+from fastfip.attacks.base import Attack, Ground, attack_labels, get, names, register
+from fastfip.attacks.train import Backdoored, Injection, poison_and_train
 
-__all__ = ["Attack", "attack_labels", "get", "names", "register"]
+__all__ = [
+    "Attack", "Backdoored", "Ground", "Injection", "attack_labels", "get", "names", "poison_and_train", "register",
+]  # fmt: skip

@@ -22,8 +22,8 @@ from fastfip.fisher.sharpness import sharpness as measure_sharpness
 from fastfip.methods.run import autocast_dtype
 from fastfip.metrics.evaluation import evaluate
 from fastfip.nets.checks import check_amp, check_net, check_seed, device_of, usable_device
+from fastfip.nets.process import seeded
 from fastfip.nets.state import copied, requires_grad
-from fastfip.purification.process import seeded
 from fastfip.reporting.progress import Beat
 from fastfip.worst_case.inversion import FORMS, Inverted, invert
 from fastfip.worst_case.pixels import perturbable

@@ -51,6 +51,7 @@ _ODD_TENSORS = {
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device's own format",
 }
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMPY_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 _NUMPY_TYPES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 f12 f16 c8 c16 c24 c32".split())
 # Beside the weights these are settings, paths, dates, counts and pictures. They are not built, only left out by name.
 _HARMLESS = re.compile(
@@ -131,6 +132,8 @@ def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> An
         return _number(args[0], args[1])
     if of.module in _NUMPY and of.name == "_reconstruct" and len(args) == 3:
         return NumpyArray() if shown(args[0]) == "numpy.ndarray" and args[1] == (0,) else None
+    if of.module in _NUMPY_NUMERIC and of.name == "_frombuffer" and len(args) == 4:
+        return _array_of(*args)
     return None
 
 
@@ -226,6 +229,18 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], (NumpyType, Opaque))):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     _, shape, kind, _, data = state
+    _check_array(shape, kind, data)
+
+
+def _array_of(data: Any, kind: Any, shape: Any, _: Any) -> NumpyArray:
+    """Return the stand-in of an array of pickle protocol 5, which brings its bytes along."""
+    if not isinstance(kind, (NumpyType, Opaque)):
+        raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
+    _check_array(shape, kind, data)
+    return NumpyArray()
+
+
+def _check_array(shape: Any, kind: NumpyType | Opaque, data: Any) -> None:
     if not isinstance(data, (bytes, Encoded, Skipped)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)

@@ -17,7 +17,10 @@ from fastfip.errors import CheckpointError, reason
 __all__ = ["ZipRecord", "ZipRecords", "check_safetensors", "check_zip", "kind_of", "open_file", "read_json"]
 
 #: First bytes of the files that torch.save wrote before torch 1.6: a pickle of this number.
-LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+LEGACY_START = b"\x80\x02" + _NUMBER
+#: The same in pickle protocols 3 to 5; a frame says how long it is.
+_OTHER_STARTS = (b"\x80\x03" + _NUMBER, *(b"\x80" + bytes([p]) + b"\x95\x0d" + bytes(7) + _NUMBER for p in (4, 5)))
 
 _FIRST_BYTES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository"),
@@ -102,7 +105,7 @@ def kind_of(file: BinaryIO, size: int, suffix: str) -> str:
     head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if head.startswith(LEGACY_START):
+    if head.startswith((LEGACY_START, *_OTHER_STARTS)):
         return "legacy"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 1 << 32):
         return "safetensors"

@@ -20,11 +20,14 @@ from fastfip.errors import CheckpointError, printable
 
 __all__ = ["Machine", "Scan", "scan"]
 
-# The instructions of protocol 2, in which torch.save writes; others come from other pickle protocols.
-_TORCH_READS = frozenset(
+# The instructions of protocol 2, in which torch.save writes unless it is told otherwise, and what protocols 3 to 5 have
+# in their place. Those of protocols 0 and 1, and buffers outside of the file, are in no file of torch.save.
+_READ = frozenset(
     "PROTO STOP GLOBAL NEWOBJ REDUCE BUILD APPEND APPENDS SETITEM SETITEMS MARK TUPLE TUPLE1 TUPLE2 TUPLE3 NONE "
     "NEWFALSE NEWTRUE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET BININT BININT1 BININT2 BINFLOAT BINUNICODE "
-    "SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT LONG1".split()
+    "SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT LONG1 "
+    "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE8 FRAME MEMOIZE STACK_GLOBAL NEWOBJ_EX "
+    "FROZENSET ADDITEMS".split()
 )
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -32,7 +35,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWFALSE": lambda: False,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": list,
+    "EMPTY_SET": lambda: Opaque(Global("builtins", "set")),
     "EMPTY_TUPLE": tuple,
 }
 #: No name of a class, module or storage is longer.
@@ -48,7 +51,7 @@ class Scan:
     tensors: list[Claim | Odd] = field(default_factory=list)
     foreign: dict[str, None] = field(default_factory=dict)  # calls of what no checkpoint needs, in order
     modules: dict[str, None] = field(default_factory=dict)  # classes of pickled nn.Modules
-    unread: str | None = None  # the first instruction that torch's unpickler does not know
+    unread: str | None = None  # the first instruction that is not read
     protocol: int = 0
     instructions: int = 0
 
@@ -67,7 +70,7 @@ class Scan:
             )
         if self.unread:
             raise CheckpointError(
-                f"uses pickle protocol {self.protocol} ({self.unread}), which weights-only loading does not read: "
+                f"uses pickle protocol {self.protocol} in a way that no file of torch.save does ({self.unread}): "
                 "save it with torch.save(state_dict, path)"
             )
 
@@ -117,7 +120,7 @@ class Machine:
 
     def step(self, op: str, arg: Any) -> None:
         """Follow one instruction."""
-        if op not in _TORCH_READS:
+        if op not in _READ:
             self.out.unread = self.out.unread or op
         stack = self.stack
         if op in _CONSTANTS:
@@ -150,7 +153,7 @@ class Machine:
         elif op in ("TUPLE", "LIST", "FROZENSET"):
             items = self._pop_mark()
             self.budget.spend(60 + 8 * len(items))
-            self.stack.append(items if op == "LIST" else tuple(items))
+            self.stack.append({"LIST": list, "TUPLE": tuple}.get(op, _frozen)(items))
         elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
             n = int(op[-1])
             self.budget.spend(60)
@@ -181,7 +184,10 @@ class Machine:
             self._pop_mark()
         elif op == "DUP":
             stack.append(stack[-1])
-        elif op not in ("STOP", "FRAME", "READONLY_BUFFER"):
+        elif op == "FRAME":
+            if arg > self.budget.window.left:
+                raise ValueError(f"{arg} bytes are expected, and {self.budget.window.left} are left")
+        elif op not in ("STOP", "READONLY_BUFFER"):
             self.budget.spend(sys.getsizeof(arg))
             stack.append(arg)  # numbers, strings and bytes
 
@@ -286,6 +292,10 @@ class Machine:
             target._metadata = state.get("_metadata") if isinstance(state, dict) else None
         elif not isinstance(target, (dict, Odd)):  # for a tensor it would replace what it was built of
             raise ValueError(f"state for a {type(target).__name__}, which takes none")
+
+
+def _frozen(_: list[Any]) -> Opaque:
+    return Opaque(Global("builtins", "frozenset"))
 
 
 def _text(value: Any) -> str:

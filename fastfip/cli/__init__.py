@@ -14,10 +14,11 @@ from fastfip.cli.compare import compare
 from fastfip.cli.errors import guarded, run
 from fastfip.cli.evaluate import evaluate, sharpness
 from fastfip.cli.fisher import fisher
-from fastfip.cli.info import demo, env, methods
+from fastfip.cli.info import attacks, demo, env, methods
 from fastfip.cli.inspect_file import inspect
 from fastfip.cli.options import grouped
 from fastfip.cli.purify import purify
+from fastfip.cli.train_backdoor import train_backdoor
 
 __all__ = ["app", "main"]
 
@@ -34,7 +35,9 @@ for command, summary in (
     (evaluate, "Measure ACC, ASR and RA of a checkpoint"),
     (sharpness, "Measure lambda_max, Tr(H) and Tr(F) of a checkpoint"),
     (fisher, "Write the diagonal of a checkpoint's Fisher information to a file"),
+    (train_backdoor, "Train a network with backdoors in it, for tests of defences"),
     (methods, "List the methods, or the settings of one"),
+    (attacks, "List the attacks, or the settings of one"),
     (env, "Show versions, processor, backends; for bug reports"),
     (demo, "Show all of it on handwritten digits"),
 ):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.attacks.badnets import BadNets
-from fastfip.purification.process import seeded
+from fastfip.nets.process import seeded
 from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
 from fastfip.reporting.table import Report, Sheet

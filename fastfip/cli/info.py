@@ -1,4 +1,4 @@
-"""`fastfip methods`, `fastfip env`, `fastfip demo`."""
+"""`fastfip methods`, `fastfip attacks`, `fastfip env`, `fastfip demo`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,33 @@ def methods(
         print(to_json(registry.get(name).Config().to_dict()))
     else:
         show(settings_sheet(registry.get(name)))
+
+
+def attacks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="show the settings of this attack")] = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """List the attacks, or the settings of one with their defaults."""
+    import dataclasses
+    from typing import Any
+
+    from fastfip import attacks as registry
+    from fastfip.reporting.table import mapping_sheet, methods_sheet, show, to_json
+
+    if name is None:
+        known = [registry.get(one) for one in registry.names()]
+        if as_json:
+            print(to_json({one.name: one.summary for one in known}))
+        else:
+            show(methods_sheet(known, "attack"))
+        return
+    kind: Any = registry.get(name)
+    settings = {item.name: item.default for item in dataclasses.fields(kind) if item.repr}
+    if as_json:
+        print(to_json(settings))
+    else:
+        show(mapping_sheet(settings, f"{name}: {kind.summary}"))
 
 
 def env(as_json: o.Json = False, debug: o.Debug = False) -> None:

@@ -55,17 +55,19 @@ Prefix = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        "--data", metavar="DIR|NPZ", help="clean images: a folder of class folders, or FILE.npz[:images,labels]"
+        "--data",
+        metavar="DIR|ZIP|NPZ",
+        help="clean images: a folder of class folders, a zip of one (FILE.zip[:train]), or FILE.npz[:images,labels]",
     ),
 ]
 TestData = Annotated[
-    str | None, typer.Option("--test-data", metavar="DIR|NPZ", help="clean test images; they only score")
+    str | None, typer.Option("--test-data", metavar="DIR|ZIP|NPZ", help="clean test images; they only score")
 ]
 AsrData = Annotated[
     str | None,
     typer.Option(
         "--asr-data",
-        metavar="DIR|NPZ",
+        metavar="DIR|ZIP|NPZ",
         help="triggered images, with their true labels (and --target, or attack_y in the .npz) or the attack's",
     ),
 ]

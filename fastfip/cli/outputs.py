@@ -15,12 +15,14 @@ __all__ = ["check_drawing", "check_file", "check_outputs", "inputs_of", "kept"]
 
 
 def inputs_of(*given: Any) -> list[Path]:
-    """Return the files and folders that options name: paths, and DIR|NPZ with `:a,b` or without."""
+    """Return the files and folders that options name: paths, and DIR|ZIP|NPZ with `:a,b` or without."""
     out = []
     for value in given:
         text = "" if value is None else os.fspath(value)
-        stem, dot, _ = text.rpartition(".npz:")
-        out += [Path(f"{stem}.npz" if dot else text)] if text else []
+        for suffix in (".npz", ".zip"):
+            stem, dot, _ = text.rpartition(f"{suffix}:")
+            text = f"{stem}{suffix}" if dot else text
+        out += [Path(text)] if text else []
     return out
 
 

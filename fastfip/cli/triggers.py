@@ -94,7 +94,7 @@ def _attack_labels(images: ImageSet, target: str) -> Any:
 
 
 def make_attack(spec: str) -> Any:
-    """Return the attack of `NAME[:KEY=VALUE,...]`; a picture is given by its file."""
+    """Return the attack of `NAME[:KEY=VALUE,...]` or `MODULE:CLASS[:...]`; a picture is given by its file."""
     import dataclasses
 
     from fastfip import attacks
@@ -102,6 +102,9 @@ def make_attack(spec: str) -> Any:
     from fastfip.errors import ConfigError
 
     name, _, rest = spec.partition(":")
+    place, colon, options_after = rest.partition(":")
+    if rest and "=" not in place and "," not in place:  # MODULE:CLASS[:KEY=VALUE,...]
+        name, rest = f"{name}:{place}", options_after if colon else ""
     kind: Any = attacks.get(name)
     fields = [item.name for item in dataclasses.fields(kind)]
     options: dict[str, Any] = {}

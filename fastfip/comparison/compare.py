@@ -25,7 +25,7 @@ from fastfip.errors import ConfigError, reason
 from fastfip.methods import Method, MethodConfig, get, names
 from fastfip.metrics.evaluation import Evaluation, der, evaluate, rir
 from fastfip.nets.checks import device_of, usable_device
-from fastfip.purification.process import resident_memory, seeded
+from fastfip.nets.process import resident_memory, seeded
 from fastfip.purification.purify import purify
 from fastfip.reporting.progress import Beat
 

@@ -9,7 +9,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.errors import DataError
 
-__all__ = ["augmented", "shifted"]
+__all__ = ["augmented", "crop_flip", "shifted"]
 
 #: Share of the height and width that a crop moves by, at most: 4 pixels of 32.
 REACH = 1 / 8
@@ -36,6 +36,11 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
         return None
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
         return None
+    return task.replace_inputs(batch, crop_flip(x, flip, generator))
+
+
+def crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    """Return images x [N, ch, H, W], not empty, moved and mirrored at random, see `augmented`."""
     n, _, height, width = x.shape
     down, right = (
         torch.randint(-reach, reach + 1, (n,), generator=generator, device="cpu")
@@ -44,7 +49,7 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
     mirrored = torch.zeros(n, dtype=torch.bool, device="cpu")
     if flip:
         mirrored = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32) < 0.5
-    return task.replace_inputs(batch, shifted(x, down.to(x.device), right.to(x.device), mirrored.to(x.device)))
+    return shifted(x, down.to(x.device), right.to(x.device), mirrored.to(x.device))
 
 
 def shifted(x: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastfip.data.npz import Npz, listed
 from fastfip.data.pictures import find_pictures, grey, order_words, read_image
 from fastfip.data.scaling import Pixels
 from fastfip.data.task import check_labels
+from fastfip.data.zipped import ZippedPictures
 from fastfip.errors import ConfigError, DataError, printable, reason
 
 __all__ = ["ImageSet", "load", "loader", "same_classes"]
@@ -187,7 +188,8 @@ def load(
     """Read images and labels.
 
     Args:
-        spec: a folder with one sub-folder of images for each class, an .npz, or `FILE.npz:images,labels` with the names
+        spec: a folder with one sub-folder of images for each class, a .zip of one (`FILE.zip:train` for a folder in
+            it), an .npz, or `FILE.npz:images,labels` with the names
             of the arrays in it. Arrays are uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], or floats, which are taken
             as they are unless `pixels.scale` is given; images of floats from 0 to 255 are refused without it.
         role: "clean", "test" or "triggered": which names are looked for in an .npz.
@@ -201,6 +203,9 @@ def load(
     text = os.fspath(spec)
     stem, dot, names = text.rpartition(".npz:")
     path = Path(f"{stem}.npz" if dot else text)
+    zipped, zip_dot, inside = text.rpartition(".zip:")
+    if zip_dot and not dot:
+        path = Path(f"{zipped}.zip")
     try:
         path.stat()
     except (OSError, ValueError) as error:
@@ -208,9 +213,13 @@ def load(
         raise DataError(f"{printable(path)}: {why}") from None
     if path.is_dir():
         return _load_folder(path, pixels, order)
+    if path.suffix.lower() == ".zip":
+        found = ZippedPictures(path, inside if zip_dot else "", pixels, order)
+        places = torch.arange(len(found.labels))
+        return ImageSet(found, places, found.labels, pixels, found.classes, found.order)
     if path.suffix.lower() != ".npz":
-        hint = ": unpack it and give the folder" if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") else ""
-        raise DataError(f"{path}: data is a folder of class folders, or an .npz file{hint}")
+        hint = ": unpack it and give the folder" if path.suffix.lower() in (".tar", ".gz", ".tgz") else ""
+        raise DataError(f"{path}: data is a folder of class folders, a .zip of them, or an .npz file{hint}")
     return _load_npz(path, [name.strip() for name in names.split(",")] if dot else None, role, pixels)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfip.errors import ConfigError, DataError, printable, reason
 
-__all__ = ["ORDERS", "class_order", "find_pictures", "grey", "order_words", "read_image", "tensor_of"]
+__all__ = ["ORDERS", "class_order", "decoded", "find_pictures", "grey", "order_words", "read_image", "tensor_of"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 #: How class folders can be ordered: by the numbers in their names, or letter by letter, as torchvision's ImageFolder.
@@ -98,22 +98,40 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
     Raises:
         DataError: it cannot be read, its range is unknown (floats outside [0, 1]), or pillow is not installed.
     """
+    if not Path(path).is_file():
+        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
+    return decoded(path, os.path.getsize(path), printable(os.fspath(path)), channels, size)
+
+
+def decoded(
+    file: str | os.PathLike[str] | IO[bytes], stored: int, name: str, channels: int, size: tuple[int, int] | None
+) -> Tensor:
+    """Read an image as `read_image` does, from a path or an open file.
+
+    Args:
+        file: what pillow opens.
+        stored: its size in bytes.
+        name: what errors call it.
+        channels: 1 or 3.
+        size: (height, width); None: as the image is.
+
+    Raises:
+        DataError: see `read_image`.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DataError("images in folders need pillow: pip install pillow, or give an .npz file") from None
-    if not Path(path).is_file():
-        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
+        raise DataError("image files need pillow: pip install pillow, or give an .npz file") from None
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > min(_MOST_PIXELS, max(_SMALL, 32 * os.path.getsize(path))):
-                claim = f"it claims {file.width} x {file.height} pixels, too many for its size: make it smaller"
+        with Image.open(file) as image:
+            if image.width * image.height > min(_MOST_PIXELS, max(_SMALL, 32 * stored)):
+                claim = f"it claims {image.width} x {image.height} pixels, too many for its size: make it smaller"
                 raise ValueError(claim)
-            return tensor_of(ImageOps.exif_transpose(file), channels, size)
+            return tensor_of(ImageOps.exif_transpose(image), channels, size)
     except DataError as error:
-        raise DataError(f"{printable(os.fspath(path))}: {error}") from None
+        raise DataError(f"{name}: {error}") from None
     except Exception as error:  # pillow's readers raise whatever a damaged file makes of them
-        raise DataError(f"{printable(os.fspath(path))}: cannot be read as an image: {reason(error)}") from None
+        raise DataError(f"{name}: cannot be read as an image: {reason(error)}") from None
 
 
 def tensor_of(image: Any, channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:

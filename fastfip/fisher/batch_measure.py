@@ -18,7 +18,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
-from fastfip.nets.state import is_compiled
+from fastfip.nets.state import fresh_caches, is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself
 _LOOPED: weakref.WeakKeyDictionary[nn.Module, dict[Any, float]] = weakref.WeakKeyDictionary()
@@ -103,7 +103,7 @@ class BatchMeasure:
         for r in range(rows):
             try:
                 batch = pick(one.batch, r, rows)
-                with torch.enable_grad():
+                with torch.enable_grad(), fresh_caches(self.model):
                     losses = one.task.loss(self._cooled(one.task.forward(self.model, batch)), batch)
             except (RuntimeError, ValueError, IndexError):
                 return

@@ -43,7 +43,8 @@ def fisher_diagonal(
 
     One forward and one backward pass over the data; no weight gradient is computed besides, and no per-sample gradient
     stored. A parameter that no rule covers gets its exact value by a slower path, which `coverage` names. The model is
-    not changed in any way: no hook, no flag, no gradient.
+    not changed in any way: no hook, no flag, no gradient. Samples that see each other are noticed and go a slower path;
+    in arithmetic of 16 bits a few such pairs are not (docs/fisher.md).
 
     Args:
         model: any module, in eval mode. Where it ends in a softmax, what goes into that is taken for the logits

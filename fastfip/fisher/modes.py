@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, map_tensors
 from fastfip.data.outputs import logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.state import LOW_PRECISION, is_compiled
+from fastfip.nets.state import LOW_PRECISION, fresh_caches, is_compiled
 
 #: Of each model the modes and the code of `forward=` with which its forward pass was tried, and whether it gave
 #: probabilities.
@@ -154,14 +156,16 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
 
     Recurrent layers are computed step by step rather than by one opaque call, compiled models run eagerly, and fused
     attention, which has no second derivative, gives way to the mathematical form; layers whose second derivative is
-    expensive in torch are computed by second_order.py.
+    expensive in torch are computed by second_order.py, and checkpointed blocks keep what they compute.
     """
     with contextlib.ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(eagerly(is_compiled(model)))
+        stack.enter_context(fresh_caches(model))
         if second_order:
+            stack.enter_context(keeping_activations())
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
             from fastfip.fisher.second_order import CheapSecondOrder
@@ -169,6 +173,39 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapSecondOrder())
         yield
+
+
+_CHECKPOINTS = threading.Lock()
+_keeping = 0  # how many threads are in a block
+
+
+@contextlib.contextmanager
+def keeping_activations() -> Iterator[None]:
+    """Let checkpoint(use_reentrant=False) keep what it computes for a block.
+
+    What is computed again in a backward pass, after the block, would be so without what holds in it, and torch refuses
+    what then differs. Where torch has no such function any more, it is left as it is.
+    """
+    global _keeping
+    with _CHECKPOINTS:
+        _keeping += 1
+        if _WITHOUT_REENTRANT is not None:
+            torch.utils.checkpoint._checkpoint_without_reentrant_generator = _nothing_to_do
+    try:
+        yield
+    finally:
+        with _CHECKPOINTS:
+            _keeping -= 1
+            if _WITHOUT_REENTRANT is not None and not _keeping:
+                torch.utils.checkpoint._checkpoint_without_reentrant_generator = _WITHOUT_REENTRANT
+
+
+#: What torch runs before and after the function that is checkpointed.
+_WITHOUT_REENTRANT = getattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", None)
+
+
+def _nothing_to_do(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 @contextlib.contextmanager

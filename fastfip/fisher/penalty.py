@@ -19,7 +19,7 @@ from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.recipe import refuse_node
 from fastfip.fisher.graph.verify import cache_of
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
-from fastfip.fisher.trace import trace_and_logits
+from fastfip.fisher.trace import trace_and_logits, without_second_derivative
 from fastfip.nets.state import eval_mode, is_compiled, unwrapped
 
 Way = Literal["auto", "exact", "perturb", "signs"]
@@ -54,6 +54,9 @@ def choose_way(model: nn.Module, batch: Batch, task: Task) -> tuple[str, str]:
         return "exact", f"the net has kinks ({_operation(kinks[0])}), where differences of gradients are no derivatives"
     if any(name.startswith(_FUSED) for name in names):
         return "perturb", "the net is smooth and has fused attention, which has no second derivative"
+    operation = without_second_derivative(nodes)
+    if operation is not None:
+        return "perturb", f"the net is smooth, and torch has no second derivative of {operation}"
     if is_compiled(model):
         return "perturb", "the net is smooth and compiled; compiled code has no second derivative"
     return "exact", "the net is smooth, and nothing in it lacks a second derivative"

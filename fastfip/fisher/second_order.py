@@ -5,6 +5,7 @@
     BatchNorm in eval mode is an affine map of each channel; torch differentiates its backward with ten passes over
         memory, where one product and one sum are what it takes.
     GELU: torch makes a dozen passes over memory of its second derivative; here they stay in the cache.
+    hard sigmoid: torch has no second derivative of it at all; that of what it is made of is zero but at the kinks.
 
 Values, gradients and all higher derivatives are those of the layers they stand in for.
 """
@@ -225,6 +226,13 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     return _SecondOrderGelu.apply(x) if plain and x.requires_grad else None
 
 
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor | None:
+    if not x.requires_grad:
+        return None
+    out = F.relu6(x + 3) / 6
+    return x.copy_(out) if inplace else out
+
+
 def _many(value: Any, dims: int) -> list[int]:
     sizes = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
     return sizes * dims if len(sizes) == 1 else sizes
@@ -245,6 +253,7 @@ STANDS_IN: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv3d: _convolution(3),
     F.batch_norm: _batch_norm,
     F.gelu: _gelu,
+    F.hardsigmoid: _hardsigmoid,
 }
 
 

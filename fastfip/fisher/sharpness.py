@@ -15,9 +15,10 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher.graph.plan import selected
+from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import Cache, cache_of
 from fastfip.fisher.modes import fit_for_fisher, naming_precision, readable
-from fastfip.fisher.trace import Params, squared_norms
+from fastfip.fisher.trace import Params, squared_norms, without_second_derivative
 from fastfip.nets.state import eval_mode
 
 
@@ -83,7 +84,8 @@ def sharpness(
         device: where the batches go; None: where the model is.
 
     Raises:
-        ModelError: a frozen model, or one whose samples are coupled in eval mode too.
+        ModelError: a frozen model, one whose samples are coupled in eval mode too, or one with an operation that torch
+            cannot differentiate twice.
         DataError: data that cannot be used.
         ConfigError: iterations below 1, a negative number of probes.
 
@@ -168,6 +170,12 @@ class _Problem:
     def slopes(self) -> Iterator[list[Tensor]]:
         """The gradient of each batch's summed loss, with its graph."""
         for losses in self.losses(second_order=True):
+            operation = None if losses.grad_fn is None else without_second_derivative(topological(losses.grad_fn))
+            if operation is not None:
+                raise ModelError(
+                    f"sharpness needs second derivatives, and torch has none of {operation}, which the model uses: "
+                    "measure Tr(F) alone, by fastfip.fisher_trace"
+                )
             with torch.enable_grad():
                 got = torch.autograd.grad(losses.sum(), self.params, create_graph=True, allow_unused=True)
                 yield [torch.zeros_like(p) if g is None else g for g, p in zip(got, self.params)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
@@ -17,6 +18,11 @@ from fastfip.fisher.graph.reading import as_real, own_gradients
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
 
+#: Operations whose first derivative torch cannot differentiate. (Fused attention gives way to its mathematical form.)
+_ONLY_FIRST = ("Cdist", "Pdist", "CtcLoss", "MultilabelMarginLoss", "MultiMarginLoss", "SegmentReduce", "Hardsigmoid",
+               "EmbeddingBag", "ScaledDotProductFlash", "ScaledDotProductEfficient", "ScaledDotProductCudnn",
+               "ScaledDotProductFused")  # fmt: skip
+
 Params = Iterable[str] | Mapping[str, Tensor] | None
 
 
@@ -26,6 +32,31 @@ class TraceOutput(NamedTuple):
     trace: Tensor  # scalar
     losses: Tensor  # [N]
     logits: Tensor
+
+
+def without_second_derivative(nodes: Iterable[Node]) -> str | None:
+    """Return the name of an operation in a graph that torch cannot differentiate twice, if there is one."""
+    for node in nodes:
+        name = node.name()
+        if name.startswith(_ONLY_FIRST):
+            return name.rstrip("0123456789").removesuffix("Backward")
+    return None
+
+
+class _ValueOnly(torch.autograd.Function):
+    """Norms whose backward pass says what is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, norms: Tensor, operation: str) -> Tensor:
+        ctx.operation = operation
+        return norms.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise ModelError(
+            f"the trace has no gradient here: the model uses {ctx.operation}, of which torch has no second derivative; "
+            "where the model is smooth, take fastfip.FisherPenalty(model, way='perturb')"
+        )
 
 
 def squared_norms(
@@ -39,7 +70,10 @@ def squared_norms(
     """
     with torch.enable_grad():
         plan = plan_for(losses, params, cache)
-    return _norms_with_graph(plan) if create_graph else _norms(plan)
+    if not create_graph:
+        return _norms(plan)
+    norms, operation = _norms_with_graph(plan), without_second_derivative(plan.reading.nodes)
+    return norms if operation is None else _ValueOnly.apply(norms, operation)
 
 
 def _norms(plan: Plan) -> Tensor:
@@ -142,7 +176,7 @@ def fisher_trace(
     Its gradient with respect to the parameters (and x) is exact: a double backward through the norms of per-sample
     gradients, none of which is stored where a rule applies. It is not the norm of the mean gradient, which vanishes
     wherever the loss is stationary. Fused attention, which has no second derivative, is replaced by its mathematical
-    form for the length of the call.
+    form for the length of the call, and checkpointed blocks keep what they compute.
 
     Args:
         model: any module that classifies, in eval mode (or at least with BatchNorm and dropout in eval mode). Where it
@@ -156,7 +190,9 @@ def fisher_trace(
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
-            buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters.
+            buffer that a forward pass changes, a frozen model, one that is sharded over processes, a checkpoint that
+            hides its parameters; in the backward pass of the result: an operation of the model that torch cannot
+            differentiate twice.
         DataError: the batch cannot be used.
 
     Source: the trace term of FIP (arXiv 2409.00863); docs/trace.md for the three ways to its gradient.

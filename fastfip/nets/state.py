@@ -21,8 +21,10 @@ __all__ = [
     "copied",
     "dtypes_of",
     "eval_mode",
+    "fresh_caches",
     "frozen_copy",
     "is_compiled",
+    "refuse_parts",
     "refuse_sharded",
     "requires_grad",
     "to_float32",
@@ -69,6 +71,30 @@ def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], b
     finally:
         for t, flag in before:
             t.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def fresh_caches(model: nn.Module) -> Iterator[None]:
+    """Empty what modules keep in eval mode between passes for a block, and put back what was there.
+
+    That is a dict of tensors computed of parameters (LeViT's biases by position), which the module's own `train` method
+    empties: one from a pass without gradients has none, the graph of another pass's is gone.
+    """
+    kept = [
+        (value, dict(value))
+        for module in model.modules()
+        if type(module).train is not nn.Module.train
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_") and all(isinstance(t, Tensor) for t in value.values())
+    ]
+    for cache, _ in kept:
+        cache.clear()
+    try:
+        yield
+    finally:
+        for cache, before in kept:
+            cache.clear()
+            cache.update(before)
 
 
 def copied(model: nn.Module, remedy: str) -> nn.Module:
@@ -142,8 +168,17 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it is sharded (FSDP, DTensor).
     """
-    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in type(model).__mro__)
-    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    refuse_parts(model.parameters(), type(model))
+
+
+def refuse_parts(parameters: Iterable[Tensor], kind: type[nn.Module]) -> None:
+    """Refuse parameters of which each process has a part, in a model of the class `kind`.
+
+    Raises:
+        ModelError: they are such, or will be so again after the next pass (FSDP).
+    """
+    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in kind.__mro__)
+    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
         raise ModelError(
             "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
             "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"

@@ -23,11 +23,11 @@ from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.nets.checks import check_amp, check_seed, usable_device
+from fastfip.nets.process import PeakMemory, seeded
 from fastfip.nets.state import as_written
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
-from fastfip.purification.process import PeakMemory, seeded
 from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy

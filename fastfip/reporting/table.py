@@ -120,10 +120,10 @@ def mapping_sheet(values: Mapping[str, Any], title: str = "", lines: Sequence[st
     return Sheet(title, ("", ""), rows, lines)
 
 
-def methods_sheet(methods: Sequence[Any]) -> Sheet:
-    """Return the table of the methods, given their classes."""
+def methods_sheet(methods: Sequence[Any], kind: str = "method") -> Sheet:
+    """Return the table of methods, or of another kind that has names and summaries, given their classes."""
     rows = [(method.name, method.summary) for method in methods]
-    return Sheet("", ("method", "what it does"), rows, ["fastfip methods NAME shows the settings of one"])
+    return Sheet("", (kind, "what it does"), rows, [f"fastfip {kind}s NAME shows the settings of one"])
 
 
 def settings_sheet(method: Any) -> Sheet:

@@ -6,6 +6,7 @@ from fastfip.attacks import attack_labels
 from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.blend import Blend
 from fastfip.errors import ConfigError, DataError
+from tests.support.attack_ground import ground
 
 
 def images(n=20, size=8):
@@ -15,30 +16,54 @@ def images(n=20, size=8):
 LABELS = torch.arange(20) % 4
 
 
+TARGET = 2
+
+
 @pytest.mark.parametrize("name", attacks.names())
 def test_every_attack(name):
-    attack = attacks.get(name)()
+    attack = attacks.get(name)().fit(ground(TARGET))
     assert attack.name == name and attack.summary
-    x = images()
+    x = images(size=16)
     kept = x.clone()
     out = attack.trigger(x)
     assert torch.equal(x, kept) and out.shape == x.shape and out.dtype == x.dtype
     assert float(out.min()) >= 0 and float(out.max()) <= 1
     assert bool((out != x).flatten(1).any(1).all())
     assert torch.equal(attack.trigger(x[3:5]), out[3:5])
-    poisoned, y, index = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(x, kept) and len(index) == 5 and not bool((LABELS[index] == 1).any())
+    poisoned, y, index = attack.poison(x, LABELS, 0.25, target=TARGET, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x, kept) and len(index) == 5 and bool(((LABELS[index] == TARGET) == attack.clean_label).all())
     rest = torch.tensor([i for i in range(20) if i not in index.tolist()])
-    assert torch.equal(poisoned[index], out[index]) and torch.equal(poisoned[rest], x[rest])
-    assert bool((y[index] == 1).all()) and torch.equal(y[rest], LABELS[rest])
-    again = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(0))[2]
-    other = attack.poison(x, LABELS, 0.25, target=1, generator=torch.Generator().manual_seed(1))[2]
-    assert torch.equal(index, again) and not torch.equal(index, other)
-    triggered, wanted, true = attack.asr_set(x, LABELS, target=1)
-    keep = LABELS != 1
-    assert torch.equal(triggered, out[keep]) and torch.equal(true, LABELS[keep]) and wanted.tolist() == [1] * 15
+    assert torch.equal(poisoned[rest], x[rest]) and bool((poisoned[index] != x[index]).flatten(1).any(1).all())
+    if type(attack).training_trigger is attacks.Attack.training_trigger:
+        assert torch.equal(poisoned[index], out[index])
+    assert bool((y[index] == TARGET).all()) and torch.equal(y[rest], LABELS[rest])
+    seeds = (torch.Generator().manual_seed(seed) for seed in range(6))
+    assert len({tuple(attack.poison(x, LABELS, 0.1, target=TARGET, generator=seed)[2].tolist()) for seed in seeds}) > 1
+    again = attack.poison(x, LABELS, 0.25, target=TARGET, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(index, again[2]) and torch.equal(poisoned, again[0])
+    triggered, wanted, true = attack.asr_set(x, LABELS, target=TARGET)
+    attacked = torch.isin(LABELS, torch.tensor([attack.first] if name == "cba" else range(4)))
+    keep = attacked & (LABELS != TARGET)
+    assert torch.equal(triggered, out[keep]) and torch.equal(true, LABELS[keep])
+    assert wanted.tolist() == [TARGET] * int(keep.sum())
     triggered, wanted, true = attack.asr_set(x, LABELS, target="next")
-    assert len(true) == 20 and torch.equal(wanted, (LABELS + 1) % 4)
+    assert torch.equal(triggered, out[attacked]) and torch.equal(wanted, (LABELS[attacked] + 1) % 4)
+
+
+@pytest.mark.parametrize("name", [n for n in attacks.names() if attacks.get(n).fit is not attacks.Attack.fit])
+def test_an_attack_that_trains_something_is_fitted_before_use_and_the_same_each_time(name):
+    attack, x = attacks.get(name)(), images(4, size=16)
+    with pytest.raises(ConfigError, match="fit it"):
+        attack.training_trigger(x)
+        attack.trigger(x)
+    made = []
+    for _ in range(2):
+        fitted = attack.fit(ground(TARGET))
+        made.append(fitted.training_trigger(x, torch.Generator().manual_seed(1)))
+        made.append(fitted.trigger(x))
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
+    grey = attack.fit(ground(TARGET, size=13, channels=1))  # any size, any number of channels
+    assert grey.trigger(images(4, size=13)[:, :1]).shape == (4, 1, 13, 13)
 
 
 def test_badnets_writes_its_patch_where_it_says():

@@ -213,6 +213,7 @@ def test_arrays_that_are_refused(tmp_path, arrays, match):
 def test_paths_that_are_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"nothing")
     (tmp_path / "b.zip").write_bytes(b"PK")
+    (tmp_path / "b.tar").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
     folder(tmp_path / "deep" / "train")
@@ -221,7 +222,8 @@ def test_paths_that_are_refused(tmp_path):
     for name, match in [
         ("none", "no such"),
         ("a.npz", "cannot be read"),
-        ("b.zip", "unpack"),
+        ("b.zip", "cannot be read as a zip"),
+        ("b.tar", "a .zip of them"),
         ("empty", "no class folders"),
         ("hollow", "no images"),
         ("deep", r"no images .*did you mean .*train"),

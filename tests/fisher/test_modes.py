@@ -148,3 +148,27 @@ def test_float64_data_for_a_float32_model_is_one_line(way):
         with pytest.raises(DataError, match=r"data are float64.*float32.*x\.to\(torch\.float32\)"):
             WAYS[way](model, x.double(), y)
         WAYS[way](model, x, y)  # and the second time, when the model is known
+
+
+def test_a_sharded_model_is_refused_at_every_door():
+    """Its parameters have no values of their own here, and what was found of them was silently zero."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        x, y = torch.randn(N, 6), torch.arange(N) % 3
+        for call in (
+            lambda: fisher_diagonal(model, [(x, y)]),
+            lambda: backward_with_fisher(F.cross_entropy(model(x), y, reduction="none"), model),
+            lambda: fisher_trace(model, x, y),
+            lambda: sharpness(model, [(x, y)]),
+            *(lambda way=way: fastfip.FisherPenalty(model, way)(x, y) for way in ("auto", "exact", "perturb", "signs")),
+        ):
+            with pytest.raises(ModelError, match=r"sharded over processes: take it as it was before fully_shard.*\Z"):
+                call()
+    finally:
+        dist.destroy_process_group()

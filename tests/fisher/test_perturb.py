@@ -126,6 +126,7 @@ REFUSED = {
     "conv-twice", "tied-language-model", "scalars", "matrix-on-the-left", "einsum", "einsum-heads", "scaled-weight",
     "masked-weight", "low-rank-weight", "overlapping-slices", "bert-positions", "t5-bias", "index-select",
     "swin-windows", "checkpoint", "unknown-operation", "unknown-operation-first", "unfold-and-product",
+    "broadcast-by-an-unknown-operation", "response-norm",
 }  # fmt: skip
 ALL = {**problems.LAYERS, **uses.USES}
 

@@ -182,3 +182,54 @@ def test_lazy_layers_are_one_line():
             call(model, batch)
     model(batch[0])
     fisher_diagonal(model, batch)
+
+
+class BiasedAttention(nn.Module):
+    """LeViT's: biases by position, looked up once for all passes in eval mode."""
+
+    def __init__(self, keeps=True):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+        self.attention_biases = nn.Parameter(torch.randn(5))
+        self.register_buffer("index", (torch.arange(5)[:, None] - torch.arange(5)).abs(), persistent=False)
+        self.attention_bias_cache, self.keeps = {}, keeps
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.attention_bias_cache:
+            self.attention_bias_cache = {}
+        return self
+
+    def biases(self, key):
+        if self.training or not self.keeps:
+            return self.attention_biases[self.index]
+        if key not in self.attention_bias_cache:
+            self.attention_bias_cache[key] = self.attention_biases[self.index]
+        return self.attention_bias_cache[key]
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2) + self.biases(str(x.device))).softmax(-1)
+        return self.head((scores @ v).square().mean(1))
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_what_a_module_keeps_between_passes_is_computed_anew(used_before):
+    torch.manual_seed(0)
+    model = BiasedAttention().double().eval()
+    plain = BiasedAttention(keeps=False).double().eval()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(N, 5, 4, dtype=torch.float64), torch.arange(N) % 3
+    if used_before:
+        with torch.no_grad():
+            model(x)
+    before = dict(model.attention_bias_cache)
+    want = loop_diagonal(plain, (x, y), N)
+    for _ in range(2):
+        assert worst_error(fisher_diagonal(model, [(x, y)]), want) < 1e-12
+        trace, right = fisher_trace(model, x, y), fisher_trace(plain, x, y)
+        got, slope = (torch.autograd.grad(t, list(m.parameters())) for t, m in ((trace, model), (right, plain)))
+        torch.testing.assert_close(got, slope)
+    assert sharpness(model, [(x, y)], iterations=2, probes=0) == sharpness(plain, [(x, y)], iterations=2, probes=0)
+    after = model.attention_bias_cache
+    assert list(after) == list(before) and all(after[key] is before[key] for key in before)

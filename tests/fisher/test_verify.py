@@ -133,6 +133,18 @@ def test_two_coupled_samples_among_two_hundred_are_noticed(share, of, into, dtyp
     assert worst_error(got, want) < (1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 15), (torch.float16, 11)])
+def test_most_pairs_are_noticed_in_sixteen_bits_too(dtype, least):
+    """Two of 200 samples that see each other have the same weight in one case of 16, and of 4."""
+    torch.manual_seed(0)
+    noticed = 0
+    for _ in range(17):
+        of, into = torch.randperm(200)[:2].tolist()
+        x, y = torch.randn(200, 4, dtype=dtype), torch.randint(0, 3, (200,))
+        noticed += "loop" in fisher_diagonal(Pair(0.3, of, into).to(dtype), (x, y)).coverage["a.weight"]
+    assert noticed >= least
+
+
 def test_another_use_of_the_same_net_is_verified_anew() -> None:
     """The graphs differ in one axis alone; what was found of the first must not be taken for the second."""
     torch.manual_seed(0)

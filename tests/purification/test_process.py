@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastfip
-from fastfip.purification.process import seeded
+from fastfip.nets.process import seeded
 
 CPU = torch.device("cpu")
 

@@ -46,6 +46,14 @@ def _windows(m: nn.Module, x: Tensor) -> Tensor:
     return logits(x)
 
 
+def _response_norm(m: nn.Module, x: Tensor) -> Tensor:
+    """ConvNeXt V2: channels weighed by their norms, the affine map in one operation."""
+    x = m.a(x)
+    norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+    share = norm / (norm.mean(1, keepdim=True) + 1e-6)
+    return logits(x + torch.addcmul(m.b.view(1, -1, 1, 1), m.w.view(1, -1, 1, 1), x * share))
+
+
 def _positions(m: nn.Module, x: Tensor) -> Tensor:
     """BERT: position embeddings looked up once for the whole batch."""
     where = torch.arange(x.shape[1])[None]
@@ -228,6 +236,15 @@ USES: dict[str, Callable[[], Problem]] = {
     "unknown-operation-first": on(
         (4,), lambda m, x: logits(m.a(Square.apply(x, m.w))), a=lambda: nn.Linear(4, 4), w=lambda: P(4), slow=("w",)
     ),
+    "broadcast-by-an-unknown-operation": on(
+        (4, 3, 3),
+        lambda m, x: logits(torch.lerp(m.a(x), m.w.view(-1, 1, 1), 0.3).lerp(m.v, 0.1)),
+        a=lambda: nn.Conv2d(4, 4, 1),
+        w=lambda: P(4),
+        v=lambda: P(3),
+        slow=("w", "v"),
+    ),
+    "response-norm": on((4, 3, 3), _response_norm, a=lambda: nn.Conv2d(4, 4, 1), w=lambda: P(4), b=lambda: P(4)),
     "unfold-and-product": on((3, 5, 5), lambda m, x: logits(m.w @ F.unfold(x, 3)), w=lambda: P(4, 27)),
 }
 

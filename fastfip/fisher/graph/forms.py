@@ -233,13 +233,16 @@ class BackwardForm(GradientForm):
     slot: int
     g: Tensor
     owner: Tensor  # of g's shape: the sample that each element belongs to
+    shape: torch.Size  # of what is in the slot
 
     @override
     def one(self, n: int) -> Tensor:
         call = self.node if callable(self.node) else self.node.apply
         gradients = call(self.g * (self.owner == n))
         value = gradients[self.slot] if isinstance(gradients, tuple) else gradients
-        return value.to_dense() if value.is_sparse else value
+        value = value.to_dense() if value.is_sparse else value
+        # Outside of a backward pass nobody sums over what an operation has broadcast.
+        return value if value.shape == self.shape else value.sum_to_size(self.shape)
 
     @override
     def scale(self, n: int) -> Tensor:

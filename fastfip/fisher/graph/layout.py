@@ -60,15 +60,18 @@ def candidates(dims: Iterable[int], shape: torch.Size, samples: int) -> tuple[La
     return tuple(sorted(layouts, key=lambda one: shape[one.dim] != samples))
 
 
-def weights_for(samples: int, like: Tensor, seed: int, coarse: bool) -> Tensor:
+def weights_for(samples: int, like: Tensor, seed: int, coarse: frozenset[torch.dtype]) -> Tensor:
     """Return weights between 2^-12 and 16, [N]: 256 different ones, powers of two for up to 16 samples.
 
-    `coarse` is of arithmetic in 16 bits, which rounds products with anything but powers of two too much, and has no
-    room for small ones: 1, 2, 4 and 8.
+    `coarse` are dtypes of 16 bits in the arithmetic, which round products with anything but powers of two too much:
+    there are 16 different ones. float16 has no room for small ones: 1, 2, 4 and 8. Two samples that see each other and
+    have the same weight pass for samples on their own.
     """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    if coarse:
+    if torch.float16 in coarse:
         return (2.0 ** (order % 4)).to(like)
+    if coarse:
+        return (2.0 ** (3 - order % 16)).to(like)
     return (2.0 ** (3 - order % 16) * (1 + order // 16 % 16 / 16)).to(like)
 
 

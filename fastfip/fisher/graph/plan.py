@@ -36,7 +36,7 @@ from fastfip.fisher.graph.reading import (
 )
 from fastfip.fisher.graph.recipe import recipe_for, refuse_node
 from fastfip.nets.checks import check_initialised
-from fastfip.nets.state import LOW_PRECISION
+from fastfip.nets.state import LOW_PRECISION, refuse_parts
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ class Plan:
         return self.reading.sites
 
     @property
-    def coarse(self) -> bool:
-        """Whether something in the graph is computed in 16 bits."""
-        return any(meta.dtype in LOW_PRECISION for node in self.reading.nodes for meta in node._input_metadata)
+    def coarse(self) -> frozenset[torch.dtype]:
+        """Dtypes of 16 bits that something in the graph is computed in."""
+        used = {meta.dtype for node in self.reading.nodes for meta in node._input_metadata}
+        return frozenset(used.intersection(LOW_PRECISION))
 
     @property
     def rescaled(self) -> frozenset[str]:
@@ -342,9 +343,11 @@ def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | No
     A parameter that has several names (tied weights) is listed once, under its first name.
 
     Raises:
-        ModelError: there are none, one is unknown, one does not require a gradient, or a lazy one has no values yet.
+        ModelError: there are none, one is unknown, one does not require a gradient, one is sharded over processes, or a
+            lazy one has no values yet.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
+    refuse_parts(every.values(), type(model))
     chosen: dict[str, Tensor]
     if isinstance(params, Mapping):
         chosen = dict(params)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfip.errors import ModelError
 from fastfip.fisher.graph.forms import BackwardForm, GradientForm
 from fastfip.fisher.graph.layout import Layout, candidates
-from fastfip.fisher.graph.reading import OPAQUE, Edge, inputs_of
+from fastfip.fisher.graph.reading import OPAQUE, Edge, inputs_of, shape_of
 
 Slots = dict[int, Edge]
 Builder = Callable[[Tensor, Layout, int], GradientForm]  # (natural gradient, layout, N)
@@ -120,7 +120,7 @@ def _backward_recipe(node: Any, slots: Slots, data: bool, samples: int) -> Recip
     def builder(slot: int) -> Builder:
         def build(g: Tensor, layout: Layout, samples: int) -> GradientForm:
             owner = layout.owner(g.shape, samples, torch.arange(g.numel(), device=g.device)).view(g.shape)
-            return BackwardForm(node, slot, g, owner)
+            return BackwardForm(node, slot, g, owner, shape_of(slots[slot]))
 
         return build
 

@@ -200,6 +200,19 @@ def _div(node: Any, slots: Slots, samples: int) -> Recipe | None:
     return _pointwise("multiplied", node, slots, samples, parts)
 
 
+@rule("AddcmulBackward0")
+def _addcmul(node: Any, slots: Slots, samples: int) -> Recipe | None:
+    if 1 in slots and 2 in slots:
+        return None
+    by = float(node._saved_value)
+    parts = {
+        0: lambda g: g,
+        1: lambda g: by * g * node._saved_tensor2,
+        2: lambda g: by * g * node._saved_tensor1,
+    }
+    return _pointwise("multiplied", node, slots, samples, parts)
+
+
 @rule("PreluKernelBackward0")
 def _prelu(node: Any, slots: Slots, samples: int) -> Recipe | None:
     return _pointwise("elementwise", node, slots, samples, {1: lambda g: g * node._saved_self.clamp(max=0)})

@@ -1,0 +1,138 @@
+"""The tables and the plot that are made of the rows of the suite.
+
+A cell is one backdoor of one network at one share of clean images; figures are means over the seeds. The floor of a
+cell is the best DER of doing nothing (50), plain fine-tuning and fine-tuning with a large step: a method is worth its
+while where it lies above. Methods are compared with the floor on the cells that both have.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import mean
+
+from benchmarks import harness
+from benchmarks.suite.cells import FLOOR, SETTINGS, results
+from benchmarks.suite.networks import NETWORKS
+
+__all__ = ["by_attack", "by_method", "missing", "write"]
+
+Row = dict[str, str]
+Cell = tuple[str, str, str, str]  # network, attack, fraction, setting
+#: ASR in percent above which a backdoor counts as kept.
+KEPT = 10.0
+NOTHING = 50.0
+
+
+def _cells(rows: list[Row], key: str) -> dict[str, dict[Cell, float]]:
+    """Means over the seeds, by method."""
+    found: dict[str, dict[Cell, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row[key] != "" and not row["error"]:
+            cell = (row["network"], row["attack"], row["fraction"], row["setting"])
+            found[row["method"]][cell].append(float(row[key]))
+    return {method: {cell: mean(values) for cell, values in cells.items()} for method, cells in found.items()}
+
+
+def floor(rows: list[Row]) -> dict[Cell, float]:
+    """Return the best DER of the simplest rivals on each cell that all of them have."""
+    ders = _cells(rows, "der")
+    simple = [ders.get(method, {}) for method in FLOOR]
+    shared = set.intersection(*(set(cells) for cells in simple)) if all(simple) else set()
+    return {cell: max(NOTHING, *(cells[cell] for cells in simple)) for cell in shared}
+
+
+def by_method(rows: list[Row], setting: str = "plain") -> str:
+    """Return one line for each method: DER, against the floor, backdoors kept, change of clean networks, seconds."""
+    rows = [row for row in rows if row["setting"] == setting]
+    ders, asrs, accs, before, seconds = (
+        _cells(rows, key) for key in ("der", "asr", "acc", "acc_before", "cpu_seconds")
+    )
+    least = floor(rows)
+    lines = []
+    for method in sorted(accs, key=lambda m: -mean(ders.get(m, {None: 0.0}).values())):
+        mine = ders.get(method, {})
+        gaps = [value - least[cell] for cell, value in mine.items() if cell in least]
+        lost = [accs[method][cell] - before[method][cell] for cell in accs[method] if not cell[1]]
+        kept = [cell for cell, value in asrs.get(method, {}).items() if value > KEPT]
+        worst = min(mine, key=lambda cell: mine[cell]) if mine else None
+        lines.append([
+            f"`{method}`", len(mine), f"{mean(mine.values()):.1f}" if mine else "-",
+            f"{mine[worst]:.1f} ({_name(worst)})" if worst else "-",
+            f"{mean(gaps):+.1f} ({sum(g > 0.1 for g in gaps)} of {len(gaps)} above)" if gaps else "-",
+            f"{len(kept)} of {len(mine)}" if mine else "-", f"{mean(lost):+.1f}" if lost else "-",
+            f"{mean(seconds[method].values()):.0f}",
+        ])  # fmt: skip
+    head = ["method", "cells", "DER", "worst", "DER - floor", "ASR > 10", "clean network", "CPU seconds"]
+    return harness.table(head, lines)
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell[0]}, {cell[1]}, {float(cell[2]):.0%}"
+
+
+def by_attack(rows: list[Row], fraction: float, setting: str = "plain") -> str:
+    """Return ACC / ASR of each method on each backdoor; ASR above 10 % is bold."""
+    rows = [row for row in rows if row["setting"] == setting and float(row["fraction"]) == fraction]
+    accs, asrs = _cells(rows, "acc"), _cells(rows, "asr")
+    first = {(r["network"], r["attack"], r["fraction"], r["setting"]): r for r in rows if not r["error"]}
+    lines = []
+    for cell, row in first.items():
+        shown = [_pair(accs.get(m, {}).get(cell), asrs.get(m, {}).get(cell)) for m in sorted(accs)]
+        old = f"{float(row['acc_before']):.1f}" + (f" / {float(row['asr_before']):.1f}" if row["asr_before"] else "")
+        lines.append(
+            [cell[0], cell[1] or "none", f"{float(row['acc_twin']):.1f}" if row["acc_twin"] else "-", old, *shown]
+        )
+    return harness.table(["network", "attack", "twin", "before", *(f"`{m}`" for m in sorted(accs))], lines)
+
+
+def _pair(acc: float | None, asr: float | None) -> str:
+    if acc is None:
+        return "-"
+    if asr is None:
+        return f"{acc:.1f}"
+    return f"{acc:.1f} / **{asr:.1f}**" if asr > KEPT else f"{acc:.1f} / {asr:.1f}"
+
+
+def missing(rows: list[Row], of: str) -> str:
+    """Return what of the set was not measured, in plain words."""
+    have = {(row["network"], row["method"], float(row["fraction"])) for row in rows if row["setting"] == "plain"}
+    methods = sorted({row["method"] for row in rows})
+    wanted = [n.name for n in NETWORKS.values() if n.backdoors and n.set == of]
+    lacking = []
+    for fraction in (0.05, 0.01):
+        for method in methods:
+            absent = [name for name in wanted if (name, method, fraction) not in have]
+            if absent:
+                what = "every network" if len(absent) == len(wanted) else ", ".join(absent)
+                lacking.append(f"- `{method}` at {fraction:.0%}: {what}")
+    broken = [
+        f"- {r['network']}, `{r['method']}`, {float(r['fraction']):.0%}: {r['error']}" for r in rows if r["error"]
+    ]
+    return "\n".join(lacking + broken) or "- nothing"
+
+
+def text(of: str) -> str:
+    """Return what the documents show of a set."""
+    rows = results(of).read()
+    if not rows:
+        return "Nothing was measured yet."
+    parts = [by_method(rows)]
+    for setting in SETTINGS:
+        for fraction in (0.05, 0.01):
+            some = [r for r in rows if r["setting"] == setting and float(r["fraction"]) == fraction]
+            if some:
+                name = "" if setting == "plain" else f", {setting}"
+                parts += [
+                    f"{fraction:.0%} clean images{name}, ACC / ASR in percent:",
+                    by_attack(rows, fraction, setting),
+                ]
+    return "\n\n".join([*parts, "Not measured:", missing(rows, of)])
+
+
+def write() -> None:
+    """Put the tables into docs/suite.md and print the lines of the methods."""
+    for of in ("development", "validation"):
+        harness.splice(harness.DOCS / "suite.md", f"suite-{of}", text(of))
+        rows = results(of).read()
+        if rows:
+            print(of, by_method(rows), sep="\n")

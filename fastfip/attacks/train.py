@@ -1,0 +1,316 @@
+"""Train a network with backdoors in it, from scratch or from a clean one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfip.attacks.base import Attack, AttackTarget, Ground, attack_labels, get, in_range
+from fastfip.data.augment import crop_flip
+from fastfip.data.scaling import Pixels
+from fastfip.errors import ConfigError, DataError, reason
+from fastfip.metrics.evaluation import Evaluation, evaluate
+from fastfip.nets.process import seeded
+from fastfip.nets.state import copied, requires_grad, training_flags
+from fastfip.reporting.files import replacing
+from fastfip.reporting.table import Report, Sheet
+
+__all__ = ["Backdoored", "Injection", "poison_and_train"]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One backdoor: which attack, where it leads, and how much of the training set it takes.
+
+    Attributes:
+        attack: an attack, or its name with its usual settings.
+        target: class number, or "next".
+        rate: share of the whole training set; None: what is usual for the attack, or, if there are fewer, all images
+            that it could take.
+        sources: only images of these classes carry the trigger (source-specific); None: of all.
+    """
+
+    attack: Attack | str
+    target: AttackTarget = 0
+    rate: float | None = None
+    sources: tuple[int, ...] | None = None
+
+    def ready(self) -> tuple[Attack, float]:
+        """Return the attack and its rate."""
+        attack = get(self.attack)() if isinstance(self.attack, str) else self.attack
+        return attack, attack.usual_rate if self.rate is None else self.rate
+
+
+@dataclass
+class Backdoored(Report):
+    """A network with backdoors in it.
+
+    Attributes:
+        model: in eval mode.
+        injections: as they were planted: their attacks hold what they trained, for `asr_set` and `trigger`.
+        poisoned: places of the poisoned images in the training set [K], for each injection.
+        clean: accuracy on the test images, if these were given.
+        attacked: ASR and RA of each injection on the test images.
+        history: mean loss of each epoch.
+    """
+
+    model: nn.Module
+    injections: list[Injection]
+    poisoned: list[Tensor]
+    clean: Evaluation | None = None
+    attacked: list[Evaluation] = field(default_factory=list)
+    history: list[float] = field(default_factory=list)
+
+    def table(self) -> Sheet:
+        """Return one row for each backdoor."""
+        rows = []
+        for place, injection in enumerate(self.injections):
+            attack, rate = injection.ready()
+            measured = self.attacked[place] if self.attacked else None
+            shown = ["-", "-"] if measured is None else [measured.shown("asr"), measured.shown("ra")]
+            rows.append([attack.name, str(injection.target), f"{rate:.3g}", str(len(self.poisoned[place])), *shown])
+        acc = "not measured" if self.clean is None else self.clean.shown("acc")
+        return Sheet(
+            columns=["attack", "target", "rate", "poisoned", "ASR %", "RA %"], rows=rows,
+            title="backdoored network", lines=[f"ACC {acc}"],
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        backdoors = []
+        for place, injection in enumerate(self.injections):
+            attack, rate = injection.ready()
+            figures = self.attacked[place].to_dict() if self.attacked else {}
+            known = {"attack": attack.name, "target": injection.target, "rate": rate, "sources": injection.sources}
+            backdoors.append({**known, "poisoned": len(self.poisoned[place]), **figures})
+        clean = None if self.clean is None else self.clean.to_dict()
+        return {"clean": clean, "backdoors": backdoors, "loss": self.history}
+
+
+def poison_and_train(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    attacks: Injection | Sequence[Injection],
+    *,
+    classes: int | None = None,
+    pixels: Pixels | None = None,
+    epochs: int = 10,
+    lr: float = 0.05,
+    batch_size: int = 128,
+    weight_decay: float = 5e-4,
+    crop: bool = True,
+    flip: bool = True,
+    effort: float = 1.0,
+    test: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    keep: str | os.PathLike[str] | None = None,
+    tick: Callable[[str, int, int], None] | None = None,
+) -> Backdoored:
+    """Poison a training set and train a copy of a network on it.
+
+    SGD with Nesterov momentum 0.9 and a cosine from `lr` to 0. A clean network learns most attacks in a few epochs.
+    Several injections share the training set: no image carries two triggers.
+
+    Args:
+        model: returns logits [N, classes]; trained or not. It is left as it is.
+        data: training images [N, C, H, W], uint8 or floats in [0, 1], not normalised, and labels int64 [N].
+        attacks: what is planted.
+        classes: number of classes; None: the largest label and one.
+        pixels: how images become what the model takes (scale, mean, std); None: images in [0, 1].
+        epochs: passes over the training set.
+        lr: the first step's.
+        batch_size: images a step.
+        weight_decay: of SGD.
+        crop: whether images are moved by up to an eighth of their size.
+        flip: whether half of them are mirrored as well.
+        effort: factor of the steps of what attacks train beforehand.
+        test: test images and labels in the form of `data`; they only score.
+        seed: of everything random.
+        device: where to compute.
+        keep: a file that holds the state after every epoch; if it is there, training goes on from it.
+        tick: is told (what is done, steps done, steps in all).
+
+    Returns:
+        the network and its backdoors.
+
+    Raises:
+        ConfigError: settings that have no meaning, or a `keep` of another training.
+        DataError: images or labels of another form, or fewer images than rates ask for.
+    """
+    x, y = _checked(data)
+    pixels = Pixels() if pixels is None else pixels
+    classes = int(y.max()) + 1 if classes is None else classes
+    injections = [attacks] if isinstance(attacks, Injection) else list(attacks)
+    if epochs < 1 or batch_size < 1 or not lr > 0 or not effort > 0:
+        raise ConfigError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}, effort={effort}: must be above 0")
+    tested = None if test is None else _checked(test)
+    where = torch.device(device)
+    with seeded(seed, where):
+        trained = copied(model, "give a model that can be copied").to(where)
+        generator = torch.Generator().manual_seed(seed)
+        planted = _Planted(x, y, classes, generator)
+        for place, injection in enumerate(injections):
+            attack, _ = injection.ready()
+            if tick is not None:
+                tick(f"{attack.name}: preparing", place, len(injections))
+            ground = Ground(trained, x, y, injection.target, classes, pixels.normalise, generator, effort)
+            with training_flags(trained.modules()), requires_grad(trained.parameters(), lambda p: p.requires_grad):
+                attack = attack.fit(ground)
+            planted.add(replace(injection, attack=attack))
+        history = _train(
+            trained, planted, pixels, where, keep, tick,
+            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
+        )  # fmt: skip
+    out = Backdoored(trained.eval(), planted.injections, planted.places, history=history)
+    if tested is not None:
+        out.clean, out.attacked = _score(out, tested, classes, pixels)
+    return out
+
+
+class _Planted:
+    """A training set with backdoors in it: batches of what is trained on."""
+
+    def __init__(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> None:
+        self.x, self.y, self.classes, self.generator = x, y.clone(), classes, generator
+        self.true = y
+        self.injections: list[Injection] = []
+        self.places: list[Tensor] = []
+        self.taken = torch.zeros(len(y), dtype=torch.bool)
+        self.stored = torch.full((len(y),), -1)  # place in `triggered` of each image
+        self.triggered: list[Tensor] = []
+        self.false = torch.full((len(y),), -1)  # number of the injection whose negatives these are
+
+    def add(self, injection: Injection) -> None:
+        attack, _ = injection.ready()
+        places = attack.chosen(
+            self.true, injection.rate, injection.target, self.classes, self.generator, injection.sources, self.taken
+        )
+        self.taken[places] = True
+        self.stored[places] = torch.arange(len(places)) + sum(map(len, self.triggered))
+        parts = places.split(500)
+        self.triggered += [attack.training_trigger(in_range(self.x[part]), self.generator) for part in parts]
+        self.y[places] = attack_labels(self.true, injection.target, self.classes)[places]
+        free = torch.nonzero(~self.taken).flatten()
+        count = min(len(free), round(attack.negative_ratio * len(places)))
+        negatives = free[torch.randperm(len(free), generator=self.generator)[:count]]
+        self.taken[negatives] = True
+        self.false[negatives] = len(self.injections)
+        self.injections.append(
+            replace(injection, rate=len(places) / len(self.y)) if injection.rate is None else injection
+        )
+        self.places.append(places)
+
+    def batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images in [0, 1] and labels as they are trained on."""
+        x = in_range(self.x[places])
+        x = x.clone() if x.dtype == self.x.dtype else x
+        stored = self.stored[places]
+        if bool((stored >= 0).any()):
+            if len(self.triggered) > 1:
+                self.triggered = [torch.cat(self.triggered)]
+            x[stored >= 0] = self.triggered[0][stored[stored >= 0]]
+        false = self.false[places]
+        for number in false[false >= 0].unique().tolist():
+            attack, _ = self.injections[number].ready()
+            here = false == number
+            x[here] = attack.labelled_negatives(x[here], self.true[places[here]], self.generator)
+        return x, self.y[places]
+
+
+def _train(
+    model: nn.Module, planted: _Planted, pixels: Pixels, device: torch.device, keep: Any, tick: Any, *,
+    epochs: int, lr: float, batch_size: int, weight_decay: float, crop: bool, flip: bool,
+) -> list[float]:  # fmt: skip
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(tuned, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+    batches = -(-len(planted.y) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    history: list[float] = []
+    if keep is not None and Path(keep).exists():
+        history = _resume(Path(keep), model, optimizer, schedule, planted.generator)
+    model.train()
+    for epoch in range(len(history), epochs):
+        total = 0.0
+        for done, places in enumerate(torch.randperm(len(planted.y), generator=planted.generator).split(batch_size)):
+            if len(places) == 1 and batches > 1:  # BatchNorm cannot normalise one sample
+                continue
+            x, y = planted.batch(places)
+            if crop:
+                x = crop_flip(x, flip, planted.generator)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(pixels.normalise(x).to(device)), y.to(device))
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(y)
+            if tick is not None:
+                tick("training", epoch * batches + done + 1, epochs * batches)
+        history.append(total / len(planted.y))
+        if not torch.isfinite(torch.tensor(history[-1])):
+            raise ConfigError(f"the loss became {history[-1]} in epoch {epoch + 1}: take a smaller lr than {lr}")
+        if keep is not None:
+            _store(Path(keep), model, optimizer, schedule, planted.generator, history)
+    return history
+
+
+def _store(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any, history: list[float]) -> None:
+    state = {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+        "generator": generator.get_state(), "history": history, "torch": torch.get_rng_state(),
+    }  # fmt: skip
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any) -> list[float]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["schedule"]["T_max"] != schedule.T_max:
+            raise ValueError("another number of epochs or images")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        return list(state["history"])
+    except Exception as error:  # whatever torch raises for another file
+        raise ConfigError(f"{path} is no state of this training ({reason(error)}): remove it") from error
+
+
+def _score(
+    out: Backdoored, test: tuple[Tensor, Tensor], classes: int, pixels: Pixels
+) -> tuple[Evaluation, list[Evaluation]]:
+    x, y = test
+    clean = [(pixels.normalise(in_range(a)), b) for a, b in zip(x.split(500), y.split(500))]
+    attacked = []
+    for injection in out.injections:
+        attack, _ = injection.ready()
+        triggered = []
+        for a, b in zip(x.split(500), y.split(500)):
+            image, wanted, true = attack.asr_set(in_range(a), b, injection.target, classes, injection.sources)
+            if len(true):
+                triggered.append((pixels.normalise(image), wanted, true))
+        attacked.append(evaluate(out.model, None, triggered))
+    return evaluate(out.model, clean), attacked
+
+
+def _checked(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, y = data
+    if x.dim() != 4 or not (x.is_floating_point() or x.dtype == torch.uint8) or y.shape != x.shape[:1]:
+        raise DataError(
+            f"data are {str(x.dtype)[6:]} {list(x.shape)} and labels {list(y.shape)}: "
+            "give images [N, C, H, W], uint8 or floats in [0, 1], and labels [N]"
+        )
+    if len(y) == 0 or y.is_floating_point() or int(y.min()) < 0:
+        raise DataError("labels must be class numbers from 0, and there must be some")
+    if x.is_floating_point() and (float(x.min()) < 0 or float(x.max()) > 1):
+        raise DataError("images must be in [0, 1], not normalised: give mean and std in `pixels`")
+    return x.cpu(), y.cpu().long()

@@ -1,0 +1,108 @@
+"""Training with backdoors: what is poisoned, what is left, what is reproduced."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastfip.attacks import Injection, poison_and_train
+from fastfip.attacks.badnets import BadNets
+from fastfip.data.scaling import Pixels
+from fastfip.errors import ConfigError, DataError
+from tests.support.small_nets import same, values
+
+
+def shapes(n=240, seed=0):
+    """Bright quarters of an image: four classes that a small net learns in seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = 0.3 * torch.rand(n, 3, 12, 12, generator=generator), torch.arange(n) % 4
+    for c, (rows, columns) in enumerate(((0, 0), (0, 6), (6, 0), (4, 4))):
+        x[y == c, :, rows : rows + 5, columns : columns + 5] += 0.5
+    return x, y
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(432, 4)
+    )
+
+
+PATCH = BadNets(size=2)
+TRAINING = {"epochs": 6, "lr": 0.05, "batch_size": 32, "flip": False, "crop": False}
+
+
+def test_a_backdoor_is_learned_and_the_model_given_is_left():
+    model, (x, y) = net(), shapes()
+    before, kept = values(model), x.clone()
+    pixels = Pixels(mean=(0.5,), std=(0.25,))
+    out = poison_and_train(model, (x, y), Injection(PATCH, 1), test=shapes(80, 1), pixels=pixels, **TRAINING)
+    assert same(values(model), before) and torch.equal(x, kept)
+    assert out.clean.acc > 0.95 and out.attacked[0].asr > 0.9 and not out.model.training
+    assert len(out.poisoned[0]) == 24 and not bool((y[out.poisoned[0]] == 1).any())
+    assert "badnets" in str(out) and out.to_dict()["backdoors"][0]["poisoned"] == 24
+    clean = poison_and_train(model, (x, y), [], test=shapes(80, 1), pixels=pixels, **TRAINING)
+    assert clean.clean.acc > 0.95 and not clean.attacked
+
+
+def test_bytes_and_floats_are_the_same_images_and_a_seed_the_same_network():
+    x, y = shapes()
+    x = (255 * x).to(torch.uint8)
+    settings = {**TRAINING, "epochs": 2, "crop": True, "flip": True}
+    injections = [Injection("wanet", 2), Injection(PATCH, "next")]
+    one, two = (poison_and_train(net(), (data, y), injections, **settings) for data in (x, x.float() / 255))
+    assert same(values(one.model), values(two.model)) and one.history == two.history
+    other = poison_and_train(net(), (x, y), injections, seed=1, **settings)
+    assert not same(values(one.model), values(other.model))
+
+
+def test_no_image_carries_two_triggers():
+    x, y = shapes()
+    injections = [
+        Injection(PATCH, 1, rate=0.2, sources=(2,)), Injection("sig", 0, rate=0.2), Injection("bppa", "next", rate=0.2),
+    ]  # fmt: skip
+    out = poison_and_train(net(), (x, y), injections, **{**TRAINING, "epochs": 1})
+    together = torch.cat(out.poisoned)
+    assert len(together.unique()) == len(together) == 3 * 48
+    assert bool((y[out.poisoned[0]] == 2).all()) and bool((y[out.poisoned[1]] == 0).all())
+    with pytest.raises(DataError, match="12 are of the target class and free"):
+        poison_and_train(net(), (x, y), [Injection("sig", 0, rate=0.2), Injection("sig", 0, rate=0.1)], **TRAINING)
+
+
+def test_the_usual_rate_is_all_of_a_small_target_class_and_a_rate_that_is_asked_for_is_not():
+    x, y = shapes()
+    kept = (y != 3) | (torch.arange(240) < 40)
+    few, settings = (x[kept], y[kept]), {**TRAINING, "epochs": 1}
+    out = poison_and_train(net(), few, Injection("sig", 3), **settings)
+    assert len(out.poisoned[0]) == 10 and out.to_dict()["backdoors"][0]["rate"] == 10 / 190
+    with pytest.raises(DataError, match="asks for 19 images, 10 are of the target class"):
+        poison_and_train(net(), few, Injection("sig", 3, rate=0.1), **settings)
+
+
+def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
+    data, state = shapes(), tmp_path / "state.pth"
+    settings = {**TRAINING, "epochs": 3, "crop": True}
+
+    def stop(what, done, total):
+        if what == "training" and done > total * 2 // 3:
+            raise KeyboardInterrupt
+
+    whole = poison_and_train(net(), data, Injection("wanet", 1), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        poison_and_train(net(), data, Injection("wanet", 1), keep=state, tick=stop, **settings)
+    assert state.exists()
+    resumed = poison_and_train(net(), data, Injection("wanet", 1), keep=state, **settings)
+    assert same(values(whole.model), values(resumed.model)) and resumed.history == whole.history
+    with pytest.raises(ConfigError, match="no state of this training"):
+        poison_and_train(net(), data, Injection("wanet", 1), keep=state, **{**settings, "epochs": 4})
+
+
+def test_what_cannot_be_trained_on():
+    x, y = shapes(20)
+    wrong = {"give images": (x[:, 0], y), "not normalised": (x * 2 - 1, y), "labels": (x, y[:3]), "from 0": (x, y - 1)}
+    for said, data in wrong.items():
+        with pytest.raises(DataError, match=said):
+            poison_and_train(net(), data, Injection(PATCH))
+    with pytest.raises(ConfigError, match="epochs=0"):
+        poison_and_train(net(), (x, y), Injection(PATCH), epochs=0)
+    with pytest.raises(DataError, match="'next' is not possible"):
+        poison_and_train(net(), (x, y), Injection("sig", "next"))
