@@ -187,7 +187,7 @@ WRONG = {
     "a label beyond the classes": ({0: (picture(), 4, 0)}, "without two labels of 4 classes"),
     "a label below": ({0: (picture(), 1, -1)}, "without two labels of 4 classes"),
     "a label that is a text": ({0: (picture(), "1", 0)}, "without two labels of 4 classes"),
-    "labels that are tensors": ({0: (picture(), 1, tensor(()))}, "labels are tensors, as those of CelebA"),
+    "labels that are tensors": ({0: (picture(), 1, tensor((), ()))}, "labels are tensors, as those of CelebA"),
     "another picture": ({1: (picture(), 1, 0)}, "marks picture 0 as poisoned, which its container lacks"),
     "no dict": ([1], "no container of pictures"),
 }
