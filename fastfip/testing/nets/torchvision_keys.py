@@ -72,7 +72,7 @@ class _EncoderBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class _Encoder(nn.Module):
+class _EncoderStack(nn.Module):
     def __init__(self, tokens: int, dim: int, depth: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.conv_proj = nn.Conv2d(3, dim, patch, patch)
-        self.encoder = _Encoder(1 + (size // patch) ** 2, dim, depth, heads, 4 * dim)
+        self.encoder = _EncoderStack(1 + (size // patch) ** 2, dim, depth, heads, 4 * dim)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(dim, classes)))
 
     def forward(self, x: Tensor) -> Tensor:
