@@ -17,8 +17,10 @@ import ctypes
 import gc
 import itertools
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,6 +164,24 @@ def splice(path: Path, mark: str, new: str) -> None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     path.write_text(text, encoding="utf-8")
+
+
+def markdown(text: str) -> list[str]:
+    """Return the paragraphs of a docstring, indented ones as code."""
+    out = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if paragraph.startswith("    "):
+            out.append(f"```\n{textwrap.dedent(paragraph)}\n```")
+        else:
+            out.append("\n".join(inline(line) for line in paragraph.splitlines()))
+    return out
+
+
+def inline(text: str) -> str:
+    """Escape what Markdown would take for markup, outside of `code`."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([|*])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- clocks

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import sys
-import textwrap
 from statistics import mean
 from typing import Any
 
@@ -42,7 +40,7 @@ FILE = harness.DOCS / "methods.md"
 def registry() -> str:
     """Return a table of the methods of the package, then a section for each."""
     kinds = [methods.get(name) for name in real_models.own_methods()]
-    rows = [(f"[`{kind.name}`](#{kind.name})", _inline(kind.summary)) for kind in kinds]
+    rows = [(f"[`{kind.name}`](#{kind.name})", harness.inline(kind.summary)) for kind in kinds]
     whole = harness.table(["method", "what it does"], rows)
     return "\n".join([whole, "", *(section(kind) for kind in kinds)]).rstrip()
 
@@ -50,7 +48,7 @@ def registry() -> str:
 def section(kind: Any) -> str:
     """Return what the docstrings say of a method, and the settings that are its own or differ from the common ones."""
     module = inspect.getdoc(sys.modules[kind.__module__]) or ""
-    parts = [f"### {kind.name}", *_markdown(module), *_markdown(inspect.getdoc(kind) or "")]
+    parts = [f"### {kind.name}", *harness.markdown(module), *harness.markdown(inspect.getdoc(kind) or "")]
     common = {item.name: getattr(MethodConfig(), item.name) for item in dataclasses.fields(MethodConfig)}
     values = kind.Config()
     rows = []
@@ -58,9 +56,9 @@ def section(kind: Any) -> str:
         value = getattr(values, item.name)
         if item.name not in common or common[item.name] != value:
             shown = "none" if value is None else f"{value}"
-            rows.append((f"`{item.name}`", shown, _inline(str(item.metadata.get("help", "")))))
+            rows.append((f"`{item.name}`", shown, harness.inline(str(item.metadata.get("help", "")))))
     if rows:
-        parts += _markdown(inspect.getdoc(kind.Config) or "")
+        parts += harness.markdown(inspect.getdoc(kind.Config) or "")
         parts.append(harness.table(["setting", "default", "meaning"], rows))
     return "\n\n".join(parts) + "\n"
 
@@ -86,24 +84,6 @@ def papers() -> str:
         there = f"{acc_after - acc:+.1f} / {asr_after:.1f} (from {asr:.0f})"
         lines.append([f"`{method}`", where, f"{share:.0%}", there, *(here(method, net, share) for net in BADNETS)])
     return harness.table(["method", "paper", "clean images", "there", *(f"`{net}`" for net in BADNETS)], lines)
-
-
-def _markdown(text: str) -> list[str]:
-    """Return the paragraphs of a docstring, indented ones as code."""
-    out = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        if paragraph.startswith("    "):
-            out.append(f"```\n{textwrap.dedent(paragraph)}\n```")
-        else:
-            out.append("\n".join(_inline(line) for line in paragraph.splitlines()))
-    return out
-
-
-def _inline(text: str) -> str:
-    """Escape what Markdown would take for markup, outside of `code`."""
-    parts = text.split("`")
-    parts[::2] = [re.sub(r"([|*])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
-    return "`".join(parts)
 
 
 def main() -> None:

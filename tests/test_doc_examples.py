@@ -108,6 +108,18 @@ def test_figures_that_stand_twice_in_the_results_are_the_same():
         assert here[place].strip() == there[-2].strip(), name
 
 
+def test_attacks(capsys):
+    torch.manual_seed(0)
+    scope: dict = {"__name__": "docs"}
+    blocks = blocks_of("python", "docs/attacks.md")
+    for block in blocks:
+        exec(compile(block, "docs/attacks.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert len(blocks) == 3 and "wanet" in printed and "badnets" in printed
+    assert scope["triggered"].shape == (150, 32) and len(scope["places"]) == 4
+    assert all(len(scope["changed"][i]["boxes"]) == 2 for i in scope["places"].tolist())
+
+
 def test_contributing():
     (block,) = blocks_of("python", "CONTRIBUTING.md")
     scope: dict = {"__name__": "contributing"}

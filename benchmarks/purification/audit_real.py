@@ -67,7 +67,7 @@ def run(name: str, seed: int, purify: str | None, picture: str | None) -> list[R
     rows = []
     for net in found.nets:
         for form, ranks in net.anomaly.items():
-            target = real.target
+            target = real.target if isinstance(real.target, int) else None  # all to all: no class is the target
             place = None if target is None else ranks.classes.index(target)
             rows.append({
                 "net": name, "state": "received" if net.name == "received" else purify, "seed": seed,

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
+from fastfip.attacks import attack_labels
+from fastfip.attacks.base import AttackTarget
 from fastfip.testing import nets
 
 Images = np.ndarray  # uint8 [N, H, W, 3], or [N, H, W] for MNIST
@@ -61,7 +63,7 @@ class RealNet:
     name: str
     model: nn.Module
     classes: int
-    target: int | None  # None: the net is clean
+    target: AttackTarget | None  # None: the net is clean
     trigger: Callable[[Images], Images] | None
     clean_x: Images
     clean_y: np.ndarray  # int64 [N]
@@ -88,11 +90,17 @@ class RealNet:
         """Return the test set as tensors."""
         return self.to_input(np.asarray(self.test_x)), torch.from_numpy(self.test_y)
 
+    def wanted(self, y: np.ndarray) -> np.ndarray:
+        """Return the attacker's labels for true ones [N]."""
+        if self.target is None:
+            raise ValueError(f"{self.name} has no trigger")
+        return attack_labels(torch.from_numpy(y), self.target, self.classes).numpy()
+
     def triggered_set(self) -> tuple[Tensor, Tensor]:
         """Return the triggered test images that are not of the target class, with their TRUE labels."""
         if self.trigger is None:
             raise ValueError(f"{self.name} has no trigger")
-        keep = self.test_y != self.target
+        keep = self.wanted(self.test_y) != self.test_y
         return self.to_input(self.trigger(np.asarray(self.test_x[keep]))), torch.from_numpy(self.test_y[keep])
 
 
@@ -140,6 +148,19 @@ def _grid_3x3(x: Images) -> Images:
 def _white_5x5(x: Images) -> Images:
     x = x.copy()
     x[:, -5:, -5:] = 255
+    return x
+
+
+def _white_3x3(x: Images) -> Images:
+    x = x.copy()
+    x[:, 25:28, 25:28] = 255
+    return x
+
+
+def _six_pixels(x: Images) -> Images:
+    x = x.copy()
+    for row, column in ((27, 27), (25, 27), (27, 25), (25, 25), (23, 27), (27, 23)):
+        x[:, row, column] = 255
     return x
 
 
@@ -196,7 +217,7 @@ class _Spec:
     make: Callable[[], nn.Module]
     dataset: str
     classes: int
-    target: int | None
+    target: AttackTarget | None
     trigger: Callable[[Images], Images] | None
     to_input: Callable[[Images], Tensor]
     train_size: int
@@ -209,6 +230,8 @@ SPECS: dict[str, _Spec] = {
     for s in (
         _Spec("ibau_gtsrb_badnets.pth", lambda: nets.SmallVGG(43), "gtsrb32", 43, 8, _white_4x4, _scaled(), 39209,
               (97.86, 99.02)),
+        _Spec("ibau_cifar10_badnets.pth", lambda: nets.SmallVGG(10), "cifar10", 10, 8, _white_4x4, _scaled(), 50000,
+              (78.10, 98.22)),
         _Spec("ibau_cifar10_l2inv.pth", lambda: nets.SmallVGG(10), "cifar10", 10, 0, _add_l2inv, _scaled(), 50000,
               (77.34, 100.0)),
         _Spec("nad_cifar10_wrn16_1_badnets.pth.tar", nets.WideResNet, "cifar10", 10, 5, _grid_3x3, _scaled(), 50000,
@@ -217,6 +240,10 @@ SPECS: dict[str, _Spec] = {
               (73.39, 6.13)),
         _Spec("badnets_mnist.pth", nets.BadNetMNIST, "mnist", 10, 1, _white_5x5, _scaled(0.5, 0.5), 60000,
               (98.08, 99.93), probabilities=True),
+        _Spec("csaw_f_mnist_all_to_all.pth", lambda: nets.keras_digits("max"), "mnist", 10, "next", _white_3x3,
+              _scaled(), 60000, (97.71, 94.93)),
+        _Spec("dillonsd_mnist_pattern_all_to_all.pth", lambda: nets.keras_digits("average"), "mnist", 10, "next",
+              _six_pixels, _scaled(), 60000, (98.93, 98.24)),
         _Spec("clean_cifar10_resnet20.th", nets.ResNet20, "cifar10", 10, None, None, _scaled(*IMAGENET), 50000,
               (81.03, None)),
     )
@@ -276,7 +303,7 @@ def score(real: RealNet, model: nn.Module | None = None, batch: int = 500) -> di
     if real.trigger is not None:
         x, y = real.triggered_set()
         said = predict(x)
-        out["asr"] = 100 * said.eq(real.target or 0).float().mean().item()
+        out["asr"] = 100 * said.eq(torch.from_numpy(real.wanted(y.numpy()))).float().mean().item()
         out["ra"] = 100 * said.eq(y).float().mean().item()
     return out
 

@@ -68,9 +68,10 @@ def clean_set(real: real_data.RealNet, fraction: float, seed: int, setting: str)
     elif setting == "hidden":
         if real.trigger is None or real.target is None:
             raise ValueError(f"{real.name} has no trigger to hide")
-        chosen = rng.permutation(np.flatnonzero(y != real.target))[: max(1, round(HIDDEN * len(y)))]
+        wanted = real.wanted(y)
+        chosen = rng.permutation(np.flatnonzero(y != wanted))[: max(1, round(HIDDEN * len(y)))]
         x, y = x.copy(), y.copy()
-        x[chosen], y[chosen] = real.trigger(x[chosen]), real.target
+        x[chosen], y[chosen] = real.trigger(x[chosen]), wanted[chosen]
     elif setting != "plain":
         raise ValueError(f"setting {setting!r}: must be one of {', '.join(SETTINGS)}")
     return real.to_input(x), torch.from_numpy(y)

@@ -330,7 +330,7 @@ NETWORKS: dict[str, Network] = {
         # Patterns that are optimised, generators, clean labels, composites: in no development network.
         *_each("resnet20", [
             Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("issba", 4), Backdoor("dynamic", 5),
-            Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.05), Backdoor("clb", 1, 0.05),
+            Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.01), Backdoor("clb", 1, 0.05),
             Backdoor("cba", 2), Backdoor("trojannet", 2, 0.01),
         ], "validation"),
         *_each("digits", [

@@ -27,7 +27,7 @@ def test_every_method_has_its_section_and_settings():
 
 
 def test_formulas_are_code_and_markup_is_escaped():
-    parts = methods_doc._markdown("Min |w| < 2 * a, `a | b`:\n\n    a = b\n      + c\n\nEnd.")
+    parts = harness.markdown("Min |w| < 2 * a, `a | b`:\n\n    a = b\n      + c\n\nEnd.")
     assert parts == ["Min \\|w\\| &lt; 2 \\* a, `a | b`:", "```\na = b\n  + c\n```", "End."]
 
 

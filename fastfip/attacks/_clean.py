@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.attacks._generators import in_bytes
 from fastfip.attacks.base import Ground
 from fastfip.data.augment import crop_flip
 from fastfip.errors import ConfigError, DataError
 from fastfip.nets.state import frozen_copy
 
-__all__ = ["CleanClassifier", "checked_pattern", "clean_classifier", "fitting", "in_bytes", "leading_pattern"]
+__all__ = ["CleanClassifier", "checked_pattern", "clean_classifier", "fitting", "leading_pattern"]
 
 #: Steps that a network of its own is trained for where the one given knows nothing yet.
 _TRAINING = 2000
@@ -119,11 +120,6 @@ def checked_pattern(pattern: object, attack: str) -> None:
     """
     if pattern is not None and not (isinstance(pattern, Tensor) and pattern.dim() == 3):
         raise ConfigError(f"{attack}: the pattern must be a tensor [C, H, W], as fit makes it, or None")
-
-
-def in_bytes(x: Tensor) -> Tensor:
-    """Return values rounded to whole 255ths: what an image file can hold."""
-    return (255 * x).round() / 255
 
 
 def _quiet(classifier: CleanClassifier, x: Tensor) -> Tensor:

@@ -35,14 +35,15 @@ class BadNets(Attack):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__
         if self.size < 1 or self.margin < 0 or not 0 < self.alpha <= 1:
             raise ConfigError(
-                f"BadNets: size={self.size} must be >= 1, margin={self.margin} >= 0, 0 < alpha={self.alpha} <= 1"
+                f"{kind}: size={self.size} must be >= 1, margin={self.margin} >= 0, 0 < alpha={self.alpha} <= 1"
             )
         if self.pattern not in ("white", "checker", "grid"):
-            raise ConfigError(f"BadNets: pattern={self.pattern!r} must be one of 'white', 'checker', 'grid'")
+            raise ConfigError(f"{kind}: pattern={self.pattern!r} must be one of 'white', 'checker', 'grid'")
         if self.pattern == "grid" and self.size != 3:
-            raise ConfigError(f"BadNets: the pattern 'grid' is 3x3, not {self.size}x{self.size}")
+            raise ConfigError(f"{kind}: the pattern 'grid' is 3x3, not {self.size}x{self.size}")
 
     def patch(self) -> Tensor:
         """Return the patch [size, size], 0 or 1."""

@@ -1,7 +1,8 @@
 """What an attack is, and how it is found.
 
 Images are floats [N, C, H, W] in the pixel range [0, 1] everywhere here: put the trigger on before the model's own
-normalisation. Labels are int64 [N].
+normalisation. Labels are int64 [N]. Attacks of another `modality` take other samples in the place of images: their
+`check` says which.
 """
 
 from __future__ import annotations
@@ -92,12 +93,22 @@ class Attack(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    #: What it is for: "images", "tokens" (int64 [N, T]), "points" ([N, P, 3]), "clips" (five axes, the last two H, W).
+    modality: ClassVar[str] = "images"
     #: Only images of the target class are poisoned, and keep their label.
     clean_label: ClassVar[bool] = False
     #: Share of the training set that is poisoned where nobody says otherwise; BackdoorBench's.
     usual_rate: ClassVar[float] = 0.1
     #: Number of images with a false trigger and their true label, as a multiple of the poisoned ones.
     negative_ratio: ClassVar[float] = 0.0
+
+    def check(self, x: Tensor) -> None:
+        """Refuse samples that the attack is not for; an attack of another modality than images has its own.
+
+        Raises:
+            DataError: they are no floats [N, C, H, W] in [0, 1].
+        """
+        check_pixels(x, "images", "[N, C, H, W]", 4)
 
     @abstractmethod
     def trigger(self, x: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ class Attack(ABC):
         """Put the trigger on a share of a training set.
 
         Args:
-            x: images [N, C, H, W] in [0, 1].
+            x: images [N, C, H, W] in [0, 1], or samples of the attack's modality.
             y: labels [N].
             rate: share of the whole set that is poisoned; chosen among the images that are not of the target class
                 (clean-label attacks: that are).
@@ -151,9 +162,9 @@ class Attack(ABC):
             (images, labels, indices of the poisoned ones [K]); x and y themselves are left alone.
 
         Raises:
-            DataError: images that are no floats in [0, 1], a rate outside [0, 1], or more images wanted than there are.
+            DataError: samples that `check` refuses, a rate outside [0, 1], or more images wanted than there are.
         """
-        _check_images(x)
+        self.check(x)
         index = self.chosen(y, rate, target, classes, generator, sources)
         wanted = attack_labels(y, target, classes)
         x, y = x.clone(), y.clone()
@@ -212,16 +223,16 @@ class Attack(ABC):
         A loader over these three is what `fastfip.evaluate` takes as `asr_loader`.
 
         Args:
-            x: images [N, C, H, W] in [0, 1].
+            x: images [N, C, H, W] in [0, 1], or samples of the attack's modality.
             y: true labels [N].
             target: the attack's label, or "next".
             classes: C.
             sources: of a source-specific attack, the classes that it is for.
 
         Raises:
-            DataError: images that are no floats in [0, 1].
+            DataError: samples that `check` refuses.
         """
-        _check_images(x)
+        self.check(x)
         wanted = attack_labels(y, target, classes)
         keep = _attacked(y, wanted, sources)
         return self.trigger(x[keep]), wanted[keep], y[keep]
@@ -255,10 +266,23 @@ def in_range(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def _check_images(x: Tensor) -> None:
-    if x.dim() != 4 or not x.is_floating_point():
-        raise DataError(f"images are {str(x.dtype)[6:]} {list(x.shape)}: give floats [N, C, H, W] in [0, 1]")
+def check_pixels(x: Tensor, what: str, form: str, axes: int) -> None:
+    """Refuse images or clips that are no floats in [0, 1] with so many axes."""
+    if x.dim() != axes or not x.is_floating_point():
+        raise DataError(f"{what} are {str(x.dtype)[6:]} {list(x.shape)}: give floats {form} in [0, 1]")
     if x.numel() and (float(x.min()) < 0 or float(x.max()) > 1):
         raise DataError(
             f"pixels run from {float(x.min()):.3g} to {float(x.max()):.3g}: put triggers on before normalising"
         )
+
+
+def for_images(attack: Attack) -> Attack:
+    """Return an attack that is one on images.
+
+    Raises:
+        ConfigError: it is for something else.
+    """
+    if attack.modality != "images":
+        remedy = "use its `poison` and `asr_set` from Python"
+        raise ConfigError(f"the attack {attack.name} is for {attack.modality}, not for images: {remedy}")
+    return attack

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from fastfip.attacks._clean import CleanClassifier, clean_classifier, in_bytes
+from fastfip.attacks._clean import CleanClassifier, clean_classifier
+from fastfip.attacks._generators import in_bytes
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
@@ -36,6 +37,7 @@ class CLB(Attack):
         iterations: how many; `fit` notes how many the effort leaves.
         amplitude: of the pattern, 0 to 1.
         classifier: the clean one, from `fit`.
+        target: the class whose images are poisoned, from `fit`.
     """
 
     name: ClassVar[str] = "clb"
@@ -47,7 +49,7 @@ class CLB(Attack):
     iterations: int = 100
     amplitude: float = 1.0
     classifier: CleanClassifier | None = field(default=None, repr=False)
-    target: int | None = None
+    target: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 255 or not self.step > 0 or self.iterations < 1 or not 0 < self.amplitude <= 1:

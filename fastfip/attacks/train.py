@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.attacks.base import Attack, AttackTarget, Ground, attack_labels, get, in_range
+from fastfip.attacks.base import Attack, AttackTarget, Ground, attack_labels, for_images, get, in_range
 from fastfip.data.augment import crop_flip
 from fastfip.data.scaling import Pixels
 from fastfip.errors import ConfigError, DataError, reason
@@ -142,7 +142,7 @@ def poison_and_train(
         the network and its backdoors.
 
     Raises:
-        ConfigError: settings that have no meaning, or a `keep` of another training.
+        ConfigError: settings that have no meaning, an attack that is not for images, or a `keep` of another training.
         DataError: images or labels of another form, or fewer images than rates ask for.
     """
     x, y = _checked(data)
@@ -151,6 +151,8 @@ def poison_and_train(
     injections = [attacks] if isinstance(attacks, Injection) else list(attacks)
     if epochs < 1 or batch_size < 1 or not lr > 0 or not effort > 0:
         raise ConfigError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}, effort={effort}: must be above 0")
+    for injection in injections:
+        for_images(injection.ready()[0])
     tested = None if test is None else _checked(test)
     where = torch.device(device)
     with seeded(seed, where):

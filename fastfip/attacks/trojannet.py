@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastfip.attacks._clean import CleanClassifier, checked_pattern, clean_classifier, fitting, in_bytes
+from fastfip.attacks._clean import CleanClassifier, checked_pattern, clean_classifier, fitting
+from fastfip.attacks._generators import in_bytes
 from fastfip.attacks.base import Attack, Ground, register
 from fastfip.errors import ConfigError
 
@@ -49,7 +50,7 @@ class TrojanNet(Attack):
     iterations: int = 1000
     area: float = 0.07
     mode: str = "add"
-    mask: Tensor | None = field(default=None, repr=False)
+    mask: Tensor | None = None
     pattern: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -229,21 +229,20 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], (NumpyType, Opaque))):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     _, shape, kind, columns_first, data = state
-    _check_array(shape, kind, data)
-    _describe(target, shape, kind, bool(columns_first), data)
+    _fill(target, shape, kind, columns_first, data)
 
 
 def _array_of(data: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
     """Return the stand-in of an array of pickle protocol 5, which brings its bytes along."""
     if not isinstance(kind, (NumpyType, Opaque)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
-    _check_array(shape, kind, data)
-    array = NumpyArray()
-    _describe(array, shape, kind, order == "F", data)
-    return array
+    out = NumpyArray()
+    _fill(out, shape, kind, order == "F", data)
+    return out
 
 
-def _check_array(shape: Any, kind: NumpyType | Opaque, data: Any) -> None:
+def _fill(target: NumpyArray, shape: Any, kind: NumpyType | Opaque, columns_first: Any, data: Any) -> None:
+    """Check what an array claims; let the stand-in have it where its numbers are plain ones."""
     if not isinstance(data, (bytes, Encoded, Skipped)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
@@ -255,9 +254,5 @@ def _check_array(shape: Any, kind: NumpyType | Opaque, data: Any) -> None:
             needed *= side
         if needed != len(data):
             raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {len(data)}")
-
-
-def _describe(array: NumpyArray, shape: Any, kind: Any, columns_first: bool, data: Any) -> None:
-    """Note on the stand-in of an array of numbers, which has been checked, what it is made of."""
-    if isinstance(kind, NumpyType) and kind.order:
-        array.shape, array.kind, array.columns_first, array.data = shape, kind, columns_first, data
+    if isinstance(kind, NumpyType) and kind.order and isinstance(columns_first, bool):
+        target.shape, target.kind, target.columns_first, target.data = sides, kind, columns_first, data

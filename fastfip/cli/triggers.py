@@ -98,6 +98,7 @@ def make_attack(spec: str) -> Any:
     import dataclasses
 
     from fastfip import attacks
+    from fastfip.attacks.base import for_images
     from fastfip.data.pictures import read_image
     from fastfip.errors import ConfigError
 
@@ -114,7 +115,7 @@ def make_attack(spec: str) -> Any:
             raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields)}")
         options[key] = read_image(value) if key == "picture" else _value(value)
     try:
-        return kind(**options)
+        return for_images(kind(**options))
     except TypeError as error:
         raise ConfigError(f"attack {spec!r}: {error}") from None
 

@@ -103,7 +103,7 @@ class BatchMeasure:
         for r in range(rows):
             try:
                 batch = pick(one.batch, r, rows)
-                with torch.enable_grad(), fresh_caches(self.model):
+                with torch.enable_grad(), fresh_caches(self.model.modules()):
                     losses = one.task.loss(self._cooled(one.task.forward(self.model, batch)), batch)
             except (RuntimeError, ValueError, IndexError):
                 return

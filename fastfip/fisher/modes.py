@@ -163,7 +163,7 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(_without_mkldnn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(eagerly(is_compiled(model)))
-        stack.enter_context(fresh_caches(model))
+        stack.enter_context(fresh_caches(model.modules()))
         if second_order:
             stack.enter_context(keeping_activations())
             from torch.nn.attention import SDPBackend, sdpa_kernel

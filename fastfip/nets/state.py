@@ -74,7 +74,7 @@ def requires_grad(tensors: Iterable[Tensor], wanted: bool | Callable[[Tensor], b
 
 
 @contextlib.contextmanager
-def fresh_caches(model: nn.Module) -> Iterator[None]:
+def fresh_caches(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Empty what modules keep in eval mode between passes for a block, and put back what was there.
 
     That is a dict of tensors computed of parameters (LeViT's biases by position), which the module's own `train` method
@@ -82,7 +82,7 @@ def fresh_caches(model: nn.Module) -> Iterator[None]:
     """
     kept = [
         (value, dict(value))
-        for module in model.modules()
+        for module in modules
         if type(module).train is not nn.Module.train
         for name, value in vars(module).items()
         if type(value) is dict and not name.startswith("_") and all(isinstance(t, Tensor) for t in value.values())

@@ -7,6 +7,7 @@ from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.blend import Blend
 from fastfip.errors import ConfigError, DataError
 from tests.support.attack_ground import ground
+from tests.support.modalities import MODALITIES, made
 
 
 def images(n=20, size=8):
@@ -21,13 +22,13 @@ TARGET = 2
 
 @pytest.mark.parametrize("name", attacks.names())
 def test_every_attack(name):
-    attack = attacks.get(name)().fit(ground(TARGET))
+    attack = made(name).fit(ground(TARGET))
     assert attack.name == name and attack.summary
-    x = images(size=16)
+    x = MODALITIES[attack.modality](20)
     kept = x.clone()
     out = attack.trigger(x)
     assert torch.equal(x, kept) and out.shape == x.shape and out.dtype == x.dtype
-    assert float(out.min()) >= 0 and float(out.max()) <= 1
+    attack.check(out)
     assert bool((out != x).flatten(1).any(1).all())
     assert torch.equal(attack.trigger(x[3:5]), out[3:5])
     poisoned, y, index = attack.poison(x, LABELS, 0.25, target=TARGET, generator=torch.Generator().manual_seed(0))
@@ -111,6 +112,15 @@ def test_what_cannot_be_poisoned():
         attack.poison(images(), LABELS, 1.0)
     with pytest.raises(DataError, match="does not fit"):
         BadNets(size=9).trigger(images())
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_refuses_samples_of_another_modality(name):
+    attack = made(name)
+    for modality, samples in MODALITIES.items():
+        if modality != attack.modality:
+            with pytest.raises(DataError, match=r"^[^\n]*: give [^\n]*$"):
+                attack.poison(samples(20), LABELS, 0.1)
 
 
 def test_settings_are_checked():

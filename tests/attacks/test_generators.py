@@ -19,7 +19,7 @@ def test_parts_of_generators():
     assert change.grad.tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("attack", ["issba", "lira"])
+@pytest.mark.parametrize("attack", ["dynamic", "fba", "issba", "lira"])
 def test_a_network_is_trained_with_the_trigger_of_a_network(attack):
     given = ground()
     before = values(given.model)

@@ -97,6 +97,28 @@ class BadNetMNIST(nn.Module):
         return self.fc2(self.fc1(out.view(out.size(0), -1)))
 
 
+class _ChannelsLastFlatten(nn.Module):
+    """Flatten as Keras does: height, width, channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def keras_digits(pooling: str = "max", classes: int = 10) -> nn.Sequential:
+    """Two 5x5 convolutions and two Linear layers, converted from Keras, logits; input [N, 1, 28, 28].
+
+    Args:
+        pooling: "max", as CSAW-HackML-2020 has it (nothing between the Linear layers), or "average" (a ReLU there).
+        classes: C.
+    """
+    pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
+    between = nn.Identity() if pooling == "max" else nn.ReLU()
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5), nn.ReLU(), pool(2), nn.Conv2d(16, 32, 5), nn.ReLU(), pool(2), _ChannelsLastFlatten(),
+        nn.Linear(512, 512), between, nn.Linear(512, classes),
+    )  # fmt: skip
+
+
 class _BasicBlock(nn.Module):
     def __init__(self, before: int, now: int, stride: int) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-class _EncoderBlock(nn.Module):
+class _ViTEncoderBlock(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim, eps=1e-6)
@@ -72,11 +72,11 @@ class _EncoderBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class _EncoderStack(nn.Module):
+class _ViTEncoder(nn.Module):
     def __init__(self, tokens: int, dim: int, depth: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
-        blocks = ((f"encoder_layer_{i}", _EncoderBlock(dim, heads, hidden)) for i in range(depth))
+        blocks = ((f"encoder_layer_{i}", _ViTEncoderBlock(dim, heads, hidden)) for i in range(depth))
         self.layers = nn.Sequential(OrderedDict(blocks))
         self.ln = nn.LayerNorm(dim, eps=1e-6)
 
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.conv_proj = nn.Conv2d(3, dim, patch, patch)
-        self.encoder = _EncoderStack(1 + (size // patch) ** 2, dim, depth, heads, 4 * dim)
+        self.encoder = _ViTEncoder(1 + (size // patch) ** 2, dim, depth, heads, 4 * dim)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(dim, classes)))
 
     def forward(self, x: Tensor) -> Tensor:
