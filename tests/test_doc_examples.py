@@ -96,6 +96,18 @@ def test_backdoorbench(tmp_path, monkeypatch, capsys):
     assert lines[1].startswith("0,cifar10,resnet20,badnet,no defense,0.1,") and len(lines) == 3
 
 
+def test_figures_that_stand_twice_in_the_results_are_the_same():
+    """Where `make real` has written other ones into the tables, those beside the papers' have to follow."""
+    text = (DOCS / "results.md").read_text()
+    measured, _, papers = text.partition("## What the papers report")
+    table = measured.partition("5% clean images:")[2].partition("1% clean images:")[0]
+    column = [cell.strip() for cell in re.search(r"^\| ACC / ASR .*$", table, re.M)[0].split("|")]
+    place = column.index("nad_cifar10_wrn16_1_badnets")
+    for name in ("as received", "`ft_sam`", "`i_bau`", "`anp`"):
+        here, there = (re.search(rf"^\| {name} .*$", part, re.M)[0].split("|") for part in (table, papers))
+        assert here[place].strip() == there[-2].strip(), name
+
+
 def test_attacks(capsys):
     torch.manual_seed(0)
     scope: dict = {"__name__": "docs"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfip.checkpoint.claims import NumpyArray, Opaque
+from fastfip.checkpoint.claims import Claim, NumpyArray, Opaque
 from fastfip.checkpoint.opcodes import Encoded, Skipped
 from fastfip.data.images import ImageSet
 from fastfip.data.pictures import IMAGE_SUFFIXES, read_image, tensor_of
@@ -29,13 +29,14 @@ _MODES = {"RGB": 3, "L": 1}
 
 @dataclass(frozen=True)
 class _Stored:
-    """A picture in the file: `length` bytes from `start` on, a character of UTF-8 for each of its values."""
+    """A picture in the file: `length` bytes from `start` on, a character of UTF-8 for each value if it is a text."""
 
     mode: str
     width: int
     height: int
     start: int
     length: int
+    is_text: bool = True
     values: bytes = b""  # those of a small picture, which are at hand
 
     @property
@@ -67,7 +68,7 @@ class _Pictures:
     def _stored(self, file: Any, one: _Stored) -> Tensor:
         from PIL import Image
 
-        values = one.values or _values(file, one.start, one.length, one.count)
+        values = one.values or _values(file, one.start, one.length, one.count, one.is_text)
         if len(values) != one.count:
             raise DataError(f"{self.file}: is no longer the file that was read")
         image = Image.frombytes(one.mode, (one.width, one.height), values)
@@ -160,11 +161,12 @@ class PoisonedSet:
         return cls(file, index, pairs[:, 0], pairs[:, 1], folder, len(order) - len(chosen), tuple(held))
 
 
-def _values(file: Any, start: int, length: int, count: int) -> bytes:
-    """Return the bytes that a text of a file stands for, b"" where there are not so many."""
+def _values(file: Any, start: int, length: int, count: int, is_text: bool) -> bytes:
+    """Return `count` bytes of a file, or those that a text in it stands for; b"" where there are not so many."""
     file.seek(start)
     try:
-        values = file.read(length).decode("utf-8").encode("latin1")
+        values = file.read(length)
+        values = values.decode("utf-8").encode("latin1") if is_text else values
     except UnicodeError:
         return b""
     return values if len(values) == count else b""
@@ -183,9 +185,9 @@ def _numbers(array: Any, file: Any, name: str) -> np.ndarray:
         raise CheckpointError(f"has a {name} of the dtype {kind.code}")
     data = array.data
     if isinstance(data, Skipped):
-        if not data.is_text or not count <= data.length <= 2 * count:
+        if not _could_be(data, count):
             raise CheckpointError(f"has a {name} that needs {count} bytes and stores {data.length}")
-        data = _values(file, data.start, data.length, count)
+        data = _values(file, data.start, data.length, count, data.is_text)
     data = bytes(data)
     if len(data) != count:
         raise CheckpointError(f"has a {name} that needs {count} bytes and stores others")
@@ -209,16 +211,23 @@ def _stored_of(entry: Any, index: int) -> _Stored:
     width, height = size
     one = _Stored(mode, width, height, 0, 0)
     if isinstance(data, bytes) and len(data) == one.count:
-        return _Stored(mode, width, height, 0, 0, data)
+        return _Stored(mode, width, height, 0, 0, values=data)
     if isinstance(data, Encoded) and len(data) == one.count:
         return _Stored(mode, width, height, data.start, data.length)
-    if isinstance(data, Skipped) and data.is_text and one.count <= data.length <= 2 * one.count:
-        return _Stored(mode, width, height, data.start, data.length)
+    if isinstance(data, Skipped) and _could_be(data, one.count):
+        return _Stored(mode, width, height, data.start, data.length, data.is_text)
     raise CheckpointError(f"has a picture {index} of {width} x {height} pixels and other values than it needs")
+
+
+def _could_be(data: Skipped, count: int) -> bool:
+    """Return whether what was passed over can stand for so many bytes; a text has one or two for each."""
+    return count <= data.length <= 2 * count if data.is_text else data.length == count
 
 
 def _labels_of(entry: Any, in_file: bool, index: int, classes: int) -> tuple[int, int]:
     labels = entry[1:] if in_file else entry["other_info"]
+    if isinstance(labels, (list, tuple)) and any(isinstance(y, Claim) for y in labels):
+        raise CheckpointError(f"has a picture {index} whose labels are tensors, as those of CelebA: they are not read")
     if (
         not isinstance(labels, (list, tuple))
         or len(labels) != 2

@@ -74,7 +74,7 @@ class AttackResult:
         try:
             return known_arch(self.shapes, self.model_name, self.num_classes)
         except (CheckpointError, ModelError) as error:
-            raise type(error)(f"{self.path}: {error}") from None
+            raise type(error)(f"{self.path}: {printable(str(error))}") from None
 
     def build(self) -> nn.Module:
         """Return the network with its weights, in eval mode, on the CPU.

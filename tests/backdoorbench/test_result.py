@@ -52,11 +52,13 @@ def test_weights_pictures_and_labels_are_read_bit_by_bit(tmp_path, net, disk, nu
         assert torch.equal(got, images) and torch.equal(really, true) and attack.tolist() == [TARGET] * len(true)
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("side", [4, 160], ids=["small pictures", "pictures of 77 kB"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_of_all_sizes_are_read_from_where_they_stand(tmp_path, net, side, channels):
+def test_pictures_of_all_sizes_are_read_from_where_they_stand(tmp_path, net, side, channels, protocol):
     x, y = some_pictures(6, side, channels)
-    result = backdoorbench.read(written(tmp_path, net, pictures=(x, y), dataset="mnist" if channels == 1 else "tiny"))
+    dataset = "mnist" if channels == 1 else "tiny"
+    result = backdoorbench.read(written(tmp_path, net, pictures=(x, y), dataset=dataset, protocol=protocol))
     images, true = exact(x, y)
     got, _, really = result.triggered(Pixels(channels=channels)).batch(range(len(true)))
     assert torch.equal(got, images) and torch.equal(really, true)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import itertools
 import os
 import random
 import re
@@ -28,10 +29,13 @@ from pathlib import Path
 
 import torch
 
+from fastfip import backdoorbench
 from fastfip.checkpoint import load_checkpoint, opcodes, scan
 from fastfip.data.images import load, read_image
+from fastfip.data.scaling import Pixels
 from fastfip.errors import FastFIPError
 from tests.hostile import generators
+from tests.support.backdoorbench_files import attack_result, some_pictures
 from tests.support.checkpoint_files import Net, small_state, torch_bytes, write_zip
 from tests.support.peak_memory import LINUX, status
 
@@ -117,6 +121,7 @@ class Fuzz:
         self.readers: dict[str, Callable[[bytes], None]] = {
             "checkpoint": self.checkpoint,
             "pickle": self.pickle,
+            "backdoorbench": self.backdoorbench,
             "npz": self.npz,
             "image": self.image,
         }
@@ -162,6 +167,16 @@ class Fuzz:
         for value in load_checkpoint(path).values():
             value.sum()
 
+    def backdoorbench(self, data: bytes) -> None:
+        path = self.folder / "attack_result.pt"
+        write_zip(path, None, STORAGES, data=data)
+        result = backdoorbench.read(path)
+        for name in ("bd_train", "bd_test"):
+            found = result.poisoned(name)
+            if found is not None and len(found) and found.is_there:
+                found.images(Pixels(size=(8, 8))).batch([0])
+        assert len(load_checkpoint(path, key="model")) <= len(result.shapes)
+
     def npz(self, data: bytes) -> None:
         path = self.folder / "a.npz"
         path.write_bytes(data)
@@ -201,6 +216,16 @@ def pickles():
             yield from (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
 
 
+def results():
+    """The pickles of results of BackdoorBench in both modes, under both names of NumPy."""
+    with tempfile.TemporaryDirectory() as folder:
+        for disk, numpy in itertools.product((False, True), (1, 2)):
+            weights = {"fc.weight": torch.ones(4, 3), "fc.bias": torch.ones(12)}
+            path = attack_result(Path(folder, "x"), weights, disk, numpy, pictures=some_pictures(6, 20))
+            with zipfile.ZipFile(path) as archive:
+                yield from (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
 def arrays():
     yield generators.sound_npz()
     yield generators.sound_npz(compressed=False)
@@ -216,7 +241,13 @@ def images():
         yield out.getvalue()
 
 
-MAKERS = {"checkpoint": checkpoints, "pickle": pickles, "npz": arrays, "image": images}
+MAKERS = {
+    "checkpoint": checkpoints,
+    "pickle": pickles,
+    "backdoorbench": results,
+    "npz": arrays,
+    "image": images,
+}
 
 
 def mutated(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
@@ -252,7 +283,7 @@ def mutated(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
 def plain(fuzz: Fuzz, end: float, seed: int) -> None:
     """Draw files and changes at random until the time is up."""
     draw = random.Random(seed)
-    names = ["checkpoint", "pickle", "pickle", "pickle", "npz", "image"]
+    names = ["checkpoint", "pickle", "pickle", "pickle", "backdoorbench", "npz", "image"]
     for name, corpus in fuzz.corpus.items():
         for data in corpus:
             fuzz.one(name, data)
@@ -307,7 +338,7 @@ SEEDS = (
     "dtype that is a list",
     "long number",
 )
-READERS = ("fastfip.checkpoint.", "fastfip.data.npz")
+READERS = ("fastfip.checkpoint.", "fastfip.backdoorbench.", "fastfip.data.npz")
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import torch
 
 from fastfip import backdoorbench
 from fastfip.data.scaling import Pixels
-from fastfip.errors import CheckpointError, DataError
+from fastfip.errors import CheckpointError, DataError, ModelError
 from fastfip.testing import nets
 from tests.support.backdoorbench_files import CLASSES, TARGET, attack_result, poisoned_state, some_pictures
 from tests.support.checkpoint_files import Call, Name, tensor, write_zip
@@ -187,6 +187,7 @@ WRONG = {
     "a label beyond the classes": ({0: (picture(), 4, 0)}, "without two labels of 4 classes"),
     "a label below": ({0: (picture(), 1, -1)}, "without two labels of 4 classes"),
     "a label that is a text": ({0: (picture(), "1", 0)}, "without two labels of 4 classes"),
+    "labels that are tensors": ({0: (picture(), 1, tensor((), ()))}, "labels are tensors, as those of CelebA"),
     "another picture": ({1: (picture(), 1, 0)}, "marks picture 0 as poisoned, which its container lacks"),
     "no dict": ([1], "no container of pictures"),
 }
@@ -273,3 +274,11 @@ def test_a_text_that_is_changed_after_it_was_read_is_noticed(tmp_path):
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(DataError, match="is no longer the file that was read"):
         images.batch([0])
+
+
+@pytest.mark.parametrize("name", ["preactresnet18", "\x1b]0;x\x07", "densenet161"])
+def test_names_of_weights_and_networks_do_nothing_to_a_terminal(tmp_path, name):
+    path = in_memory(tmp_path / "attack_result.pt", model={"w\x1b[31m\n": tensor()}, model_name=name)
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        backdoorbench.read(path).build()
+    assert str(caught.value).isprintable() and str(caught.value).startswith(str(path))

@@ -70,6 +70,7 @@ def attack_result(
     model_name: str = "preactresnet18",
     pictures: tuple[np.ndarray, np.ndarray] | None = None,
     dataset: str = "cifar10",
+    protocol: int = 2,
     **changes: Any,
 ) -> Path:
     """Write folder/attack_result.pt (and the pictures beside it) and return its path."""
@@ -91,7 +92,7 @@ def attack_result(
         **changes,
     }
     path = folder / "attack_result.pt"
-    torch.save(value, path)
+    torch.save(value, path, pickle_protocol=protocol)
     if numpy == 1:
         rename_numpy(path)
     return path
