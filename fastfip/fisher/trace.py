@@ -16,7 +16,7 @@ from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.reading import as_real, own_gradients
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
-from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
+from fastfip.fisher.modes import check_modes, checkpoints_met, fit_for_fisher, naming_precision, readable
 
 #: Operations whose first derivative torch cannot differentiate. (Fused attention gives way to its mathematical form.)
 _ONLY_FIRST = ("Cdist", "Pdist", "CtcLoss", "MultilabelMarginLoss", "MultiMarginLoss", "SegmentReduce", "Hardsigmoid",
@@ -154,10 +154,12 @@ def trace_and_logits(
     with naming_precision(chosen.values(), batch):
         task = fit_for_fisher(model, task, batch, task.loss_hook is None)
     with torch.enable_grad():
+        met = checkpoints_met()
         with readable(model, second_order=create_graph), naming_precision(chosen.values(), batch):
             logits = task.forward(model, batch)
         losses = task.loss(logits, batch)
-        norms = squared_norms(losses, chosen, cache=cache_of(model), create_graph=create_graph)
+        cache = cache_of(model, kept=checkpoints_met() != met)
+        norms = squared_norms(losses, chosen, cache=cache, create_graph=create_graph)
         return TraceOutput(norms.mean(), losses, logits)
 
 

@@ -42,11 +42,12 @@ class Known:
 
 Cache = MutableMapping[Any, Known]
 _CACHES: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
 
 
-def cache_of(model: nn.Module) -> Cache:
-    """What is known about the graphs of this model."""
-    return _CACHES.setdefault(model, {})
+def cache_of(model: nn.Module, kept: bool = False) -> Cache:
+    """What is known about the graphs of this model; `kept`: about those whose checkpointed parts can be read."""
+    return (_KEPT if kept else _CACHES).setdefault(model, {})
 
 
 def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None = None) -> Plan:
