@@ -18,6 +18,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.purification import real_models, real_tables
 from benchmarks.purification.real_tables import BADNETS
+from benchmarks.suite import tables
+from benchmarks.suite.slices import own_methods
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
@@ -39,7 +41,7 @@ FILE = harness.DOCS / "methods.md"
 
 def registry() -> str:
     """Return a table of the methods of the package, then a section for each."""
-    kinds = [methods.get(name) for name in real_models.own_methods()]
+    kinds = [methods.get(name) for name in own_methods()]
     rows = [(f"[`{kind.name}`](#{kind.name})", harness.inline(kind.summary)) for kind in kinds]
     whole = harness.table(["method", "what it does"], rows)
     return "\n".join([whole, "", *(section(kind) for kind in kinds)]).rstrip()
@@ -96,7 +98,8 @@ def main() -> None:
         sys.exit(0 if new == old else "docs/methods.md is out of date: python -m benchmarks.methods_doc")
     for mark, make in (("methods", registry), ("measured", measured), ("papers", papers)):
         harness.splice(FILE, mark, make())
-    real_models.write_documents()  # the README names the methods that have no rows
+    real_models.write_documents()
+    harness.splice(harness.README, "suite", tables.readme(tables.validation(), own_methods()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         --settings plain
     python -m benchmarks.purification.real_models --table  # only write the tables of what the CSV holds
 
-The tables stand in README.md and docs/results.md; a run that added rows writes them too.
+The tables stand in docs/results.md; a run that added rows writes them too.
 
 Every setting is the method's default; the triggered images only score. `seconds` is the purification alone (set-up,
 search, training, held-out scoring), without the test set; `cpu_seconds` the same in time of the processor, which other
@@ -151,16 +151,9 @@ def results_text(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def own_methods() -> list[str]:
-    """Return the names of the package's methods: documents are the same where a package with more is installed."""
-    found = fastfip.methods.names()
-    return [name for name in found if fastfip.methods.get(name).__module__.startswith("fastfip.")]
-
-
 def documents(rows: list[dict[str, str]]) -> list[tuple[Path, str]]:
     """Return the documents that hold tables of the rows, between marks called real, with these tables."""
-    overview = real_tables.overview(rows, own_methods())
-    return [(harness.README, overview), (harness.DOCS / "results.md", results_text(rows))]
+    return [(harness.DOCS / "results.md", results_text(rows))]
 
 
 def write_documents() -> None:

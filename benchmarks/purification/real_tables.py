@@ -13,7 +13,7 @@ from statistics import mean, median, stdev
 from benchmarks import harness
 from benchmarks.harness import Row
 
-__all__ = ["BADNETS", "best_first", "by_method", "by_net", "full", "overview"]
+__all__ = ["BADNETS", "best_first", "by_method", "by_net", "full"]
 
 Cell = tuple[str, float, str]  # net, fraction, setting
 REFERENCE = "fast_wfip"
@@ -140,28 +140,6 @@ def _removed(cells: dict[Cell, list[Row]]) -> str:
     asked = [(net, 0.05, "plain") for net in BADNETS]
     asr = _means({cell: cells[cell] for cell in asked if cell in cells}, "asr")
     return f"{sum(value < REMOVED for value in asr.values())} of {len(asr)}" if asr else "-"
-
-
-def overview(rows: Sequence[Row], methods: Sequence[str] = ()) -> str:
-    """Return what the README shows: change of ACC, ASR and time of each method, means over the nets of BADNETS.
-
-    At 5 % clean images, plain. Only methods that have all three figures on all of these nets are in the table, the
-    lowest ASR first; of the other ones among `methods`, a sentence says so.
-    """
-    asked = [(net, 0.05, "plain") for net in BADNETS]
-    lines: list[tuple[float, list[str]]] = []
-    for method, cells in _cells(rows).items():
-        mine = {cell: cells[cell] for cell in asked if cell in cells}
-        after, before, asr, seconds = (_means(mine, key) for key in ("acc", "acc_before", "asr", "cpu_seconds"))
-        if all(len(figures) == len(asked) for figures in (after, before, asr, seconds)):
-            change, left = mean(after[cell] - before[cell] for cell in asked), mean(asr.values())
-            lines.append((left, [f"`{method}`", f"{change:+.1f}", f"{left:.1f}", f"{mean(seconds.values()):.0f}"]))
-    lines.sort(key=lambda line: (line[0], line[1]))
-    table = harness.table(["method", "ACC change, points", "ASR left, %", "CPU seconds"], [line for _, line in lines])
-    absent = sorted({f"`{name}`" for name in methods} - {line[0] for _, line in lines})
-    if not absent:
-        return table
-    return f"{table}\n\nNot measured on all three models, and so not in the table: {', '.join(absent)}."
 
 
 def by_net(rows: Sequence[Row], fraction: float, setting: str = "plain") -> str:

@@ -8,7 +8,7 @@ import fastfip
 from benchmarks.suite.cells import FLOOR, Cell
 from benchmarks.suite.networks import NETWORKS, Network
 
-__all__ = ["SLICES", "cells", "networks"]
+__all__ = ["SLICES", "cells", "methods", "networks", "own_methods"]
 
 #: Networks with six attacks in all: four of them in one network, an all-to-all one, one with 43 classes.
 SMOKE = ("resnet20-four", "digits-badnets-all", "gtsrb-badnets")
@@ -18,10 +18,14 @@ SLOW = ("fst", "d3", "i_bau", "ft_sam", "awm", "anp", "sau", "fip", "fast_fip")
 SLICES = {"smoke": "development", "day": "development", "validation": "validation"}
 
 
+def own_methods() -> list[str]:
+    """Return the names of the package's methods: documents are the same where a package with more is installed."""
+    return [name for name in fastfip.methods.names() if fastfip.methods.get(name).__module__.startswith("fastfip.")]
+
+
 def methods() -> list[str]:
     """Return all methods, the floor first, what is slow last."""
-    own = [n for n in fastfip.methods.names() if fastfip.methods.get(n).__module__.startswith("fastfip.")]
-    rest = [name for name in own if name not in FLOOR]
+    rest = [name for name in own_methods() if name not in FLOOR]
     return [*FLOOR, *sorted(rest, key=lambda name: (SLOW.index(name) if name in SLOW else -1, name))]
 
 

@@ -8,12 +8,14 @@ while where it lies above. Methods are compared with the floor on the cells that
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from benchmarks import harness
 from benchmarks.suite.cells import FLOOR, SETTINGS, results
 from benchmarks.suite.networks import NETWORKS
+from benchmarks.suite.slices import own_methods
 
 __all__ = ["by_attack", "by_method", "missing", "write"]
 
@@ -80,9 +82,8 @@ def by_attack(rows: list[Row], fraction: float, setting: str = "plain") -> str:
     for cell, row in first.items():
         shown = [_pair(accs.get(m, {}).get(cell), asrs.get(m, {}).get(cell)) for m in sorted(accs)]
         old = f"{float(row['acc_before']):.1f}" + (f" / {float(row['asr_before']):.1f}" if row["asr_before"] else "")
-        lines.append(
-            [cell[0], cell[1] or "none", f"{float(row['acc_twin']):.1f}" if row["acc_twin"] else "-", old, *shown]
-        )
+        twin = " / ".join(f"{float(row[key]):.1f}" for key in ("acc_twin", "asr_twin") if row[key]) or "-"
+        lines.append([cell[0], cell[1] or "none", twin, old, *shown])
     return harness.table(["network", "attack", "twin", "before", *(f"`{m}`" for m in sorted(accs))], lines)
 
 
@@ -110,6 +111,39 @@ def missing(rows: list[Row], of: str) -> str:
         f"- {r['network']}, `{r['method']}`, {float(r['fraction']):.0%}: {r['error']}" for r in rows if r["error"]
     ]
     return "\n".join(lacking + broken) or "- nothing"
+
+
+def validation() -> list[Row]:
+    """Return the rows of the validation set."""
+    return results("validation").read()
+
+
+def readme(rows: list[Row], methods: Sequence[str] = ()) -> str:
+    """Return what the README shows: the cells at 5 % clean images, plain; of methods without them, a sentence says so.
+
+    Means over cells are compared on those that all methods of the table have; a method that has fewer than half of the
+    cells is not in it.
+    """
+    rows = [row for row in rows if row["setting"] == "plain" and float(row["fraction"]) == 0.05]
+    ders, asrs, accs, before, seconds = (
+        _cells(rows, key) for key in ("der", "asr", "acc", "acc_before", "cpu_seconds")
+    )
+    most = max((len(cells) for cells in ders.values()), default=0)
+    shown = [method for method in ders if 2 * len(ders[method]) > most]
+    shared = sorted(set.intersection(*(set(ders[method]) for method in shown))) if shown else []
+    lines = []
+    for method in sorted(shown, key=lambda m: -mean(ders[m][cell] for cell in shared)):
+        change = mean(accs[method][cell] - before[method][cell] for cell in shared)
+        left = [asrs[method][cell] for cell in shared]
+        lines.append([
+            f"`{method}`", f"{mean(ders[method][cell] for cell in shared):.1f}", f"{change:+.1f}", f"{mean(left):.1f}",
+            f"{max(left):.1f}", f"{sum(value > KEPT for value in left)} of {len(left)}",
+            f"{mean(seconds[method][cell] for cell in shared):.0f}",
+        ])  # fmt: skip
+    head = ["method", "DER", "ACC change, points", "ASR left, %", "worst", "ASR above 10 %", "CPU seconds"]
+    absent = sorted({f"`{name}`" for name in methods} - {f"`{method}`" for method in shown})
+    tail = f"\n\nNot measured on all of them, and so not in the table: {', '.join(absent)}." if absent else ""
+    return harness.table(head, lines) + tail
 
 
 def text(of: str) -> str:
@@ -152,10 +186,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def write() -> None:
     """Put the tables into docs/suite.md, draw the validation set, and print the lines of the methods."""
-    if any(row["der"] for row in results("validation").read()):
-        plot(results("validation").read(), harness.DOCS / "pictures" / "suite.png")
+    if any(row["der"] for row in validation()):
+        plot(validation(), harness.DOCS / "pictures" / "suite.png")
     for of in ("development", "validation"):
         harness.splice(harness.DOCS / "suite.md", f"suite-{of}", text(of))
         rows = results(of).read()
         if rows:
             print(of, by_method(rows), sep="\n")
+    harness.splice(harness.README, "suite", readme(validation(), own_methods()))

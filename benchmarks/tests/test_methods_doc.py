@@ -6,7 +6,6 @@ import sys
 from dataclasses import fields
 
 from benchmarks import harness, methods_doc
-from benchmarks.purification import real_models
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
@@ -18,7 +17,7 @@ def test_the_document_is_up_to_date():
 
 def test_every_method_has_its_section_and_settings():
     text = methods_doc.registry()
-    for name in real_models.own_methods():
+    for name in methods_doc.own_methods():
         part = text.split(f"### {name}\n")[1].split("\n### ")[0]
         own = {item.name for item in fields(methods.get(name).Config)} - {item.name for item in fields(MethodConfig)}
         assert all(f"| `{setting}` |" in part for setting in own)
@@ -42,6 +41,6 @@ def test_a_new_method_is_in_every_document_by_one_command(monkeypatch):
         methods.register(kind)
     methods_doc.main()
     own = {("methods.md", mark) for mark in ("methods", "measured", "papers")}
-    assert set(written) == own | {("README.md", "real"), ("results.md", "real")}
-    assert "### nudge\n" in written["methods.md", "methods"] and "`nudge`" in written["README.md", "real"]
+    assert set(written) == own | {("README.md", "suite"), ("results.md", "real")}
+    assert "### nudge\n" in written["methods.md", "methods"] and "`nudge`" in written["README.md", "suite"]
     assert not any("foreign" in text for text in written.values())

@@ -135,37 +135,18 @@ def test_tables():
     assert "one class missing" in real_models.results_text(rows)
 
 
-def test_the_readmes_table_holds_methods_with_every_figure_and_names_the_others():
-    nets = real_tables.BADNETS
-    rows = [row(method="fst", net=net, seed=s, acc=90 + s, acc_before=92, asr=a, cpu_seconds=60, der=70)
-            for net, a in zip(nets, (0, 3, 6)) for s in (0, 2)]  # fmt: skip
-    rows += [row(method="wfip", net=net, acc=98.5, asr=1, cpu_seconds=10) for net in nets]
-    rows += [row(method="sau", net=net, cpu_seconds="" if net == nets[0] else 5) for net in nets]  # a time is missing
-    rows += [row(method="anp", net=net, cpu_seconds=5) for net in nets[:2]]  # a net is missing
-    rows += [row(method="anp", net=nets[2], cpu_seconds=5, setting="missing"), row(method="d3", error="no", acc="")]
-    rows += [row(method="wfip", net=nets[0], fraction="0.01", acc=1, asr=99, cpu_seconds=1)]
-    text = real_tables.overview(rows, ["sau", "wfip", "fip", "anp"])
-    assert text.splitlines()[2:] == [
-        "| `wfip` | +0.5 | 1.0 | 10 |", "| `fst` | -1.0 | 3.0 | 60 |", "",
-        "Not measured on all three models, and so not in the table: `anp`, `fip`, `sau`.",
-    ]  # fmt: skip
-    assert real_tables.overview(rows).count("\n") == 3
-
-
-def test_tables_go_into_both_documents(tmp_path, monkeypatch):
+def test_tables_go_into_the_document(tmp_path, monkeypatch):
     marks = "above\n<!-- real:begin -->\nold\n<!-- real:end -->\nbelow\n"
-    monkeypatch.setattr(harness, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "DOCS", tmp_path)
     monkeypatch.setattr(real_models.RESULTS, "path", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
     real_models.RESULTS.add([row(method="fast_wfip", net=net, cpu_seconds=10) for net in real_tables.BADNETS])
-    for name in ("README.md", "results.md"):
-        (tmp_path / name).write_text(marks)
+    (tmp_path / "results.md").write_text(marks)
     monkeypatch.setattr(sys, "argv", ["real_models", "--table"])
     real_models.main()
-    for name, line in (("README.md", "| `fast_wfip` | -1.0 | 1.0 | 10 |"), ("results.md", "5% clean images:")):
-        text = (tmp_path / name).read_text()
-        assert line in text and text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    text = (tmp_path / "results.md").read_text()
+    assert "5% clean images:" in text and text.startswith("above\n") and text.endswith("\nbelow\n")
+    assert "old" not in text
 
 
 def test_the_documents_are_up_to_date():

@@ -98,6 +98,28 @@ def test_the_floor_is_the_best_of_the_simplest():
     assert "`wfip` at 1%: every network" in lacking and "gtsrb-lira, `anp`, 5%: it broke" in lacking
 
 
+def test_the_readme_shows_what_most_cells_have_and_names_the_other_methods(tmp_path):
+    rows = [
+        row(network=network, method=method, der=der, asr=asr)
+        for method, der, asr in (("wfip", 90, 2), ("fst", 80, 20))
+        for network in ("digits-lira", "digits-dynamic", "digits-advdoor")
+    ]
+    rows += [row(method="anp", network="digits-lira", der="99"), row(method="wfip", fraction="0.01", der="1", asr="99")]
+    text = tables.readme(rows, ["anp", "fst", "sau", "wfip"])
+    assert text.splitlines()[2:] == [
+        "| `wfip` | 90.0 | -1.0 | 2.0 | 2.0 | 0 of 3 | 10 |", "| `fst` | 80.0 | -1.0 | 20.0 | 20.0 | 3 of 3 | 10 |", "",
+        "Not measured on all of them, and so not in the table: `anp`, `sau`.",
+    ]  # fmt: skip
+    pytest.importorskip("matplotlib")
+    tables.plot(rows, tmp_path / "suite.png")
+    assert (tmp_path / "suite.png").stat().st_size > 5000
+
+
+def test_the_readme_is_up_to_date():
+    text = harness.README.read_text(encoding="utf-8")
+    assert harness.spliced(text, "suite", tables.readme(tables.validation(), slices.own_methods())) == text
+
+
 @pytest.mark.parametrize("of", ["development", "validation"])
 def test_the_page_shows_what_the_rows_say(of):
     text = (harness.DOCS / "suite.md").read_text(encoding="utf-8")
