@@ -1,7 +1,8 @@
 """Run a slice of the suite; see the docstring of the package.
 
 Rows that are there are kept, so a slice that was cut off goes on. `--minutes` ends it after the cells that run then.
-Networks are trained first, each once; those of the cache are taken as they are.
+Networks are trained first, each once; those of the cache are taken as they are. `networks` trains those that are named,
+or takes those that are there, and writes how accurate they are and how well their backdoors work.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from benchmarks import harness
 from benchmarks.purification import real_data
 from benchmarks.suite import tables
-from benchmarks.suite.cells import SETTINGS, Cell, results, run, run_apart
+from benchmarks.suite.cells import SETTINGS, Cell, kept, results, rows_of, run, run_apart
 from benchmarks.suite.networks import NETWORKS, folder, prepare
-from benchmarks.suite.slices import SLICES, cells, networks
+from benchmarks.suite.slices import SLICES, cells
 
 LOOKS = harness.ROOT / "benchmarks" / "results" / "looks.csv"
 
@@ -131,8 +132,10 @@ def main() -> None:
     elif args.train:
         _said(args.train)
     elif args.slice == "networks":
-        for network in args.networks or [n.name for name in ("day", "validation") for n in networks(name)]:
-            _said(network)
+        for name in args.networks or [n for n in NETWORKS if (folder() / f"{NETWORKS[n].key()}.pth").exists()]:
+            _said(name)
+            kept().add(rows_of(name))
+        tables.write()
     else:
         _run_all(args)
         tables.write()

@@ -25,7 +25,7 @@ from benchmarks.suite.networks import NETWORKS, Base, Network, Prepared, prepare
 from fastfip.methods import MethodConfig
 from fastfip.metrics import Evaluation, der
 
-__all__ = ["FLOOR", "SETTINGS", "Cell", "results", "run", "run_apart"]
+__all__ = ["FLOOR", "SETTINGS", "Cell", "kept", "results", "rows_of", "run", "run_apart"]
 
 #: Doing nothing is the third of the floor: its DER is 50.
 FLOOR = ("fine_tune", "large_step")
@@ -41,6 +41,33 @@ COLUMNS = (
     "asr_before ra_before acc asr ra der seconds cpu_seconds peak_memory_mb steps machine threads "
     "torch fastfip commit note error native"
 )
+
+
+def kept() -> harness.Results:
+    """Return the rows of the trained networks themselves: benchmarks/results/suite_networks.csv."""
+    names = list(NETWORKS)
+    return harness.Results(
+        "suite_networks",
+        "network set base attack target rate acc acc_twin asr asr_twin ra cpu_seconds machine torch fastfip commit",
+        run="network", order=lambda r: (names.index(r["network"]) if r["network"] in names else len(names)),
+    )  # fmt: skip
+
+
+def rows_of(name: str) -> list[Row]:
+    """Return a row for each backdoor of a network before any purification; it is trained if it is not there."""
+    network = NETWORKS[name]
+    prepared, twin = prepare(network), _twin(network)
+    common: Row = {
+        "network": name, "set": network.set if network.backdoors else "both", "base": network.base,
+        "acc": _percent(prepared.clean.acc), "acc_twin": _percent(twin.clean.acc),
+        "cpu_seconds": round(prepared.seconds),
+    }  # fmt: skip
+    rows = [
+        {**common, "attack": b.label, "target": b.target, "rate": b.rate, "asr": _percent(found.asr),
+         "asr_twin": _percent(asr), "ra": _percent(found.ra)}
+        for b, found, asr in zip(network.backdoors, prepared.attacked, twin_asr(name))
+    ]  # fmt: skip
+    return rows or [common]
 
 
 def results(of: str) -> harness.Results:

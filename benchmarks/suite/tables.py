@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks import harness
-from benchmarks.suite.cells import FLOOR, SETTINGS, results
+from benchmarks.suite.cells import FLOOR, SETTINGS, kept, results
 from benchmarks.suite.networks import NETWORKS
 from benchmarks.suite.slices import own_methods
 
@@ -113,6 +113,18 @@ def missing(rows: list[Row], of: str) -> str:
     return "\n".join(lacking + broken) or "- nothing"
 
 
+def networks_table() -> str:
+    """Return what the trained networks are before any purification."""
+    lines = []
+    for row in kept().read():
+        shown = [f"{float(row[key]):.1f}" if row[key] else "-" for key in ("acc", "acc_twin", "asr", "asr_twin")]
+        lines.append(
+            [row["network"], row["attack"] or "none", row["target"] or "-", row["set"], *shown, row["cpu_seconds"]]
+        )
+    head = ["network", "attack", "target", "set", "ACC", "ACC, twin", "ASR", "ASR, twin", "CPU seconds"]
+    return harness.table(head, lines)
+
+
 def validation() -> list[Row]:
     """Return the rows of the validation set."""
     return results("validation").read()
@@ -188,6 +200,7 @@ def write() -> None:
     """Put the tables into docs/suite.md, draw the validation set, and print the lines of the methods."""
     if any(row["der"] for row in validation()):
         plot(validation(), harness.DOCS / "pictures" / "suite.png")
+    harness.splice(harness.DOCS / "suite.md", "suite-networks", networks_table())
     for of in ("development", "validation"):
         harness.splice(harness.DOCS / "suite.md", f"suite-{of}", text(of))
         rows = results(of).read()

@@ -124,6 +124,7 @@ def test_the_readme_is_up_to_date():
 def test_the_page_shows_what_the_rows_say(of):
     text = (harness.DOCS / "suite.md").read_text(encoding="utf-8")
     assert harness.spliced(text, f"suite-{of}", tables.text(of)) == text
+    assert harness.spliced(text, "suite-networks", tables.networks_table()) == text
 
 
 def test_looks_at_the_validation_set_are_logged(tmp_path, monkeypatch):
