@@ -28,10 +28,12 @@ from benchmarks.suite.slices import SLICES, cells
 LOOKS = harness.ROOT / "benchmarks" / "results" / "looks.csv"
 
 
-def _train(name: str, threads: int) -> str:
+def _train(name: str, threads: int, end: float) -> str:
     """Train a network in a process of its own unless it is there; return what went wrong."""
     if (folder() / f"{NETWORKS[name].key()}.pth").exists():
         return ""
+    if time.monotonic() > end:
+        return "not trained: the time is over"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.suite", "--train", name], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -63,7 +65,7 @@ def _run_all(args: Any) -> None:
     )  # fmt: skip
     if any(NETWORKS[cell.network].set != of and NETWORKS[cell.network].backdoors for cell in asked):
         sys.exit(f"these networks are not of the {of} set")
-    there = {_of(row) for row in rows.read() if not (args.retry and row["error"])}
+    there = {_of(row) for row in rows.read() if _current(row) and not (args.retry and row["error"])}
     todo = asked if args.again else [cell for cell in asked if cell not in there]
     if todo and of == "validation":
         _log_look(todo)
@@ -72,21 +74,24 @@ def _run_all(args: Any) -> None:
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     wanted = {cell.network for cell in todo}
     order = [*dict.fromkeys(f"{NETWORKS[n].base}-clean" for n in sorted(wanted)), *sorted(wanted)]
+    broken: set[str] = set()
     with ThreadPoolExecutor(args.jobs) as pool:
         first, rest = [n for n in order if n.endswith("-clean")], [n for n in order if not n.endswith("-clean")]
         for group in (first, rest):  # the clean network of a base is what the others are made of
-            for name, error in zip(group, pool.map(lambda name: _train(name, threads), group)):
+            for name, error in zip(group, pool.map(lambda name: _train(name, threads, end), group)):
                 if error:
+                    broken.add(name)
                     print(f"{name}: {error}", flush=True)
 
     def one(cell: Cell) -> None:
-        if time.monotonic() > end:
+        if time.monotonic() > end or {cell.network, f"{NETWORKS[cell.network].base}-clean"} & broken:
             return
         found, error = run_apart(cell, threads, args.time_limit)
         if error:
             network = NETWORKS[cell.network]
             found = [{
-                "network": cell.network, "base": network.base, "method": cell.method, "fraction": cell.fraction,
+                "network": cell.network, "made": network.key(), "base": network.base,
+                "method": cell.method, "fraction": cell.fraction,
                 "setting": cell.setting, "seed": cell.seed, "attack": "", "target": "", "error": error,
             }]  # fmt: skip
         rows.add([{**row, "threads": threads} for row in found])
@@ -96,8 +101,13 @@ def _run_all(args: Any) -> None:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, todo))
-    left = [cell for cell in asked if cell not in {_of(row) for row in rows.read()}]
+    left = [cell for cell in asked if cell not in {_of(row) for row in rows.read() if _current(row)}]
     print(f"{len(asked) - len(left)} of {len(asked)} cells are there")
+
+
+def _current(row: dict[str, str]) -> bool:
+    """Whether a row is of a network as it is described now."""
+    return row["network"] in NETWORKS and row["made"] == NETWORKS[row["network"]].key()
 
 
 def _of(row: dict[str, str]) -> Cell:
@@ -108,13 +118,13 @@ def main() -> None:
     """Run what is asked for, print and write the tables."""
     parser = harness.Parser(__doc__, "again")
     parser.add_argument("slice", nargs="?", choices=[*SLICES, "table", "networks"], default="smoke")
-    parser.add_argument("--networks", nargs="*")
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--fractions", nargs="*", type=float, help="shares of clean images, e.g. 0.05")
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=["plain"])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; they share the cores")
-    parser.add_argument("--minutes", type=float, help="start no cell after so many minutes")
+    parser.add_argument("--minutes", type=float, help="start no training and no cell after so many minutes")
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for one cell")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
     parser.add_argument("--train", metavar="NETWORK", help="train one network")

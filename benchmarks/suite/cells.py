@@ -37,7 +37,7 @@ LARGE_STEP: dict[str, Any] = {"lr": 0.1, "steps": 150, "batch_size": 64, "bn_mod
 SETTINGS = ("plain", "hidden", "missing", "domain", "lr_half", "lr_double", "steps_half", "steps_double", "retune")
 HIDDEN = 0.005
 COLUMNS = (
-    "network base attack target rate method fraction setting seed clean_images acc_twin asr_twin acc_before "
+    "network made base attack target rate method fraction setting seed clean_images acc_twin asr_twin acc_before "
     "asr_before ra_before acc asr ra der seconds cpu_seconds peak_memory_mb steps machine threads "
     "torch fastfip commit note error native"
 )
@@ -74,7 +74,7 @@ def results(of: str) -> harness.Results:
     """Return the rows of a set: benchmarks/results/suite_development.csv or suite_validation.csv."""
     names = list(NETWORKS)
     return harness.Results(
-        f"suite_{of}", COLUMNS, run="network attack target method fraction seed setting",
+        f"suite_{of}", COLUMNS, run="network method fraction seed setting",
         order=lambda r: (
             SETTINGS.index(r["setting"]), names.index(r["network"]) if r["network"] in names else len(names),
             r["attack"], float(r["fraction"]), r["method"], int(r["seed"]),
@@ -182,7 +182,8 @@ def run(cell: Cell) -> list[Row]:
     clean, attacked = score(prepared, model)
     own = result.seconds
     common: Row = {
-        "network": cell.network, "base": network.base, "method": cell.method, "fraction": cell.fraction,
+        "network": cell.network, "made": network.key(), "base": network.base,
+        "method": cell.method, "fraction": cell.fraction,
         "setting": cell.setting, "seed": cell.seed, "clean_images": len(y), "acc_before": _percent(prepared.clean.acc),
         "acc": _percent(clean.acc), "acc_twin": _percent(_twin(network).clean.acc), "steps": result.settings["steps"],
         "seconds": round(own["total"] - own["evaluation"], 1), "cpu_seconds": round(cpu, 1),
@@ -191,7 +192,7 @@ def run(cell: Cell) -> list[Row]:
         "asr_before": "", "ra_before": "", "asr": "", "ra": "", "der": "",
         "note": "; ".join(result.alerts)[:200], "error": "",
     }  # fmt: skip
-    rows = []
+    rows: list[Row] = []
     for backdoor, old, new, twin in zip(network.backdoors, prepared.attacked, attacked, twin_asr(cell.network)):
         figures = der(*(Evaluation(acc=c.acc, asr=a.asr) for c, a in ((prepared.clean, old), (clean, new))))
         rows.append({
@@ -200,6 +201,8 @@ def run(cell: Cell) -> list[Row]:
             "asr": _percent(new.asr),
             "ra": _percent(new.ra), "der": _percent(figures),
         })  # fmt: skip
+    if cell.setting == "retune":  # tuned with images of the first one
+        rows = rows[:1]
     return rows or [common]
 
 

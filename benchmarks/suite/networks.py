@@ -134,7 +134,10 @@ class Network:
     effort: float = 1.0
 
     def key(self) -> str:
-        """Return a name that changes with everything the network is made of."""
+        """Return a name that changes with what is written here of the network: base, training, backdoors.
+
+        The code of an attack is not in it: where that changes, the files of its networks have to be removed.
+        """
         base = BASES[self.base]
         made = [
             self.base,
@@ -191,7 +194,8 @@ def _first(x: np.ndarray) -> Tensor:
 def _data(base: str) -> dict[str, np.ndarray]:
     """Return train_x, train_y (poisoned or clean training), pool_x, pool_y (clean sets), test_x, test_y of a base.
 
-    The pool is disjoint from the training set, but of GTSRB, of which there are only 4,300 training images.
+    The pool is disjoint from the training set, but of GTSRB, of which there are only 4,300 training images. (The clean
+    ResNet-20 that came from elsewhere has seen the originals of all of CIFAR-10's training images.)
     """
     made = BASES[base]
     arrays = real_data.arrays(made.dataset)
@@ -318,7 +322,7 @@ NETWORKS: dict[str, Network] = {
         *(Network(f"{base}-clean", base, ()) for base in BASES),
         *_each("resnet20", [
             Backdoor("badnets"), Backdoor("badnets", rate=0.01), Backdoor("badnets", "next"), Backdoor("blend"),
-            Backdoor("sig"), Backdoor("wanet"), Backdoor("bppa"), Backdoor("lf"),
+            Backdoor("sig", rate=0.05), Backdoor("wanet"), Backdoor("bppa"), Backdoor("lf"),
         ], "development"),
         Network("resnet20-four", "resnet20", (
             Backdoor("blend", 1, 0.05), Backdoor("wanet", 2, 0.1), Backdoor("sig", 3, 0.05), Backdoor("bppa", 4, 0.05),

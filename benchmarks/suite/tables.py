@@ -44,12 +44,15 @@ def floor(rows: list[Row]) -> dict[Cell, float]:
     return {cell: max(NOTHING, *(cells[cell] for cells in simple)) for cell in shared}
 
 
-def by_method(rows: list[Row], setting: str = "plain") -> str:
-    """Return one line for each method: DER, against the floor, backdoors kept, change of clean networks, seconds."""
-    rows = [row for row in rows if row["setting"] == setting]
-    ders, asrs, accs, before, seconds = (
-        _cells(rows, key) for key in ("der", "asr", "acc", "acc_before", "cpu_seconds")
-    )
+def by_method(rows: list[Row], fraction: float = 0.05, setting: str = "plain") -> str:
+    """Return one line for each method: DER, against the floor, backdoors kept, change of clean networks, seconds.
+
+    Of the backdoors that are kept, those are named whose trigger misleads the clean twin as well: what was optimised on
+    a clean network is an adversarial perturbation, which purification is not about.
+    """
+    rows = [row for row in rows if row["setting"] == setting and float(row["fraction"]) == fraction]
+    keys = ("der", "asr", "acc", "acc_before", "cpu_seconds", "asr_twin")
+    ders, asrs, accs, before, seconds, twins = (_cells(rows, key) for key in keys)
     least = floor(rows)
     lines = []
     for method in sorted(accs, key=lambda m: -mean(ders.get(m, {None: 0.0}).values())):
@@ -57,20 +60,17 @@ def by_method(rows: list[Row], setting: str = "plain") -> str:
         gaps = [value - least[cell] for cell, value in mine.items() if cell in least]
         lost = [accs[method][cell] - before[method][cell] for cell in accs[method] if not cell[1]]
         kept = [cell for cell, value in asrs.get(method, {}).items() if value > KEPT]
+        alike = sum(twins.get(method, {}).get(cell, 0.0) > KEPT for cell in kept)
         worst = min(mine, key=lambda cell: mine[cell]) if mine else None
         lines.append([
             f"`{method}`", len(mine), f"{mean(mine.values()):.1f}" if mine else "-",
-            f"{mine[worst]:.1f} ({_name(worst)})" if worst else "-",
+            f"{mine[worst]:.1f} ({worst[0]})" if worst else "-",
             f"{mean(gaps):+.1f} ({sum(g > 0.1 for g in gaps)} of {len(gaps)} above)" if gaps else "-",
-            f"{len(kept)} of {len(mine)}" if mine else "-", f"{mean(lost):+.1f}" if lost else "-",
-            f"{mean(seconds[method].values()):.0f}",
+            f"{len(kept)} of {len(mine)}" + (f" ({alike} mislead the twin too)" if alike else "") if mine else "-",
+            f"{mean(lost):+.1f}" if lost else "-", f"{mean(seconds[method].values()):.0f}",
         ])  # fmt: skip
-    head = ["method", "cells", "DER", "worst", "DER - floor", "ASR > 10", "clean network", "CPU seconds"]
+    head = ["method", "cells", "DER", "worst", "DER - floor", "ASR > 10", "clean networks", "CPU seconds"]
     return harness.table(head, lines)
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell[0]}, {cell[1]}, {float(cell[2]):.0%}"
 
 
 def by_attack(rows: list[Row], fraction: float, setting: str = "plain") -> str:
@@ -96,21 +96,31 @@ def _pair(acc: float | None, asr: float | None) -> str:
 
 
 def missing(rows: list[Row], of: str) -> str:
-    """Return what of the set was not measured, in plain words."""
-    have = {(row["network"], row["method"], float(row["fraction"])) for row in rows if row["setting"] == "plain"}
-    methods = sorted({row["method"] for row in rows})
+    """Return what of the set was not measured, in plain words: three seeds of every method on every network, plain."""
+    have: dict[tuple[str, float], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for row in {(r["network"], r["method"], r["fraction"], r["seed"]) for r in rows if not r["error"] and _plain(r)}:
+        have[row[1], float(row[2])][row[0]] += 1
     wanted = [n.name for n in NETWORKS.values() if n.backdoors and n.set == of]
     lacking = []
     for fraction in (0.05, 0.01):
-        for method in methods:
-            absent = [name for name in wanted if (name, method, fraction) not in have]
+        none = [f"`{m}`" for m in [*FLOOR[1:], *own_methods()] if not have[m, fraction]]
+        if none:
+            lacking.append(f"- at {fraction:.0%}, on every network: {', '.join(none)}")
+        for method in (m for m in [*FLOOR[1:], *own_methods()] if have[m, fraction]):
+            absent = [name for name in wanted if name not in have[method, fraction]]
+            seeds = min(have[method, fraction].values())
             if absent:
-                what = "every network" if len(absent) == len(wanted) else ", ".join(absent)
-                lacking.append(f"- `{method}` at {fraction:.0%}: {what}")
+                lacking.append(f"- `{method}` at {fraction:.0%}: {', '.join(absent)}")
+            if seeds < 3:
+                lacking.append(f"- `{method}` at {fraction:.0%}: {3 - seeds} of 3 seeds")
     broken = [
         f"- {r['network']}, `{r['method']}`, {float(r['fraction']):.0%}: {r['error']}" for r in rows if r["error"]
     ]
     return "\n".join(lacking + broken) or "- nothing"
+
+
+def _plain(row: Row) -> bool:
+    return row["setting"] == "plain"
 
 
 def networks_table() -> str:
@@ -155,7 +165,12 @@ def readme(rows: list[Row], methods: Sequence[str] = ()) -> str:
     head = ["method", "DER", "ACC change, points", "ASR left, %", "worst", "ASR above 10 %", "CPU seconds"]
     absent = sorted({f"`{name}`" for name in methods} - {f"`{method}`" for method in shown})
     tail = f"\n\nNot measured on all of them, and so not in the table: {', '.join(absent)}." if absent else ""
-    return harness.table(head, lines) + tail
+    if not shared:
+        return "Nothing was measured yet." + tail
+    first = [row for row in rows if (row["network"], row["attack"], row["fraction"], row["setting"]) in shared]
+    old = [float(row["asr_before"]) for row in first]
+    said = f"{len(shared)} backdoors; before, ASR was {min(old):.0f} to {max(old):.0f} %."
+    return f"{said}\n\n{harness.table(head, lines)}{tail}"
 
 
 def text(of: str) -> str:
@@ -163,7 +178,8 @@ def text(of: str) -> str:
     rows = results(of).read()
     if not rows:
         return "Nothing was measured yet."
-    parts = [by_method(rows)]
+    commits = sorted({row["commit"] for row in rows})
+    parts = [f"Commits of the rows: {', '.join(commits)}. 5 % clean images:", by_method(rows)]
     for setting in SETTINGS:
         for fraction in (0.05, 0.01):
             some = [r for r in rows if r["setting"] == setting and float(r["fraction"]) == fraction]
