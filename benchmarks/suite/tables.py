@@ -200,7 +200,7 @@ def plot(rows: list[Row], path: Path) -> None:
     ders = {**_cells(rows, "der"), "floor": floor(rows)}
     ders = {method: cells for method, cells in ders.items() if cells}
     order = sorted(ders, key=lambda method: mean(ders[method].values()))
-    figure = new_figure(7.0, 0.9 + 0.28 * len(order))
+    figure = new_figure(7.5, 0.9 + 0.28 * len(order))
     axes = figure.subplots()
     for place, method in enumerate(order):
         values = list(ders[method].values())
@@ -208,7 +208,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.plot([mean(values)], [place], "|", color="C3", ms=14, mew=2)
     axes.axvline(NOTHING, color="0.7", lw=1)
     axes.set_yticks(range(len(order)), [f"{method} ({len(ders[method])})" for method in order])
-    axes.set_xlabel("DER of each backdoor (number of them in brackets), red: mean; 50: nothing gained")
+    axes.set_xlabel("DER of each backdoor (their number in brackets); red: mean; 50: nothing gained")
     saved(figure, path)
 
 
