@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.attacks._kept import Kept, marks, settings_of
 from fastfip.attacks.base import Attack, AttackTarget, Ground, attack_labels, for_images, get, in_range
+from fastfip.data import fingerprint
 from fastfip.data.augment import crop_flip
 from fastfip.data.scaling import Pixels
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, DataError
 from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.nets.process import seeded
 from fastfip.nets.state import copied, requires_grad, training_flags
-from fastfip.reporting.files import replacing
 from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Backdoored", "Injection", "poison_and_train"]
@@ -157,6 +158,7 @@ def poison_and_train(
     where = torch.device(device)
     with seeded(seed, where):
         trained = copied(model, "give a model that can be copied").to(where)
+        given = "" if keep is None else fingerprint.of_model(trained)
         generator = torch.Generator().manual_seed(seed)
         planted = _Planted(x, y, classes, generator)
         for place, injection in enumerate(injections):
@@ -167,14 +169,28 @@ def poison_and_train(
             with training_flags(trained.modules()), requires_grad(trained.parameters(), lambda p: p.requires_grad):
                 attack = attack.fit(ground)
             planted.add(replace(injection, attack=attack))
+        kept = None
+        if keep is not None:
+            settings = {
+                "seed": seed, "epochs": epochs, "lr": lr, "batch size": batch_size, "weight decay": weight_decay,
+                "crop": crop, "flip": flip, "effort": effort, "pixels": pixels, "number of classes": classes,
+            }  # fmt: skip
+            said = [_said(injection) for injection in injections]
+            kept = Kept(Path(keep), marks(settings, x, y, given, said, planted.images()))
         history = _train(
-            trained, planted, pixels, where, keep, tick,
+            trained, planted, pixels, where, kept, tick,
             epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
         )  # fmt: skip
     out = Backdoored(trained.eval(), planted.injections, planted.places, history=history)
     if tested is not None:
         out.clean, out.attacked = _score(out, tested, classes, pixels)
     return out
+
+
+def _said(injection: Injection) -> str:
+    """Return by what an injection is known: the attack as it was given, and what is asked of it."""
+    attack, _ = injection.ready()
+    return f"{settings_of(attack)} to {injection.target}, rate {injection.rate}, sources {injection.sources}"
 
 
 class _Planted:
@@ -210,15 +226,19 @@ class _Planted:
         )
         self.places.append(places)
 
+    def images(self) -> Tensor:
+        """Return all poisoned images [K, C, H, W]; none: [0, C, H, W]."""
+        if len(self.triggered) > 1:
+            self.triggered = [torch.cat(self.triggered)]
+        return self.triggered[0] if self.triggered else in_range(self.x[:0])
+
     def batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return images in [0, 1] and labels as they are trained on."""
         x = in_range(self.x[places])
         x = x.clone() if x.dtype == self.x.dtype else x
         stored = self.stored[places]
         if bool((stored >= 0).any()):
-            if len(self.triggered) > 1:
-                self.triggered = [torch.cat(self.triggered)]
-            x[stored >= 0] = self.triggered[0][stored[stored >= 0]]
+            x[stored >= 0] = self.images()[stored[stored >= 0]]
         false = self.false[places]
         for number in false[false >= 0].unique().tolist():
             attack, _ = self.injections[number].ready()
@@ -228,16 +248,14 @@ class _Planted:
 
 
 def _train(
-    model: nn.Module, planted: _Planted, pixels: Pixels, device: torch.device, keep: Any, tick: Any, *,
+    model: nn.Module, planted: _Planted, pixels: Pixels, device: torch.device, keep: Kept | None, tick: Any, *,
     epochs: int, lr: float, batch_size: int, weight_decay: float, crop: bool, flip: bool,
 ) -> list[float]:  # fmt: skip
     tuned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(tuned, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
     batches = -(-len(planted.y) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    history: list[float] = []
-    if keep is not None and Path(keep).exists():
-        history = _resume(Path(keep), model, optimizer, schedule, planted.generator)
+    history = [] if keep is None else keep.resume(model, optimizer, schedule, planted.generator)
     model.train()
     for epoch in range(len(history), epochs):
         total = 0.0
@@ -259,32 +277,8 @@ def _train(
         if not torch.isfinite(torch.tensor(history[-1])):
             raise ConfigError(f"the loss became {history[-1]} in epoch {epoch + 1}: take a smaller lr than {lr}")
         if keep is not None:
-            _store(Path(keep), model, optimizer, schedule, planted.generator, history)
+            keep.store(model, optimizer, schedule, planted.generator, history)
     return history
-
-
-def _store(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any, history: list[float]) -> None:
-    state = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-        "generator": generator.get_state(), "history": history, "torch": torch.get_rng_state(),
-    }  # fmt: skip
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any) -> list[float]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["schedule"]["T_max"] != schedule.T_max:
-            raise ValueError("another number of epochs or images")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        return list(state["history"])
-    except Exception as error:  # whatever torch raises for another file
-        raise ConfigError(f"{path} is no state of this training ({reason(error)}): remove it") from error
 
 
 def _score(

@@ -1,10 +1,13 @@
 """Training with backdoors: what is poisoned, what is left, what is reproduced."""
 
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
-from fastfip.attacks import Injection, poison_and_train
+from fastfip.attacks import Attack, Injection, poison_and_train
 from fastfip.attacks.badnets import BadNets
 from fastfip.data.scaling import Pixels
 from fastfip.errors import ConfigError, DataError
@@ -94,6 +97,55 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
     assert same(values(whole.model), values(resumed.model)) and resumed.history == whole.history
     with pytest.raises(ConfigError, match="no state of this training"):
         poison_and_train(net(), data, Injection("wanet", 1), keep=state, **{**settings, "epochs": 4})
+
+
+def test_a_state_of_another_training_is_refused(tmp_path):
+    x, y = shapes(60)
+    state, settings = tmp_path / "state.pth", {**TRAINING, "epochs": 1}
+    mine = Injection(PATCH, 1, sources=(0, 2))
+    poison_and_train(net(), (x, y), mine, keep=state, **settings)
+    assert len(poison_and_train(net(), (x, y), mine, keep=state, **settings).history) == 1
+    moved, other = net(), y.clone()
+    with torch.no_grad():
+        moved[0].bias[0] += 1e-3
+    other[5] = (other[5] + 1) % 4
+    wrong = {
+        "attacks": [Injection(BadNets(size=3), 1, sources=(0, 2)), Injection(PATCH, 3, sources=(0, 2)),
+                    Injection(PATCH, 1, 0.15, (0, 2)), Injection(PATCH, 1), []],
+        "seed": {"seed": 1}, "lr": {"lr": 0.04}, "weight decay": {"weight_decay": 0.0}, "crop": {"crop": True},
+        "effort": {"effort": 0.5}, "pixels": {"pixels": Pixels((0.5,), (0.5,))}, "number of classes": {"classes": 5},
+        "first weights": moved, "images or labels": [(x * 0.99, y), (x, other)],
+    }  # fmt: skip
+    for said, change in wrong.items():
+        for one in change if isinstance(change, list) else [change]:
+            given = {"model": net(), "data": (x, y), "attacks": mine, **settings}
+            if isinstance(one, dict):
+                given |= one
+            else:
+                place = {"attacks": "attacks", "first weights": "model", "images or labels": "data"}[said]
+                given[place] = one
+            with pytest.raises(ConfigError, match=f"no state of this training .*{said}.*: remove it"):
+                poison_and_train(**given, keep=state)
+
+
+def test_a_state_whose_attack_was_fitted_in_another_way_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Fitted(Attack):
+        name: ClassVar[str] = "fitted"
+        summary: ClassVar[str] = "a brightness that is found"
+        found: float = field(default=0.0, repr=False)
+
+        def trigger(self, x):
+            return x * self.found
+
+        def fit(self, ground):
+            return replace(self, found=next(brightness))
+
+    brightness, state = iter((0.5, 0.5, 0.6)), tmp_path / "state.pth"
+    for _ in range(2):
+        poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
+    with pytest.raises(ConfigError, match="not the same poisoned images"):
+        poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
 
 
 def test_what_cannot_be_trained_on():
