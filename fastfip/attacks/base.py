@@ -252,8 +252,10 @@ def attack_labels(y: Tensor, target: AttackTarget, classes: int | None = None) -
     """Return the label that the attacker wants for each true label y [N]."""
     if target == "next":
         return (y + 1) % (int(y.max()) + 1 if classes is None else classes)
-    if not isinstance(target, int) or target < 0 or (classes is not None and target >= classes):
+    if not isinstance(target, int) or target < 0:
         raise DataError(f"target={target!r}: must be a class index or 'next'")
+    if classes is not None and target >= classes:
+        raise DataError(f"target={target}: there are {classes} classes, 0 to {classes - 1}")
     return torch.full_like(y, target)
 
 

@@ -60,6 +60,7 @@ class Backdoored(Report):
         clean: accuracy on the test images, if these were given.
         attacked: ASR and RA of each injection on the test images.
         history: mean loss of each epoch.
+        classes: how many there are; "next" of the last one is 0.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Backdoored(Report):
     clean: Evaluation | None = None
     attacked: list[Evaluation] = field(default_factory=list)
     history: list[float] = field(default_factory=list)
+    classes: int | None = None
 
     def table(self) -> Sheet:
         """Return one row for each backdoor."""
@@ -181,7 +183,7 @@ def poison_and_train(
             trained, planted, pixels, where, kept, tick,
             epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
         )  # fmt: skip
-    out = Backdoored(trained.eval(), planted.injections, planted.places, history=history)
+    out = Backdoored(trained.eval(), planted.injections, planted.places, history=history, classes=classes)
     if tested is not None:
         out.clean, out.attacked = _score(out, tested, classes, pixels)
     return out
