@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,20 @@ from fastfip.data import fingerprint
 from fastfip.errors import ConfigError, reason
 from fastfip.reporting.files import replacing
 
-__all__ = ["Kept", "marks", "settings_of"]
+__all__ = ["Kept", "check_place", "marks", "settings_of"]
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written after the first epoch.
+
+    Raises:
+        ConfigError: its folder is not there, or it is a folder.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"keep {path}: the folder {folder} does not exist")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"keep {path}: " + ("is a folder" if path.is_dir() else f"{folder} cannot be written"))
 
 
 def settings_of(attack: Attack) -> str:

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastfip.attacks import Attack, Injection, poison_and_train
 from fastfip.attacks.badnets import BadNets
+from fastfip.attacks.cba import CBA
 from fastfip.data.scaling import Pixels
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError, ModelError
 from tests.support.small_nets import same, values
 
 
@@ -113,7 +114,7 @@ def test_a_state_of_another_training_is_refused(tmp_path):
         "attacks": [Injection(BadNets(size=3), 1, sources=(0, 2)), Injection(PATCH, 3, sources=(0, 2)),
                     Injection(PATCH, 1, 0.15, (0, 2)), Injection(PATCH, 1), []],
         "seed": {"seed": 1}, "lr": {"lr": 0.04}, "weight decay": {"weight_decay": 0.0}, "crop": {"crop": True},
-        "effort": {"effort": 0.5}, "pixels": {"pixels": Pixels((0.5,), (0.5,))}, "number of classes": {"classes": 5},
+        "effort": {"effort": 0.5}, "pixels": {"pixels": Pixels((0.5,), (0.5,))},
         "first weights": moved, "images or labels": [(x * 0.99, y), (x, other)],
     }  # fmt: skip
     for said, change in wrong.items():
@@ -146,6 +147,73 @@ def test_a_state_whose_attack_was_fitted_in_another_way_is_refused(tmp_path):
         poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
     with pytest.raises(ConfigError, match="not the same poisoned images"):
         poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
+
+
+def counting(calls):
+    """A net that says how often it was trained a step."""
+    model = net()
+    model.register_forward_hook(lambda module, x, out: calls.append(module.training))
+    return model
+
+
+def test_a_network_is_not_lost_where_none_of_the_test_images_carries_a_trigger():
+    data, (x, y) = shapes(), shapes(40, 1)
+    settings = {**TRAINING, "epochs": 1}
+    for attack, test in ((Injection(PATCH, 1, sources=(2,)), y != 2), (Injection(CBA(), 2), y != 0)):
+        out = poison_and_train(net(), data, [attack], test=(x[test], y[test]), **settings)
+        assert out.clean.acc is not None and out.attacked[0].asr is None and "not measured" in str(out)
+        assert out.to_dict()["backdoors"][0]["asr"] is None
+
+
+def test_what_could_not_be_scored_or_learned_is_said_before_anything_is_trained(tmp_path):
+    x, y = shapes(60)
+    fits, one = (x, y), Injection(PATCH, 1)
+    wrong = {
+        r"the test images are \[3, 9, 9\], those to train on \[3, 12, 12\]": (fits, one, {"test": (x[..., 3:, 3:], y)}),
+        "test labels go up to 4, the model has 4 outputs": (fits, one, {"test": (x, y + 1)}),
+        "^labels go up to 4, the model has 4 outputs": ((x, y + 1), one, {}),
+        "classes=5: the model has 4 outputs": (fits, one, {"classes": 5}),
+        "target=7: there are 4 classes, 0 to 3": (fits, Injection(PATCH, 7), {}),
+        "a rate of 0.001 is none of 60 images": (fits, Injection(PATCH, 1, 0.001), {}),
+        "a rate of 0.01 is none of 40 images": ((x[:40], y[:40]), Injection("narcissus", 1), {}),
+        r"not of the target class and of the classes \[1\]": (fits, Injection(PATCH, 1, None, (1,)), {}),
+        "no images of the target class 3": ((x[y < 3], y[y < 3]), Injection("sig", 3), {"classes": 4}),
+        "leave out the sources": (fits, Injection("sig", 1, sources=(1,)), {}),
+        "the folder .*nowhere does not exist": (fits, one, {"keep": tmp_path / "nowhere" / "k"}),
+        "is a folder": (fits, one, {"keep": tmp_path}),
+        "must be in ": ((x / x * x.new_tensor(float("nan")), y), one, {}),
+    }  # fmt: skip
+    for said, (data, injection, more) in wrong.items():
+        calls = []
+        with pytest.raises((DataError, ConfigError), match=said) as error:
+            poison_and_train(counting(calls), data, injection, **{**TRAINING, **more})
+        assert "\n" not in str(error.value) and True not in calls
+    with pytest.raises(ModelError, match="logits"):
+        poison_and_train(nn.Conv2d(3, 4, 3), fits, one, **TRAINING)
+
+
+def test_images_of_other_floats_are_trained_on_as_float32():
+    x, y = shapes(60)
+    x = (x * 255).round() / 255
+    one, two = (poison_and_train(net(), (x.to(t), y), Injection(PATCH, 1), **TRAINING) for t in (None, torch.float64))
+    assert same(values(one.model), values(two.model))
+    half = poison_and_train(net(), (x.half(), y), Injection(PATCH, 1), test=(x.double(), y), **TRAINING)
+    assert half.clean.acc > 0.9
+
+
+def test_an_attack_that_needs_a_clean_classifier_gets_the_one_that_was_given():
+    seen, given = [], net()
+
+    class Looks(BadNets):
+        def fit(self, ground):
+            seen.append(values(ground.model))
+            return self
+
+    poison_and_train(
+        given, shapes(), [Injection("lira", 1, 0.1), Injection(Looks(), 2, 0.1)],
+        **{**TRAINING, "epochs": 1, "effort": 0.02},
+    )  # fmt: skip
+    assert same(seen[0], values(given))
 
 
 def test_what_cannot_be_trained_on():
