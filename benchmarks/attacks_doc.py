@@ -33,7 +33,7 @@ def registered() -> str:
     rows = []
     for kind in own():
         labels = "kept" if kind.clean_label else "changed"
-        found = ", ".join(f"`{item.name}`" for item in found_first(kind)) or "-"
+        found = ", ".join(f"`{item.name}`" for item in found_first(kind) if item.name != "found") or "-"
         rows.append([
             _link(kind), harness.inline(kind.summary), kind.modality, labels, found, f"{kind.usual_rate:.0%}",
             source(kind), defaults(kind),

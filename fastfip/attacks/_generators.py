@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.attacks.base import in_range
 from fastfip.nets.process import seeded
 
 __all__ = ["ToImage", "another", "drawn", "in_bytes", "padded"]
@@ -45,13 +46,13 @@ def in_bytes(change: Tensor) -> Tensor:
 
 
 def another(x: Tensor, pool: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return for each image of x [N, C, H, W] a random image of the pool [K, C, H, W] that is not the same.
+    """Return for each image of x [N, C, H, W] in [0, 1] a random image of the pool [K, C, H, W] that is not the same.
 
-    A pool of one image is returned as it is.
+    The pool has floats in [0, 1] or uint8. Of one image, it is returned as it is.
     """
     places = torch.randint(len(pool), (len(x),), generator=generator)
-    same = (pool[places].to(x) == x).flatten(1).all(1).cpu()
-    return pool[torch.where(same, (places + 1) % len(pool), places)].to(x)
+    same = (in_range(pool[places]).to(x) == x).flatten(1).all(1).cpu()
+    return in_range(pool[torch.where(same, (places + 1) % len(pool), places)]).to(x)
 
 
 def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:

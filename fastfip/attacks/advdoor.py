@@ -27,7 +27,8 @@ class AdvDoor(Attack):
     Attributes:
         eps: largest change of a pixel, of 255.
         iterations: steps of Adam.
-        pattern: [C, H, W] in -eps/255..eps/255, found by `fit`.
+        pattern: [C, H, W] in -eps/255..eps/255, found by `fit`; one that is given stays.
+        found: whether `fit` found the pattern, and may find another.
     """
 
     name: ClassVar[str] = "advdoor"
@@ -36,6 +37,7 @@ class AdvDoor(Attack):
     eps: float = 10.0
     iterations: int = 400
     pattern: Tensor | None = field(default=None, repr=False)
+    found: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         checked_pattern(self.pattern, "AdvDoor")
@@ -55,8 +57,9 @@ class AdvDoor(Attack):
 
     @override
     def fit(self, ground: Ground) -> AdvDoor:
-        if self.pattern is not None:
+        if self.pattern is not None and not self.found:
             return self
         bound = self.eps / 255
         steps = ground.steps(self.iterations)
-        return replace(self, pattern=leading_pattern(ground, clean_classifier(ground), steps, bound / 10, bound))
+        pattern = leading_pattern(ground, clean_classifier(ground), steps, bound / 10, bound)
+        return replace(self, pattern=pattern, found=True)

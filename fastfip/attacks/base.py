@@ -29,8 +29,8 @@ class Ground:
     """What an attacker has, for attacks that train something: a classifier, the training set, and the goal.
 
     Attributes:
-        model: returns logits [N, classes] for normalised images. It is a copy; an attack that is trained together with
-            the classifier trains this one.
+        model: returns logits [N, classes] for normalised images. It is a copy: of the model that was given, and nothing
+            becomes of it; for an attack that `trains_model` the one that is trained on afterwards.
         x: training images [N, C, H, W], floats in [0, 1] or uint8; `images` returns floats.
         y: their labels [N].
         target: the attack's label, or "next".
@@ -97,6 +97,10 @@ class Attack(ABC):
     modality: ClassVar[str] = "images"
     #: Only images of the target class are poisoned, and keep their label.
     clean_label: ClassVar[bool] = False
+    #: The attack itself says of which classes the images are; clean-label attacks have no need of it.
+    own_sources: ClassVar[bool] = False
+    #: `fit` trains the classifier of its ground together with the trigger, and the training goes on from there.
+    trains_model: ClassVar[bool] = False
     #: Share of the training set that is poisoned where nobody says otherwise; BackdoorBench's.
     usual_rate: ClassVar[float] = 0.1
     #: Number of images with a false trigger and their true label, as a multiple of the poisoned ones.
@@ -133,7 +137,11 @@ class Attack(ABC):
         return self.negatives(x, generator)
 
     def fit(self, ground: Ground) -> Attack:
-        """Train what the attack needs; return the attack that has it. Self where nothing has to be trained."""
+        """Train what the attack needs; return the attack that has it. Self where nothing has to be trained.
+
+        An attack that was fitted before is fitted anew: what it had belongs to another ground. Only a pattern that the
+        user gave as a setting stays.
+        """
         return self
 
     def poison(
@@ -193,10 +201,12 @@ class Attack(ABC):
             taken: mask [N] of images that are not free.
 
         Raises:
-            DataError: a rate outside [0, 1], or more images wanted than there are.
+            DataError: a rate outside [0, 1], more images wanted than there are, or `sources` of an attack that cannot
+                be made specific.
         """
         if rate is not None and not 0 <= rate <= 1:
             raise DataError(f"rate={rate}: must be >= 0 and <= 1")
+        self._check_sources(sources)
         wanted = attack_labels(y, target, classes)
         if self.clean_label and target == "next":
             raise DataError(f"{self.name} keeps labels, so it has one target class: target='next' is not possible")
@@ -205,7 +215,7 @@ class Attack(ABC):
         count = min(round(self.usual_rate * len(y)), len(places)) if rate is None else round(rate * len(y))
         if count > len(places):
             kind = "of the target class" if self.clean_label else "not of the target class"
-            kind += "" if sources is None or self.clean_label else f" and of the classes {list(sources)}"
+            kind += "" if sources is None else f" and of the classes {list(sources)}"
             kind += "" if taken is None else " and free"
             raise DataError(f"rate={rate} asks for {count} images, {len(places)} are {kind}")
         return places[torch.randperm(len(places), generator=generator)[:count]].sort().values
@@ -230,12 +240,34 @@ class Attack(ABC):
             sources: of a source-specific attack, the classes that it is for.
 
         Raises:
-            DataError: samples that `check` refuses.
+            DataError: samples that `check` refuses, or `sources` that `attacked` does.
         """
         self.check(x)
-        wanted = attack_labels(y, target, classes)
-        keep = _attacked(y, wanted, sources)
-        return self.trigger(x[keep]), wanted[keep], y[keep]
+        wanted, keep = attack_labels(y, target, classes), self.attacked(y, target, classes, sources)
+        x = x[keep]
+        return self.trigger(x) if len(x) else x, wanted[keep], y[keep]
+
+    def attacked(
+        self, y: Tensor, target: AttackTarget = 0, classes: int | None = None, sources: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the mask [N] of the test images that `asr_set` takes, by their true labels y [N].
+
+        Args:
+            y: true labels [N].
+            target: the attack's label, or "next".
+            classes: C.
+            sources: of a source-specific attack, the classes that it is for.
+
+        Raises:
+            DataError: a target that is no class, or `sources` of an attack that cannot be made specific.
+        """
+        self._check_sources(sources)
+        return _attacked(y, attack_labels(y, target, classes), sources)
+
+    def _check_sources(self, sources: Sequence[int] | None) -> None:
+        if sources is not None and (self.clean_label or self.own_sources):
+            which = "only poisons images of the target class" if self.clean_label else "has source classes of its own"
+            raise DataError(f"{self.name} {which}: leave out the sources {list(sources)}")
 
     def _needs(self, part: object, what: str) -> None:
         """Refuse to put on a trigger whose trained part is not there."""
@@ -252,8 +284,10 @@ def attack_labels(y: Tensor, target: AttackTarget, classes: int | None = None) -
     """Return the label that the attacker wants for each true label y [N]."""
     if target == "next":
         return (y + 1) % (int(y.max()) + 1 if classes is None else classes)
-    if not isinstance(target, int) or target < 0 or (classes is not None and target >= classes):
+    if not isinstance(target, int) or target < 0:
         raise DataError(f"target={target!r}: must be a class index or 'next'")
+    if classes is not None and target >= classes:
+        raise DataError(f"target={target}: there are {classes} classes, 0 to {classes - 1}")
     return torch.full_like(y, target)
 
 

@@ -45,6 +45,7 @@ class CBA(Attack):
     name: ClassVar[str] = "cba"
     summary: ClassVar[str] = "joined halves of images of two classes"
     negative_ratio: ClassVar[float] = 5.0
+    own_sources: ClassVar[bool] = True
 
     first: int = 0
     second: int = 1
@@ -97,16 +98,13 @@ class CBA(Attack):
         return self._joined(x, partners, torch.rand(len(x), 5, generator=generator, dtype=torch.float64))
 
     @override
-    def asr_set(
-        self, x: Tensor, y: Tensor, target: AttackTarget = 0, classes: int | None = None,
-        sources: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return super().asr_set(x, y, target, classes, (self.first,) if sources is None else sources)
+    def attacked(
+        self, y: Tensor, target: AttackTarget = 0, classes: int | None = None, sources: Sequence[int] | None = None
+    ) -> Tensor:
+        return super().attacked(y, target, classes, sources) & (y == self.first)
 
     @override
     def fit(self, ground: Ground) -> CBA:
-        if self.partners is not None:
-            return self
         target = ground.single_target(self.name)
         if target in (self.first, self.second):
             raise ConfigError(f"cba: the target {target} must be another class than {self.first} and {self.second}")

@@ -34,10 +34,11 @@ class CLB(Attack):
     Attributes:
         eps: largest change of a pixel by the adversarial steps, of 255.
         step: of one of them, of 255.
-        iterations: how many; `fit` notes how many the effort leaves.
+        iterations: how many.
         amplitude: of the pattern, 0 to 1.
         classifier: the clean one, from `fit`.
         target: the class whose images are poisoned, from `fit`.
+        steps: how many iterations the effort leaves, from `fit`.
     """
 
     name: ClassVar[str] = "clb"
@@ -50,6 +51,7 @@ class CLB(Attack):
     amplitude: float = 1.0
     classifier: CleanClassifier | None = field(default=None, repr=False)
     target: int | None = field(default=None, repr=False)
+    steps: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 255 or not self.step > 0 or self.iterations < 1 or not 0 < self.amplitude <= 1:
@@ -85,7 +87,7 @@ class CLB(Attack):
         y = torch.full((len(x),), self.target, device=x.device)
         moved, eps = x.detach(), self.eps / 255
         with torch.enable_grad():
-            for _ in range(self.iterations):
+            for _ in range(self.steps or self.iterations):
                 moved = moved.detach().requires_grad_()
                 loss = F.cross_entropy(self.classifier.logits(moved), y, reduction="sum")
                 (slope,) = torch.autograd.grad(loss, moved)
@@ -98,8 +100,6 @@ class CLB(Attack):
 
     @override
     def fit(self, ground: Ground) -> CLB:
-        if self.classifier is not None:
-            return self
         target = ground.single_target(self.name)
         steps = ground.steps(self.iterations)
-        return replace(self, classifier=clean_classifier(ground), target=target, iterations=steps)
+        return replace(self, classifier=clean_classifier(ground), target=target, steps=steps)

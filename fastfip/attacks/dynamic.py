@@ -54,6 +54,7 @@ class Dynamic(Attack):
 
     name: ClassVar[str] = "dynamic"
     summary: ClassVar[str] = "a pattern of each image's own, made by a network"
+    trains_model: ClassVar[bool] = True
     negative_ratio: ClassVar[float] = 1.0
 
     density: float = 0.032

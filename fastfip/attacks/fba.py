@@ -56,6 +56,7 @@ class FBA(Attack):
 
     name: ClassVar[str] = "fba"
     summary: ClassVar[str] = "the image in the light of a sunset, painted by a network"
+    trains_model: ClassVar[bool] = True
     negative_ratio: ClassVar[float] = 0.5
 
     alpha: float = 0.6
@@ -105,7 +106,7 @@ class FBA(Attack):
 
     def fit(self, ground: Ground) -> FBA:
         """Train S, then go through the rounds of detoxification."""
-        out = replace(self, style=frozen_copy(self._styled(ground)))
+        out = replace(self, style=frozen_copy(self._styled(ground)), lures=())
         for _ in range(self.rounds):
             out._poisoned(ground)
             out = replace(out, lures=(*out.lures, frozen_copy(out._lured(ground))))

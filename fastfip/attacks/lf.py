@@ -29,7 +29,8 @@ class LF(Attack):
         amplitude: difference between the largest and the smallest value of the pattern, of 1.
         sigma: of the Gaussian, in pixels of an image of 32; scaled with the size of others.
         iterations: steps of Adam.
-        pattern: [C, H, W] in 0..amplitude, found by `fit`.
+        pattern: [C, H, W] in 0..amplitude, found by `fit`; one that is given stays.
+        found: whether `fit` found the pattern, and may find another.
     """
 
     name: ClassVar[str] = "lf"
@@ -39,6 +40,7 @@ class LF(Attack):
     sigma: float = 6.0
     iterations: int = 400
     pattern: Tensor | None = field(default=None, repr=False)
+    found: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         checked_pattern(self.pattern, "LF")
@@ -61,7 +63,7 @@ class LF(Attack):
 
     @override
     def fit(self, ground: Ground) -> LF:
-        if self.pattern is not None:
+        if self.pattern is not None and not self.found:
             return self
         height, width = ground.x.shape[-2:]
         down, across = (_gaussian(size, self.sigma * size / 32) for size in (height, width))
@@ -74,7 +76,7 @@ class LF(Attack):
 
         steps = ground.steps(self.iterations)
         pattern = leading_pattern(ground, clean_classifier(ground), steps, 0.1, float("inf"), smooth)
-        return replace(self, pattern=pattern)
+        return replace(self, pattern=pattern, found=True)
 
 
 def _gaussian(size: int, sigma: float) -> Tensor:

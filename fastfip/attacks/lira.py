@@ -40,6 +40,7 @@ class LIRA(Attack):
 
     name: ClassVar[str] = "lira"
     summary: ClassVar[str] = "small noise made by a network for each image"
+    trains_model: ClassVar[bool] = True
 
     eps: int = 10
     alpha: float = 0.5

@@ -34,7 +34,8 @@ class Narcissus(Attack):
         amplify: factor of the noise on test images.
         iterations: steps of Adam.
         lr: of Adam, of 255.
-        pattern: [C, H, W] in -eps/255..eps/255, found by `fit`.
+        pattern: [C, H, W] in -eps/255..eps/255, found by `fit`; one that is given stays.
+        found: whether `fit` found the pattern, and may find another.
     """
 
     name: ClassVar[str] = "narcissus"
@@ -47,6 +48,7 @@ class Narcissus(Attack):
     iterations: int = 600
     lr: float = 1.3
     pattern: Tensor | None = field(default=None, repr=False)
+    found: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         checked_pattern(self.pattern, "Narcissus")
@@ -76,7 +78,7 @@ class Narcissus(Attack):
 
     @override
     def fit(self, ground: Ground) -> Narcissus:
-        if self.pattern is not None:
+        if self.pattern is not None and not self.found:
             return self
         target = ground.single_target(self.name)
         own = torch.nonzero(ground.y == target).flatten()
@@ -85,4 +87,4 @@ class Narcissus(Attack):
         pattern = leading_pattern(
             ground, clean_classifier(ground), ground.steps(self.iterations), self.lr / 255, self.eps / 255, only=own
         )
-        return replace(self, pattern=pattern)
+        return replace(self, pattern=pattern, found=True)

@@ -12,40 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.attacks.base import Attack, AttackTarget, Ground, attack_labels, for_images, get, in_range
+from fastfip.attacks._kept import Kept, check_place, marks
+from fastfip.attacks._planted import Injection, Planted
+from fastfip.attacks.base import Attack, Ground, in_range
+from fastfip.data import fingerprint
 from fastfip.data.augment import crop_flip
+from fastfip.data.outputs import first_outputs
 from fastfip.data.scaling import Pixels
-from fastfip.errors import ConfigError, DataError, reason
+from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.nets.process import seeded
-from fastfip.nets.state import copied, requires_grad, training_flags
-from fastfip.reporting.files import replacing
+from fastfip.nets.state import copied, eval_mode, requires_grad, training_flags
 from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Backdoored", "Injection", "poison_and_train"]
-
-
-@dataclass(frozen=True)
-class Injection:
-    """One backdoor: which attack, where it leads, and how much of the training set it takes.
-
-    Attributes:
-        attack: an attack, or its name with its usual settings.
-        target: class number, or "next".
-        rate: share of the whole training set; None: what is usual for the attack, or, if there are fewer, all images
-            that it could take.
-        sources: only images of these classes carry the trigger (source-specific); None: of all.
-    """
-
-    attack: Attack | str
-    target: AttackTarget = 0
-    rate: float | None = None
-    sources: tuple[int, ...] | None = None
-
-    def ready(self) -> tuple[Attack, float]:
-        """Return the attack and its rate."""
-        attack = get(self.attack)() if isinstance(self.attack, str) else self.attack
-        return attack, attack.usual_rate if self.rate is None else self.rate
 
 
 @dataclass
@@ -57,8 +37,9 @@ class Backdoored(Report):
         injections: as they were planted: their attacks hold what they trained, for `asr_set` and `trigger`.
         poisoned: places of the poisoned images in the training set [K], for each injection.
         clean: accuracy on the test images, if these were given.
-        attacked: ASR and RA of each injection on the test images.
+        attacked: ASR and RA of each injection on the test images; None where none of these is the attack's.
         history: mean loss of each epoch.
+        classes: how many there are; "next" of the last one is 0.
     """
 
     model: nn.Module
@@ -67,6 +48,7 @@ class Backdoored(Report):
     clean: Evaluation | None = None
     attacked: list[Evaluation] = field(default_factory=list)
     history: list[float] = field(default_factory=list)
+    classes: int | None = None
 
     def table(self) -> Sheet:
         """Return one row for each backdoor."""
@@ -76,10 +58,12 @@ class Backdoored(Report):
             measured = self.attacked[place] if self.attacked else None
             shown = ["-", "-"] if measured is None else [measured.shown("asr"), measured.shown("ra")]
             rows.append([attack.name, str(injection.target), f"{rate:.3g}", str(len(self.poisoned[place])), *shown])
+        missing = [f"ASR of {self.injections[i].ready()[0].name} not measured: no test image carries its trigger"
+                   for i, found in enumerate(self.attacked) if found.asr is None]  # fmt: skip
         acc = "not measured" if self.clean is None else self.clean.shown("acc")
         return Sheet(
             columns=["attack", "target", "rate", "poisoned", "ASR %", "RA %"], rows=rows,
-            title="backdoored network", lines=[f"ACC {acc}"],
+            title="backdoored network", lines=[f"ACC {acc}", *missing],
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,8 +126,11 @@ def poison_and_train(
         the network and its backdoors.
 
     Raises:
-        ConfigError: settings that have no meaning, an attack that is not for images, or a `keep` of another training.
-        DataError: images or labels of another form, or fewer images than rates ask for.
+        ConfigError: settings that have no meaning, an attack that is not for images, or a `keep` of another training or
+            in a folder that is not there.
+        DataError: images or labels of another form, labels that the model has no output for, fewer images than rates
+            ask for, or none at all though a rate above 0 does.
+        ModelError: the model fails on an image, or does not return logits [N, classes].
     """
     x, y = _checked(data)
     pixels = Pixels() if pixels is None else pixels
@@ -152,92 +139,58 @@ def poison_and_train(
     if epochs < 1 or batch_size < 1 or not lr > 0 or not effort > 0:
         raise ConfigError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}, effort={effort}: must be above 0")
     for injection in injections:
-        for_images(injection.ready()[0])
+        injection.check(y, classes)
     tested = None if test is None else _checked(test)
+    if tested is not None and tested[0].shape[1:] != x.shape[1:]:
+        shapes = f"{list(tested[0].shape[1:])}, those to train on {list(x.shape[1:])}"
+        raise DataError(f"the test images are {shapes}: resize them")
+    if keep is not None:
+        check_place(Path(keep))
     where = torch.device(device)
     with seeded(seed, where):
         trained = copied(model, "give a model that can be copied").to(where)
+        _check_outputs(trained, pixels, where, classes, [("", x, y), *([("test ", *tested)] if tested else [])])
+        given = "" if keep is None else fingerprint.of_model(trained)
         generator = torch.Generator().manual_seed(seed)
-        planted = _Planted(x, y, classes, generator)
+        planted = Planted(x, y, classes, generator)
         for place, injection in enumerate(injections):
             attack, _ = injection.ready()
             if tick is not None:
                 tick(f"{attack.name}: preparing", place, len(injections))
-            ground = Ground(trained, x, y, injection.target, classes, pixels.normalise, generator, effort)
-            with training_flags(trained.modules()), requires_grad(trained.parameters(), lambda p: p.requires_grad):
-                attack = attack.fit(ground)
+            if type(attack).fit is not Attack.fit:
+                # What others trained knows their triggers already: a clean classifier is the one that was given.
+                net = trained if attack.trains_model else copied(model, "give a model that can be copied").to(where)
+                ground = Ground(net, x, y, injection.target, classes, pixels.normalise, generator, effort)
+                with training_flags(net.modules()), requires_grad(net.parameters(), lambda p: p.requires_grad):
+                    attack = attack.fit(ground)
             planted.add(replace(injection, attack=attack))
+        kept = None
+        if keep is not None:
+            settings = {
+                "seed": seed, "epochs": epochs, "lr": lr, "batch size": batch_size, "weight decay": weight_decay,
+                "crop": crop, "flip": flip, "effort": effort, "pixels": pixels, "number of classes": classes,
+            }  # fmt: skip
+            said = [injection.said() for injection in injections]
+            kept = Kept(Path(keep), marks(settings, x, y, given, said, planted.triggered))
         history = _train(
-            trained, planted, pixels, where, keep, tick,
+            trained, planted, pixels, where, kept, tick,
             epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
         )  # fmt: skip
-    out = Backdoored(trained.eval(), planted.injections, planted.places, history=history)
+    out = Backdoored(trained.eval(), planted.injections, planted.places, history=history, classes=classes)
     if tested is not None:
         out.clean, out.attacked = _score(out, tested, classes, pixels)
     return out
 
 
-class _Planted:
-    """A training set with backdoors in it: batches of what is trained on."""
-
-    def __init__(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> None:
-        self.x, self.y, self.classes, self.generator = x, y.clone(), classes, generator
-        self.true = y
-        self.injections: list[Injection] = []
-        self.places: list[Tensor] = []
-        self.taken = torch.zeros(len(y), dtype=torch.bool)
-        self.stored = torch.full((len(y),), -1)  # place in `triggered` of each image
-        self.triggered: list[Tensor] = []
-        self.false = torch.full((len(y),), -1)  # number of the injection whose negatives these are
-
-    def add(self, injection: Injection) -> None:
-        attack, _ = injection.ready()
-        places = attack.chosen(
-            self.true, injection.rate, injection.target, self.classes, self.generator, injection.sources, self.taken
-        )
-        self.taken[places] = True
-        self.stored[places] = torch.arange(len(places)) + sum(map(len, self.triggered))
-        parts = places.split(500)
-        self.triggered += [attack.training_trigger(in_range(self.x[part]), self.generator) for part in parts]
-        self.y[places] = attack_labels(self.true, injection.target, self.classes)[places]
-        free = torch.nonzero(~self.taken).flatten()
-        count = min(len(free), round(attack.negative_ratio * len(places)))
-        negatives = free[torch.randperm(len(free), generator=self.generator)[:count]]
-        self.taken[negatives] = True
-        self.false[negatives] = len(self.injections)
-        self.injections.append(
-            replace(injection, rate=len(places) / len(self.y)) if injection.rate is None else injection
-        )
-        self.places.append(places)
-
-    def batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images in [0, 1] and labels as they are trained on."""
-        x = in_range(self.x[places])
-        x = x.clone() if x.dtype == self.x.dtype else x
-        stored = self.stored[places]
-        if bool((stored >= 0).any()):
-            if len(self.triggered) > 1:
-                self.triggered = [torch.cat(self.triggered)]
-            x[stored >= 0] = self.triggered[0][stored[stored >= 0]]
-        false = self.false[places]
-        for number in false[false >= 0].unique().tolist():
-            attack, _ = self.injections[number].ready()
-            here = false == number
-            x[here] = attack.labelled_negatives(x[here], self.true[places[here]], self.generator)
-        return x, self.y[places]
-
-
 def _train(
-    model: nn.Module, planted: _Planted, pixels: Pixels, device: torch.device, keep: Any, tick: Any, *,
+    model: nn.Module, planted: Planted, pixels: Pixels, device: torch.device, keep: Kept | None, tick: Any, *,
     epochs: int, lr: float, batch_size: int, weight_decay: float, crop: bool, flip: bool,
 ) -> list[float]:  # fmt: skip
     tuned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(tuned, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
     batches = -(-len(planted.y) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-    history: list[float] = []
-    if keep is not None and Path(keep).exists():
-        history = _resume(Path(keep), model, optimizer, schedule, planted.generator)
+    history = [] if keep is None else keep.resume(model, optimizer, schedule, planted.generator)
     model.train()
     for epoch in range(len(history), epochs):
         total = 0.0
@@ -259,32 +212,8 @@ def _train(
         if not torch.isfinite(torch.tensor(history[-1])):
             raise ConfigError(f"the loss became {history[-1]} in epoch {epoch + 1}: take a smaller lr than {lr}")
         if keep is not None:
-            _store(Path(keep), model, optimizer, schedule, planted.generator, history)
+            keep.store(model, optimizer, schedule, planted.generator, history)
     return history
-
-
-def _store(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any, history: list[float]) -> None:
-    state = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-        "generator": generator.get_state(), "history": history, "torch": torch.get_rng_state(),
-    }  # fmt: skip
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, generator: Any) -> list[float]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["schedule"]["T_max"] != schedule.T_max:
-            raise ValueError("another number of epochs or images")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        return list(state["history"])
-    except Exception as error:  # whatever torch raises for another file
-        raise ConfigError(f"{path} is no state of this training ({reason(error)}): remove it") from error
 
 
 def _score(
@@ -300,8 +229,24 @@ def _score(
             image, wanted, true = attack.asr_set(in_range(a), b, injection.target, classes, injection.sources)
             if len(true):
                 triggered.append((pixels.normalise(image), wanted, true))
-        attacked.append(evaluate(out.model, None, triggered))
+        attacked.append(evaluate(out.model, None, triggered or None))  # none of the attack's images: not measured
     return evaluate(out.model, clean), attacked
+
+
+def _check_outputs(
+    model: nn.Module, pixels: Pixels, device: torch.device, classes: int, sets: list[tuple[str, Tensor, Tensor]]
+) -> None:
+    """Run the model on one image and compare labels with its outputs, before the work."""
+    x = pixels.normalise(in_range(sets[0][1][:1])).to(device)
+    with eval_mode(model):
+        logits = first_outputs(model, lambda net, batch: net(batch), x, f"images {list(x.shape[1:])}")
+    if logits.dim() != 2 or len(logits) != 1:
+        raise ModelError(f"the model gives {list(logits.shape)} for one image: it must return logits [N, classes]")
+    for which, _, y in sets:
+        if int(y.max()) >= logits.shape[1]:
+            raise DataError(f"{which}labels go up to {int(y.max())}, the model has {logits.shape[1]} outputs")
+    if classes > logits.shape[1]:
+        raise DataError(f"classes={classes}: the model has {logits.shape[1]} outputs")
 
 
 def _checked(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -313,6 +258,6 @@ def _checked(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         )
     if len(y) == 0 or y.is_floating_point() or int(y.min()) < 0:
         raise DataError("labels must be class numbers from 0, and there must be some")
-    if x.is_floating_point() and (float(x.min()) < 0 or float(x.max()) > 1):
+    if x.is_floating_point() and not (float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN as well
         raise DataError("images must be in [0, 1], not normalised: give mean and std in `pixels`")
-    return x.cpu(), y.cpu().long()
+    return (x.float() if x.is_floating_point() else x).cpu(), y.cpu().long()

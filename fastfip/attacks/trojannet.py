@@ -37,7 +37,8 @@ class TrojanNet(Attack):
         area: share of the image that the square at the bottom right takes.
         mode: "add", or "overwrite" what is under the mask.
         mask: [H, W] or [1, H, W] of 0 and 1, in place of the square.
-        pattern: [C, H, W] in [0, 1], found by `fit`.
+        pattern: [C, H, W] in [0, 1], found by `fit`; one that is given stays.
+        found: whether `fit` found the pattern, and may find another.
     """
 
     name: ClassVar[str] = "trojannet"
@@ -52,6 +53,7 @@ class TrojanNet(Attack):
     mode: str = "add"
     mask: Tensor | None = None
     pattern: Tensor | None = field(default=None, repr=False)
+    found: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         checked_pattern(self.pattern, "TrojanNet")
@@ -93,7 +95,7 @@ class TrojanNet(Attack):
 
     @override
     def fit(self, ground: Ground) -> TrojanNet:
-        if self.pattern is not None:
+        if self.pattern is not None and not self.found:
             return self
         classifier = clean_classifier(ground)
         mask = self.masked(*ground.x.shape[-2:])
@@ -114,7 +116,7 @@ class TrojanNet(Attack):
                 (slope,) = torch.autograd.grad(cost, pattern)
                 moved = (pattern - self.step * slope.sign()).clamp(0.5 - self.eps, 0.5 + self.eps)
                 pattern = moved * mask
-        return replace(self, pattern=in_bytes(best[0]))
+        return replace(self, pattern=in_bytes(best[0]), found=True)
 
 
 class _LastLinear:

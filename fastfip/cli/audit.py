@@ -73,8 +73,8 @@ def audit(
     model, where, how = opened.model, opened.where, opened.how
     other = None if purified is None else net.restore(purified, opened.attack)[0]
     clean = how.load(data, "clean")
-    bad = None if poisoned is None else triggers.triggered(poisoned, None, target, None, how)
-    asr = None if asr_data is None else triggers.triggered(asr_data, None, target, None, how)
+    bad = None if poisoned is None else triggers.triggered(poisoned, None, target, None, how, model)
+    asr = None if asr_data is None else triggers.triggered(asr_data, None, target, None, how, model)
     evidence = look(
         model,
         net.batches(clean),

@@ -56,7 +56,7 @@ def compare(
     chosen = _choices(methods, settings or [])
     opened = net.opened(source)
     images = clean.load(opened.how, 0)
-    test, asr = scores.load(opened.how, images, opened.attack)
+    test, asr = scores.load(opened.how, opened.model, images, opened.attack)
     comparison = side_by_side(
         opened.model,
         net.batches(images),

@@ -32,7 +32,7 @@ def evaluate(
 
     opened = net.opened(source)
     model, where = opened.model, opened.where
-    sets = scores.load(opened.how, attack=opened.attack)
+    sets = scores.load(opened.how, opened.model, attack=opened.attack)
     if sets == (None, None):
         raise fail("; ".join((NOTHING, *scores.unmeasured(opened.attack))))
     shown = next(images for images in sets if images is not None)

@@ -261,11 +261,16 @@ class Scores(Group):
         triggers.check(self.asr_data, self.attack, self.target, self.test_data)
 
     def load(
-        self, how: ImageReader, clean: ImageSet | None = None, attack: AttackResult | None = None
+        self,
+        how: ImageReader,
+        model: nn.Module,
+        clean: ImageSet | None = None,
+        attack: AttackResult | None = None,
     ) -> tuple[ImageSet | None, ImageSet | None]:
         """Return both, None where not given; `clean` has to have the same classes.
 
-        Triggered images are those of the attack where no option says which.
+        Triggered images are those of the attack where no option says which. The model's outputs count the classes for
+        `--target next`.
         """
         from fastfip.data.images import same_classes
 
@@ -274,7 +279,7 @@ class Scores(Group):
             same_classes(clean, test)
         if attack is not None and self.asr_data is None and self.attack is None:
             return test, triggers.poisoned(attack, how)
-        return test, triggers.triggered(self.asr_data, self.attack, self.target, test, how)
+        return test, triggers.triggered(self.asr_data, self.attack, self.target, test, how, model)
 
     def unmeasured(self, attack: AttackResult | None) -> list[str]:
         """Return why ASR was not measured although a result of BackdoorBench says on what."""

@@ -82,7 +82,7 @@ def purify(
     if leaderboard is not None and opened.attack is None:
         raise fail("--leaderboard is for results of BackdoorBench: IN is none")
     images = clean.load(opened.how, seed)
-    test, asr = scores.load(opened.how, images, opened.attack)
+    test, asr = scores.load(opened.how, opened.model, images, opened.attack)
     result = clean_up(
         opened.model,
         net.batches(images),

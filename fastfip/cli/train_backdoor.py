@@ -12,7 +12,7 @@ from fastfip.cli import options as o
 from fastfip.cli.errors import fail
 from fastfip.cli.opening import build
 from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
-from fastfip.cli.triggers import make_attack
+from fastfip.cli.triggers import make_attack, number_of_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def train_backdoor(
     test = None if test_data is None else plain.load(test_data, "test")
     tests = None if test is None else _arrays(test)
     made = poison_and_train(
-        model, _arrays(images), injections, classes=None if images.classes is None else len(images.classes),
+        model, _arrays(images), injections, classes=number_of_classes(images, model.eval()),
         pixels=how.pixels, epochs=epochs, lr=lr, batch_size=net.batch_size, weight_decay=weight_decay,
         crop=augment != "none", flip=augment == "crop_flip", test=tests, seed=seed, device=where, keep=keep,
         tick=_teller(quiet),
@@ -168,7 +168,7 @@ def _write_triggered(path: Path, made: Backdoored, place: int, test: tuple[Tenso
     injection = made.injections[place]
     attack, _ = injection.ready()
     x, y = test
-    triggered, wanted, true = attack.asr_set(x.float() / 255, y, injection.target, None, injection.sources)
+    triggered, wanted, true = attack.asr_set(x.float() / 255, y, injection.target, made.classes, injection.sources)
     with path.open("wb") as file:
         np.savez(file, asr_x=triggered.float().numpy(), asr_y=true.numpy(), attack_y=wanted.numpy())
 

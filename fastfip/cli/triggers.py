@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastfip.cli.errors import fail
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastfip.backdoorbench import AttackResult
     from fastfip.data.images import ImageSet
     from fastfip.data.scaling import Pixels
@@ -45,15 +47,23 @@ def check(asr_data: str | None, attack: str | None, target: str | None, test_dat
 
 
 def triggered(
-    asr_data: str | None, attack: str | None, target: str | None, test: ImageSet | None, how: ImageReader
+    asr_data: str | None,
+    attack: str | None,
+    target: str | None,
+    test: ImageSet | None,
+    how: ImageReader,
+    model: nn.Module | None = None,
 ) -> ImageSet | None:
-    """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given."""
+    """Return the triggered images of `--asr-data`, or of `--attack` on the test images; None if neither is given.
+
+    The model says how many classes there are, where folders do not.
+    """
     check(asr_data, attack, target, None if test is None else "given")
     if asr_data is not None:
-        return _from_data(asr_data, target, how)
+        return _from_data(asr_data, target, how, model)
     if attack is None or test is None or target is None:
         return None
-    return test.triggered(make_attack(attack).trigger, _attack_labels(test, target))
+    return test.triggered(make_attack(attack).trigger, _attack_labels(test, target, model))
 
 
 def poisoned(attack: AttackResult, how: ImageReader) -> ImageSet | None:
@@ -70,7 +80,7 @@ def unmeasured(attack: AttackResult | None) -> list[str]:
     return [f"ASR not measured: the folder {found.folder}, which has the triggered images, is not beside the file"]
 
 
-def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:
+def _from_data(spec: str, target: str | None, how: ImageReader, model: nn.Module | None) -> ImageSet:
     from fastfip.errors import DataError
 
     images = how.load(spec, "triggered")
@@ -79,7 +89,7 @@ def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:
             raise fail("--target: the .npz of --asr-data has attack_y already")
         return images
     if target is not None:
-        return images.with_attack(_attack_labels(images, target))
+        return images.with_attack(_attack_labels(images, target, model))
     if len(images.labels.unique()) > 1:
         raise DataError(
             f"{spec}: labels of several classes: give --target if they are the true ones, or attack_y in the .npz"
@@ -87,10 +97,30 @@ def _from_data(spec: str, target: str | None, how: ImageReader) -> ImageSet:
     return images
 
 
-def _attack_labels(images: ImageSet, target: str) -> Any:
+def _attack_labels(images: ImageSet, target: str, model: nn.Module | None) -> Any:
     from fastfip import attacks
 
-    return attacks.attack_labels(images.labels, "next" if target == "next" else int(target))
+    if target != "next":
+        return attacks.attack_labels(images.labels, int(target))
+    return attacks.attack_labels(images.labels, "next", number_of_classes(images, model))
+
+
+def number_of_classes(images: ImageSet, model: nn.Module | None) -> int:
+    """Return how many classes there are: class folders, else outputs of the model; else the largest label and one."""
+    from fastfip.data.outputs import first_outputs
+    from fastfip.data.task import Task
+    from fastfip.errors import ModelError
+
+    least = int(images.labels.max()) + 1
+    if images.classes is not None:
+        return max(least, len(images.classes))
+    if model is None:
+        return least
+    try:
+        outputs = first_outputs(model, Task().forward, images.batch([0]))
+    except ModelError:  # what runs the model on all images says more
+        return least
+    return max(least, outputs.shape[-1]) if outputs.dim() == 2 else least
 
 
 def make_attack(spec: str) -> Any:

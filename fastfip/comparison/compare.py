@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import fastfip
-from fastfip.comparison import fingerprint
 from fastfip.comparison.result import BASELINE, Comparison, Row
+from fastfip.data import fingerprint
 from fastfip.data.batch import Batch
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Forward, Loss, Task, batches_of

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from fastfip import attacks
 from fastfip.attacks import attack_labels
 from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.blend import Blend
+from fastfip.attacks.bppa import BPPA
 from fastfip.errors import ConfigError, DataError
 from tests.support.attack_ground import ground
 from tests.support.modalities import MODALITIES, made
@@ -51,7 +54,11 @@ def test_every_attack(name):
     assert torch.equal(triggered, out[attacked]) and torch.equal(wanted, (LABELS[attacked] + 1) % 4)
 
 
-@pytest.mark.parametrize("name", [n for n in attacks.names() if attacks.get(n).fit is not attacks.Attack.fit])
+#: bppa has a trigger before it is fitted; only its negatives are of the training set.
+FITTED = [n for n in attacks.names() if attacks.get(n).fit is not attacks.Attack.fit and n != "bppa"]
+
+
+@pytest.mark.parametrize("name", FITTED)
 def test_an_attack_that_trains_something_is_fitted_before_use_and_the_same_each_time(name):
     attack, x = attacks.get(name)(), images(4, size=16)
     with pytest.raises(ConfigError, match="fit it"):
@@ -131,3 +138,25 @@ def test_settings_are_checked():
         Blend(alpha=2.0)
     with pytest.raises(ConfigError, match="did you mean 'badnets'"):
         attacks.get("badnet")
+
+
+def test_a_negative_of_bppa_never_carries_the_residual_of_its_own_image():
+    x, attack = images(6), BPPA(bits=2)
+    residuals = attack.trigger(x) - x
+    for seed in range(20):
+        for n in (2, 3, 6):
+            carried = attack.negatives(x[:n], torch.Generator().manual_seed(seed)) - x[:n]
+            expected = [(x[i] + residuals[:n]).clamp(0, 1) - x[i] for i in range(n)]
+            whose = [[torch.allclose(carried[i], one, atol=1e-5) for one in expected[i]].index(True) for i in range(n)]
+            assert sorted(whose) == list(range(n)) and all(i != j for i, j in enumerate(whose))
+    assert torch.equal(attack.negatives(x[:1]), x[:1])
+
+
+def test_fitted_bppa_takes_residuals_from_the_whole_training_set():
+    given = ground(TARGET)
+    for pool in (given.x, (255 * given.x).round().to(torch.uint8)):
+        attack = BPPA(bits=2).fit(dataclasses.replace(given, x=pool))
+        x = attacks.base.in_range(pool[:1])
+        made = {bytes(attack.negatives(x, torch.Generator().manual_seed(seed)).numpy()) for seed in range(60)}
+        assert len(made) > 40 and bytes(attack.trigger(x).numpy()) not in made
+        assert attack.pool is pool

@@ -7,6 +7,7 @@ import torch
 
 from fastfip.attacks import Injection, poison_and_train
 from fastfip.attacks.cba import CBA
+from fastfip.attacks.sig import SIG
 from fastfip.errors import ConfigError, DataError
 from tests.support.attack_ground import CLASSES, ground
 
@@ -101,6 +102,15 @@ def test_negatives_are_told_their_true_labels():
     )
     x, y = (torch.cat(parts) for parts in zip(*seen))
     assert len(y) == 80 and torch.equal((10 * x[:, 0, 0, 0] + 0.05).long(), y) and len(y.unique()) == 4
+
+
+def test_the_source_classes_are_the_attacks_own():
+    given = labelled()
+    for attack in (CBA().fit(given), SIG()):
+        for refused in (lambda a=attack: a.chosen(given.y, 0.1, 2, sources=(1,)),
+                        lambda a=attack: a.asr_set(given.x, given.y, 2, sources=(1,))):  # fmt: skip
+            with pytest.raises(DataError, match=rf"{attack.name} .*: leave out the sources \[1\]"):
+                refused()
 
 
 def test_what_cannot_be_joined():

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastfip import attacks
 from fastfip.attacks.advdoor import AdvDoor
 from fastfip.attacks.clb import CLB
 from fastfip.attacks.lf import LF
 from fastfip.attacks.narcissus import Narcissus
 from fastfip.attacks.trojannet import TrojanNet
 from fastfip.errors import ConfigError, DataError
-from tests.support.attack_ground import CLASSES, ground
+from tests.support.attack_ground import CLASSES, ground, squares
 from tests.support.small_nets import same, values
 
 TARGET = 2
@@ -43,7 +44,30 @@ def test_fitting_leaves_the_classifier_as_it_is(kind):
     assert [m.training for m in given.model.modules()] == [n not in ("1",) for n, _ in given.model.named_modules()]
     for place, p in enumerate(given.model.parameters()):
         assert p.requires_grad == (place % 2 == 0) and bool((p.grad == place).all())
-    assert fitted.fit(ground(seed=9)) is fitted
+
+
+FITTED = [n for n in attacks.names() if attacks.get(n).fit is not attacks.Attack.fit]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_an_attack_that_was_fitted_is_fitted_anew_for_another_ground(name):
+    kind = attacks.get(name)
+    settings = {"rounds": 1} if name == "fba" else {"area": 0.25} if name == "trojannet" else {}
+    old, x = kind(**settings).fit(ground(TARGET, effort=0.01)), squares(8, size=12)[0]
+    others, fresh = (attack.fit(ground(3, size=12, effort=0.02, seed=1)) for attack in (old, kind(**settings)))
+    generators = [torch.Generator().manual_seed(0) for _ in range(4)]
+    assert torch.equal(others.trigger(x), fresh.trigger(x))
+    assert torch.equal(others.training_trigger(x, generators[0]), fresh.training_trigger(x, generators[1]))
+    if kind.negative_ratio:
+        y = torch.arange(8) % 4
+        assert torch.equal(*(one.labelled_negatives(x, y, g) for one, g in zip((others, fresh), generators[2:])))
+
+
+@pytest.mark.parametrize("kind", [AdvDoor, LF, Narcissus, TrojanNet])
+def test_a_pattern_that_was_given_stays(kind):
+    pattern = torch.rand(3, 16, 16) / 30
+    given = kind(pattern=pattern)
+    assert given.fit(ground(TARGET)) is given
 
 
 def test_a_classifier_that_knows_nothing_is_trained_first_as_a_copy():
@@ -134,7 +158,7 @@ def test_clb_turns_training_images_from_their_class_and_test_images_get_the_corn
     attack, own = CLB().fit(given), given.x[given.y == TARGET]
     hard = attack.adversarial(own)
     assert float((hard - own).abs().max()) <= 8.5 / 255 and loss(given, hard) > 2 * loss(given, own)
-    assert attack.iterations == 10 and torch.equal(attack.training_trigger(own), attack.trigger(hard))
+    assert attack.steps == 10 and torch.equal(attack.training_trigger(own), attack.trigger(hard))
     assert torch.equal(attack.adversarial(own[:3]), hard[:3])
     grey = torch.full((1, 3, 16, 16), 0.5)
     corners = attack.trigger(grey)[0, 0]

@@ -1,13 +1,17 @@
 """Training with backdoors: what is poisoned, what is left, what is reproduced."""
 
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
-from fastfip.attacks import Injection, poison_and_train
+from fastfip.attacks import Attack, Injection, poison_and_train
 from fastfip.attacks.badnets import BadNets
+from fastfip.attacks.cba import CBA
 from fastfip.data.scaling import Pixels
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError, ModelError
 from tests.support.small_nets import same, values
 
 
@@ -94,6 +98,122 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
     assert same(values(whole.model), values(resumed.model)) and resumed.history == whole.history
     with pytest.raises(ConfigError, match="no state of this training"):
         poison_and_train(net(), data, Injection("wanet", 1), keep=state, **{**settings, "epochs": 4})
+
+
+def test_a_state_of_another_training_is_refused(tmp_path):
+    x, y = shapes(60)
+    state, settings = tmp_path / "state.pth", {**TRAINING, "epochs": 1}
+    mine = Injection(PATCH, 1, sources=(0, 2))
+    poison_and_train(net(), (x, y), mine, keep=state, **settings)
+    assert len(poison_and_train(net(), (x, y), mine, keep=state, **settings).history) == 1
+    moved, other = net(), y.clone()
+    with torch.no_grad():
+        moved[0].bias[0] += 1e-3
+    other[5] = (other[5] + 1) % 4
+    wrong = {
+        "attacks": [Injection(BadNets(size=3), 1, sources=(0, 2)), Injection(PATCH, 3, sources=(0, 2)),
+                    Injection(PATCH, 1, 0.15, (0, 2)), Injection(PATCH, 1), []],
+        "seed": {"seed": 1}, "lr": {"lr": 0.04}, "weight decay": {"weight_decay": 0.0}, "crop": {"crop": True},
+        "effort": {"effort": 0.5}, "pixels": {"pixels": Pixels((0.5,), (0.5,))},
+        "first weights": moved, "images or labels": [(x * 0.99, y), (x, other)],
+    }  # fmt: skip
+    for said, change in wrong.items():
+        for one in change if isinstance(change, list) else [change]:
+            given = {"model": net(), "data": (x, y), "attacks": mine, **settings}
+            if isinstance(one, dict):
+                given |= one
+            else:
+                place = {"attacks": "attacks", "first weights": "model", "images or labels": "data"}[said]
+                given[place] = one
+            with pytest.raises(ConfigError, match=f"no state of this training .*{said}.*: remove it"):
+                poison_and_train(**given, keep=state)
+
+
+def test_a_state_whose_attack_was_fitted_in_another_way_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Fitted(Attack):
+        name: ClassVar[str] = "fitted"
+        summary: ClassVar[str] = "a brightness that is found"
+        found: float = field(default=0.0, repr=False)
+
+        def trigger(self, x):
+            return x * self.found
+
+        def fit(self, ground):
+            return replace(self, found=next(brightness))
+
+    brightness, state = iter((0.5, 0.5, 0.6)), tmp_path / "state.pth"
+    for _ in range(2):
+        poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
+    with pytest.raises(ConfigError, match="not the same poisoned images"):
+        poison_and_train(net(), shapes(60), Injection(Fitted(), 1), keep=state, **{**TRAINING, "epochs": 1})
+
+
+def counting(calls):
+    """A net that says how often it was trained a step."""
+    model = net()
+    model.register_forward_hook(lambda module, x, out: calls.append(module.training))
+    return model
+
+
+def test_a_network_is_not_lost_where_none_of_the_test_images_carries_a_trigger():
+    data, (x, y) = shapes(), shapes(40, 1)
+    settings = {**TRAINING, "epochs": 1}
+    for attack, test in ((Injection(PATCH, 1, sources=(2,)), y != 2), (Injection(CBA(), 2), y != 0)):
+        out = poison_and_train(net(), data, [attack], test=(x[test], y[test]), **settings)
+        assert out.clean.acc is not None and out.attacked[0].asr is None and "not measured" in str(out)
+        assert out.to_dict()["backdoors"][0]["asr"] is None
+
+
+def test_what_could_not_be_scored_or_learned_is_said_before_anything_is_trained(tmp_path):
+    x, y = shapes(60)
+    fits, one = (x, y), Injection(PATCH, 1)
+    wrong = {
+        r"the test images are \[3, 9, 9\], those to train on \[3, 12, 12\]": (fits, one, {"test": (x[..., 3:, 3:], y)}),
+        "test labels go up to 4, the model has 4 outputs": (fits, one, {"test": (x, y + 1)}),
+        "^labels go up to 4, the model has 4 outputs": ((x, y + 1), one, {}),
+        "classes=5: the model has 4 outputs": (fits, one, {"classes": 5}),
+        "target=7: there are 4 classes, 0 to 3": (fits, Injection(PATCH, 7), {}),
+        "a rate of 0.001 is none of 60 images": (fits, Injection(PATCH, 1, 0.001), {}),
+        "a rate of 0.01 is none of 40 images": ((x[:40], y[:40]), Injection("narcissus", 1), {}),
+        r"not of the target class and of the classes \[1\]": (fits, Injection(PATCH, 1, None, (1,)), {}),
+        "no images of the target class 3": ((x[y < 3], y[y < 3]), Injection("sig", 3), {"classes": 4}),
+        "leave out the sources": (fits, Injection("sig", 1, sources=(1,)), {}),
+        "the folder .*nowhere does not exist": (fits, one, {"keep": tmp_path / "nowhere" / "k"}),
+        "is a folder": (fits, one, {"keep": tmp_path}),
+        "must be in ": ((x / x * x.new_tensor(float("nan")), y), one, {}),
+    }  # fmt: skip
+    for said, (data, injection, more) in wrong.items():
+        calls = []
+        with pytest.raises((DataError, ConfigError), match=said) as error:
+            poison_and_train(counting(calls), data, injection, **{**TRAINING, **more})
+        assert "\n" not in str(error.value) and True not in calls
+    with pytest.raises(ModelError, match="logits"):
+        poison_and_train(nn.Conv2d(3, 4, 3), fits, one, **TRAINING)
+
+
+def test_images_of_other_floats_are_trained_on_as_float32():
+    x, y = shapes(60)
+    x = (x * 255).round() / 255
+    one, two = (poison_and_train(net(), (x.to(t), y), Injection(PATCH, 1), **TRAINING) for t in (None, torch.float64))
+    assert same(values(one.model), values(two.model))
+    half = poison_and_train(net(), (x.half(), y), Injection(PATCH, 1), test=(x.double(), y), **TRAINING)
+    assert half.clean.acc > 0.9
+
+
+def test_an_attack_that_needs_a_clean_classifier_gets_the_one_that_was_given():
+    seen, given = [], net()
+
+    class Looks(BadNets):
+        def fit(self, ground):
+            seen.append(values(ground.model))
+            return self
+
+    poison_and_train(
+        given, shapes(), [Injection("lira", 1, 0.1), Injection(Looks(), 2, 0.1)],
+        **{**TRAINING, "epochs": 1, "effort": 0.02},
+    )  # fmt: skip
+    assert same(seen[0], values(given))
 
 
 def test_what_cannot_be_trained_on():

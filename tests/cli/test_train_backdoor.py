@@ -118,6 +118,21 @@ def test_a_training_that_was_kept_goes_on(work, capsys):
     assert "no state of this training" in capsys.readouterr().err
 
 
+def test_next_goes_round_after_the_last_class_of_the_network_and_not_of_the_test_images(work, capsys):
+    x, y = quarters(80, 1)
+    np.savez("few.npz", x=x[y < 3], y=y[y < 3])
+    trained = ["--data", "train.npz", "--test-data", "few.npz", "--attack", "badnets:size=2", "--target", "next"]
+    assert main([*TRAIN, *trained, "--epochs", "3", "--rate", "0.3", "--asr-out", "bad.npz", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["backdoors"][0]["asr"]
+    with np.load("bad.npz") as held:
+        assert (held["attack_y"] == held["asr_y"] + 1).all() and held["attack_y"].max() == 3
+        np.savez("plain.npz", x=held["asr_x"], y=held["asr_y"])
+    net = ["evaluate", "bad.pth", "--arch", "backdoor_arch:net", "--json", "--target", "next"]
+    for given in (["--test-data", "few.npz", "--attack", "badnets:size=2"], ["--asr-data", "plain.npz"]):
+        assert main([*net, *given]) == 0
+        assert json.loads(capsys.readouterr().out)["asr"] == pytest.approx(told)
+
+
 def test_options_that_have_no_meaning(work, capsys):
     known = [*TRAIN, "--data", "train.npz", "--attack", "badnets"]
     wrong = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastfip
-from fastfip.comparison import fingerprint
 from fastfip.comparison.result import Comparison, Row
+from fastfip.data import fingerprint
 from fastfip.errors import BackendError, ConfigError, DataError
 from fastfip.methods.fine_tune import FineTune
 from fastfip.metrics import evaluate
