@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, pick
 from fastfip.data.task import Task
 from fastfip.errors import DataError
-from fastfip.fisher.graph.norm_rules import mend_batches_of_one
+from fastfip.fisher.graph.norm_rules import mend_transposed
 from fastfip.fisher.graph.plan import Plan
 from fastfip.fisher.graph.reading import own_gradients, topological
 from fastfip.fisher.graph.verify import cache_of, plan_for
@@ -110,7 +110,7 @@ class BatchMeasure:
                 return
             if losses.shape[0] * rows != samples or losses.grad_fn is None:
                 return
-            mend_batches_of_one(topological(losses.grad_fn))
+            mend_transposed(topological(losses.grad_fn))
             with torch.enable_grad():
                 each = list(losses.unbind())
             for k, loss in enumerate(each):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +80,10 @@ def fresh_caches(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Empty what modules keep in eval mode between passes for a block, and put back what was there.
 
     That is a dict of tensors computed of parameters (LeViT's biases by position), which the module's own `train` method
-    empties: one from a pass without gradients has none, the graph of another pass's is gone.
+    empties: one from a pass without gradients has none, the graph of another pass's is gone. A dict that `train` does
+    not name is part of the model (masks, scales).
     """
-    kept = [
-        (value, dict(value))
-        for module in modules
-        if type(module).train is not nn.Module.train
-        for name, value in vars(module).items()
-        if type(value) is dict and not name.startswith("_") and all(isinstance(t, Tensor) for t in value.values())
-    ]
+    kept = [(cache, dict(cache)) for cache in _caches(modules)]
     for cache, _ in kept:
         cache.clear()
     try:
@@ -95,6 +92,22 @@ def fresh_caches(modules: Iterable[nn.Module]) -> Iterator[None]:
         for cache, before in kept:
             cache.clear()
             cache.update(before)
+
+
+def _caches(modules: Iterable[nn.Module]) -> Iterator[dict[Any, Tensor]]:
+    for module in modules:
+        if type(module).train is not nn.Module.train:
+            named = _named_by_train(type(module))
+            for name, value in vars(module).items():
+                if name in named and type(value) is dict and all(isinstance(t, Tensor) for t in value.values()):
+                    yield value
+
+
+def _named_by_train(kind: type) -> set[str]:
+    """The names in the code of every `train` method of a class that is not torch's own; none where there is no code."""
+    methods = (vars(c)["train"] for c in kind.__mro__ if "train" in vars(c) and c is not nn.Module)
+    codes = (getattr(inspect.unwrap(method), "__code__", None) for method in methods if callable(method))
+    return {name for code in codes for name in getattr(code, "co_names", ())}
 
 
 def copied(model: nn.Module, remedy: str) -> nn.Module:

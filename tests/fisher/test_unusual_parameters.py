@@ -1,6 +1,7 @@
 """Sparse gradients, complex and lazy parameters, gradients that are no derivatives, checkpoints: right, or one line."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import fastfip
 from fastfip.errors import ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace, per_sample_gradients
 from fastfip.fisher.sharpness import sharpness
+from fastfip.nets.state import fresh_caches
 from fastfip.testing.definitions import loop_diagonal, worst_error
 from tests.support.fisher_problems import Lambda
 
@@ -235,6 +237,52 @@ def test_what_a_module_keeps_between_passes_is_computed_anew(used_before):
     assert list(after) == list(before) and all(after[key] is before[key] for key in before)
 
 
+class Scaled(nn.Module):
+    """A BatchNorm that stays in eval mode, and a dict of tensors that is part of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.scales = {"a": torch.linspace(1, 6, 6, dtype=torch.float64)}
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        h = self.norm(self.a(x))
+        return self.head(torch.tanh(h * self.scales["a"] if "a" in self.scales else h))
+
+
+def test_a_dict_of_tensors_that_train_does_not_touch_is_part_of_the_model():
+    torch.manual_seed(0)
+    model, kept = Scaled().double().eval(), []
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3
+    model.register_forward_hook(lambda module, *_: kept.append(list(module.scales)))
+    want = loop_diagonal(model, (x, y), N)
+    assert worst_error(fisher_diagonal(model, [(x, y)]), want) < 1e-12
+    assert float(fisher_trace(model, x, y).detach()) == pytest.approx(sum(float(v.sum()) for v in want.values()))
+    fastfip.purify(model, (x, y), "fip", steps=2, progress=False, force=True)
+    assert len(kept) > 10 and all(names == ["a"] for names in kept)
+
+
+def test_a_wrapped_train_method_is_looked_through_and_one_without_code_empties_nothing():
+    class Wrapped(BiasedAttention):
+        @functools.wraps(BiasedAttention.train)
+        def train(self, mode=True):
+            return BiasedAttention.train(self, mode)
+
+    class Partial(Scaled):
+        train = functools.partialmethod(nn.Module.train)
+
+    kept, scaled = Wrapped().eval(), Partial().eval()
+    kept(torch.randn(N, 5, 4))
+    with fresh_caches([kept, scaled]):
+        assert not kept.attention_bias_cache and list(scaled.scales) == ["a"]
+    assert kept.attention_bias_cache
+
+
 class Stem(nn.Module):
     """XCiT's and LeViT's stem: a convolution and BatchNorm, whose map becomes tokens."""
 
@@ -274,3 +322,63 @@ def test_a_batch_of_one_behind_batchnorm(looped):
     assert float(sum(traces)) / N == pytest.approx(total)
     with torch.no_grad():
         assert float(sum(fisher_trace(model, *one) for one in singles)) / N == pytest.approx(total)
+
+
+class NormByHand(nn.BatchNorm2d):
+    """BatchNorm in eval mode, of any number of sides, written out."""
+
+    def forward(self, x):
+        mean, var, weight, bias = (
+            t.view(-1, *(1,) * (x.dim() - 2)) for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return (x - mean) / (var + self.eps).sqrt() * weight + bias
+
+
+class Narrow(nn.Module):
+    """A convolution and BatchNorm over maps with a side of one, whose positions become tokens."""
+
+    def __init__(self, sides, by_hand, looped=False):
+        super().__init__()
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if len(sides) == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.conv, self.norm, self.looped = conv(2, 4, 1), (NormByHand if by_hand else norm)(4), looped
+        self.mix, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def body(self, x):
+        maps = self.norm(self.conv(x))
+        maps = maps.movedim(max(range(2, x.dim()), key=lambda i: x.shape[i]), 2)
+        while maps.dim() > 3:
+            maps = maps.squeeze(-1)
+        tokens = maps.transpose(1, 2)
+        mixed = torch.tanh(tokens @ self.mix)
+        return mixed * torch.arange(1.0, 1.0 + tokens.shape[1]).to(tokens)[:, None]
+
+    def forward(self, x):
+        tokens = checkpoint(self.body, x, use_reentrant=False) if self.looped else self.body(x)
+        return self.head(tokens.square().mean(1))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("sides", [(5, 1), (1, 5), (1, 1, 3)], ids=str)
+def test_batchnorm_of_maps_with_a_side_of_one(sides, looped):
+    """torch's own gradient is wrong there, for batches of any size."""
+    torch.manual_seed(0)
+    model = Narrow(sides, False, looped).double().eval()
+    plain = Narrow(sides, True).double().eval()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(N, 2, *sides, dtype=torch.float64), torch.arange(N) % 3
+    want = loop_diagonal(plain, (x, y), N)
+    for size in (2, 3, N):
+        data = [(x[i : i + size], y[i : i + size]) for i in range(0, N, size)]
+        assert worst_error(fisher_diagonal(model, data), want) < 1e-10
+    trace, right = fisher_trace(model, x, y), fisher_trace(plain, x, y)
+    total = sum(float(v.sum()) for v in want.values())
+    with torch.no_grad():
+        assert [trace.item(), right.item(), fisher_trace(model, x, y).item()] == pytest.approx([total] * 3)
+    slopes = [torch.autograd.grad(t, list(m.parameters())) for t, m in ((trace, model), (right, plain))]
+    torch.testing.assert_close(*slopes)
+    assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-10
+    losses_of(plain, x, y).mean().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])

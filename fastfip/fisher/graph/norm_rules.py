@@ -51,17 +51,19 @@ def _batch_norm(node: Any, slots: Slots, samples: int) -> Recipe | None:
     return Recipe("norm", z, candidates((0,), z, samples), slots, builders, dict.fromkeys(slots, SumForm))
 
 
-def mend_batches_of_one(nodes: Iterable[Any]) -> None:
-    """Give BatchNorm the gradient in the layout of its input, in the graph of a single sample.
+def mend_transposed(nodes: Iterable[Any]) -> None:
+    """Give BatchNorm of a graph the gradient in the layout of its input, where there are maps with a side of one.
 
-    Where one of the two is transposed, as where tokens are made of a map, torch 2.13 takes the one for the other: both
-    pass for contiguous if there is one sample alone.
+    Where one of the two is transposed, as where tokens are made of a map, torch 2.13 takes the one for the other: a
+    single sample, and maps of which a side is one, pass for contiguous in both layouts.
     """
     for node in nodes:
         if node.name() == "NativeBatchNormBackward0":
-            x = node._saved_input
-            if x.dim() > 3 and x.shape[0] == 1 and 0 not in x.stride():
-                node.register_prehook(partial(_in_layout, x.shape, x.stride()))
+            samples, _, *sides = output_shape(node)
+            if len(sides) > 1 and 1 in (samples, *sides):
+                x = node._saved_input
+                if 0 not in x.stride():
+                    node.register_prehook(partial(_in_layout, x.shape, x.stride()))
 
 
 def _in_layout(shape: torch.Size, stride: tuple[int, ...], gradients: tuple[Any, ...]) -> tuple[Any, ...]:

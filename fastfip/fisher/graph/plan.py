@@ -316,8 +316,7 @@ def read_graph(losses: Tensor, params: Mapping[str, Tensor], shared: frozenset[i
     reading = read(losses.grad_fn, {id(p): name for name, p in params.items()}, recipe, shared)
     for node in reading.nodes:
         refuse_node(node)
-    if samples == 1:
-        norm_rules.mend_batches_of_one(reading.nodes)
+    norm_rules.mend_transposed(reading.nodes)
     return reading
 
 
