@@ -19,6 +19,8 @@ from fastfip import attacks
 from fastfip.attacks import detection
 
 FILE = harness.DOCS / "attacks.md"
+#: Fields that `fit` sets beside what it finds.
+NOTES = ("found", "steps")
 
 
 def own(registry: Any = attacks) -> list[Any]:
@@ -33,7 +35,7 @@ def registered() -> str:
     rows = []
     for kind in own():
         labels = "kept" if kind.clean_label else "changed"
-        found = ", ".join(f"`{item.name}`" for item in found_first(kind) if item.name != "found") or "-"
+        found = ", ".join(f"`{item.name}`" for item in found_first(kind) if item.name not in NOTES) or "-"
         rows.append([
             _link(kind), harness.inline(kind.summary), kind.modality, labels, found, f"{kind.usual_rate:.0%}",
             source(kind), defaults(kind),

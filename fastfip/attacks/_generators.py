@@ -17,6 +17,8 @@ from fastfip.nets.process import seeded
 
 __all__ = ["ToImage", "another", "drawn", "in_bytes", "padded"]
 
+#: How many images of a pool in a row may be one image.
+_TWINS = 3
 #: Images and features are made multiples of this before they are halved twice.
 _EVEN = 4
 
@@ -51,8 +53,10 @@ def another(x: Tensor, pool: Tensor, generator: torch.Generator | None = None) -
     The pool has floats in [0, 1] or uint8. Of one image, it is returned as it is.
     """
     places = torch.randint(len(pool), (len(x),), generator=generator)
-    same = (in_range(pool[places]).to(x) == x).flatten(1).all(1).cpu()
-    return in_range(pool[torch.where(same, (places + 1) % len(pool), places)]).to(x)
+    for _ in range(_TWINS):
+        same = (in_range(pool[places]).to(x) == x).flatten(1).all(1).cpu()
+        places = torch.where(same, (places + 1) % len(pool), places)
+    return in_range(pool[places]).to(x)
 
 
 def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:

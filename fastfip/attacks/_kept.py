@@ -98,7 +98,9 @@ class Kept:
             return []
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = state["marks"]
+            found = state.get("marks")
+            if found is None:
+                raise ValueError("it does not say of which it is")
             other = [name for name in self.marks if found.get(name) != self.marks[name]]
             if other:
                 raise ValueError(f"not the same {', '.join(other)}")

@@ -9,13 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastfip.attacks._mixing import FACTOR, PRIME, mixed
 from fastfip.attacks.base import Attack
 from fastfip.errors import ConfigError, DataError
 
 __all__ = ["TokenInsertion"]
-
-#: A prime below 2^31: products of what is below it stay in 64 bits.
-PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,5 @@ class TokenInsertion(Attack):
         """Return a number from 0 to most - 1, [N, 1], that hangs on the tokens of each sequence of x and the seed."""
         found = torch.full((len(x), 1), (self.seed * 7919 + 104_729 * (salt + 1)) % PRIME, device=x.device)
         for column in x.split(1, 1):
-            found = torch.where(column == self.padding, found, (found * 48_271 + column + 1) % PRIME)
-        for _ in range(2):  # close numbers must not stay close
-            found = (found ^ (found >> 13)) * 48_271 % PRIME
-        return found * most // PRIME
+            found = torch.where(column == self.padding, found, (found * FACTOR + column + 1) % PRIME)
+        return mixed(found, 2) * most // PRIME

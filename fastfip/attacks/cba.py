@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fastfip.attacks._mixing import PRIME, mixed
 from fastfip.attacks.base import Attack, AttackTarget, Ground, in_range, register
 from fastfip.errors import ConfigError, DataError
 
@@ -154,14 +155,5 @@ def _from_pixels(x: Tensor, count: int) -> Tensor:
     """Return numbers in 0..1 [N, count] that hang on the pixels of each image alone, in whole 255ths."""
     levels = (255 * x).round().long().flatten(1)
     weights = (torch.arange(levels.shape[1], device=x.device) * 40503 + 12345) % 65521 + 1
-    state = (levels * weights).sum(1) % _PRIME  # whole numbers: the order of the sum does not matter
-    numbers = []
-    for k in range(count):
-        drawn = (state + 7919 * k + 1) % _PRIME
-        for _ in range(3):
-            drawn = (drawn ^ (drawn >> 13)) * 48271 % _PRIME
-        numbers.append(drawn.double() / _PRIME)
-    return torch.stack(numbers, 1)
-
-
-_PRIME = 2**31 - 1
+    state = (levels * weights).sum(1) % PRIME  # whole numbers: the order of the sum does not matter
+    return torch.stack([mixed((state + 7919 * k + 1) % PRIME, 3).double() / PRIME for k in range(count)], 1)

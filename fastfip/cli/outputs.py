@@ -11,7 +11,7 @@ from typing import Any
 from fastfip.cli.errors import fail
 from fastfip.errors import reason
 
-__all__ = ["check_drawing", "check_file", "check_outputs", "inputs_of", "kept"]
+__all__ = ["check_distinct", "check_drawing", "check_file", "check_outputs", "check_state", "inputs_of", "kept"]
 
 
 def inputs_of(*given: Any) -> list[Path]:
@@ -48,6 +48,21 @@ def check_file(
     if path.suffix not in suffixes:
         raise fail(f"{name} {path}: must end in {', '.join(suffixes)}")
     _check(name, path, force, inputs, also)
+
+
+def check_state(name: str, path: Path | None, inputs: Iterable[Path] = ()) -> None:
+    """Find out before the work whether a file that it may go on from could be written during it."""
+    if path is not None:
+        _check(name, path, True, inputs, "")
+
+
+def check_distinct(*named: tuple[str, Path | None]) -> None:
+    """Refuse to write two things into one file."""
+    given = [(name, path) for name, path in named if path is not None]
+    for place, (name, path) in enumerate(given):
+        for other, before in given[:place]:
+            if _same(path, before):
+                raise fail(f"{other} and {name} are both {path}")
 
 
 def check_drawing(name: str, path: Path | None, force: bool, inputs: Iterable[Path] = ()) -> None:

@@ -11,7 +11,7 @@ import typer
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail
 from fastfip.cli.opening import build
-from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
+from fastfip.cli.outputs import check_distinct, check_file, check_outputs, check_state, inputs_of, kept
 from fastfip.cli.triggers import make_attack, number_of_classes
 
 if TYPE_CHECKING:
@@ -68,10 +68,13 @@ def train_backdoor(
 ) -> None:
     """Train a network with one or more backdoors in it, for tests of defences."""
     check_outputs(source or Path("-"), out, report, force, inputs_of(clean.data, test_data, keep))
-    if asr_out is not None:
-        if test_data is None:
-            raise fail("--asr-out writes test images with the trigger: give --test-data")
-        check_file("--asr-out", asr_out, (".npz",), force, inputs=inputs_of(clean.data, test_data))
+    check_state("--keep", keep, inputs_of(clean.data, test_data, source))
+    places = [] if asr_out is None else _places(asr_out, len(attack))
+    if places and test_data is None:
+        raise fail("--asr-out writes test images with the trigger: give --test-data")
+    for path in places:
+        check_file("--asr-out", path, (".npz",), force, inputs=inputs_of(clean.data, test_data, source, keep))
+    check_distinct(("OUT", out), ("--report", report), ("--keep", keep), *(("--asr-out", path) for path in places))
     injections = _injections(attack, target, rate or [], sources)
     if augment not in ("none", "crop", "crop_flip"):
         raise fail(f"--augment={augment}: must be none, crop or crop_flip")
@@ -94,15 +97,20 @@ def train_backdoor(
     images = clean.load(plain, seed)
     test = None if test_data is None else plain.load(test_data, "test")
     tests = None if test is None else _arrays(test)
+    classes = number_of_classes(images, model.eval())
+    for injection in injections if places and test is not None else ():
+        planted, _ = injection.ready()
+        if not bool(planted.attacked(test.labels, injection.target, classes, injection.sources).any()):  # type: ignore[union-attr]
+            raise fail(f"--asr-out: no test image is one that {planted.name} puts its trigger on")
     made = poison_and_train(
-        model, _arrays(images), injections, classes=number_of_classes(images, model.eval()),
+        model, _arrays(images), injections, classes=classes,
         pixels=how.pixels, epochs=epochs, lr=lr, batch_size=net.batch_size, weight_decay=weight_decay,
         crop=augment != "none", flip=augment == "crop_flip", test=tests, seed=seed, device=where, keep=keep,
         tick=_teller(quiet),
     )  # fmt: skip
     lost = [kept(out, lambda path: save_checkpoint(made.model.cpu(), path, like=checkpoint))]
-    if asr_out is not None and tests is not None:
-        for place, path in enumerate(_places(asr_out, len(injections))):
+    if tests is not None:
+        for place, path in enumerate(places):
             lost.append(kept(path, lambda path, place=place: _write_triggered(path, made, place, tests)))  # type: ignore[misc]
     if report is not None:
         from fastfip.reporting.table import write_text
@@ -164,13 +172,21 @@ def _places(path: Path, count: int) -> list[Path]:
 
 def _write_triggered(path: Path, made: Backdoored, place: int, test: tuple[Tensor, Tensor]) -> None:
     import numpy as np
+    import torch
 
     injection = made.injections[place]
     attack, _ = injection.ready()
     x, y = test
-    triggered, wanted, true = attack.asr_set(x.float() / 255, y, injection.target, made.classes, injection.sources)
+    images = np.empty(tuple(x.shape), np.float32)  # in its whole size at once, filled in parts
+    labels, count = [], 0
+    for a, b in zip(x.split(500), y.split(500)):
+        part, *both = attack.asr_set(a.float() / 255, b, injection.target, made.classes, injection.sources)
+        images[count : count + len(part)] = part.numpy()
+        labels.append(both)
+        count += len(part)
+    wanted, true = (torch.cat(one).numpy() for one in zip(*labels))
     with path.open("wb") as file:
-        np.savez(file, asr_x=triggered.float().numpy(), asr_y=true.numpy(), attack_y=wanted.numpy())
+        np.savez(file, asr_x=images[:count], asr_y=true, attack_y=wanted)
 
 
 def _teller(quiet: bool) -> Any:

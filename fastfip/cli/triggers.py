@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from fastfip.cli.errors import fail
 
@@ -137,23 +139,52 @@ def make_attack(spec: str) -> Any:
     if rest and "=" not in place and "," not in place:  # MODULE:CLASS[:KEY=VALUE,...]
         name, rest = f"{name}:{place}", options_after if colon else ""
     kind: Any = attacks.get(name)
-    fields = [item.name for item in dataclasses.fields(kind)]
+    for_images(kind)
+    fields = [item.name for item in dataclasses.fields(kind) if item.repr] if dataclasses.is_dataclass(kind) else []
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in fields:
-            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields)}")
-        options[key] = read_image(value) if key == "picture" else _value(value)
+            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields) or 'it: it has none'}")
+        options[key] = read_image(value) if key == "picture" else _value(f"attack {name}: {key}", value, kind, key)
     try:
-        return for_images(kind(**options))
+        return kind(**options)
     except TypeError as error:
         raise ConfigError(f"attack {spec!r}: {error}") from None
 
 
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _value(what: str, text: str, cls: type, key: str) -> Any:
+    """Return a value of the type that a field of a dataclass has; what has no type is a number if it looks like one."""
+    from torch import Tensor
+
+    from fastfip.errors import ConfigError
+
+    try:
+        hint: Any = get_type_hints(cls).get(key, Any)
+    except Exception:  # names that a class of the user's only has for type checkers
+        hint = Any
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    if type(None) in get_args(hint) and text.lower() == "none":
+        return None
+    if Tensor in kinds or any(get_origin(kind) in (tuple, list, dict) for kind in kinds):
+        raise ConfigError(f"{what} cannot be given on the command line: set it from Python")
+    if bool in kinds:
+        if text.lower() not in _YES | _NO:
+            raise ConfigError(f"{what}={text} must be true or false")
+        return text.lower() in _YES
+    if Any not in kinds and not any(kind in (int, float) for kind in kinds):
+        return text
+    for number in (int, float):
+        if number is int or kinds != [int]:
+            with contextlib.suppress(ValueError):
+                return number(text)
+    if Any in kinds or str in kinds:
+        return text
+    raise ConfigError(f"{what}={text} must be a {'whole number' if kinds == [int] else 'number'}")
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}

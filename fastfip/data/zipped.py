@@ -48,7 +48,7 @@ class ZippedPictures:
         deeper: set[str] = set()
         for entry in entries:
             parts = PurePosixPath(entry.filename).parts
-            if entry.is_dir() or parts[: len(root)] != root or parts[0].startswith("__"):
+            if entry.is_dir() or not parts or parts[: len(root)] != root or parts[0].startswith("__"):
                 continue
             rest = parts[len(root) :]
             if len(rest) == 2 and rest[1].lower().endswith(IMAGE_SUFFIXES) and not rest[0].startswith("."):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastfip.attacks import Injection, poison_and_train
-from fastfip.attacks._generators import in_bytes, padded
+from fastfip.attacks._generators import another, in_bytes, padded
 from tests.support.attack_ground import ground, squares
 from tests.support.small_nets import same, values
 
@@ -17,6 +17,14 @@ def test_parts_of_generators():
     assert torch.allclose(255 * whole.detach(), torch.tensor([0.0, 1.0, -2.0]), atol=1e-4)
     whole.sum().backward()
     assert change.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_another_image_is_never_the_same_one_though_a_pool_has_some_twice():
+    pool = torch.arange(8.0).div(8)[:, None, None, None].expand(8, 1, 2, 2).clone()
+    pool[3] = pool[2]
+    for seed in range(40):
+        out = another(pool, pool, torch.Generator().manual_seed(seed))
+        assert not bool((out == pool).flatten(1).all(1).any())
 
 
 @pytest.mark.parametrize("attack", ["dynamic", "fba", "issba", "lira"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastfip.attacks import Attack, Injection, poison_and_train
+from fastfip.attacks import Attack, Injection, attack_labels, poison_and_train
+from fastfip.attacks._planted import Planted
 from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.cba import CBA
 from fastfip.data.scaling import Pixels
@@ -98,6 +99,19 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
     assert same(values(whole.model), values(resumed.model)) and resumed.history == whole.history
     with pytest.raises(ConfigError, match="no state of this training"):
         poison_and_train(net(), data, Injection("wanet", 1), keep=state, **{**settings, "epochs": 4})
+
+
+def test_poisoned_images_lie_where_they_are_looked_for():
+    x, y = torch.rand(1400, 1, 4, 4), torch.arange(1400) % 4
+    planted = Planted(x, y, 4, torch.Generator().manual_seed(0))
+    injections = [Injection(PATCH, 1, 0.4), Injection("bppa", "next", 0.1), Injection(PATCH, 1, 0.0)]
+    for injection in injections:
+        planted.add(injection)
+    assert [len(places) for places in planted.places] == [560, 140, 0] and planted.triggered.shape == (700, 1, 4, 4)
+    for injection, places in zip(injections, planted.places):
+        shown, labels = planted.batch(places.flip(0))
+        assert torch.equal(shown, injection.ready()[0].trigger(x[places.flip(0)]))
+        assert torch.equal(labels, attack_labels(y, injection.target, 4)[places.flip(0)])
 
 
 def test_a_state_of_another_training_is_refused(tmp_path):

@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastfip.attacks.badnets import BadNets
 from fastfip.cli import main
+from fastfip.cli.triggers import make_attack
+from fastfip.errors import ConfigError
 
 ARCH = """
 from torch import nn
@@ -143,12 +146,68 @@ def test_options_that_have_no_meaning(work, capsys):
         "must be none, crop": ["--target", "1", "--augment", "spin"],
         "no attack": ["--target", "1", "--attack", "a:B"],
         "rate=1.5": ["--target", "1", "--rate", "1.5"],
-        "target=9": ["--target", "9"],
+        "target=9: there are 4 classes": ["--target", "9"],
+        "leave out the sources": ["--target", "1", "--attack", "sig", "--sources", "0"],
+        "a rate of 0.001 is none of 240 images": ["--target", "1", "--rate", "0.001"],
     }
     for said, more in wrong.items():
         assert main([*known, *more]) != 0
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1 and not (work / "bad.pth").exists()
+
+
+def test_settings_of_attacks_have_the_types_of_their_fields():
+    assert make_attack("bppa:dither=False").dither is False and make_attack("bppa:dither=true,bits=2").dither is True
+    assert make_attack("wanet:s=1").s == 1 and make_attack("badnets:pattern=checker,alpha=0.5").alpha == 0.5
+    wrong = {
+        "bppa:dither=maybe": "dither=maybe must be true or false", "bppa:bits=2.5": "bits=2.5 must be a whole number",
+        "badnets:size=2.5": "size=2.5 must be a whole number", "wanet:k=4.5": "k=4.5 must be a whole number",
+        "wanet:s=big": "s=big must be a number", "wanet:field=abc": "field cannot be given on the command line",
+        "trojannet:mask=abc": "mask cannot be given", "advdoor:pattern=abc": "no KEY=VALUE of eps, iterations$",
+        "lira:noise=1": "no KEY=VALUE of", "sentence:ids=3": "is for tokens", "wanet:k=1": "k=1 must be >= 2",
+    }  # fmt: skip
+    for spec, said in wrong.items():
+        with pytest.raises(ConfigError, match=said):
+            make_attack(spec)
+
+
+def test_no_output_takes_the_place_of_another_file(work, capsys):
+    known = [*TRAIN, "--data", "train.npz", "--test-data", "test.npz", "--target", "1", "--epochs", "1"]
+    one, two = ["--attack", "badnets"], ["--attack", "badnets", "--attack", "wanet"]
+    np.savez("t-2.npz", x=1)
+    before = (work / "t-2.npz").read_bytes()
+    few = quarters(80, 1)
+    np.savez("few.npz", x=few[0][few[1] == 1], y=few[1][few[1] == 1])
+    wrong = {
+        "--asr-out t-2.npz exists": [*two, "--asr-out", "t.npz"],
+        "OUT and --keep are both bad.pth": [*one, "--keep", "bad.pth"],
+        "--report and --keep are both k": [*one, "--keep", "k", "--report", "k"],
+        "--report and --asr-out are both t.npz": [*one, "--asr-out", "t.npz", "--report", "t.npz"],
+        "nodir does not exist": [*one, "--keep", "nodir/k"],
+        "--keep train.npz is an input": [*one, "--keep", "train.npz"],
+        "--keep . is a folder": [*one, "--keep", "."],
+        "no test image is one that badnets": [*one, "--asr-out", "t.npz", "--test-data", "few.npz"],
+    }
+    for said, more in wrong.items():
+        assert main([*known, *more]) != 0
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not (work / "bad.pth").exists()
+    assert (work / "t-2.npz").read_bytes() == before
+
+
+def test_triggers_are_put_on_test_images_in_parts(work, capsys, monkeypatch):
+    seen = []
+    x, y = quarters(1200, 1)
+    np.savez("many.npz", x=x, y=y)
+    monkeypatch.setattr(BadNets, "trigger", lambda self, x, put=BadNets.trigger: (seen.append(len(x)), put(self, x))[1])
+    ends = ["--data", "train.npz", "--test-data", "many.npz", "--epochs", "1", "--asr-out", "t.npz"]
+    assert main([*TRAIN, *ends, "--attack", "badnets", "--target", "1"]) == 0
+    assert max(seen) <= 500
+    with np.load("t.npz") as held:
+        x, y = x[y != 1], y[y != 1]
+        x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+        assert np.array_equal(held["asr_y"], y) and (held["attack_y"] == 1).all()
+        assert np.array_equal(held["asr_x"], BadNets().trigger(x).numpy())
 
 
 def test_attacks_are_listed(capsys):

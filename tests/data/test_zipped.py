@@ -42,6 +42,13 @@ def test_a_zip_holds_what_its_folders_hold(tmp_path):
     assert torch.equal(again.batch([5])[0], plain.batch([5])[0])
 
 
+def test_an_entry_without_a_name_is_passed_over(tmp_path):
+    path = packed(folders(tmp_path / "images"), tmp_path / "images.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(".", b"")
+    assert load(path).classes == load(tmp_path / "images").classes
+
+
 def test_what_is_no_zip_of_class_folders(tmp_path):
     root = folders(tmp_path / "images")
     deep = packed(root, tmp_path / "deep.zip", "a/b/")
