@@ -55,7 +55,8 @@ def by_method(rows: list[Row], fraction: float = 0.05, setting: str = "plain") -
     ders, asrs, accs, before, seconds, twins = (_cells(rows, key) for key in keys)
     least = floor(rows)
     lines = []
-    for method in sorted(accs, key=lambda m: -mean(ders.get(m, {None: 0.0}).values())):
+    # Means over different cells do not compare: methods that have fewer stand below those that have more.
+    for method in sorted(accs, key=lambda m: (-len(ders.get(m, ())), -mean(ders.get(m, {None: 0.0}).values()))):
         mine = ders.get(method, {})
         gaps = [value - least[cell] for cell, value in mine.items() if cell in least]
         lost = [accs[method][cell] - before[method][cell] for cell in accs[method] if not cell[1]]
