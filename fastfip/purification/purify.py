@@ -24,7 +24,7 @@ from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.nets.checks import check_amp, check_seed, usable_device
 from fastfip.nets.process import PeakMemory, seeded
-from fastfip.nets.state import as_written
+from fastfip.nets.state import as_written, without_caches
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
@@ -178,6 +178,7 @@ def purify(
         work_device = work.device if options.device is None else options.device
         try:
             with PeakMemory(work_device) as memory, seeded(options.seed, work_device), ExitStack() as ends:
+                ends.enter_context(without_caches(work.model))
                 run, history, before, after = _purify(work, work_device, options, ends)
             result = work.finish(recipe.name)
             moved = work.moved()

@@ -16,6 +16,7 @@ from fastfip.fisher.sharpness import sharpness
 from fastfip.nets.state import fresh_caches
 from fastfip.testing.definitions import loop_diagonal, worst_error
 from tests.support.fisher_problems import Lambda
+from tests.support.small_nets import BiasedAttention
 
 N = 6
 
@@ -184,35 +185,6 @@ def test_lazy_layers_are_one_line():
             call(model, batch)
     model(batch[0])
     fisher_diagonal(model, batch)
-
-
-class BiasedAttention(nn.Module):
-    """LeViT's: biases by position, looked up once for all passes in eval mode."""
-
-    def __init__(self, keeps=True):
-        super().__init__()
-        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
-        self.attention_biases = nn.Parameter(torch.randn(5))
-        self.register_buffer("index", (torch.arange(5)[:, None] - torch.arange(5)).abs(), persistent=False)
-        self.attention_bias_cache, self.keeps = {}, keeps
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode and self.attention_bias_cache:
-            self.attention_bias_cache = {}
-        return self
-
-    def biases(self, key):
-        if self.training or not self.keeps:
-            return self.attention_biases[self.index]
-        if key not in self.attention_bias_cache:
-            self.attention_bias_cache[key] = self.attention_biases[self.index]
-        return self.attention_bias_cache[key]
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        scores = (q @ k.transpose(1, 2) + self.biases(str(x.device))).softmax(-1)
-        return self.head((scores @ v).square().mean(1))
 
 
 @pytest.mark.parametrize("used_before", [False, True])
