@@ -48,7 +48,7 @@ def without_second_derivative(nodes: Iterable[Node]) -> str | None:
 def written_for_one_derivative(nodes: Iterable[Node]) -> str | None:
     """Return the name of a function of the user's in a graph that is marked `@once_differentiable`, if there is one."""
     for node in nodes:
-        own = getattr(type(node), "_forward_cls", None)
+        own: Any = getattr(type(node), "_forward_cls", None)
         code = getattr(getattr(own, "backward", None), "__code__", None)
         if code is not None and code.co_filename == torch.autograd.function.__file__ and code.co_name == "wrapper":
             return str(own.__name__)
