@@ -354,3 +354,19 @@ def test_batchnorm_of_maps_with_a_side_of_one(sides, looped):
     assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-10
     losses_of(plain, x, y).mean().backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.parametrize("way", ["perturb", "signs"])
+def test_differences_too_are_right_behind_batchnorm_of_maps_with_a_side_of_one(way):
+    torch.manual_seed(0)
+    model, plain = Narrow((5, 1), False).double().eval(), Narrow((5, 1), True).double().eval()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(N, 2, 5, 1, dtype=torch.float64), torch.arange(N) % 3
+    values, slopes = [], []
+    for net in (model, plain):
+        torch.manual_seed(1)
+        trace = fastfip.FisherPenalty(net, way=way, difference="central")(x, y)
+        values.append(trace.item())
+        slopes.append(dict(zip(dict(net.named_parameters()), torch.autograd.grad(trace, list(net.parameters())))))
+    assert values[0] == pytest.approx(values[1])
+    assert worst_error(*slopes, 1e-6) < 1e-5
