@@ -10,12 +10,13 @@ from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import inputs_of, is_leaf, own_gradients, variable_of
 from fastfip.fisher.graph.verify import cache_of, plan_for
-from fastfip.fisher.modes import check_modes
+from fastfip.fisher.modes import check_modes, naming_checkpoints
 from fastfip.fisher.result import FisherDiagonal
 from fastfip.fisher.squared_sum import SquaredSum
 from fastfip.fisher.trace import Params
 
 
+@naming_checkpoints()
 def backward_with_fisher(
     losses: Tensor,  # [N]
     model: nn.Module,
@@ -45,7 +46,8 @@ def backward_with_fisher(
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), active dropout, a frozen
-            model, losses without a graph, or those of a cross-entropy behind a softmax.
+            model, losses without a graph, or those of a cross-entropy behind a softmax; a checkpoint whose graph can be
+            read once only.
         DataError: `losses` is not of the shape [N].
         ConfigError: an unknown reduction.
         BackendError: the backend asked for cannot run here.

@@ -6,7 +6,8 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastfip.data.batch import Batch, map_tensors
 from fastfip.data.outputs import logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
+from fastfip.nets.checks import of_checkpointing
 from fastfip.nets.state import LOW_PRECISION, fresh_caches, is_compiled
 
 #: Of each model the modes and the code of `forward=` with which its forward pass was tried, and whether it gave
@@ -156,7 +158,8 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
 
     Recurrent layers are computed step by step rather than by one opaque call, compiled models run eagerly, and fused
     attention, which has no second derivative, gives way to the mathematical form; layers whose second derivative is
-    expensive in torch are computed by second_order.py, and checkpointed blocks keep what they compute.
+    expensive in torch are computed by second_order.py, and checkpointed blocks keep what they compute. (Those that
+    torch goes through backward once only keep it in any case.)
     """
     with contextlib.ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -164,8 +167,8 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(eagerly(is_compiled(model)))
         stack.enter_context(fresh_caches(model.modules()))
+        stack.enter_context(keeping_activations(every=second_order))
         if second_order:
-            stack.enter_context(keeping_activations())
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
             from fastfip.fisher.second_order import CheapSecondOrder
@@ -175,47 +178,90 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
         yield
 
 
+#: Where torch looks up what runs before and after a function that is checkpointed.
+_PLACES = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
+_GENERATOR = "_checkpoint_without_reentrant_generator"
 _CHECKPOINTS = threading.Lock()
-_keeping = 0  # how many threads are in a block
+_FOUND: dict[str, Callable[..., Iterator[None]]] = {}  # by place, while a thread is in a block
+_entered = 0  # how many blocks threads are in
+
+
+class _Here(threading.local):
+    """What holds in a thread: in how many blocks it is, by what they keep, and how many functions kept something."""
+
+    every = some = met = 0
+
+
+_HERE = _Here()
 
 
 @contextlib.contextmanager
-def keeping_activations() -> Iterator[None]:
-    """Let checkpoint(use_reentrant=False) keep what it computes for a block.
+def keeping_activations(every: bool = True) -> Iterator[None]:
+    """Let checkpoint(use_reentrant=False) keep what it computes for a block, in this thread.
 
     What is computed again in a backward pass, after the block, would be so without what holds in it, and torch refuses
     what then differs. Where torch has no such function any more, it is left as it is.
+
+    Args:
+        every: False: only what can be gone through backward once, such as selective and composable checkpoints.
     """
-    global _keeping
-    with _CHECKPOINTS:
-        _keeping += 1
-        if _WITHOUT_REENTRANT is not None:
-            torch.utils.checkpoint._checkpoint_without_reentrant_generator = _nothing_to_do
+    global _entered
+    entered = False
     try:
+        with _CHECKPOINTS:
+            if not _entered:
+                modules = {place: sys.modules[place] for place in _PLACES if place in sys.modules}
+                _FOUND.update({k: getattr(m, _GENERATOR) for k, m in modules.items() if hasattr(m, _GENERATOR)})
+                for place, found in _FOUND.items():
+                    setattr(modules[place], _GENERATOR, partial(_kept, found))
+            _entered, entered = _entered + 1, True
+            _HERE.every += every
+            _HERE.some += 1
         yield
     finally:
-        with _CHECKPOINTS:
-            _keeping -= 1
-            if _WITHOUT_REENTRANT is not None and not _keeping:
-                torch.utils.checkpoint._checkpoint_without_reentrant_generator = _WITHOUT_REENTRANT
+        if entered:
+            with _CHECKPOINTS:
+                _HERE.every -= every
+                _HERE.some -= 1
+                _entered -= 1
+                if not _entered:
+                    for place, found in _FOUND.items():
+                        setattr(sys.modules[place], _GENERATOR, found)
+                    _FOUND.clear()
 
 
-#: What torch runs before and after the function that is checkpointed.
-_WITHOUT_REENTRANT = getattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", None)
-
-
-_met = 0  # how many functions were not checkpointed
-
-
-def _nothing_to_do(*_: Any, **__: Any) -> Iterator[None]:
-    global _met
-    _met += 1
-    yield
+def _kept(found: Callable[..., Iterator[None]], fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stand in for torch's generator, whose arguments are `fn`, whether to keep random states, contexts, and others."""
+    plain = torch.utils.checkpoint.noop_context_fn
+    own = args[1] if len(args) > 1 else kwargs.get("context_fn", plain)
+    if _HERE.every or (_HERE.some and own is not plain):
+        _HERE.met += 1
+        yield
+    else:
+        yield from found(fn, *args, **kwargs)
 
 
 def checkpoints_met() -> int:
-    """Return how many checkpointed functions have been run so far that kept what they computed."""
-    return _met
+    """Return how many checkpointed functions have been run in this thread so far that kept what they computed."""
+    return _HERE.met
+
+
+@contextlib.contextmanager
+def naming_checkpoints() -> Iterator[None]:
+    """Say what is wrong where a graph of the user's cannot be gone through as often as it must be.
+
+    Raises:
+        ModelError: it was checkpointed in such a way.
+    """
+    try:
+        yield
+    except Exception as error:  # torch raises several kinds
+        if not of_checkpointing(error):
+            raise
+        raise ModelError(
+            "a part of the model is checkpointed in a way that lets its graph be read once only (gradient checkpointing"
+            " with context_fn=, or composable): turn the checkpointing off, or take fisher_diagonal"
+        ) from error
 
 
 @contextlib.contextmanager

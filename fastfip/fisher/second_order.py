@@ -27,6 +27,7 @@ from fastfip.fisher.graph.norm_rules import batch_norm_builders
 from fastfip.fisher.graph.recipe import Recipe, Slots, output_shape, rule
 from fastfip.fisher.graph.rules import convolution_recipe
 from fastfip.fisher.graph.sums import centred_sums
+from fastfip.nets.state import LOW_PRECISION
 from fastfip.ops.convolution import ConvolutionOptions
 
 _DENSITY = (2 * math.pi) ** -0.5  # of the normal distribution at 0
@@ -229,7 +230,8 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor | None:
     if not x.requires_grad:
         return None
-    out = F.relu6(x + 3) / 6
+    wide = x.float() if x.dtype in LOW_PRECISION else x  # as torch does: x + 3 alone rounds x away
+    out = (F.relu6(wide + 3) / 6).to(x.dtype)
     return x.copy_(out) if inplace else out
 
 

@@ -18,7 +18,7 @@ from fastfip.fisher.graph.plan import selected
 from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import Cache, cache_of
 from fastfip.fisher.modes import fit_for_fisher, naming_precision, readable
-from fastfip.fisher.trace import Params, squared_norms, without_second_derivative
+from fastfip.fisher.trace import Params, squared_norms, without_second_derivative, written_for_one_derivative
 from fastfip.nets.state import eval_mode
 
 
@@ -170,7 +170,8 @@ class _Problem:
     def slopes(self) -> Iterator[list[Tensor]]:
         """The gradient of each batch's summed loss, with its graph."""
         for losses in self.losses(second_order=True):
-            operation = None if losses.grad_fn is None else without_second_derivative(topological(losses.grad_fn))
+            nodes = [] if losses.grad_fn is None else topological(losses.grad_fn)
+            operation = without_second_derivative(nodes) or written_for_one_derivative(nodes)
             if operation is not None:
                 raise ModelError(
                     f"sharpness needs second derivatives, and torch has none of {operation}, which the model uses: "

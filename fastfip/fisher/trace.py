@@ -14,7 +14,7 @@ from fastfip.data.task import Task
 from fastfip.errors import ModelError
 from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
-from fastfip.fisher.graph.reading import as_real, own_gradients
+from fastfip.fisher.graph.reading import as_real, own_gradients, topological
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, checkpoints_met, fit_for_fisher, naming_precision, readable
 
@@ -22,6 +22,8 @@ from fastfip.fisher.modes import check_modes, checkpoints_met, fit_for_fisher, n
 _ONLY_FIRST = ("Cdist", "Pdist", "CtcLoss", "MultilabelMarginLoss", "MultiMarginLoss", "SegmentReduce", "Hardsigmoid",
                "EmbeddingBag", "ScaledDotProductFlash", "ScaledDotProductEfficient", "ScaledDotProductCudnn",
                "ScaledDotProductFused")  # fmt: skip
+#: What torch puts in place of a derivative that is not there; it raises when a backward pass comes to it.
+_ERRORS = ("torch::autograd::Error", "torch::autograd::NotImplemented")
 
 Params = Iterable[str] | Mapping[str, Tensor] | None
 
@@ -41,6 +43,26 @@ def without_second_derivative(nodes: Iterable[Node]) -> str | None:
         if name.startswith(_ONLY_FIRST):
             return name.rstrip("0123456789").removesuffix("Backward")
     return None
+
+
+def written_for_one_derivative(nodes: Iterable[Node]) -> str | None:
+    """Return the name of a function of the user's in a graph that is marked `@once_differentiable`, if there is one."""
+    for node in nodes:
+        own: Any = getattr(type(node), "_forward_cls", None)
+        code = getattr(getattr(own, "backward", None), "__code__", None)
+        if code is not None and code.co_filename == torch.autograd.function.__file__ and code.co_name == "wrapper":
+            return str(own.__name__)
+    return None
+
+
+def _undifferentiable(norms: Tensor, nodes: Iterable[Node]) -> str | None:
+    """What keeps norms from having a gradient: an operation in the graph of the losses, or what is in their own."""
+    known = without_second_derivative(nodes)
+    if known is not None or norms.grad_fn is None:
+        return known
+    if not any(node.name().startswith(_ERRORS) for node in topological(norms.grad_fn)):
+        return None
+    return written_for_one_derivative(nodes) or "an operation"
 
 
 class _ValueOnly(torch.autograd.Function):
@@ -72,7 +94,8 @@ def squared_norms(
         plan = plan_for(losses, params, cache)
     if not create_graph:
         return _norms(plan)
-    norms, operation = _norms_with_graph(plan), without_second_derivative(plan.reading.nodes)
+    norms = _norms_with_graph(plan)
+    operation = _undifferentiable(norms, plan.reading.nodes)
     return norms if operation is None else _ValueOnly.apply(norms, operation)
 
 

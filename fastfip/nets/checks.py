@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import numbers
+import traceback
 from collections.abc import Iterable
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
-from fastfip.errors import BackendError, ConfigError, ModelError, reason
+from fastfip.errors import BackendError, ConfigError, FastFIPError, ModelError, reason
 
-__all__ = ["check_amp", "check_initialised", "check_net", "check_seed", "device_of", "usable_device"]
+__all__ = [
+    "check_amp",
+    "check_initialised",
+    "check_net",
+    "check_seed",
+    "device_of",
+    "of_checkpointing",
+    "usable_device",
+]
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -89,3 +99,17 @@ def check_amp(amp: object) -> None:
     """
     if amp not in (False, True, "bf16", "fp16"):
         raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
+
+
+def of_checkpointing(error: BaseException) -> bool:
+    """Return whether torch raised this because a checkpointed part of a model cannot be gone through so.
+
+    It is raised where the part is computed again, in several kinds, not all of which say so.
+    """
+    if not isinstance(error, Exception) or isinstance(error, (FastFIPError, torch.OutOfMemoryError)):
+        return False
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    again = [code for code in frames if code.co_name in ("recompute_fn", "unpack_hook")]
+    return "torch.utils.checkpoint" in str(error) or any(
+        code.co_filename == torch.utils.checkpoint.__file__ for code in again
+    )

@@ -22,6 +22,7 @@ __all__ = [
     "cast",
     "copied",
     "dtypes_of",
+    "empty_caches",
     "eval_mode",
     "fresh_caches",
     "frozen_copy",
@@ -32,6 +33,7 @@ __all__ = [
     "to_float32",
     "training_flags",
     "unwrapped",
+    "without_caches",
 ]
 
 #: Dtypes whose steps are too coarse to tune in.
@@ -92,6 +94,27 @@ def fresh_caches(modules: Iterable[nn.Module]) -> Iterator[None]:
         for cache, before in kept:
             cache.clear()
             cache.update(before)
+
+
+def empty_caches(modules: Iterable[nn.Module]) -> None:
+    """Empty what modules keep in eval mode between passes (see fresh_caches): the weights are others now."""
+    for cache in _caches(modules):
+        cache.clear()
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Let modules keep nothing between passes in eval mode for a block: each pass computes it of the weights anew.
+
+    The hook is on the module that keeps it, as `forward=` of the user's may call parts of a model.
+    """
+    keeping = [module for module in model.modules() if next(_caches([module]), None) is not None]
+    hooks = [module.register_forward_pre_hook(lambda module, _: empty_caches([module])) for module in keeping]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _caches(modules: Iterable[nn.Module]) -> Iterator[dict[Any, Tensor]]:

@@ -18,13 +18,13 @@ from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.errors import ConfigError, DataError, FastFIPError, ModelError
+from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
-from fastfip.nets.checks import check_amp, check_seed, usable_device
+from fastfip.nets.checks import check_amp, check_seed, of_checkpointing, usable_device
 from fastfip.nets.process import PeakMemory, seeded
-from fastfip.nets.state import as_written
+from fastfip.nets.state import as_written, without_caches
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout
 from fastfip.purification.loop import fit
@@ -178,13 +178,14 @@ def purify(
         work_device = work.device if options.device is None else options.device
         try:
             with PeakMemory(work_device) as memory, seeded(options.seed, work_device), ExitStack() as ends:
+                ends.enter_context(without_caches(work.model))
                 run, history, before, after = _purify(work, work_device, options, ends)
             result = work.finish(recipe.name)
             moved = work.moved()
             coverage = _coverage(work, run, recipe.name, moved)
         except BaseException as error:
             work.undo()
-            if "torch.utils.checkpoint" in str(error) and not isinstance(error, FastFIPError):
+            if of_checkpointing(error):
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
                     "off, e.g. model.gradient_checkpointing_disable(), or take fine_tune"

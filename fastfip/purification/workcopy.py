@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastfip.errors import ModelError
 from fastfip.nets.checks import check_net
-from fastfip.nets.state import LOW_PRECISION, cast, copied, refuse_sharded, to_float32, unwrapped
+from fastfip.nets.state import LOW_PRECISION, cast, copied, empty_caches, refuse_sharded, to_float32, unwrapped
 
 __all__ = ["WorkCopy"]
 
@@ -139,6 +139,7 @@ class WorkCopy:
             with torch.no_grad():
                 for own, new in zip(_tensors_of(self.twin_of), _tensors_of(self.model)):
                     own.copy_(new)
+            empty_caches(self.twin_of.modules())
         return self.whole
 
     def undo(self) -> None:
@@ -169,6 +170,7 @@ class WorkCopy:
             if self.contiguous.get(name):
                 t.data = t.data.contiguous()
         self._to_own_memory()
+        empty_caches(self.model.modules())
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """Return the parameters and buffers that the model has now."""

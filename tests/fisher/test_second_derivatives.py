@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import fastfip
 from fastfip.errors import ModelError
 from fastfip.fisher.modes import keeping_activations
+from fastfip.fisher.second_order import CheapSecondOrder
 from fastfip.testing.definitions import loop_trace, relative_error, worst_error
+from tests.support.fisher_problems import Lambda
 from tests.support.small_nets import values
 
 N = 5
@@ -135,6 +138,19 @@ def test_a_hard_sigmoid_has_a_second_derivative(gate):
     assert fastfip.sharpness(model, [(x, y)], iterations=2, probes=2).trace_hessian != 0
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_hard_sigmoid_of_any_precision_is_torchs_own(dtype, inplace):
+    x = torch.linspace(-4, 4, 4001, dtype=torch.float64).to(dtype).requires_grad_()
+    want = F.hardsigmoid(x)
+    with CheapSecondOrder():
+        got = F.hardsigmoid(x * 1, inplace)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps / 8)
+    slope, right = (torch.autograd.grad(out.sum(), x)[0] for out in (got, want))
+    torch.testing.assert_close(slope, right, rtol=1e-6, atol=0)
+
+
 def test_what_torch_cannot_differentiate_twice_has_a_value_and_a_line_that_says_so():
     model, x, y = made(Distances, 4)
     before = values(model)
@@ -147,6 +163,45 @@ def test_what_torch_cannot_differentiate_twice_has_a_value_and_a_line_that_says_
     with pytest.raises(ModelError, match=r"none of Cdist, .*fastfip\.fisher_trace"):
         fastfip.sharpness(model, [(x, y)])
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+
+
+class Cubed(torch.autograd.Function):
+    """x^3, whose author wrote one derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.pow(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0].square() * g
+
+
+class Twice(Cubed):
+    """The same; its backward can be differentiated."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0].square() * g
+
+
+def cubes(function):
+    return lambda: Lambda(lambda m, x: m.b(function.apply(m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+
+
+def test_a_function_of_the_users_with_one_derivative_is_named():
+    (model, x, y), (twin, _, _) = made(cubes(Cubed), 4), made(cubes(Twice), 4)
+    trace, want = fastfip.fisher_trace(model, x, y), loop_trace(twin, (x, y), N)
+    torch.testing.assert_close(trace.detach(), want.detach())
+    with pytest.raises(ModelError, match=r"no gradient here: the model uses Cubed, .*way='perturb'"):
+        trace.backward()
+    with pytest.raises(ModelError, match=r"none of Cubed, .*fastfip\.fisher_trace"):
+        fastfip.sharpness(model, [(x, y)])
+    by_differences = fastfip.FisherPenalty(model, way="perturb", difference="central")(x, y)
+    assert worst_error(slopes(by_differences, model), slopes(want, twin), 1e-10) < 1e-5
+    assert worst_error(slopes(fastfip.fisher_trace(twin, x, y), twin), slopes(loop_trace(twin, (x, y), N), twin)) < 1e-8
 
 
 def test_the_loss_counts_too():

@@ -16,6 +16,7 @@ from fastfip.fisher.sharpness import sharpness
 from fastfip.nets.state import fresh_caches
 from fastfip.testing.definitions import loop_diagonal, worst_error
 from tests.support.fisher_problems import Lambda
+from tests.support.small_nets import BiasedAttention
 
 N = 6
 
@@ -186,35 +187,6 @@ def test_lazy_layers_are_one_line():
     fisher_diagonal(model, batch)
 
 
-class BiasedAttention(nn.Module):
-    """LeViT's: biases by position, looked up once for all passes in eval mode."""
-
-    def __init__(self, keeps=True):
-        super().__init__()
-        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
-        self.attention_biases = nn.Parameter(torch.randn(5))
-        self.register_buffer("index", (torch.arange(5)[:, None] - torch.arange(5)).abs(), persistent=False)
-        self.attention_bias_cache, self.keeps = {}, keeps
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode and self.attention_bias_cache:
-            self.attention_bias_cache = {}
-        return self
-
-    def biases(self, key):
-        if self.training or not self.keeps:
-            return self.attention_biases[self.index]
-        if key not in self.attention_bias_cache:
-            self.attention_bias_cache[key] = self.attention_biases[self.index]
-        return self.attention_bias_cache[key]
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        scores = (q @ k.transpose(1, 2) + self.biases(str(x.device))).softmax(-1)
-        return self.head((scores @ v).square().mean(1))
-
-
 @pytest.mark.parametrize("used_before", [False, True])
 def test_what_a_module_keeps_between_passes_is_computed_anew(used_before):
     torch.manual_seed(0)
@@ -382,3 +354,19 @@ def test_batchnorm_of_maps_with_a_side_of_one(sides, looped):
     assert worst_error(backward_with_fisher(losses_of(model, x, y), model), want) < 1e-10
     losses_of(plain, x, y).mean().backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.parametrize("way", ["perturb", "signs"])
+def test_differences_too_are_right_behind_batchnorm_of_maps_with_a_side_of_one(way):
+    torch.manual_seed(0)
+    model, plain = Narrow((5, 1), False).double().eval(), Narrow((5, 1), True).double().eval()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(N, 2, 5, 1, dtype=torch.float64), torch.arange(N) % 3
+    values, slopes = [], []
+    for net in (model, plain):
+        torch.manual_seed(1)
+        trace = fastfip.FisherPenalty(net, way=way, difference="central")(x, y)
+        values.append(trace.item())
+        slopes.append(dict(zip(dict(net.named_parameters()), torch.autograd.grad(trace, list(net.parameters())))))
+    assert values[0] == pytest.approx(values[1])
+    assert worst_error(*slopes, 1e-6) < 1e-5

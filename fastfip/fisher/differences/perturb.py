@@ -25,7 +25,9 @@ from fastfip.errors import ModelError
 from fastfip.fisher.differences.shifted import ShiftedForward, ShiftTarget, flipped, target_of
 from fastfip.fisher.differences.shifts import shift_of
 from fastfip.fisher.graph.forms import DenseForm, GradientForm
+from fastfip.fisher.graph.norm_rules import mend_transposed
 from fastfip.fisher.graph.plan import Plan, UseGroup
+from fastfip.fisher.graph.reading import topological
 from fastfip.fisher.graph.verify import Cache, plan_for
 from fastfip.fisher.modes import readable
 
@@ -236,6 +238,8 @@ def _shifted_pass(
         if missed:
             raise uncovered(missed)
         losses = task.loss(logits, batch)
+        if losses.grad_fn is not None:
+            mend_transposed(topological(losses.grad_fn))
         gradients = torch.autograd.grad(losses.sum() * loss_scale, list(params.values()), allow_unused=True)
     return {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, gradients) if g is not None}
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.fisher.differences.perturb import TraceWithGradient, default_step, swapped, working_dtype
-from fastfip.fisher.graph.reading import as_real
+from fastfip.fisher.graph.norm_rules import mend_transposed
+from fastfip.fisher.graph.reading import as_real, topological
 
 
 def signed(
@@ -41,6 +42,8 @@ def signed(
             losses = task.loss(logits, batch)
             if e is None:
                 e = torch.randint(0, 2, losses.shape, generator=generator, device="cpu").to(losses) * 2 - 1
+            if losses.grad_fn is not None:
+                mend_transposed(topological(losses.grad_fn))
             total = (e * losses).sum() * (loss_scale / losses.shape[0] ** 0.5)
             gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         dense = {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, gradients) if g is not None}
