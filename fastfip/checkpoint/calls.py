@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fastfip.errors import CheckpointError
 if TYPE_CHECKING:
     from fastfip.checkpoint.scan import Machine
 
-__all__ = ["PLAIN", "STORAGES", "result", "shown", "take_array_state"]
+__all__ = ["PLAIN", "STORAGES", "note", "result", "shown", "take_array_state"]
 
 PLAIN = (str, int, float, bool, bytes, complex, type(None))
 #: Storage kind -> (dtype, bytes of a value).
@@ -102,12 +103,18 @@ def result(machine: Machine, of: Global, args: tuple[Any, ...], inner: bool = Fa
 
 def foreign(machine: Machine, of: Global) -> Opaque:
     """Return the stand-in for what is not followed, and note it where it is not known to be harmless."""
-    machine.budget.spend(200)
     if "." in of.name or not _HARMLESS.fullmatch(str(of)):
-        machine.out.foreign[str(of)] = None
+        note(machine, machine.out.foreign, str(of))
         if of.module.startswith("torch.nn.modules."):
-            machine.out.modules[str(of)] = None
+            note(machine, machine.out.modules, str(of))
     return Opaque(of)
+
+
+def note(machine: Machine, into: dict[str, None], name: str) -> None:
+    """Take note of a name; two short texts can be put together to very many."""
+    if name not in into:
+        machine.budget.spend(100 + sys.getsizeof(name))
+        into[name] = None
 
 
 def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> Any:
@@ -157,6 +164,7 @@ def _as_tensor(args: tuple[Any, ...]) -> Claim | Odd:
 
 
 def _ordered(machine: Machine, args: tuple[Any, ...]) -> Ordered:
+    machine.budget.spend(120)
     machine.stack.append(Ordered())
     for pair in args[0] if args else ():
         machine.set_items(list(pair) if isinstance(pair, (list, tuple)) and len(pair) == 2 else [None])
