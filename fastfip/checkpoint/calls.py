@@ -244,6 +244,8 @@ def _array_of(data: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
     """Return the stand-in of an array of pickle protocol 5, which brings its bytes along."""
     if not isinstance(kind, (NumpyType, Opaque)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
+    if order not in ("C", "F"):
+        raise CheckpointError("holds a NumPy array in an order that no array has")
     out = NumpyArray()
     _fill(out, shape, kind, order == "F", data)
     return out
@@ -256,11 +258,12 @@ def _fill(target: NumpyArray, shape: Any, kind: NumpyType | Opaque, columns_firs
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
     if not all(type(side) is int and 0 <= side < 2**63 for side in sides):
         raise CheckpointError("holds a NumPy array with a shape that no array has")
-    if isinstance(kind, NumpyType) and not isinstance(data, Skipped):
+    if isinstance(kind, NumpyType):
         needed = kind.width
         for side in sides:
             needed *= side
-        if needed != len(data):
-            raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {len(data)}")
+        stored = data.length if isinstance(data, Skipped) else len(data)
+        if not (data.could_be(needed) if isinstance(data, Skipped) else stored == needed):
+            raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {stored}")
     if isinstance(kind, NumpyType) and kind.order and isinstance(columns_first, bool):
         target.shape, target.kind, target.columns_first, target.data = sides, kind, columns_first, data
