@@ -268,9 +268,23 @@ def beside(value: object) -> Callable[[Path], None]:
     return lambda path: write_zip(path, {"net": {"w": tensor()}, "x": value})
 
 
+def of_protocol(protocol: int, legacy: bool) -> bytes:
+    """A sound file with what protocols 3 to 5 have instructions of their own for."""
+    import numpy as np
+
+    values = {"raw": b"\xffraw", "bytes": bytearray(b"b" * 300), "set": {1, 2}, "frozen": frozenset({3}), "big": 2**80}
+    arrays = {"loss": np.float64(0.5), "index": np.arange(6).reshape(2, 3), "columns": np.ones((3, 2), order="F")}
+    return torch_bytes({"net": small_state(), "acc": 0.5, **values, **arrays}, legacy, protocol)
+
+
 SOUND = {
     "zip": torch_bytes({"net": small_state(), "acc": 0.5, "seen": torch.arange(5)}),
     "legacy": torch_bytes({"net": small_state(), "acc": 0.5}, legacy=True),
+    **{
+        f"{'legacy' if legacy else 'zip'}, protocol {protocol}": of_protocol(protocol, legacy)
+        for protocol in (3, 4, 5)
+        for legacy in (False, True)
+    },
 }
 
 
