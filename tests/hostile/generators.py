@@ -81,6 +81,11 @@ def kept(module: str, name: str, arguments: bytes, times: int, state: bytes = b"
     return start + b"}" + encode("a") + b"](" + (b"h\0h\1R" + state) * times + b"es."
 
 
+def with_a_bad_tensor(body: bytes) -> bytes:
+    """The same beside a tensor that claims more than there is, whose name has to be found."""
+    return listed(body)[:-1] + encode("w") + encode(tensor((400,))) + b"s."
+
+
 def encoded_texts(count: int) -> bytes:
     """Texts of nearly 64 kB that stand for bytes, all of them kept."""
     encode_name = encode(Name("_codecs", "encode"))
@@ -197,6 +202,9 @@ SLOW = [
     Hostile("empty lists, kept", zipped(listed(b"]" * 600_000)), "no state dict"),
     Hostile("lists, kept", zipped(listed(b"]h\0a" * 365_000)), MANY),
     Hostile("dicts, kept", zipped(listed(b"}h\1h\0s" * 220_000)), MANY),
+    Hostile("a bad tensor after a long list", zipped(with_a_bad_tensor(b"h\1" * 2_900_000)), "w claims 400 values"),
+    Hostile("a bad tensor after many lists", zipped(with_a_bad_tensor(b"]h\0a" * 340_000)), "w claims 400 values"),
+    Hostile("a bad tensor after many dicts", zipped(with_a_bad_tensor(b"}h\1h\0s" * 210_000)), "w claims 400 values"),
     Hostile("a text of many bytes", zipped(b"\x80\x05\x8d" + struct.pack("<Q", 2**60) + b"abc"), "followed"),
     Hostile("frames", zipped(b"\x80\x05" + b"\x95" + bytes(8) * 2_000_000), "followed|instructions"),
     Hostile("one long line", zipped(b"c" + b"x" * 5_000_000), "followed"),
