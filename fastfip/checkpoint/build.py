@@ -16,6 +16,9 @@ __all__ = ["build"]
 
 #: Tuples within tuples that are gone through; what lies deeper is no plain data for anybody.
 _DEEPEST = 64
+#: What a value that is looked into may be; in a tuple of so many values it is asked for each time, not remembered.
+_PARTS = (Claim, Encoded, dict, list, tuple)
+_FEW = 8
 
 
 def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -> Any:
@@ -30,7 +33,7 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
         big: the most significant byte comes first.
 
     Raises:
-        CheckpointError: there is not enough memory, or the file is shorter than it was.
+        CheckpointError: there is not enough memory, the file is shorter than it was, or it takes more than it may.
     """
     blocks: dict[str, torch.UntypedStorage] = {}
     made: dict[int, torch.Tensor] = {}
@@ -60,13 +63,17 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             return made[id(item)]
         if isinstance(item, Encoded):
             if id(item) not in encoded:  # with the old one, so that its id is nobody else's
+                scanned.budget.spend(300 + len(item))  # beside its text
                 encoded[id(item)] = item, bytes(item)
             return encoded[id(item)][1]
-        if isinstance(item, (dict, list)):
+        if isinstance(item, (dict, list)) and item:
             todo.append(item)
         if not isinstance(item, tuple) or depth > _DEEPEST:
             return item
+        if len(item) <= _FEW and not any(isinstance(part, _PARTS) for part in item):
+            return item
         if id(item) not in tuples:  # with the old one, so that its id is nobody else's
+            scanned.budget.spend(300 + 8 * len(item))
             tuples[id(item)] = item, tuple([built(part, depth + 1) for part in item])
         return tuples[id(item)][1]
 
@@ -74,9 +81,10 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
         value = todo.pop()
         if id(value) in seen:
             continue
+        scanned.budget.spend(60)
         seen.add(id(value))
         for key, item in list(value.items()) if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, (Claim, Encoded, dict, list, tuple)):
+            if isinstance(item, _PARTS):
                 value[key] = built(item)
     return scanned.root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fastfip.errors import CheckpointError
 if TYPE_CHECKING:
     from fastfip.checkpoint.scan import Machine
 
-__all__ = ["PLAIN", "STORAGES", "result", "shown", "take_array_state"]
+__all__ = ["PLAIN", "STORAGES", "note", "result", "shown", "take_array_state"]
 
 PLAIN = (str, int, float, bool, bytes, complex, type(None))
 #: Storage kind -> (dtype, bytes of a value).
@@ -102,12 +103,18 @@ def result(machine: Machine, of: Global, args: tuple[Any, ...], inner: bool = Fa
 
 def foreign(machine: Machine, of: Global) -> Opaque:
     """Return the stand-in for what is not followed, and note it where it is not known to be harmless."""
-    machine.budget.spend(200)
     if "." in of.name or not _HARMLESS.fullmatch(str(of)):
-        machine.out.foreign[str(of)] = None
+        note(machine, machine.out.foreign, str(of))
         if of.module.startswith("torch.nn.modules."):
-            machine.out.modules[str(of)] = None
+            note(machine, machine.out.modules, str(of))
     return Opaque(of)
+
+
+def note(machine: Machine, into: dict[str, None], name: str) -> None:
+    """Take note of a name; two short texts can be put together to very many."""
+    if name not in into:
+        machine.budget.spend(100 + sys.getsizeof(name))
+        into[name] = None
 
 
 def _plain(machine: Machine, of: Global, name: str, args: tuple[Any, ...]) -> Any:
@@ -157,6 +164,7 @@ def _as_tensor(args: tuple[Any, ...]) -> Claim | Odd:
 
 
 def _ordered(machine: Machine, args: tuple[Any, ...]) -> Ordered:
+    machine.budget.spend(120)
     machine.stack.append(Ordered())
     for pair in args[0] if args else ():
         machine.set_items(list(pair) if isinstance(pair, (list, tuple)) and len(pair) == 2 else [None])
@@ -236,6 +244,8 @@ def _array_of(data: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
     """Return the stand-in of an array of pickle protocol 5, which brings its bytes along."""
     if not isinstance(kind, (NumpyType, Opaque)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
+    if order not in ("C", "F"):
+        raise CheckpointError("holds a NumPy array in an order that no array has")
     out = NumpyArray()
     _fill(out, shape, kind, order == "F", data)
     return out
@@ -248,11 +258,12 @@ def _fill(target: NumpyArray, shape: Any, kind: NumpyType | Opaque, columns_firs
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
     if not all(type(side) is int and 0 <= side < 2**63 for side in sides):
         raise CheckpointError("holds a NumPy array with a shape that no array has")
-    if isinstance(kind, NumpyType) and not isinstance(data, Skipped):
+    if isinstance(kind, NumpyType):
         needed = kind.width
         for side in sides:
             needed *= side
-        if needed != len(data):
-            raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {len(data)}")
+        stored = data.length if isinstance(data, Skipped) else len(data)
+        if not (data.could_be(needed) if isinstance(data, Skipped) else stored == needed):
+            raise CheckpointError(f"holds a NumPy array that needs {needed} bytes and stores {stored}")
     if isinstance(kind, NumpyType) and kind.order and isinstance(columns_first, bool):
         target.shape, target.kind, target.columns_first, target.data = sides, kind, columns_first, data

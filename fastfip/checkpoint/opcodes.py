@@ -33,6 +33,10 @@ class Skipped:
     start: int
     is_text: bool
 
+    def could_be(self, count: int) -> bool:
+        """Return whether it can stand for so many bytes; a text has one or two for each."""
+        return count <= self.length <= 2 * count if self.is_text else self.length == count
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:

@@ -215,18 +215,26 @@ def _users(scanned: Scan, key: str) -> str:
 
 def find_path(root: Any, wanted: Any) -> tuple[str, ...] | None:
     """Return the keys that lead to the first value for which `wanted` is true; every container is entered once."""
-    todo: list[tuple[Any, Any]] = [(root, None)]
-    seen = set()
-    while todo:
-        value, place = todo.pop()
-        if wanted(value):
-            path = []
-            while place is not None:
-                place, name = place
-                path.append(shown(name))
-            return tuple(reversed(path))
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-            todo += [(item, (place, name)) for name, item in reversed(items)]
+    if wanted(root):
+        return ()
+    levels, seen = [_items(root)], {id(root)}
+    names: list[Any] = [None]
+    while levels:
+        for name, value in levels[-1]:  # goes on where it was: a long list is not copied
+            if wanted(value):
+                return tuple(shown(part) for part in (*names[1:], name))
+            if isinstance(value, (dict, list, tuple)) and value and id(value) not in seen:
+                seen.add(id(value))
+                levels.append(_items(value))
+                names.append(name)
+                break
+        else:
+            levels.pop()
+            names.pop()
     return None
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return iter(value.items())
+    return enumerate(value) if isinstance(value, (list, tuple)) else iter(())

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from fastfip.checkpoint.calls import PLAIN, STORAGES, result, shown, take_array_state
+from fastfip.checkpoint.calls import PLAIN, STORAGES, note, result, shown, take_array_state
 from fastfip.checkpoint.claims import Claim, Global, NumpyArray, NumpyType, Odd, Opaque, Ordered, Storage
 from fastfip.checkpoint.opcodes import Budget, Encoded, Skipped, Window, instructions
 from fastfip.errors import CheckpointError, printable
@@ -35,9 +35,11 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWFALSE": lambda: False,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: Opaque(Global("builtins", "set")),
     "EMPTY_TUPLE": tuple,
 }
+_SETS = {"EMPTY_SET": Global("builtins", "set"), "FROZENSET": Global("builtins", "frozenset")}
+#: What a stand-in takes, by any Python that is served.
+_STAND_IN = 200
 #: No name of a class, module or storage is longer.
 _LONGEST_NAME = 500
 
@@ -46,6 +48,7 @@ _LONGEST_NAME = 500
 class Scan:
     """What a pickle holds: its result with stand-ins, the storages it needs, and what speaks against it."""
 
+    budget: Budget  # what it may still take
     root: Any = None
     storages: dict[str, Storage] = field(default_factory=dict)
     tensors: list[Claim | Odd] = field(default_factory=list)
@@ -112,7 +115,7 @@ class Machine:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.out, self.budget = Scan(), budget
+        self.out, self.budget = Scan(budget), budget
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
@@ -126,6 +129,11 @@ class Machine:
         if op in _CONSTANTS:
             self.budget.spend(60)
             stack.append(_CONSTANTS[op]())
+        elif op in _SETS:  # what is in one is not looked at
+            if op == "FROZENSET":
+                self._pop_mark()
+            self.budget.spend(_STAND_IN)
+            self.stack.append(Opaque(_SETS[op]))
         elif op == "GLOBAL":
             self._push_global(*map(_text, arg.split(" ", 1)))
         elif op == "STACK_GLOBAL":
@@ -150,10 +158,10 @@ class Machine:
             self.budget.spend(80)
             self.marks.append(stack)
             self.stack = []
-        elif op in ("TUPLE", "LIST", "FROZENSET"):
+        elif op in ("TUPLE", "LIST"):
             items = self._pop_mark()
             self.budget.spend(60 + 8 * len(items))
-            self.stack.append({"LIST": list, "TUPLE": tuple}.get(op, _frozen)(items))
+            self.stack.append(items if op == "LIST" else tuple(items))
         elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
             n = int(op[-1])
             self.budget.spend(60)
@@ -207,7 +215,7 @@ class Machine:
             self.scattered[place] = value
 
     def _push_global(self, module: str, name: str) -> None:
-        self.budget.spend(300)
+        self.budget.spend(300 + sys.getsizeof(module) + sys.getsizeof(name))
         if (module, name) in NAME_MAPPING:
             module, name = NAME_MAPPING[module, name]
         self.stack.append(Global(IMPORT_MAPPING.get(module, module), name))
@@ -236,7 +244,7 @@ class Machine:
             key = bytes(key)
         for part in key if isinstance(key, tuple) else (key,):
             if not isinstance(part, PLAIN):
-                self.budget.spend(200)
+                self.budget.spend(2 * _STAND_IN)
                 return Opaque(Global("builtins", "long text" if isinstance(key, Skipped) else type(key).__name__))
             if not isinstance(part, str):  # a text keeps its hash, and was counted when it was read
                 self.budget.spend(sys.getsizeof(part) if not isinstance(part, (float, complex)) else 30)
@@ -244,7 +252,7 @@ class Machine:
 
     def _persistent(self, ident: Any) -> Any:
         if isinstance(ident, tuple) and ident and _text(ident[0]) == "module":
-            self.out.modules[shown(ident[1])] = None
+            note(self, self.out.modules, shown(ident[1]))
             return ident[1]
         if not isinstance(ident, tuple) or len(ident) not in (5, 6) or _text(ident[0]) != "storage":
             raise ValueError("unknown kind of persistent object")
@@ -255,11 +263,11 @@ class Machine:
             raise ValueError(f"unknown storage {shown(of)} of {shown(numel)} values")
         if numel >= 2**63:
             raise ValueError("a storage of more values than there are addresses")
+        self.budget.spend(350 + len(key))
         if location == "meta":
             return Odd("a meta tensor, which has no values")
         if kind.startswith("Q"):
             return Odd("quantised")
-        self.budget.spend(350)
         storage = Storage(key, kind, STORAGES[kind][1], numel)
         if key not in self.out.storages:
             self.budget.store(storage.numel * storage.width)
@@ -278,24 +286,24 @@ class Machine:
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise ValueError("a call of something that is no function")
         self.budget.spend(8 * len(args))
-        self.stack.append(result(self, function, args))
+        made = result(self, function, args)
+        if isinstance(made, (Opaque, NumpyType, NumpyArray, Odd)):
+            self.budget.spend(_STAND_IN)
+        self.stack.append(made)
 
     def _build(self, state: Any) -> None:
         target = self.stack[-1]
         if isinstance(target, Opaque):
             target.state = state
             if isinstance(state, dict) and "_modules" in state and "_parameters" in state:
-                self.out.modules.setdefault(str(target.of))
+                note(self, self.out.modules, str(target.of))
         elif isinstance(target, (NumpyType, NumpyArray)):
             take_array_state(target, state)
         elif isinstance(target, Ordered):
+            self.budget.spend(_STAND_IN)  # it had no attributes before
             target._metadata = state.get("_metadata") if isinstance(state, dict) else None
         elif not isinstance(target, (dict, Odd)):  # for a tensor it would replace what it was built of
             raise ValueError(f"state for a {type(target).__name__}, which takes none")
-
-
-def _frozen(_: list[Any]) -> Opaque:
-    return Opaque(Global("builtins", "frozenset"))
 
 
 def _text(value: Any) -> str:

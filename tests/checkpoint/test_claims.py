@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastfip.checkpoint import load_checkpoint
+from fastfip.checkpoint.read import find_path
 from tests.support.checkpoint_files import Name, refused, save, small_state, tensor, write_legacy, write_zip
 
 # ---------------------------------------------------------------- what tensors claim
@@ -222,3 +223,14 @@ def test_bad_safetensors(tmp_path, content, match):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     refused(path, match)
+
+
+def test_the_way_to_a_value_is_the_first_one_and_every_container_is_entered_once():
+    shared = [1, {"b": 2}]
+    root = {"x": shared, "y": (shared, {"z": [3, 2.5]}), "empty": []}
+    shared.append(root)
+    entered = []
+    assert find_path(root, lambda value: entered.append(id(value)) or value == 2.5) == ("y", "1", "z", "1")
+    assert entered.count(id(shared)) == 2 and entered.count(id(shared[1])) == 1
+    assert find_path(root, lambda value: value == 2) == ("x", "1", "b") and find_path(root, lambda _: False) is None
+    assert find_path(7, lambda value: value == 7) == () and find_path(7, lambda value: value == 8) is None

@@ -61,6 +61,16 @@ WORDS += [
     b".",
     b"Q",
 ]
+WORDS += [
+    b"\x8c\1a",
+    b"\x8f",
+    b"\x90",
+    b"\x91",
+    b"\x93",
+    b"\x94",
+    b"\x95" + bytes(8),
+    b"\x96\4" + bytes(7),
+]  # later ones
 WORDS += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n", b"ccollections\nCounter\n"]
 
 
@@ -211,8 +221,9 @@ def pickles():
     beside = {name: value for name, value in generators.weights_with_numpy().items() if name != "net"}
     values = [state, {"net": state, **beside}, {"w": torch.nn.Parameter(torch.ones(12)), "v": torch.ones(4, 3).t()}]
     values += [{"net": state, "args": argparse.Namespace(lr=1), "seen": {1: (2, [3, "x"])}}]
-    for value in values:
-        with zipfile.ZipFile(io.BytesIO(torch_bytes(value))) as archive:
+    later = [(value, protocol) for value in values[:2] for protocol in (3, 4, 5)]
+    for value, protocol in [*((value, 2) for value in values), *later]:
+        with zipfile.ZipFile(io.BytesIO(torch_bytes(value, protocol=protocol))) as archive:
             yield from (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
 
 

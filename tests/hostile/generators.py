@@ -70,6 +70,42 @@ def long_keys(times: int) -> bytes:
     return start + (get(0) + b"Ns" + get(1) + b"Ns") * times + b"."
 
 
+def listed(body: bytes) -> bytes:
+    """A dict (noted as 0) with a list of what `body` gives, under "a" (noted as 1): all of it is kept."""
+    return b"}q\0" + encode("a") + b"q\1](" + body + b"es."
+
+
+def kept(module: str, name: str, arguments: bytes, times: int, state: bytes = b"") -> bytes:
+    """The results of many equal calls, all of them kept."""
+    start = encode(Name(module, name)) + put(0) + arguments + put(1)
+    return start + b"}" + encode("a") + b"](" + (b"h\0h\1R" + state) * times + b"es."
+
+
+def with_a_bad_tensor(body: bytes) -> bytes:
+    """The same beside a tensor that claims more than there is, whose name has to be found."""
+    return listed(body)[:-1] + encode("w") + encode(tensor((400,))) + b"s."
+
+
+def encoded_texts(count: int) -> bytes:
+    """Texts of nearly 64 kB that stand for bytes, all of them kept."""
+    encode_name = encode(Name("_codecs", "encode"))
+    return b"".join(encode_name + encode(f"{i:08d}" + "x" * 64_990) + LATIN + b"\x86R" for i in range(count))
+
+
+def put_together(modules: int, names: int) -> bytes:
+    """Calls of all names of all modules, each put together from two texts that are in the file once."""
+    texts = [f"{i:03d}" + "x" * 497 for i in range(modules + names)]
+    start = b"".join(encode(text) + put(i) + b"0" for i, text in enumerate(texts))
+    calls = (get(i) + get(modules + j) + b"\x93)R0" for i in range(modules) for j in range(names))
+    return b"\x80\x05" + start + b"".join(calls) + b"}."
+
+
+def long_modules(count: int) -> bytes:
+    """Persistent modules whose names are bytes, of which each takes four characters to show."""
+    names = (b"B" + struct.pack("<II", 65_000, i) + b"\1" * 64_996 for i in range(count))
+    return b"\x80\x05" + b"".join(b"(" + encode("module") + name + b"tQ0" for name in names) + b"}."
+
+
 def safetensors(entries: object, data: bytes = b"") -> Callable[[Path], None]:
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return lambda path: path.write_bytes(struct.pack("<Q", len(text)) + text + data) and None
@@ -109,6 +145,8 @@ def nested_rebuilds(depth: int) -> bytes:
     )
 
 
+WIDE = encode(Call(Name("numpy", "dtype"), ("f16", False, True), (3, "<", *[None] * 3, -1, -1, 0)))
+WIDE += encode(Call(Name("_codecs", "encode"), ("\0" * 16, "latin1"))) + b"\x86"
 MANY = "many times its size"
 ODD = "in a way that no file of torch.save does"
 SLOW = [
@@ -135,9 +173,38 @@ SLOW = [
     Hostile(
         "frozen sets",
         zipped(b"\x80\x05" + (numbers(60_000) + put(0) + (b"(" + get(0) + b"\x910") * 400_000) + b"}."),
-        ODD,
+        MANY,
     ),
     Hostile("sets", zipped(b"\x80\x05\x8f" + (b"(" + b"K\1" * 60 + b"\x90") * 20_000 + b"0}."), ODD),
+    Hostile("sets, kept", zipped(b"\x80\x05" + b"\x8f" * 700_000 + b"}."), MANY),
+    Hostile("frozen sets, kept", zipped(b"\x80\x05" + b"(\x91" * 650_000 + b"}."), MANY),
+    Hostile("texts for bytes, kept", zipped(listed(encoded_texts(1_400))), MANY),
+    Hostile("dtypes, kept", zipped(kept("numpy", "dtype", encode(("i8", False, True)), 900_000)), MANY),
+    Hostile("wide numbers, kept", zipped(kept("numpy.core.multiarray", "scalar", WIDE, 900_000)), MANY),
+    Hostile(
+        "arrays, kept",
+        zipped(
+            kept("numpy.core.multiarray", "_reconstruct", encode((Name("numpy", "ndarray"), (0,), "b")), 900_000),
+        ),
+        MANY,
+    ),
+    Hostile("OrderedDicts, kept", zipped(kept("collections", "OrderedDict", b")", 900_000, b"Nb")), MANY),
+    Hostile("odd tensors, kept", zipped(kept("torch._utils", "_rebuild_qtensor", b")", 900_000)), MANY),
+    Hostile("names put together", zipped(put_together(400, 220)), MANY),
+    Hostile("modules with long names", zipped(long_modules(600)), MANY),
+    Hostile(
+        "calls of long names",
+        zipped(b"".join(b"c%08d" % i + b"m" * 490 + b"\n" + b"n" * 498 + b"\n)R" for i in range(80_000)) + b"}."),
+        MANY,
+    ),
+    Hostile("tuples, kept", zipped(listed(b"K\1\x85" * 330_000)), "no state dict"),
+    Hostile("tuples in tuples, kept", zipped(listed(b"K\1\x85\x85" * 200_000)), MANY),
+    Hostile("empty lists, kept", zipped(listed(b"]" * 600_000)), "no state dict"),
+    Hostile("lists, kept", zipped(listed(b"]h\0a" * 365_000)), MANY),
+    Hostile("dicts, kept", zipped(listed(b"}h\1h\0s" * 220_000)), MANY),
+    Hostile("a bad tensor after a long list", zipped(with_a_bad_tensor(b"h\1" * 2_900_000)), "w claims 400 values"),
+    Hostile("a bad tensor after many lists", zipped(with_a_bad_tensor(b"]h\0a" * 340_000)), "w claims 400 values"),
+    Hostile("a bad tensor after many dicts", zipped(with_a_bad_tensor(b"}h\1h\0s" * 210_000)), "w claims 400 values"),
     Hostile("a text of many bytes", zipped(b"\x80\x05\x8d" + struct.pack("<Q", 2**60) + b"abc"), "followed"),
     Hostile("frames", zipped(b"\x80\x05" + b"\x95" + bytes(8) * 2_000_000), "followed|instructions"),
     Hostile("one long line", zipped(b"c" + b"x" * 5_000_000), "followed"),
@@ -209,9 +276,23 @@ def beside(value: object) -> Callable[[Path], None]:
     return lambda path: write_zip(path, {"net": {"w": tensor()}, "x": value})
 
 
+def of_protocol(protocol: int, legacy: bool) -> bytes:
+    """A sound file with what protocols 3 to 5 have instructions of their own for."""
+    import numpy as np
+
+    values = {"raw": b"\xffraw", "bytes": bytearray(b"b" * 300), "set": {1, 2}, "frozen": frozenset({3}), "big": 2**80}
+    arrays = {"loss": np.float64(0.5), "index": np.arange(6).reshape(2, 3), "columns": np.ones((3, 2), order="F")}
+    return torch_bytes({"net": small_state(), "acc": 0.5, **values, **arrays}, legacy, protocol)
+
+
 SOUND = {
     "zip": torch_bytes({"net": small_state(), "acc": 0.5, "seen": torch.arange(5)}),
     "legacy": torch_bytes({"net": small_state(), "acc": 0.5}, legacy=True),
+    **{
+        f"{'legacy' if legacy else 'zip'}, protocol {protocol}": of_protocol(protocol, legacy)
+        for protocol in (3, 4, 5)
+        for legacy in (False, True)
+    },
 }
 
 

@@ -1,12 +1,18 @@
 """The fuzzing program finds what it looks for, and nothing in a second of it."""
 
+import io
+import pickletools
 import random
 import tempfile
+import zipfile
 
 import pytest
 
+from fastfip.checkpoint import load_checkpoint
 from tests.hostile import fuzz
 from tests.hostile.fuzz import Figures, Fuzz, mutated, plain
+from tests.hostile.generators import SOUND
+from tests.support.checkpoint_files import Net, same, small_state
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +32,30 @@ def test_a_second_of_it_finds_no_crash(tmp_path, monkeypatch):
         for _ in range(30):
             work.one(name, mutated(draw.choice(corpus), corpus, draw))
     assert not work.figures.crashes and len(work.figures.refusals) > 5
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_files_of_every_protocol_are_read(tmp_path, name):
+    (tmp_path / "m.pth").write_bytes(SOUND[name])
+    found = load_checkpoint(tmp_path / "m.pth", Net())
+    assert same(found, small_state()) and found.extras["acc"] == 0.5 and found.format == name.split(",")[0]
+
+
+def test_seeds_have_the_instructions_of_every_protocol():
+    seen = set()
+    for data in fuzz.pickles():
+        seen |= {kind.name for kind, *_ in pickletools.genops(data)}
+    for name, data in SOUND.items():
+        if name.startswith("zip"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = archive.read("archive/data.pkl")
+        file = io.BytesIO(data)
+        for _ in range(1 if name.startswith("zip") else 5):
+            seen |= {kind.name for kind, *_ in pickletools.genops(file)}
+    later = (
+        "SHORT_BINBYTES BINBYTES BYTEARRAY8 SHORT_BINUNICODE MEMOIZE STACK_GLOBAL FRAME EMPTY_SET FROZENSET ADDITEMS"
+    )
+    assert set(later.split()) <= seen, set(later.split()) - seen
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), MemoryError(), RecursionError("deep")])

@@ -1,5 +1,7 @@
 """NumPy values in a checkpoint are numbers made of the bytes that are stored, or the file is refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,44 @@ def test_bytes_that_are_not_as_many_as_the_dtype_takes_are_refused(tmp_path, kin
     refused(tmp_path / "m.pth", "bytes are not those of its dtype")
     beside(numpy_array(numpy_dtype(kind, sound_state()), (3,), bytes(3 * width + change)))(tmp_path / "m.pth")
     refused(tmp_path / "m.pth", f"needs {3 * width} bytes and stores {3 * width + change}")
+
+
+def array_of(data, shape, order="C"):
+    """An array as pickle protocol 5 describes it."""
+    kind = numpy_dtype("i8", sound_state())
+    return Call(Name("numpy._core.numeric", "_frombuffer"), (data, kind, shape, order))
+
+
+LONG = bytes(80_000)  # passed over, as it is longer than 64 kB
+
+
+@pytest.mark.parametrize(
+    "make", [array_of, lambda data, shape: numpy_array(numpy_dtype("i8", sound_state()), shape, data)]
+)
+@pytest.mark.parametrize("data", [bytes(80), LONG], ids=["short", "long"])
+def test_arrays_are_compared_with_their_shape_however_long_they_are(tmp_path, make, data):
+    count = len(data) // 8
+    for shape in [(count,), (2, count // 2), (count, 1, 1)]:
+        beside(make(data, shape))(tmp_path / "m.pth")
+        assert load_checkpoint(tmp_path / "m.pth").left_out == ["x"]
+    for shape in [(2,), (2**40, 2**20), (count + 1,), (0,), (count, 0), ()]:
+        beside(make(data, shape))(tmp_path / "m.pth")
+        refused(tmp_path / "m.pth", f"needs {8 * math.prod(shape)} bytes and stores {len(data)}")
+
+
+def test_a_long_text_may_have_two_bytes_for_each_that_it_stands_for(tmp_path):
+    kind = numpy_dtype("i8", sound_state())
+    for values in (b"\xff" * 80_000, b"\x01\xff" * 40_000):
+        beside(numpy_array(kind, (10_000,), values))(tmp_path / "m.pth")
+        assert load_checkpoint(tmp_path / "m.pth").left_out == ["x"]
+    beside(numpy_array(kind, (9_999,), b"\xff" * 80_000))(tmp_path / "m.pth")
+    refused(tmp_path / "m.pth", "needs 79992 bytes and stores 160000")
+
+
+@pytest.mark.parametrize("order", ["??", "", "K", "f", None, True, ("C",)])
+def test_an_order_that_no_array_has_is_refused(tmp_path, order):
+    beside(array_of(bytes(16), (2,), order))(tmp_path / "m.pth")
+    refused(tmp_path / "m.pth", "in an order that no array has")
 
 
 def test_a_dtype_without_or_with_two_states_is_refused(tmp_path):

@@ -42,7 +42,7 @@ class Pid:
 
 
 def encode(value: Any) -> bytes:
-    """Return the instructions of pickle protocol 2 that push a value."""
+    """Return the instructions of pickle protocol 2 that push a value; of protocol 3 for bytes."""
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[value]
     if isinstance(value, int):
@@ -54,6 +54,8 @@ def encode(value: Any) -> bytes:
         return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if isinstance(value, bytes):
+        return b"B" + struct.pack("<I", len(value)) + value
     if isinstance(value, tuple):
         return b"(" + b"".join(map(encode, value)) + b"t"
     if isinstance(value, list):
@@ -107,9 +109,9 @@ def write_legacy(path, root, storages=None, numel=4) -> None:
             file.write(struct.pack("<q", numel) + value)
 
 
-def torch_bytes(value: Any, legacy: bool = False) -> bytes:
+def torch_bytes(value: Any, legacy: bool = False, protocol: int = 2) -> bytes:
     buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=not legacy)
+    torch.save(value, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     return buffer.getvalue()
 
 
