@@ -144,15 +144,14 @@ def validation() -> list[Row]:
 def readme(rows: list[Row], methods: Sequence[str] = ()) -> str:
     """Return what the README shows: the cells at 5 % clean images, plain; of methods without them, a sentence says so.
 
-    Means over cells are compared on those that all methods of the table have; a method that has fewer than half of the
-    cells is not in it.
+    Means over different cells do not compare: methods that have fewer cells than others are not in it.
     """
     rows = [row for row in rows if row["setting"] == "plain" and float(row["fraction"]) == 0.05]
     ders, asrs, accs, before, seconds = (
         _cells(rows, key) for key in ("der", "asr", "acc", "acc_before", "cpu_seconds")
     )
     most = max((len(cells) for cells in ders.values()), default=0)
-    shown = [method for method in ders if 2 * len(ders[method]) > most]
+    shown = [method for method in ders if len(ders[method]) == most]
     shared = sorted(set.intersection(*(set(ders[method]) for method in shown))) if shown else []
     lines = []
     for method in sorted(shown, key=lambda m: -mean(ders[m][cell] for cell in shared)):
