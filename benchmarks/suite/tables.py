@@ -129,10 +129,10 @@ def networks_table() -> str:
     lines = []
     for row in kept().read():
         shown = [f"{float(row[key]):.1f}" if row[key] else "-" for key in ("acc", "acc_twin", "asr", "asr_twin")]
-        lines.append(
-            [row["network"], row["attack"] or "none", row["target"] or "-", row["set"], *shown, row["cpu_seconds"]]
-        )
-    head = ["network", "attack", "target", "set", "ACC", "ACC, twin", "ASR", "ASR, twin", "CPU seconds"]
+        rate = f"{float(row['rate']):.0%}" if row["rate"] else "-"
+        known = [row["network"], row["attack"] or "none", row["target"] or "-", rate, row["set"]]
+        lines.append([*known, *shown, row["cpu_seconds"]])
+    head = ["network", "attack", "target", "rate", "set", "ACC", "ACC, twin", "ASR", "ASR, twin", "CPU seconds"]
     return harness.table(head, lines)
 
 
