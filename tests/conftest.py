@@ -13,8 +13,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
 NUMERIC = {
-    "auditing", "comparison", "fisher", "methods", "metrics", "ops", "purification", "spectral", "worst_case",
-    "cli", "test_doc_examples", "test_outputs", "test_released_fip",
+    "attacks", "auditing", "comparison", "fisher", "methods", "metrics", "ops", "purification", "spectral",
+    "worst_case", "cli", "test_doc_examples", "test_outputs", "test_released_fip",
 }  # fmt: skip
 # What compiles for another machine, or runs CUDA code thread by thread, has no instruction set of this CPU in it.
 ELSEWHERE = {"test_cuda_build", "test_cuda_kernels", "test_cuda_on_cpu", "test_triton"}
