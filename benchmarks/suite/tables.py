@@ -170,7 +170,23 @@ def readme(rows: list[Row], methods: Sequence[str] = ()) -> str:
     first = [row for row in rows if (row["network"], row["attack"], row["fraction"], row["setting"]) in shared]
     old = [float(row["asr_before"]) for row in first]
     said = f"{len(shared)} backdoors; before, ASR was {min(old):.0f} to {max(old):.0f} %."
-    return f"{said}\n\n{harness.table(head, lines)}{tail}"
+    return f"{said}\n\n{harness.table(head, lines)}{_by_base(first)}{tail}"
+
+
+def _by_base(rows: list[Row], ours: str = "fast_wfip", theirs: str = "large_step") -> str:
+    """Return how the default and its plainest rival did on the networks of each base; nothing where one has no rows."""
+    parts = []
+    for base in dict.fromkeys(row["base"] for row in rows):
+        mine, rival = ([r for r in rows if r["base"] == base and r["method"] == method] for method in (ours, theirs))
+        if mine and rival:
+            ders, changes = (
+                " and ".join(
+                    f"{mean(float(r[a]) - (float(r[b]) if b else 0.0) for r in some):{form}}" for some in (mine, rival)
+                )
+                for a, b, form in (("der", "", ".1f"), ("acc", "acc_before", "+.1f"))
+            )
+            parts.append(f"{base} ({len(mine)}): DER {ders}, ACC {changes} points")
+    return f"\n\n`{ours}` and `{theirs}` by network: {'; '.join(parts)}." if parts else ""
 
 
 def text(of: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +17,10 @@ def methods(
 ) -> None:
     """List the methods, or the settings of one with their defaults."""
     from fastfip import methods as registry
-    from fastfip.reporting.table import methods_sheet, settings_sheet, show, to_json
+    from fastfip.reporting.table import settings_sheet, show, to_json
 
     if name is None:
-        known = [registry.get(one) for one in registry.names()]
-        if as_json:
-            print(to_json({one.name: one.summary for one in known}))
-        else:
-            show(methods_sheet(known))
+        _list(registry, "method", as_json)
     elif as_json:
         print(to_json(registry.get(name).Config().to_dict()))
     else:
@@ -38,17 +34,12 @@ def attacks(
 ) -> None:
     """List the attacks, or the settings of one with their defaults."""
     import dataclasses
-    from typing import Any
 
     from fastfip import attacks as registry
-    from fastfip.reporting.table import mapping_sheet, methods_sheet, show, to_json
+    from fastfip.reporting.table import mapping_sheet, show, to_json
 
     if name is None:
-        known = [registry.get(one) for one in registry.names()]
-        if as_json:
-            print(to_json({one.name: one.summary for one in known}))
-        else:
-            show(methods_sheet(known, "attack"))
+        _list(registry, "attack", as_json)
         return
     kind: Any = registry.get(name)
     settings = {item.name: item.default for item in dataclasses.fields(kind) if item.repr}
@@ -56,6 +47,17 @@ def attacks(
         print(to_json(settings))
     else:
         show(mapping_sheet(settings, f"{name}: {kind.summary}"))
+
+
+def _list(registry: Any, kind: str, as_json: bool) -> None:
+    """Print the names and summaries of a registry."""
+    from fastfip.reporting.table import methods_sheet, show, to_json
+
+    known = [registry.get(one) for one in registry.names()]
+    if as_json:
+        print(to_json({one.name: one.summary for one in known}))
+    else:
+        show(methods_sheet(known, kind))
 
 
 def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
