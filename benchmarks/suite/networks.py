@@ -124,7 +124,10 @@ class Backdoor:
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the suite: its base, what is planted in it, the set it belongs to."""
+    """A network of the suite: its base, what is planted in it, the set it belongs to.
+
+    `epochs` are those of the base unless a backdoor needs more to be learned.
+    """
 
     name: str
     base: str
@@ -132,6 +135,7 @@ class Network:
     set: Set = "development"
     seed: int = 0
     effort: float = 1.0
+    epochs: int | None = None
 
     def key(self) -> str:
         """Return a name that changes with what is written here of the network: base, training, backdoors.
@@ -142,7 +146,7 @@ class Network:
         made = [
             self.base,
             base.images,
-            base.epochs,
+            self.epochs or base.epochs,
             base.lr,
             base.crop,
             base.flip,
@@ -260,8 +264,8 @@ def _make(network: Network) -> dict[str, Any]:
     classes = int(y.max()) + 1
     out = poison_and_train(
         clean_model(network.base), (x, y), [backdoor.injection() for backdoor in network.backdoors], classes=classes,
-        pixels=base.pixels, epochs=base.epochs, lr=base.lr, crop=base.crop, flip=base.flip, seed=network.seed,
-        effort=network.effort,
+        pixels=base.pixels, epochs=network.epochs or base.epochs, lr=base.lr, crop=base.crop, flip=base.flip,
+        seed=network.seed, effort=network.effort,
     )  # fmt: skip
     test_x, test_y = _first(data["test_x"]), torch.from_numpy(data["test_y"])
     triggered, leaked = [], []
@@ -310,10 +314,10 @@ def score(prepared: Prepared, model: nn.Module) -> tuple[Evaluation, list[Evalua
     return clean, attacked
 
 
-def _each(base: str, backdoors: Sequence[Backdoor], of: Set) -> list[Network]:
+def _each(base: str, backdoors: Sequence[Backdoor], of: Set, epochs: int | None = None) -> list[Network]:
     """One network for each backdoor."""
     names = [f"{base}-{backdoor.label.replace(' ', '').replace('%', '')}" for backdoor in backdoors]
-    return [Network(name, base, (backdoor,), of) for name, backdoor in zip(names, backdoors)]
+    return [Network(name, base, (backdoor,), of, epochs=epochs) for name, backdoor in zip(names, backdoors)]
 
 
 NETWORKS: dict[str, Network] = {
@@ -322,8 +326,9 @@ NETWORKS: dict[str, Network] = {
         *(Network(f"{base}-clean", base, ()) for base in BASES),
         *_each("resnet20", [
             Backdoor("badnets"), Backdoor("badnets", rate=0.01), Backdoor("badnets", "next"), Backdoor("blend"),
-            Backdoor("sig", rate=0.05), Backdoor("wanet"), Backdoor("bppa"), Backdoor("lf"),
+            Backdoor("sig", rate=0.05), Backdoor("lf"),
         ], "development"),
+        *_each("resnet20", [Backdoor("wanet"), Backdoor("bppa")], "development", epochs=16),
         Network("resnet20-four", "resnet20", (
             Backdoor("blend", 1, 0.05), Backdoor("wanet", 2, 0.1), Backdoor("sig", 3, 0.05), Backdoor("bppa", 4, 0.05),
         )),
@@ -333,10 +338,11 @@ NETWORKS: dict[str, Network] = {
         *_each("vgg", [Backdoor("badnets"), Backdoor("blend")], "development"),
         # Patterns that are optimised, generators, clean labels, composites: in no development network.
         *_each("resnet20", [
-            Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("issba", 4), Backdoor("dynamic", 5),
+            Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("dynamic", 5),
             Backdoor("advdoor", 6), Backdoor("fba", 7), Backdoor("narcissus", 2, 0.01), Backdoor("clb", 1, 0.05),
-            Backdoor("cba", 2), Backdoor("trojannet", 2, 0.01),
+            Backdoor("trojannet", 2, 0.01),
         ], "validation"),
+        *_each("resnet20", [Backdoor("issba", 4), Backdoor("cba", 2)], "validation", epochs=16),
         *_each("digits", [
             Backdoor("trojannet", "next"), Backdoor("lira", 3), Backdoor("advdoor", 6), Backdoor("dynamic", 5),
         ], "validation"),
