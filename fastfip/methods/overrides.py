@@ -24,6 +24,7 @@ class Overrides(TypedDict, total=False):
     bn_mode: Literal["train", "eval", "freeze"]
     budget: float
     c: float
+    changes: float
     clean_weight: float
     damping: float | None
     decay: float
@@ -55,7 +56,8 @@ class Overrides(TypedDict, total=False):
     masks: Literal["auto", "norm", "channels"]
     mixup: float
     momentum: float
-    optimizer: Literal["sgd", "adam"]
+    nats: float | None
+    optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
     radius: float
     radius_factor: float
