@@ -4,7 +4,7 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 
 1. The step. Each tensor moves by a share of its own norm, and the whole step is no longer than `nats` in the Fisher
    metric of the model as it is: sqrt(sum_i F_ii d_i^2). One setting serves networks with and without normalisation.
-2. Images changed at random that keep their labels, in the first half of the steps (`fastfip.worst_case.changes`).
+2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`).
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile.
 
 Nothing holds the model to the received one's answers: a divergence from these kept backdoors and saved no accuracy.
@@ -64,9 +64,9 @@ class FisherStepsConfig(MethodConfig):
         "last", "which epoch is kept: the last, or the best by held-out clean score"
     )
     holdout: float = setting(0.0, "share of the clean set that only selects; 0: none", low=0, high=0.5)
-    nats: float | None = setting(0.03, "longest step in the Fisher metric; None: no bound", above=0)
-    changes: float = setting(0.5, "share of the steps whose images are changed at random", low=0, high=1)
-    unlearn: float = setting(0.4, "share of the steps that unlearn the worst case", low=0, high=1)
+    nats: float | None = setting(0.04, "longest step in the Fisher metric; None: no bound", above=0)
+    changes: float = setting(0.35, "share of the steps whose images are changed at random", low=0, high=1)
+    unlearn: float = setting(0.3, "share of the steps that unlearn the worst case", low=0, high=1)
     weight: float = setting(0.5, "weight of the loss at worst-case inputs; 0: they are not looked for", low=0)
     radius: float = setting(0.1, "bound of the worst-case change, over the norm of a typical input", above=0)
     sieve: float = setting(
