@@ -35,8 +35,10 @@ __all__ = ["FisherSteps", "FisherStepsConfig"]
 
 #: Perturbations are drawn in proportion to success ** FOCUS, and move by so many radii a step.
 FOCUS, IMPROVE_STEP = 2.0, 0.3
-#: Steps of the search before the first one of the model; in the first half of them every class is tried alike.
-SEARCH = 20
+#: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
+ROUND, LAST = 10, 10
+#: The radius grows by this factor until a class is reached from so many of the samples, or up to the last one.
+GROWTH, REACH, WIDEST = 1.4, 0.5, 0.4
 #: The Fisher diagonal is renewed in every so many steps, over so many samples; what is new counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -68,7 +70,10 @@ class FisherStepsConfig(MethodConfig):
     changes: float = setting(0.35, "share of the steps whose images are changed at random", low=0, high=1)
     unlearn: float = setting(0.3, "share of the steps that unlearn the worst case", low=0, high=1)
     weight: float = setting(0.5, "weight of the loss at worst-case inputs; 0: they are not looked for", low=0)
-    radius: float = setting(0.1, "bound of the worst-case change, over the norm of a typical input", above=0)
+    radius: float = setting(
+        0.1, "bound of the worst-case change, over the norm of a typical input; it grows until a class is reached",
+        above=0,
+    )  # fmt: skip
     sieve: float = setting(
         0.02, "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
         low=0, high=0.5,
@@ -153,12 +158,21 @@ class FisherSteps(Method):
 
     @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
-        """Look for the worst change of each class: alike at first, then those the more that work."""
+        """Look for the worst change of each class, at the radius at which one of them works."""
         batches = run.endless()
-        for turn in range(SEARCH):
-            batch = at_least(run, next(batches))
-            c = worst.draw(run.task.labels(batch), FOCUS * (turn >= SEARCH // 2))
-            worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
+
+        def improve(steps: int, focus: float) -> None:
+            for _ in range(steps):
+                batch = at_least(run, next(batches))
+                c = worst.draw(run.task.labels(batch), focus)
+                worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
+
+        improve(ROUND, 0.0)
+        while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
+            worst.grow(GROWTH)
+            improve(ROUND, 0.0)
+        improve(LAST, FOCUS)
+        run.log(radius=worst.relative_radius)
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""
