@@ -13,11 +13,16 @@ __all__ = ["RelativeSGD", "fisher_length"]
 
 #: What a bias or a norm layer's parameter counts as, at least, and what a weight does: root mean square of its entries.
 SMALLEST_VECTOR, SMALLEST_WEIGHT = 0.1, 1e-3
+#: A norm below this has lost its digits in float32, squares and all, and so has the direction.
+VANISHED = 1e-15
 
 
 def fisher_length(step: list[Tensor], diagonal: list[Tensor]) -> float:
-    """Return sqrt(sum_i F_ii d_i^2): a step d changes the answers by half its square, in nats, to second order."""
-    return math.sqrt(max(0.0, sum(float((f * d.float().pow(2)).sum()) for d, f in zip(step, diagonal))))
+    """Return sqrt(sum_i F_ii d_i^2): a step d changes the answers by half its square, in nats, to second order.
+
+    It is not finite where the step or the diagonal is not.
+    """
+    return math.sqrt(sum(float((f * d.float().pow(2)).sum()) for d, f in zip(step, diagonal)))
 
 
 class RelativeSGD(torch.optim.Optimizer):
@@ -25,7 +30,9 @@ class RelativeSGD(torch.optim.Optimizer):
 
     d_l = -|w_l| m_l / |m_l|,  w_l <- w_l + lr d_l   for each tensor l  (LARS, You et al., arXiv 1708.03888, without its
     dependence on the gradient's size). One `lr` serves networks with and without normalisation layers, because a
-    layer's output moves by a share of itself.
+    layer's output moves by a share of itself. A tensor of few or small entries counts as larger than it is: a vector
+    as if the root mean square of its entries were 0.1 at least, a weight 0.001. One whose momentum has vanished in the
+    tensor's precision stays.
 
     Args:
         params: tensors or groups.
@@ -62,7 +69,8 @@ class RelativeSGD(torch.optim.Optimizer):
                 smallest = SMALLEST_VECTOR if p.dim() < 2 else SMALLEST_WEIGHT
                 size = max(float(p.norm()), smallest * math.sqrt(p.numel()))
                 tensors.append(p)
-                steps.append(momentum * (size / max(float(momentum.norm()), 1e-30)))
+                length = float(momentum.norm())
+                steps.append(momentum * (size / length if length > VANISHED else 0.0))
         if not tensors:
             return
         most = math.inf if self.bound is None else self.bound(tensors, steps)

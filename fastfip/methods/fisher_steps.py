@@ -13,14 +13,16 @@ docs/purification.md has the evidence.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, take
-from fastfip.errors import FastFIPError
+from fastfip.errors import FastFIPError, ModelError
 from fastfip.fisher import fisher_diagonal
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
@@ -57,6 +59,7 @@ class FisherStepsConfig(MethodConfig):
     lr: float = setting(0.01, "largest step of each tensor, over its norm", above=0)
     optimizer: Literal["sgd"] = setting("sgd", "optimiser: steps relative to each tensor's norm")
     warmup: float = setting(0.04, "share of the steps in which the step size rises linearly", low=0, below=1)
+    weight_decay: float = setting(0.0, "none: steps are relative to each tensor's norm", low=0, high=0)
     grad_clip: float | None = setting(5.0, "largest norm of the gradient; None: not clipped", above=0)
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "crop",
@@ -86,7 +89,8 @@ class FisherSteps(Method):
 
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
     w <- w + min(lr, nats / sqrt(sum_i F_ii d_i^2)) d, F the Fisher diagonal of the present model with labels drawn from
-    it, a running mean over small batches. `lr` and `nats` fall together along the schedule.
+    it (with `loss=`: with the given ones), a running mean over small batches. `lr` and `nats` fall together along the
+    schedule.
     """
 
     name = "fisher_steps"
@@ -97,14 +101,14 @@ class FisherSteps(Method):
     worst: Perturbations | None = None
     diagonal: dict[str, Tensor] | None = None
     latest: float | Tensor = 0.0  # loss
-    sieved = 0  # what the sieve has done: nothing, left out, taken back
+    received: nn.Module | None = None  # until the sieve has compared with it
+    taken_back = False
 
     def setup(self, run: Run) -> None:
         """Read the range of the inputs and look for the worst case."""
         config = self.config(run)
         self.names = {id(p): name for name, p in run.model.named_parameters()}
         self.more = run.endless()
-        self.received = frozen_copy(run.model) if config.sieve > 0 and config.changes > 0 else None
         self.sieve = Sieve(run)
         inputs: list[Tensor] = []
         self.range = PixelRange.of_batches(self._some(run, inputs), run.task)
@@ -113,26 +117,27 @@ class FisherSteps(Method):
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
             run.alert("ONLY FINE-TUNED by large steps, no worst case was unlearned (inputs that cannot be changed)")
             self.range = None
-        elif run.classes is None:
+            return
+        if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
+            self.received = frozen_copy(run.model)
+        if run.classes is None:
             run.alert("NO WORST CASE was unlearned (loss= takes outputs or labels of another form)")
         elif config.weight and config.unlearn:
             self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius)
-            with run.timed("search"), run.autocast():
+            # In float16 the gradient of an input underflows without the scaler.
+            with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
                 self._search(run, self.worst)
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """Leave samples out when the changes end; half-way from there some come back."""
+        """Leave samples out when changes and unlearning end; half-way from there some come back."""
         config, done = self.config(run), (run.step + 1) / run.total_steps
-        if self.received is None or self.range is None:
-            return
-        if self.sieved > 1 or done < (config.changes, (1 + config.changes) / 2)[self.sieved]:
-            return
-        self.sieved += 1
-        if self.sieved == 1:
+        border = max(config.changes, config.unlearn)
+        if self.received is not None and done >= border:
             self.sieve.leave_out(self.received, config.sieve)
-            self.received = None if self.sieve.whole is None else self.received
-        else:
+            self.received = None
+        elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
+            self.taken_back = True
             self.sieve.take_back()
             self.sieve.say()
 
@@ -183,11 +188,12 @@ class FisherSteps(Method):
         config = self.config(run)
 
         def bound(tensors: list[Tensor], steps: list[Tensor]) -> float:
-            assert config.nats is not None and self.diagonal is not None
-            diagonal = [self.diagonal.get(self.names.get(id(p), ""), torch.zeros_like(p)) for p in tensors]
-            length = fisher_length(steps, diagonal)
+            assert config.nats is not None
+            if self.diagonal is None:  # none was finite yet
+                return 0.0
+            length = fisher_length(steps, [self.diagonal[self.names[id(p)]] for p in tensors])
             share = max(group["lr"] for group in optimizer.param_groups) / config.lr
-            most = config.nats * share / max(length, 1e-12)
+            most = config.nats * share / max(length, 1e-12) if math.isfinite(length) else 0.0
             run.log(relative_step=min(config.lr * share, most))
             return most
 
@@ -198,12 +204,17 @@ class FisherSteps(Method):
         """Back-propagate the loss at changed images and, in the first part, that at worst-case inputs."""
         config = self.config(run)
         if self.range is not None and run.progress < config.changes:
-            batch = changed(run.task, batch, self.range, run.generator) or batch
-        if config.nats and run.step % EVERY == 0:
+            other = changed(run.task, batch, self.range, run.generator)
+            if other is None:
+                run.note("the inputs are no images [N, channels, height, width] of 4 pixels or more: none were changed")
+            batch = batch if other is None else other
+        values = super().backward(run, batch)
+        if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
+            return values
+        self.latest = values["loss"]
+        if config.nats and (run.step % EVERY == 0 or self.diagonal is None):
             with run.timed("fisher"):
                 self._renew(run, batch)
-        values = super().backward(run, batch)
-        self.latest = values["loss"]
         if self.worst is not None and run.progress < config.unlearn:
             values.update(self._unlearn(run, self.worst))
         return values
@@ -218,17 +229,22 @@ class FisherSteps(Method):
         """Take the Fisher diagonal of some samples of the batch into the running mean."""
         n = run.task.size(batch)
         few = take(batch, torch.arange(min(n, SAMPLES), device="cpu"), n)
-        with run.eval_mode():
-            new = fisher_diagonal(
-                run.model, [few], kind="mc" if run.task.loss_hook is None else "empirical",
-                forward=run.task.forward_hook, loss=run.task.loss_hook,
-                seed=int(torch.randint(0, 2**31, (), generator=run.generator, device="cpu")),
-            )  # fmt: skip
-        if self.diagonal is None:
-            self.diagonal = {name: value.detach().float() for name, value in new.items()}
+        try:
+            with run.eval_mode():
+                new = fisher_diagonal(
+                    run.model, [few], kind="mc" if run.task.loss_hook is None else "empirical",
+                    forward=run.task.forward_hook, loss=run.task.loss_hook,
+                    seed=int(torch.randint(0, 2**31, (), generator=run.generator, device="cpu")),
+                )  # fmt: skip
+        except ModelError as error:
+            raise ModelError(f"no Fisher to bound the steps by ({error}): set nats=None, or take fine_tune") from None
+        values = {name: value.detach().float() for name, value in new.items()}
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):
             return
-        for name, value in new.items():
-            self.diagonal[name].lerp_(value.detach().float(), max(NEW, 1 / (1 + run.step // EVERY)))
+        if self.diagonal is None:
+            self.diagonal = values
+        for name, value in values.items():
+            self.diagonal[name].lerp_(value, max(NEW, 1 / (1 + run.step // EVERY)))
 
     def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""

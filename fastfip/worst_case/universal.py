@@ -145,7 +145,7 @@ class Perturbations:
         """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
         total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
-        total.index_add_(0, place[: len(c)], gradient.float())
+        total.index_add_(0, place[: len(c)], gradient.float().nan_to_num(0.0, 0.0, 0.0))
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))

@@ -37,15 +37,14 @@ def test_three_quarters_are_changed_within_the_range_and_the_rest_is_as_it_was(s
 
 @pytest.mark.parametrize("number", range(len(KINDS)))
 def test_each_kind_changes_most_images_and_keeps_most_of_them(number: int) -> None:
-    x = images(channels=3)
-    x = (x - x.amin((0, 2, 3), keepdim=True)) / (x.amax((0, 2, 3), keepdim=True) - x.amin((0, 2, 3), keepdim=True))
-    smooth = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
-    out = KINDS[number](smooth, smooth, generator()).clamp(0, 1)
-    moved = (out - smooth).abs().flatten(1).mean(1)
+    x = torch.nn.functional.interpolate(torch.rand(64, 3, 3, 3, generator=generator(5)), (16, 12))
+    out = KINDS[number](x, x, generator()).clamp(0, 1)
+    moved = (out - x).abs().flatten(1).mean(1)
+    another = (x.roll(1, 0) - x).abs().mean()
     assert float((moved > 0).float().mean()) > 0.9
-    assert float(moved.mean()) < 0.25  # of the range: what is shown is still there
-    other = KINDS[number](smooth, smooth, generator(2)).clamp(0, 1)
-    assert not torch.equal(out, other)
+    assert float(moved.mean()) < 0.5 * float(another)  # what is shown is still there
+    if KINDS[number] is not changes._toned:
+        assert not torch.equal(out, KINDS[number](x, x, generator(2)).clamp(0, 1))
 
 
 def test_one_seed_gives_one_change_and_nothing_else_is_drawn_from() -> None:
