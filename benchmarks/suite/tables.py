@@ -25,7 +25,7 @@ Cell = tuple[str, str, str, str]  # network, attack, fraction, setting
 KEPT = 10.0
 NOTHING = 50.0
 #: Methods that the README compares with the plainest rival, network by network.
-OURS = ("fisher_steps", "fast_wfip")
+OURS = ("fisher_steps",)
 
 
 def _cells(rows: list[Row], key: str) -> dict[str, dict[Cell, float]]:
