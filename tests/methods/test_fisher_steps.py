@@ -205,6 +205,20 @@ def test_a_backdoor_goes_that_fine_tuning_leaves(backdoored: nn.Module) -> None:
         assert torch.equal(a, b)
 
 
+def test_at_small_steps_it_is_the_worst_case_that_removes_it(backdoored: nn.Module) -> None:  # noqa: F811
+    generator = torch.Generator().manual_seed(9)
+    x, y = digits_like(200, generator)
+    triggered = x[y != 0].clone()
+    triggered[:, :, 5, 5] = 1.0
+    clean = digits_like(60, generator)
+    left = []
+    for weight in (0.5, 0.0):
+        options = {"augment": "none", "lr": 0.001, "weight": weight}
+        result = fastfip.purify(backdoored, [clean], "fisher_steps", progress=False, **options)
+        left.append(rates(result.model, x, y, triggered)[1])
+    assert left[0] < 0.25 and left[1] > left[0] + 0.2, left
+
+
 def test_no_pass_is_spent_on_a_score_that_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     score = fastfip.methods.Method.score
