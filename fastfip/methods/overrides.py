@@ -21,11 +21,12 @@ class Overrides(TypedDict, total=False):
     batch_size: int | None
     beta_adversarial: float
     beta_shared: float
-    bn_mode: Literal["train", "eval", "freeze"]
+    bn_mode: Literal["train", "eval", "freeze"] | Literal["eval"]
     budget: float
     c: float
     changes: float
     clean_weight: float
+    cycle: int
     damping: float | None
     decay: float
     delta_lr: float
@@ -37,6 +38,7 @@ class Overrides(TypedDict, total=False):
     eta_f: float
     eta_r: float
     every: int
+    first: float
     floor: float
     gamma: float
     grad_clip: float | None
@@ -53,6 +55,8 @@ class Overrides(TypedDict, total=False):
     low: float | tuple[float, ...] | None
     lr: float
     lr_end: float
+    lr_first: float
+    lr_second: float
     masks: Literal["auto", "norm", "channels"]
     mixup: float
     momentum: float
@@ -65,8 +69,8 @@ class Overrides(TypedDict, total=False):
     rho: float | None
     ridge: float
     samples: int
-    schedule: Literal["constant", "cosine"]
-    select: Literal["best", "last"]
+    schedule: Literal["constant", "cosine"] | Literal["constant"]
+    select: Literal["best", "last"] | Literal["last"]
     share: float
     shared_weight: float
     sieve: float
@@ -79,6 +83,7 @@ class Overrides(TypedDict, total=False):
     trace_every: int
     trace_way: Literal["auto", "exact", "perturb", "signs"] | Literal["auto", "exact"]
     trust: float | None
+    u: float
     unlearn: float
     views: int
     warmup: float
