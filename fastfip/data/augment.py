@@ -39,6 +39,21 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
     return task.replace_inputs(batch, crop_flip(x, flip, generator))
 
 
+def mirrored(task: Task, batch: Batch, which: Tensor) -> Batch | None:
+    """Return the batch with those of its images [N, ch, H, W] mirrored left to right that `which` [N] (bool) names.
+
+    Returns:
+        None where inputs are no images.
+    """
+    try:
+        x = task.inputs(batch)
+    except DataError:
+        return None
+    if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
+        return None
+    return task.replace_inputs(batch, torch.where(which.to(x.device)[:, None, None, None], x.flip(3), x))
+
+
 def crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     """Return images x [N, ch, H, W], not empty, moved and mirrored at random, see `augmented`."""
     n, _, height, width = x.shape

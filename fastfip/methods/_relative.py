@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastfip.data.batch import Batch
+from fastfip.methods._batchnorm import kept_statistics
+from fastfip.methods.run import Run
 
 __all__ = ["RelativeSGD", "fisher_length"]
 
@@ -17,12 +22,52 @@ SMALLEST_VECTOR, SMALLEST_WEIGHT = 0.1, 1e-3
 VANISHED = 1e-15
 
 
-def fisher_length(step: list[Tensor], diagonal: list[Tensor]) -> float:
-    """Return sqrt(sum_i F_ii d_i^2): a step d changes the answers by half its square, in nats, to second order.
+@torch.no_grad()
+def fisher_length(run: Run, batch: Batch, tensors: list[Tensor], step: list[Tensor], share: float) -> float:
+    """Return the length of a step d in the Fisher metric of the model as it is: sqrt(d^T F d), all of F.
 
-    It is not finite where the step or the diagonal is not.
+    d^T F d = mean_n [sum_c p_nc u_nc^2 - (sum_c p_nc u_nc)^2],  u_n the derivative of the logits of sample n along d:
+    no labels enter, and half the square is what the step changes of the answers, in nats, to second order. The
+    derivative is a difference quotient of two passes, in the mode in which the model is tuned. Where `loss=` takes
+    outputs that are no logits [N, C], F is the empirical Fisher: mean_n (derivative of the loss of sample n along d)^2.
+
+    Args:
+        run: its model holds `tensors`; afterwards it is as it was, to the bit.
+        batch: a few samples.
+        tensors: what moves.
+        step: by how much, a tensor for each.
+        share: of the step that the difference is taken over.
+
+    Returns:
+        not finite where outputs are not.
     """
-    return math.sqrt(sum(float((f * d.float().pow(2)).sum()) for d, f in zip(step, diagonal)))
+
+    def outputs() -> Tensor:
+        logits = run.forward(batch)
+        out = run.task.loss(logits, batch) if run.classes is None else logits
+        return out if out.dtype == torch.float64 else out.float()
+
+    mode = run.bn("train") if run.config.bn_mode == "train" else contextlib.nullcontext()
+    with kept_statistics(run), run.eval_mode(), mode:  # dropout would draw anew for the second pass
+        here = outputs()
+        with _moved(tensors, step, share):
+            u = (outputs() - here) / share
+    if run.classes is None:
+        return float(u.square().mean().sqrt())
+    p = here.softmax(1)
+    return float(((p * u * u).sum(1) - (p * u).sum(1).square()).mean().clamp_min(0).sqrt())
+
+
+@contextlib.contextmanager
+def _moved(tensors: list[Tensor], step: list[Tensor], share: float) -> Iterator[None]:
+    saved = [t.clone() for t in tensors]
+    try:
+        for t, d in zip(tensors, step):
+            t.add_(d.to(t.dtype), alpha=share)
+        yield
+    finally:
+        for t, old in zip(tensors, saved):
+            t.copy_(old)
 
 
 class RelativeSGD(torch.optim.Optimizer):

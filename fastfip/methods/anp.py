@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
+from fastfip.methods._batchnorm import kept_statistics, statistics_of
 from fastfip.methods._classifier import Classifier
 from fastfip.methods._masks import Masks, batchnorm_weights, output_rows, weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
@@ -88,7 +89,7 @@ class ANP(Method):
         }
         self.biases: list[nn.Parameter] = list(found.values())
         self.received_biases = [b.detach().clone() for b in self.biases]
-        self.statistics = [b.detach().clone() for b in _statistics(run)]
+        self.statistics = [b.detach().clone() for b in statistics_of(run)]
         with run.timed("score"):
             self.before = self.score(run)
         self.masks = masks
@@ -102,7 +103,7 @@ class ANP(Method):
         config = self.config
         values: dict[str, float | Tensor] = {}
         if config.radius > 0 and config.alpha < 1:
-            with _kept_statistics(run):
+            with kept_statistics(run):
                 delta, xi = self.adversary(run, batch)
                 with self.perturbed(delta, xi):
                     robust = self._loss(run, batch)
@@ -178,7 +179,7 @@ class ANP(Method):
         if not hasattr(self, "masks") or not len(self.masks):
             return
         # Those of the passes were taken with every neuron at its mask: not those of the few that are pruned.
-        for b, received in zip(_statistics(run), self.statistics):
+        for b, received in zip(statistics_of(run), self.statistics):
             b.copy_(received)
         masks = torch.cat([v.detach().flatten() for v in self.masks.values])
         order = masks.argsort(stable=True)
@@ -266,20 +267,3 @@ class ANP(Method):
         for value, part in zip(self.masks.values, keep.split([v.numel() for v in self.masks.values])):
             value.copy_(part.reshape(value.shape))
         self.masks.write()
-
-
-def _statistics(run: Run) -> list[Tensor]:
-    return [b for module in run.batchnorms for b in module.buffers(recurse=False)]
-
-
-@contextlib.contextmanager
-def _kept_statistics(run: Run) -> Iterator[None]:
-    """Take back what passes in a block do to BatchNorm's running statistics."""
-    buffers = _statistics(run)
-    saved = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for b, value in zip(buffers, saved):
-                b.copy_(value)

@@ -18,6 +18,7 @@ class Overrides(TypedDict, total=False):
     affine: bool
     alpha: float | None
     augment: Literal["none", "crop", "crop_flip"]
+    back: float
     batch_size: int | None
     beta_adversarial: float
     beta_shared: float
@@ -52,15 +53,16 @@ class Overrides(TypedDict, total=False):
     labels: Literal["predicted", "given"]
     layer: str | None
     layers: Literal["auto", "conv", "all"]
+    length: float | None
     low: float | tuple[float, ...] | None
     lr: float
     lr_end: float
     lr_first: float
     lr_second: float
     masks: Literal["auto", "norm", "channels"]
+    mirror: bool
     mixup: float
     momentum: float
-    nats: float | None
     optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
     radius: float

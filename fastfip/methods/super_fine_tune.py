@@ -1,4 +1,4 @@
-"""Super-fine-tuning (Sha et al., arXiv 2212.09067): fine-tuning with a step size that rises and falls in short cycles."""
+"""Super-fine-tuning (Sha et al., arXiv 2212.09067): fine-tuning with a step size in short cycles."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
+from fastfip.data.unlabelled import with_answers
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
@@ -107,7 +108,8 @@ def purify(
         model: any net that classifies: logits [N, C], or probabilities (what their softmax is taken of is used).
         clean_loader: clean samples `(x, y, ...)` or dicts: a DataLoader (its dataset, transforms and collate function
             are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
-            sample a class is enough for it to run.
+            sample a class is enough for it to run. Without labels (a tensor of images, batches `x` or `(x,)`, dicts
+            without a label) the received model's own answers are taken for them, and everything is read into memory.
         method: its name (`fastfip.methods.names()`), or a class.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
@@ -147,8 +149,8 @@ def purify(
     start = time.perf_counter()
     if clean_loader is None:
         raise DataError(
-            "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset or tensors (x, y); a few for each "
-            "class are enough"
+            "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset, tensors (x, y), or images alone, "
+            "without labels; a few for each class are enough"
         )
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
@@ -249,7 +251,10 @@ def _purify(
     work.to(device)
     model = work.model.eval()
     with seeded(seed, device):
-        clean = CleanSet.of(options.clean_loader, options.task)
+        data, answered = with_answers(model, options.clean_loader, options.task, device)
+        if answered:
+            notes.append("no labels were given: the received model's own answers were taken for them")
+        clean = CleanSet.of(data, options.task)
         ends.callback(clean.close)
         clean, task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)

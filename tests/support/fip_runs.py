@@ -25,7 +25,7 @@ def data(n: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
     return torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64).to(dtype), torch.arange(n) % 4
 
 
-def make_run(config: MethodConfig, model: nn.Module) -> Run:
+def make_run(config: MethodConfig, model: nn.Module, classes: int | None = 4) -> Run:
     x, y = data()
     return Run(
         model=model,
@@ -34,6 +34,6 @@ def make_run(config: MethodConfig, model: nn.Module) -> Run:
         config=config,
         device=torch.device("cpu"),
         generator=torch.Generator().manual_seed(0),
-        classes=4,
+        classes=classes,
         total_steps=10,
     )
