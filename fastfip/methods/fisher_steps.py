@@ -76,7 +76,7 @@ class FisherStepsConfig(MethodConfig):
         "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
     )
     back: float = setting(
-        0.2, "how far the tuned weights are taken back towards the received ones at the end; 0: not", low=0, below=1
+        0.15, "how far the tuned weights are taken back towards the received ones at the end; 0: not", low=0, below=1
     )
     mirror: bool = setting(
         True, "whether images are mirrored as well, of the classes whose mirror images the received model knows as well"
