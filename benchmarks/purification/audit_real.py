@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 
 import fastfip
 from benchmarks import harness
@@ -48,15 +47,13 @@ def ranked(net: Any, form: str, target: int | None) -> Row:
 def run(name: str, seed: int, purify: str | None, picture: str | None) -> list[Row]:
     """Audit one net; return its rows."""
     real = real_data.load_real(name)
-    real.model.to(memory_format=torch.channels_last)
     x, y = real.clean_set(IMAGES, seed)
-    loader = [(x.contiguous(memory_format=torch.channels_last), y)]
+    loader = [(x, y)]
     purified = None
     if purify is not None:
         cx, cy = real.clean_set(round(0.05 * real.train_size), seed, 100 if real.classes > 10 else None)
         clean = real_data.loader(cx, cy)
         purified = fastfip.purify(real.model, clean, purify, seed=seed, amp="bf16", progress=False).model
-        purified.to(memory_format=torch.channels_last)
     start = time.perf_counter()
     # The searches alone: the sharpness of such nets is in the audit of the command line.
     found = fastfip.audit(real.model, loader, purified=purified, seed=seed, amp="bf16", sharpness=False)

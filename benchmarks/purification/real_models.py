@@ -82,14 +82,13 @@ def run(
 ) -> Row:
     """Purify one net once and score it."""
     real = real_data.load_real(name)
-    real.model.to(memory_format=torch.channels_last)
     x, y = clean_set(real, fraction, seed, setting)
     old = {k: float(first[f"{k}_before"]) for k in ("acc", "asr", "ra") if first[f"{k}_before"]} if first else None
     old = real_data.score(real) if old is None else old
     start = time.process_time()
     result = fastfip.purify(real.model, real_data.loader(x, y), method, seed=seed, amp=AMP, progress=False)
     spent = time.process_time() - start
-    new = real_data.score(real, result.model.to(memory_format=torch.channels_last))
+    new = real_data.score(real, result.model)
     row: Row = {
         "net": name,
         "method": method,

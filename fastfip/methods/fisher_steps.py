@@ -49,6 +49,8 @@ GROWTH, REACH, WIDEST = 1.3, 0.9, 0.4
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.
 DIFFERENCE = 0.1
+#: In the first part of the steps the bound grows by up to so much where the loss is below its peak.
+MOST_GROWTH = 3.0
 #: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
 SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
@@ -88,6 +90,10 @@ class FisherStepsConfig(MethodConfig):
     length: float | None = setting(
         0.25, "longest step in the Fisher metric: half its square is the divergence, in nats; None: no bound", above=0
     )
+    peak: float = setting(
+        1.0, "loss, in nats, that the first part of the steps goes up to: below it the bound is wider; 0: never",
+        low=0,
+    )  # fmt: skip
     changes: float = setting(0.35, "share of the steps whose images are changed at random", low=0, high=1)
     unlearn: float = setting(0.3, "share of the steps that unlearn the worst case", low=0, high=1)
     weight: float = setting(0.5, "weight of the loss at worst-case inputs; 0: they are not looked for", low=0)
@@ -108,7 +114,8 @@ class FisherSteps(Method):
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
     w <- w + min(lr, length / sqrt(d^T F d)) d, F the Fisher of the present model (with `loss=`: the empirical one); the
     length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and `length` fall
-    together along the schedule. At the end w <- w + back (w_received - w).
+    together along the schedule; in the first part `length` is wider where the loss is below `peak`. At the end
+    w <- w + back (w_received - w).
     """
 
     name = "fisher_steps"
@@ -120,6 +127,7 @@ class FisherSteps(Method):
     measured: float | None = None  # mean square of the length of a step d
     seen: Batch = None  # what the gradient of this step is of
     latest: float | Tensor = 0.0  # loss
+    mean_loss: float | None = None
     received: nn.Module | None = None  # until the sieve has compared with it
     taken_back = False
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
@@ -247,8 +255,8 @@ class FisherSteps(Method):
                 with run.timed("fisher"):
                     self._measure(run, tensors, steps)
             share = max(group["lr"] for group in optimizer.param_groups) / config.lr
+            share *= self._growth(run)
             most = 0.0 if self.measured is None else config.length * share / max(math.sqrt(self.measured), 1e-12)
-            run.log(relative_step=min(config.lr * share, most))
             return most
 
         optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None)
@@ -268,6 +276,8 @@ class FisherSteps(Method):
         if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
             return values
         self.latest = values["loss"]
+        loss = float(self.latest)
+        self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss
         if self.worst is not None and run.progress < config.unlearn:
             values.update(self._unlearn(run, self.worst))
         return values
@@ -288,6 +298,16 @@ class FisherSteps(Method):
         if run.heldout is None and run.config.select == "last":
             return {"score": float(self.latest)}
         return super().score(run)
+
+    def _growth(self, run: Run) -> float:
+        """Return the factor of the bound: (peak / loss)^2 in the first part, between 1 and `MOST_GROWTH`.
+
+        A network that learns the changed images at once, with its loss near zero, is one that larger steps do not harm.
+        """
+        config = self.config(run)
+        if self.mean_loss is None or run.progress >= max(config.changes, config.unlearn):
+            return 1.0
+        return min(MOST_GROWTH, max(1.0, (config.peak / max(self.mean_loss, 1e-6)) ** 2))
 
     def _measure(self, run: Run, tensors: list[Tensor], steps: list[Tensor]) -> None:
         """Take the length of a step into the running mean."""

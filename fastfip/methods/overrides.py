@@ -65,6 +65,7 @@ class Overrides(TypedDict, total=False):
     momentum: float
     optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
+    peak: float
     radius: float
     radius_factor: float
     rank: float | int | None

@@ -290,3 +290,18 @@ def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     tokens = torch.randint(0, 20, (32, 5))
     result = fastfip.purify(model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False)
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
+def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> None:
+    run = make_run(FisherStepsConfig(steps=10, peak=1.0, changes=0.3, unlearn=0.2), net(torch.float32))
+    method = FisherSteps()
+    factors = []
+    for loss in (None, 2.0, 1.0, 0.8, 0.1, 0.0):
+        method.mean_loss = loss
+        factors.append(method._growth(run))
+    assert factors == pytest.approx([1, 1, 1, 1.5625, 3, 3])
+    run.step = 4  # of 10: the first part is over
+    assert method._growth(run) == 1
+    run.step, run.config = 0, FisherStepsConfig(peak=0.0)
+    method.mean_loss = 0.1
+    assert method._growth(run) == 1
