@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 import fastfip
 from benchmarks import harness
 from benchmarks.harness import Row

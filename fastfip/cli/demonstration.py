@@ -103,7 +103,7 @@ def run_demo(
     out_dir: str | Path = "fastfip-demo",
     seed: int = 0,
     progress: bool | None = None,
-    method: str = "fast_wfip",
+    method: str = "fisher_steps",
     **options: Any,
 ) -> Demo:
     """Train a backdoored net, purify it with 5 % clean data, and show what that did.

@@ -29,7 +29,7 @@ def purify(
             show_default="of a result of BackdoorBench: defense_result.pt beside it",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fast_wfip",
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fisher_steps",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
     ] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastfip.data.batch import Batch
 from fastfip.errors import ModelError
+from fastfip.methods._classifier import Classifier
+from fastfip.methods._masks import weights_of
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["CLP", "CLPConfig", "channel_lipschitz"]
@@ -24,14 +26,14 @@ class CLPConfig(MethodConfig):
 
     epochs: int | None = setting(None, "none: channels are pruned at once", low=1)
     steps: int | None = setting(1, "one: channels are pruned at once", low=1)
-    bn_mode: Literal["eval"] = setting("eval", "BatchNorm's running statistics are kept: no image is used")
-    select: Literal["last"] = setting("last", "nothing is chosen by a score")
-    holdout: float = setting(0.0, "none: no image is used", low=0, high=0)
+    bn_mode: Literal["train", "eval", "freeze"] = setting("eval", "BatchNorm's running statistics are kept")
+    select: Literal["best", "last"] = setting("last", "nothing is chosen by a score")
+    holdout: float = setting(0.0, "share of the clean set that is not used; 0: none", low=0, high=0.5)
     u: float = setting(3.0, "standard deviations above a layer's mean from which a channel is pruned", above=0)
 
 
 @torch.no_grad()
-def channel_lipschitz(weight: Tensor, norm: _BatchNorm) -> Tensor:
+def channel_lipschitz(weight: Tensor, norm: _BatchNorm | None = None) -> Tensor:
     """Return the upper bounds [out] of the Lipschitz constants of a layer's channels, BatchNorm included.
 
     sigma_k = |gamma_k| / sqrt(var_k + eps) * ||W_k||_2, W_k the weight of output channel k as a matrix
@@ -39,12 +41,21 @@ def channel_lipschitz(weight: Tensor, norm: _BatchNorm) -> Tensor:
 
     Args:
         weight: [out, in, ...] of a convolution, or [out, in] of a Linear layer, whose rows are their own norms.
-        norm: the BatchNorm after it.
+        norm: the BatchNorm after it; None: there is none, and its factor is 1.
     """
     rows = weight.detach().flatten(2).double() if weight.dim() > 2 else weight.detach().double()[:, None]
     size = torch.linalg.matrix_norm(rows, 2)
+    if norm is None:
+        return size
     assert norm.running_var is not None
     return size * norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+
+
+class _Layer(NamedTuple):
+    """Channels that can be pruned: their bounds [out], and the tensors [out, ...] that become zero for a pruned one."""
+
+    bounds: Tensor
+    owned: list[nn.Parameter]
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
@@ -60,9 +71,30 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
         elif isinstance(module, _BatchNorm):
             width = getattr(last, "out_channels", None) or getattr(last, "out_features", None)
             plain = module.running_var is not None and module.affine and not isinstance(last, _ConvTransposeNd)
-            if last is not None and plain and width == module.num_features > 1:
+            if last is not None and plain and width == module.num_features:
                 yield last, module
             last = None
+
+
+def _layers(run: Run) -> list[_Layer]:
+    out: list[_Layer] = []
+    for layer, norm in _pairs(run.model):
+        owned = list(norm.parameters(recurse=False))
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not any(id(p) in run.frozen for p in owned):
+            out.append(_Layer(channel_lipschitz(weight, norm), owned))
+    if out:
+        return out
+    places = Classifier.of(run).spared(weights_of(run.model, frozen=run.frozen))
+    for _, module, name in places:
+        row, bias = (module._parameters.get(key) for key in (name, "bias"))
+        if row is not None and not isinstance(module, _ConvTransposeNd):
+            mine = [p for p in (row, bias) if p is not None and id(p) not in run.frozen]
+            out.append(_Layer(channel_lipschitz(row), mine))
+    if out:
+        run.note("no BatchNorm after a layer: its channels were compared by their weights alone")
+    return out
 
 
 @register
@@ -70,7 +102,8 @@ class CLP(Method):
     """Prune the channels that can change most: those with an outlying Lipschitz bound. No image is looked at.
 
     In each layer with a BatchNorm after it, a channel k with sigma_k > mean + u * std (over the layer's channels) is
-    pruned: its BatchNorm's weight and bias become zero.
+    pruned: its BatchNorm's weight and bias become zero. A network without such layers has the rows of its weights
+    compared, and pruned, themselves; the classifier's are spared.
     """
 
     name = "clp"
@@ -78,21 +111,16 @@ class CLP(Method):
     Config = CLPConfig
 
     def setup(self, run: Run) -> None:
-        """Find the layers with a BatchNorm after them."""
-        self.pairs = [
-            (layer, norm)
-            for layer, norm in _pairs(run.model)
-            if not {id(p) for p in norm.parameters(recurse=False)} & run.frozen
-        ]
-        if not self.pairs:
-            raise ModelError(
-                "clp compares channels through the BatchNorm after them, and this model has no BatchNorm with running "
-                "statistics after a convolution or Linear layer: take another method"
-            )
+        """Find the layers and the bounds of their channels."""
+        self.layers = _layers(run)
+        if not self.layers:
+            raise ModelError("clp finds no layer before the classifier whose channels it could prune")
+        if not all(bool(torch.isfinite(layer.bounds).all()) for layer in self.layers):
+            raise ModelError("clp needs finite weights and variances: there are others in this model")
 
     def parameter_groups(self, run: Run) -> Groups:
-        """The BatchNorm layers' weights and biases, which the optimiser does not move."""
-        return [{"params": [p for _, norm in self.pairs for p in norm.parameters(recurse=False)]}]
+        """What is pruned; the optimiser does not move it."""
+        return [{"params": [p for layer in self.layers for p in layer.owned]}]
 
     @torch.no_grad()
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
@@ -107,15 +135,12 @@ class CLP(Method):
             return
         config = run.config
         assert isinstance(config, CLPConfig)
-        gone = total = 0
-        for layer, norm in self.pairs:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            bound = channel_lipschitz(weight, norm)
-            if not bool(torch.isfinite(bound).all()):
-                raise ModelError("clp needs finite weights and variances")
-            outlying = bound > bound.mean() + config.u * bound.std()
-            gone, total = gone + int(outlying.sum()), total + len(bound)
-            for p in norm.parameters(recurse=False):
+        gone = 0
+        for bounds, owned in self.layers:
+            if len(bounds) < 2:
+                continue
+            outlying = bounds > bounds.mean() + config.u * bounds.std()
+            gone += int(outlying.sum())
+            for p in owned:
                 p[outlying] = 0
-        run.note(f"{gone} of {total} channels pruned")
+        run.note(f"{gone} of {sum(len(layer.bounds) for layer in self.layers)} channels pruned")

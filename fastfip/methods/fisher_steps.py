@@ -43,14 +43,15 @@ __all__ = ["FisherSteps", "FisherStepsConfig"]
 FOCUS, IMPROVE_STEP = 2.0, 0.3
 #: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
 ROUND, LAST = 10, 10
-#: The radius grows by this factor until a class is reached from so many of the samples, or up to the last one.
-GROWTH, REACH, WIDEST = 1.3, 0.9, 0.4
+#: The radius grows by this factor until a class is reached from so many of the samples, or up to the third number; what
+#: is unlearned is wider than that by the last.
+GROWTH, REACH, WIDEST, MARGIN = 1.3, 0.9, 0.4, 1.5
 #: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.
 DIFFERENCE = 0.1
-#: In the first part of the steps the bound grows by up to so much where the loss is below its peak.
-MOST_GROWTH = 3.0
+#: Factors of the bound, at most: where the loss is above its peak; where it is below, in the first part of the steps.
+MOST_ABOVE, MOST_BELOW = 5.0, 3.0
 #: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
 SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
@@ -91,7 +92,7 @@ class FisherStepsConfig(MethodConfig):
         0.25, "longest step in the Fisher metric: half its square is the divergence, in nats; None: no bound", above=0
     )
     peak: float = setting(
-        1.0, "loss, in nats, that the first part of the steps goes up to: below it the bound is wider; 0: never",
+        1.0, "loss, in nats, at which `length` holds; above it, and below it in the first part, the bound is wider; 0: never",
         low=0,
     )  # fmt: skip
     changes: float = setting(0.35, "share of the steps whose images are changed at random", low=0, high=1)
@@ -114,8 +115,8 @@ class FisherSteps(Method):
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
     w <- w + min(lr, length / sqrt(d^T F d)) d, F the Fisher of the present model (with `loss=`: the empirical one); the
     length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and `length` fall
-    together along the schedule; in the first part `length` is wider where the loss is below `peak`. At the end
-    w <- w + back (w_received - w).
+    together along the schedule; `length` is wider where the loss is above `peak`, and, in the first part, where it is
+    below. At the end w <- w + back (w_received - w).
     """
 
     name = "fisher_steps"
@@ -238,6 +239,7 @@ class FisherSteps(Method):
         while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
             worst.grow(GROWTH)
             improve(ROUND, 0.0)
+        worst.grow(MARGIN)
         improve(LAST, FOCUS)
         run.log(radius=worst.relative_radius)
 
@@ -300,14 +302,19 @@ class FisherSteps(Method):
         return super().score(run)
 
     def _growth(self, run: Run) -> float:
-        """Return the factor of the bound: (peak / loss)^2 in the first part, between 1 and `MOST_GROWTH`.
+        """Return the factor of the bound for the loss as it is.
 
-        A network that learns the changed images at once, with its loss near zero, is one that larger steps do not harm.
+        loss / peak above the peak: a step may change a share of what is wrong with the answers (networks that answer the
+        changed images wrongly stood still otherwise). (peak / loss)^2 below it, in the first part: a network that learns
+        these images at once is one that larger steps do not harm.
         """
         config = self.config(run)
-        if self.mean_loss is None or run.progress >= max(config.changes, config.unlearn):
+        if self.mean_loss is None or config.peak == 0:
             return 1.0
-        return min(MOST_GROWTH, max(1.0, (config.peak / max(self.mean_loss, 1e-6)) ** 2))
+        ratio = max(self.mean_loss, 1e-6) / config.peak
+        if ratio >= 1:
+            return min(MOST_ABOVE, ratio)
+        return min(MOST_BELOW, ratio**-2) if run.progress < max(config.changes, config.unlearn) else 1.0
 
     def _measure(self, run: Run, tensors: list[Tensor], steps: list[Tensor]) -> None:
         """Take the length of a step into the running mean."""
@@ -344,7 +351,7 @@ def _symmetric(run: Run, classes: int) -> Tensor | None:
     Those whose mirror images the received model answers as labelled, nearly as often as the images themselves: photos
     of things, not digits or signs to the left. Only clean samples and the received model's answers decide.
     """
-    right = torch.zeros(2, classes, device="cpu")
+    right = torch.zeros(2, classes, device="cpu", dtype=torch.float32)
     bytes_seen = 0
     with run.eval_mode():
         for batch in run.clean.batches(device=run.device):

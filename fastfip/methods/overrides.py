@@ -22,7 +22,7 @@ class Overrides(TypedDict, total=False):
     batch_size: int | None
     beta_adversarial: float
     beta_shared: float
-    bn_mode: Literal["train", "eval", "freeze"] | Literal["eval"]
+    bn_mode: Literal["train", "eval", "freeze"]
     budget: float
     c: float
     changes: float
@@ -73,7 +73,7 @@ class Overrides(TypedDict, total=False):
     ridge: float
     samples: int
     schedule: Literal["constant", "cosine"] | Literal["constant"]
-    select: Literal["best", "last"] | Literal["last"]
+    select: Literal["best", "last"]
     share: float
     shared_weight: float
     sieve: float

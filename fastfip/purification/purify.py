@@ -77,7 +77,7 @@ class PurifyOptions:
 def purify(
     model: nn.Module,
     clean_loader: Iterable[Batch] | None = None,
-    method: str | type[Method] = "fast_wfip",
+    method: str | type[Method] = "fisher_steps",
     *,
     config: MethodConfig | Mapping[str, Any] | None = None,
     steps: int | None = None,
@@ -154,7 +154,7 @@ def purify(
         )
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
-        raise ConfigError(f"method={method!r}: give the name of a method, such as 'fast_wfip', or a class of one")
+        raise ConfigError(f"method={method!r}: give the name of a method, such as 'fisher_steps', or a class of one")
     if not isinstance(inplace, bool):
         raise ConfigError(f"inplace={inplace!r}: must be True or False")
     seed = check_seed(seed)
@@ -235,7 +235,7 @@ else:
     def purify_(
         model: nn.Module,
         clean_loader: Iterable[Batch] | None = None,
-        method: str | type[Method] = "fast_wfip",
+        method: str | type[Method] = "fisher_steps",
         **options: Any,
     ) -> PurifyResult:
         """Purify a model in place: :func:`purify` with `inplace=True`."""

@@ -73,8 +73,21 @@ def test_the_images_do_not_matter_and_a_smaller_u_prunes_more() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ends[0].model.parameters(), ends[1].model.parameters()))
 
 
-def test_a_model_without_batchnorm_is_refused_and_a_frozen_one_is_left() -> None:
-    with pytest.raises(ModelError, match="no BatchNorm"):
+def test_without_batchnorm_the_rows_themselves_are_compared_and_the_classifier_is_spared() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4))
+    with torch.no_grad():
+        net[0].weight[3] *= 50
+        net[2].weight[1] *= 50
+    result = fastfip.purify(net, (torch.rand(8, 6), torch.arange(8) % 4), "clp", u=1.5, force=True)
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    expected["0.weight"][3] = expected["0.bias"][3] = 0
+    assert all(torch.equal(result.model.state_dict()[name], value) for name, value in expected.items())
+    assert any("by their weights alone" in note for note in result.notes)
+
+
+def test_a_model_of_one_layer_is_refused_and_a_frozen_layer_is_left() -> None:
+    with pytest.raises(ModelError, match="no layer before the classifier"):
         fastfip.purify(nn.Linear(5, 3), (torch.randn(6, 5), torch.arange(6) % 3), "clp", force=True)
     net = _net()
     with torch.no_grad():

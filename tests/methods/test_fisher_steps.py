@@ -113,7 +113,7 @@ def _one_step(length: float | None, lr: float = 0.5) -> tuple[float, float]:
     x, y = data(32, torch.float32)
     config = FisherStepsConfig(
         steps=1, lr=lr, length=length, warmup=0.0, schedule="constant", changes=0.0, weight=0.0, augment="none",
-        mirror=False,
+        mirror=False, peak=0.0,
     )  # fmt: skip
     run = make_run(config, model)
     run.clean = CleanSet.of((x, y))
@@ -190,7 +190,7 @@ def test_the_radius_grows_until_a_class_is_reached(backdoored: nn.Module) -> Non
         method.setup(run)
         assert method.worst is not None
         radii.append(method.worst.relative_radius)
-        assert float(method.worst.success.max()) > 0.3 or radii[-1] * 1.4 > 0.4
+        assert float(method.worst.success.max()) > 0.3 or radii[-1] / 1.5 * 1.3 > 0.4
     assert radii[0] > 0.01 and radii[1] >= 0.3 - 1e-6
 
 
@@ -292,16 +292,19 @@ def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
 
 
-def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> None:
+def test_the_bound_is_wider_above_the_peak_of_the_loss_and_in_the_first_part_below() -> None:
     run = make_run(FisherStepsConfig(steps=10, peak=1.0, changes=0.3, unlearn=0.2), net(torch.float32))
     method = FisherSteps()
-    factors = []
-    for loss in (None, 2.0, 1.0, 0.8, 0.1, 0.0):
-        method.mean_loss = loss
-        factors.append(method._growth(run))
-    assert factors == pytest.approx([1, 1, 1, 1.5625, 3, 3])
+    losses = (None, 9.0, 2.0, 1.0, 0.8, 0.1, 0.0)
+
+    def factors() -> list[float]:
+        out = []
+        for method.mean_loss in losses:
+            out.append(method._growth(run))
+        return out
+
+    assert factors() == pytest.approx([1, 5, 2, 1, 1.5625, 3, 3])
     run.step = 4  # of 10: the first part is over
-    assert method._growth(run) == 1
+    assert factors() == pytest.approx([1, 5, 2, 1, 1, 1, 1])
     run.step, run.config = 0, FisherStepsConfig(peak=0.0)
-    method.mean_loss = 0.1
-    assert method._growth(run) == 1
+    assert factors() == [1] * 7

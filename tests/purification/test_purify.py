@@ -14,14 +14,14 @@ import fastfip
 from fastfip import methods
 from fastfip.errors import BackendError, ConfigError, DataError, FastFIPError, ModelError
 from fastfip.methods.config import MethodConfig
-from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, loader, plain_net, same, values
+from tests.support.small_nets import CLASSES, OF, TiedNet, conv_net, data, loader, plain_net, same, values
 
 METHODS = methods.names()
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
 
 def run(model, clean, method, **options):
-    return fastfip.purify(model, clean, method, **{"epochs": 2, "seed": 3, **options})
+    return fastfip.purify(model, clean, method, **{"epochs": 2, "seed": 3, **OF.get(method, {}), **options})
 
 
 def net(kind=conv_net, **options):

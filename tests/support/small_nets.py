@@ -5,6 +5,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 CLASSES = 3
+#: Settings without which a method leaves untrained weights as they are: `clp` prunes outliers.
+OF = {"clp": {"u": 0.3}}
 
 
 def conv_net(classes: int = CLASSES) -> nn.Sequential:
