@@ -2,8 +2,9 @@
 
 A backdoor falls to large steps, which also ruin a model that cannot bear them. Three parts make them bearable and sure:
 
-1. The step. Each tensor moves by a share of its own norm, and the whole step is no longer than a bound in the Fisher
-   metric of the model as it is: sqrt(d^T F d). One setting serves networks with and without normalisation.
+1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 %: so far that the whole step has a given
+   length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves networks with and without
+   normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`).
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile.
 
@@ -44,14 +45,14 @@ FOCUS, IMPROVE_STEP = 2.0, 0.3
 #: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
 ROUND, LAST = 10, 10
 #: The radius grows by this factor until a class is reached from so many of the samples, or up to the third number; what
-#: is unlearned is wider than that by the last.
-GROWTH, REACH, WIDEST, MARGIN = 1.3, 0.9, 0.4, 1.5
+#: is unlearned has at least the last one.
+GROWTH, REACH, WIDEST, NARROWEST = 1.3, 0.9, 0.4, 0.15
 #: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.
 DIFFERENCE = 0.1
-#: Factors of the bound, at most: where the loss is above its peak; where it is below, in the first part of the steps.
-MOST_ABOVE, MOST_BELOW = 5.0, 3.0
+#: No step is shortened below this share of the largest one; the bound grows by up to so much where the loss is low.
+SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
 SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
@@ -79,7 +80,7 @@ class FisherStepsConfig(MethodConfig):
         "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
     )
     back: float = setting(
-        0.15, "how far the tuned weights are taken back towards the received ones at the end; 0: not", low=0, below=1
+        0.1, "how far the tuned weights are taken back towards the received ones at the end; 0: not", low=0, below=1
     )
     mirror: bool = setting(
         True, "whether images are mirrored as well, of the classes whose mirror images the received model knows as well"
@@ -92,7 +93,7 @@ class FisherStepsConfig(MethodConfig):
         0.25, "longest step in the Fisher metric: half its square is the divergence, in nats; None: no bound", above=0
     )
     peak: float = setting(
-        1.0, "loss, in nats, at which `length` holds; above it, and below it in the first part, the bound is wider; 0: never",
+        1.0, "loss, in nats, that the first part of the steps goes up to: below it the bound is wider; 0: never",
         low=0,
     )  # fmt: skip
     changes: float = setting(0.35, "share of the steps whose images are changed at random", low=0, high=1)
@@ -113,10 +114,10 @@ class FisherSteps(Method):
     """Tune every parameter by large steps of bounded Fisher length, on images changed at random and for the worst.
 
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
-    w <- w + min(lr, length / sqrt(d^T F d)) d, F the Fisher of the present model (with `loss=`: the empirical one); the
-    length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and `length` fall
-    together along the schedule; `length` is wider where the loss is above `peak`, and, in the first part, where it is
-    below. At the end w <- w + back (w_received - w).
+    w <- w + clip(length / sqrt(d^T F d), lr / 4, lr) d, F the Fisher of the present model (with `loss=`: the empirical
+    one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
+    `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
+    the end w <- w + back (w_received - w).
     """
 
     name = "fisher_steps"
@@ -239,7 +240,7 @@ class FisherSteps(Method):
         while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
             worst.grow(GROWTH)
             improve(ROUND, 0.0)
-        worst.grow(MARGIN)
+        worst.grow(max(1.0, NARROWEST / worst.relative_radius))
         improve(LAST, FOCUS)
         run.log(radius=worst.relative_radius)
 
@@ -257,8 +258,12 @@ class FisherSteps(Method):
                 with run.timed("fisher"):
                     self._measure(run, tensors, steps)
             share = max(group["lr"] for group in optimizer.param_groups) / config.lr
-            share *= self._growth(run)
-            most = 0.0 if self.measured is None else config.length * share / max(math.sqrt(self.measured), 1e-12)
+            if self.measured is None:  # nothing finite was measured yet
+                return 0.0
+            most = config.length * share * self._growth(run) / max(math.sqrt(self.measured), 1e-12)
+            # Far from its minimum the answers have to change: there the length alone would let a network stand still.
+            most = max(most, SHORTEST * config.lr * share)
+            run.log(relative_step=min(config.lr * share, most))
             return most
 
         optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None)
@@ -302,19 +307,14 @@ class FisherSteps(Method):
         return super().score(run)
 
     def _growth(self, run: Run) -> float:
-        """Return the factor of the bound for the loss as it is.
+        """Return the factor of the bound: (peak / loss)^2 in the first part where the loss is below its peak.
 
-        loss / peak above the peak: a step may change a share of what is wrong with the answers (networks that answer the
-        changed images wrongly stood still otherwise). (peak / loss)^2 below it, in the first part: a network that learns
-        these images at once is one that larger steps do not harm.
+        A network that learns the changed images at once, with its loss near zero, is one that larger steps do not harm.
         """
         config = self.config(run)
-        if self.mean_loss is None or config.peak == 0:
+        if self.mean_loss is None or run.progress >= max(config.changes, config.unlearn):
             return 1.0
-        ratio = max(self.mean_loss, 1e-6) / config.peak
-        if ratio >= 1:
-            return min(MOST_ABOVE, ratio)
-        return min(MOST_BELOW, ratio**-2) if run.progress < max(config.changes, config.unlearn) else 1.0
+        return min(MOST_GROWTH, max(1.0, (config.peak / max(self.mean_loss, 1e-6)) ** 2))
 
     def _measure(self, run: Run, tensors: list[Tensor], steps: list[Tensor]) -> None:
         """Take the length of a step into the running mean."""

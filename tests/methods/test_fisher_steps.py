@@ -132,10 +132,11 @@ def _one_step(length: float | None, lr: float = 0.5) -> tuple[float, float]:
 
 
 def test_the_whole_step_is_no_longer_than_its_bound_in_the_fisher_metric() -> None:
-    length, share = _one_step(0.02)
-    assert length == pytest.approx(0.02, rel=0.05) and share < 0.5
-    length, share = _one_step(1e6)
-    assert length < 1e6 and share == pytest.approx(0.5, rel=1e-4)
+    longest, share = _one_step(1e6)
+    assert longest < 1e6 and share == pytest.approx(0.5, rel=1e-4)
+    length, share = _one_step(0.5 * longest)
+    assert length == pytest.approx(0.5 * longest, rel=0.2) and share == pytest.approx(0.25, rel=0.2)
+    assert _one_step(1e-9)[1] == pytest.approx(0.125, rel=1e-4)  # a quarter of the largest step, at least
     assert _one_step(None)[1] == pytest.approx(0.5, rel=1e-4)
 
 
@@ -190,8 +191,8 @@ def test_the_radius_grows_until_a_class_is_reached(backdoored: nn.Module) -> Non
         method.setup(run)
         assert method.worst is not None
         radii.append(method.worst.relative_radius)
-        assert float(method.worst.success.max()) > 0.3 or radii[-1] / 1.5 * 1.3 > 0.4
-    assert radii[0] > 0.01 and radii[1] >= 0.3 - 1e-6
+        assert float(method.worst.success.max()) > 0.3 or radii[-1] * 1.3 > 0.4
+    assert radii[0] > 0.15 - 1e-6 and radii[1] >= 0.3 - 1e-6
 
 
 @pytest.mark.parametrize("step", [0, 5, 22, 59])
@@ -292,10 +293,10 @@ def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
 
 
-def test_the_bound_is_wider_above_the_peak_of_the_loss_and_in_the_first_part_below() -> None:
+def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> None:
     run = make_run(FisherStepsConfig(steps=10, peak=1.0, changes=0.3, unlearn=0.2), net(torch.float32))
     method = FisherSteps()
-    losses = (None, 9.0, 2.0, 1.0, 0.8, 0.1, 0.0)
+    losses = (None, 2.0, 1.0, 0.8, 0.1, 0.0)
 
     def factors() -> list[float]:
         out = []
@@ -303,8 +304,8 @@ def test_the_bound_is_wider_above_the_peak_of_the_loss_and_in_the_first_part_bel
             out.append(method._growth(run))
         return out
 
-    assert factors() == pytest.approx([1, 5, 2, 1, 1.5625, 3, 3])
+    assert factors() == pytest.approx([1, 1, 1, 1.5625, 3, 3])
     run.step = 4  # of 10: the first part is over
-    assert factors() == pytest.approx([1, 5, 2, 1, 1, 1, 1])
+    assert factors() == [1] * 6
     run.step, run.config = 0, FisherStepsConfig(peak=0.0)
-    assert factors() == [1] * 7
+    assert factors() == [1] * 6
