@@ -12,7 +12,7 @@ __all__ = ["SLICES", "cells", "methods", "networks", "own_methods"]
 
 #: Networks with six attacks in all: four of them in one network, an all-to-all one, one with 43 classes.
 SMOKE = ("resnet20-four", "digits-badnets-all", "gtsrb-badnets")
-SMOKE_METHODS = ("fine_tune", "large_step", "fast_wfip")
+SMOKE_METHODS = ("fine_tune", "large_step", "fast_wfip", "fisher_steps")
 #: Methods that take long, last: what is cut off is what they lack.
 SLOW = ("fst", "d3", "i_bau", "ft_sam", "awm", "anp", "sau", "fip", "fast_fip")
 SLICES = {"smoke": "development", "day": "development", "validation": "validation"}

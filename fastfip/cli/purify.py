@@ -29,7 +29,14 @@ def purify(
             show_default="of a result of BackdoorBench: defense_result.pt beside it",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="see fastfip methods")] = "fisher_steps",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="see fastfip methods; auto: fisher_steps, or, without --config and --set, fast_wfip for less than 200 images",
+        ),
+    ] = "auto",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
     ] = None,
@@ -130,8 +137,14 @@ def purify(
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
-def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig:
+def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
     from fastfip.methods import get
+    from fastfip.purification.purify import MANY
+
+    if method == "auto":
+        if path is None and not settings:
+            return None  # what is taken depends on the images
+        method = MANY
 
     kind: Any = get(method).Config
     chosen: MethodConfig = kind() if path is None else kind.load(path)

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from fastfip.data.batch import Batch, map_batch, map_tensors
 from fastfip.errors import DataError
 
-__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "kept", "live_loader", "tensors_of"]
+__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "count_of", "kept", "live_loader", "tensors_of"]
 
 #: Batches of an iterable that are kept, at most: one that has no end must not fill the memory.
 MOST_BATCHES = 1_000_000
@@ -257,6 +257,23 @@ def live_loader(data: Any) -> tuple[DataLoader[Any], Tensor, int] | None:
     chunks = [list(map(int, chunk)) for chunk in data.batch_sampler]
     flat = sorted({i for chunk in chunks for i in chunk})
     return data, torch.tensor(flat, dtype=torch.int64, device="cpu"), max((len(chunk) for chunk in chunks), default=1)
+
+
+def count_of(data: Any) -> int | None:
+    """Return the number of samples of what a user passes as data, without reading it; None: only reading would tell."""
+    if isinstance(data, Mapping):
+        data = tuple(data.values())
+    if isinstance(data, Tensor):
+        return len(data) if data.dim() else None
+    live = live_loader(data)
+    if live is not None:
+        return len(live[1])
+    if not isinstance(data, (tuple, list)) or not data:
+        return None
+    if isinstance(data[0], Tensor):  # one batch
+        return len(data[0]) if data[0].dim() else None
+    counts = [count_of(batch) for batch in data]
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def tensors_of(loader: DataLoader[Any]) -> Any | None:

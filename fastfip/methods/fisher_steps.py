@@ -164,7 +164,10 @@ class FisherSteps(Method):
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """Leave samples out when changes and unlearning end; half-way from there some come back."""
+        """Leave samples out when changes and unlearning end; half-way from there some come back; go back at the end.
+
+        A run that is stopped before its last step keeps the weights that it has.
+        """
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
         if self.received is not None and done >= border:
@@ -174,16 +177,14 @@ class FisherSteps(Method):
             self.taken_back = True
             self.sieve.take_back()
             self.sieve.say()
+        if self.start is not None and run.step + 1 == run.total_steps:
+            self._go_back(run, self.start)
 
-    @torch.no_grad()
-    def fold(self, run: Run) -> None:
+    def _go_back(self, run: Run, start: dict[str, Tensor]) -> None:
         """Take the weights a part of the way back, and BatchNorm's statistics anew for what they are then."""
-        if self.start is None or run.step == 0:
-            return
-        back = self.config(run).back
         for name, p in run.model.named_parameters():
-            if name in self.start:
-                p.lerp_(self.start[name], back)
+            if name in start:
+                p.lerp_(start[name], self.config(run).back)
         self._statistics(run)
 
     def _statistics(self, run: Run) -> None:

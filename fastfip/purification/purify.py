@@ -17,6 +17,7 @@ import fastfip
 from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
+from fastfip.data.stores import count_of
 from fastfip.data.task import Forward, Loss, Task
 from fastfip.data.unlabelled import with_answers
 from fastfip.errors import ConfigError, DataError, ModelError
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["purify", "purify_"]
 
+#: What `method="auto"` takes: the second where there are fewer clean samples than the third, and no settings.
+MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
 #: One that its first line is about.
@@ -77,7 +80,7 @@ class PurifyOptions:
 def purify(
     model: nn.Module,
     clean_loader: Iterable[Batch] | None = None,
-    method: str | type[Method] = "fisher_steps",
+    method: str | type[Method] = "auto",
     *,
     config: MethodConfig | Mapping[str, Any] | None = None,
     steps: int | None = None,
@@ -110,7 +113,8 @@ def purify(
             are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
             sample a class is enough for it to run. Without labels (a tensor of images, batches `x` or `(x,)`, dicts
             without a label) the received model's own answers are taken for them, and everything is read into memory.
-        method: its name (`fastfip.methods.names()`), or a class.
+        method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
+            fewer than 200 clean samples and no settings are given.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
         epochs: passes over the clean set, instead of what the config says.
@@ -152,9 +156,14 @@ def purify(
             "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset, tensors (x, y), or images alone, "
             "without labels; a few for each class are enough"
         )
+    if method == "auto":
+        count = None if config or overrides else count_of(clean_loader)
+        method = FEW if count is not None and count < ENOUGH else MANY
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
-        raise ConfigError(f"method={method!r}: give the name of a method, such as 'fisher_steps', or a class of one")
+        raise ConfigError(
+            f"method={method!r}: give the name of a method, such as 'fisher_steps', 'auto', or a class of one"
+        )
     if not isinstance(inplace, bool):
         raise ConfigError(f"inplace={inplace!r}: must be True or False")
     seed = check_seed(seed)
@@ -235,7 +244,7 @@ else:
     def purify_(
         model: nn.Module,
         clean_loader: Iterable[Batch] | None = None,
-        method: str | type[Method] = "fisher_steps",
+        method: str | type[Method] = "auto",
         **options: Any,
     ) -> PurifyResult:
         """Purify a model in place: :func:`purify` with `inplace=True`."""

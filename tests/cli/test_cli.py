@@ -377,7 +377,7 @@ def test_help_names_every_option_with_a_default():
     for command in ("inspect", "purify", "evaluate", "sharpness", "fisher", "methods", "env", "demo"):
         shown = runner.invoke(app, [command, "--help"])
         assert shown.exit_code == 0 and f"{command} " in shown.output
-    assert "[default: fast_wfip]" in runner.invoke(app, ["purify", "--help"]).output
+    assert "[default: auto]" in runner.invoke(app, ["purify", "--help"]).output
     assert main([]) == 0 and main(["--version"]) == 0
 
 

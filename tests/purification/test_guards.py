@@ -172,7 +172,9 @@ def test_seeds_of_numpy_are_taken_and_those_beyond_the_generators_refused():
 
 @pytest.mark.parametrize("method", [None, 3, nn.Linear, object()])
 def test_what_is_no_method_is_one_line(method):
-    with pytest.raises(ConfigError, match="give the name of a method, such as 'fisher_steps', or a class of one"):
+    with pytest.raises(
+        ConfigError, match="give the name of a method, such as 'fisher_steps', 'auto', or a class of one"
+    ):
         fastfip.purify(net(), (X, Y), method)
 
 

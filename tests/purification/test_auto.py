@@ -1,0 +1,47 @@
+"""`method="auto"`: which method is taken, from the number of clean samples, however they are passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+import fastfip
+from fastfip.data.stores import count_of
+from tests.support.small_nets import conv_net, data
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: {"x": x, "label": y},
+        lambda x, y: x,
+        lambda x, y: TensorDataset(x, y),
+        lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True),
+        lambda x, y: list(zip(x.split(7), y.split(7))),
+        lambda x, y: [{"x": a, "label": b} for a, b in zip(x.split(7), y.split(7))],
+    ],
+)
+def test_the_samples_are_counted_without_reading_them(make: Any) -> None:
+    assert count_of(make(*data(30))) == 30
+
+
+def test_what_cannot_be_counted_is_many() -> None:
+    x, y = data(30)
+    sampler = SubsetRandomSampler(range(12))
+    assert count_of(DataLoader(TensorDataset(x, y), batch_size=5, sampler=sampler)) == 12
+    assert count_of(iter([(x, y)])) is None and count_of([]) is None and count_of(3) is None
+
+
+def _taken(n: int, **options: Any) -> str:
+    torch.manual_seed(0)
+    return fastfip.purify(conv_net(), data(n), steps=2, force=True, progress=False, **options).method
+
+
+def test_few_samples_take_fast_wfip_unless_there_are_settings() -> None:
+    assert _taken(199) == "fast_wfip" and _taken(200) == "fisher_steps"
+    assert _taken(30, batch_size=8) == "fisher_steps" and _taken(30, config={"back": 0.0}) == "fisher_steps"
+    assert fastfip.purify(conv_net(), iter([data(30)]), steps=2, force=True, progress=False).method == "fisher_steps"
