@@ -33,8 +33,20 @@ FLOOR = ("fine_tune", "large_step")
 LARGE_STEP: dict[str, Any] = {"lr": 0.1, "steps": 150, "batch_size": 64, "bn_mode": "train"}
 #: What is done to the clean set (hidden: 0.5 % of it, at least one image, are triggered images with the label that the
 #: training set gave them; missing: one class has no image; domain: ImageNet's samples at the network's size with the
-#: network's own answers for labels), to the method, or afterwards (retune: tuned with five poisoned images).
-SETTINGS = ("plain", "hidden", "missing", "domain", "lr_half", "lr_double", "steps_half", "steps_double", "retune")
+#: network's own answers for labels; unlabelled: images alone), to the method, or afterwards (retune: tuned with five
+#: poisoned images).
+SETTINGS = (
+    "plain",
+    "hidden",
+    "missing",
+    "domain",
+    "unlabelled",
+    "lr_half",
+    "lr_double",
+    "steps_half",
+    "steps_double",
+    "retune",
+)
 HIDDEN = 0.005
 COLUMNS = (
     "network made base attack target rate method fraction setting seed clean_images acc_twin asr_twin acc_before "
@@ -171,10 +183,9 @@ def run(cell: Cell) -> list[Row]:
     prepared = prepare(network)
     name, config = settings_of(cell.method, cell.setting, prepared.base)
     x, y = clean_set(prepared, cell.fraction, cell.seed, cell.setting)
+    data = x if cell.setting == "unlabelled" else real_data.loader(x, y)
     start = time.process_time()
-    result = fastfip.purify(
-        prepared.model, real_data.loader(x, y), name, config=config, seed=cell.seed, progress=False, force=True
-    )
+    result = fastfip.purify(prepared.model, data, name, config=config, seed=cell.seed, progress=False, force=True)
     cpu = time.process_time() - start
     model = result.model
     if cell.setting == "retune":

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastfip.attacks.badnets import BadNets
 from fastfip.nets.process import seeded
-from fastfip.purification.purify import FEW, purify
+from fastfip.purification.door import FEW
+from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
 from fastfip.reporting.table import Report, Sheet
 

@@ -34,7 +34,7 @@ def purify(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="see fastfip methods; auto: fisher_steps, or, without --config and --set, fast_wfip for less than 200 images",
+            help="see fastfip methods; auto: fisher_steps; for less than 200 images, without settings, fast_wfip",
         ),
     ] = "auto",
     config: Annotated[
@@ -139,7 +139,7 @@ def purify(
 
 def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
     from fastfip.methods import get
-    from fastfip.purification.purify import MANY
+    from fastfip.purification.door import MANY
 
     if method == "auto":
         if path is None and not settings:

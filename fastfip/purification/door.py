@@ -1,4 +1,5 @@
-"""What is found out before anything is tuned: the faster memory layout, and whether model and data fit each other.
+"""What is found out before anything is tuned: the method, labels that were not given, the faster memory layout, and
+whether model and data fit each other.
 
 A model that its data do not fit (images scaled in another way, classes in another order, a checkpoint before training)
 is ruined by every method without a sign of it, so that is asked first, of the model as it was received.
@@ -6,21 +7,28 @@ is ruined by every method without a sign of it, so that is asked first, of the m
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.task import Task
+from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, live_loader
+from fastfip.data.task import LABEL_KEYS, Task
 from fastfip.errors import DataError
 from fastfip.metrics.evaluation import binomial_tail, wilson
-from fastfip.nets.state import is_compiled, requires_grad
+from fastfip.nets.state import eval_mode, is_compiled, requires_grad
 from fastfip.purification.workcopy import WorkCopy
 
-__all__ = ["check_fit", "choose_layout"]
+__all__ = ["MANY", "by_count", "check_fit", "choose_layout", "with_answers"]
 
+#: What `method="auto"` takes: the second where there are fewer clean samples than the third.
+MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
 #: Samples with which the layouts are compared.
 LAYOUT_SAMPLES = 8
 #: Clean samples that are asked whether the model fits them, at most.
@@ -38,6 +46,87 @@ _REMEDY = (
     "check how images are scaled (0..1, -1..1, mean and std), the order of channels and of classes, and that the model "
     "is the trained one"
 )
+
+
+def by_count(data: Any) -> str:
+    """Return the name of the method that `method="auto"` stands for with these clean samples."""
+    count = count_of(data)
+    return FEW if count is not None and count < ENOUGH else MANY
+
+
+def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) -> tuple[Any, bool]:
+    """Return the data with the model's answers as labels, if it has none, and whether it had none.
+
+    Args:
+        model: answers in eval mode.
+        data: what a user passes as clean data; without labels it may be a tensor of inputs [N, ...] as well, or batches
+            that are such a tensor, a tuple of one, or a dict without a field of labels. It is read into memory then.
+        task: how the model takes a batch; with `loss=` nothing is done, because labels may be of any form.
+        device: where the model is.
+
+    Raises:
+        DataError: outputs that no class can be read off.
+    """
+    if task.loss_hook is not None or data is None:
+        return data, False
+    batches, known = _batches(data)
+    if known or batches is None:
+        return data if batches is None else batches, False
+    return list(_answered(model, batches, task, device)), True
+
+
+def _batches(data: Any) -> tuple[Iterable[Batch] | None, bool]:
+    """Return the batches of the data (None: as it was given) and whether they have labels."""
+    if isinstance(data, Tensor):
+        return (data.split(DEFAULT_BATCH) if data.dim() > 1 else None), data.dim() <= 1
+    if isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and data and isinstance(data[0], Tensor)):
+        return [data], not _lacks_labels(data)
+    live = live_loader(data)
+    if live is not None:
+        loader, index, size = live
+        store = Live(loader)
+        if len(index) == 0 or not _lacks_labels(store.get(index[:1].tolist())):
+            return None, True
+        return store.loader(chunk.tolist() for chunk in index.split(size)), False
+    if not isinstance(data, Iterable):
+        return None, True
+    if isinstance(data, (list, tuple)):
+        return data, not (data and _lacks_labels(data[0]))
+    walk = iter(data)
+    first = list(itertools.islice(walk, 1))
+    # A loader gives its batches anew; what is used up by reading goes on from the one that was taken.
+    whole = data if iter(data) is not walk else itertools.chain(first, walk)
+    return whole, not (first and _lacks_labels(first[0]))
+
+
+def _lacks_labels(batch: Batch) -> bool:
+    batch = to_tensors(batch)
+    if isinstance(batch, Mapping):
+        numbers = any(isinstance(v, Tensor) and v.dim() == 1 and not v.is_floating_point() for v in batch.values())
+        return not numbers and not any(key in batch for key in LABEL_KEYS)  # numbers: labels by a name of their own
+    if isinstance(batch, tuple):
+        return len(batch) == 1 and isinstance(batch[0], Tensor) and batch[0].dim() > 1
+    return isinstance(batch, Tensor) and batch.dim() > 1
+
+
+@torch.no_grad()
+def _answered(model: nn.Module, batches: Iterable[Batch], task: Task, device: torch.device) -> Iterator[Batch]:
+    with eval_mode(model):
+        for raw in batches:
+            batch = to_tensors(raw)
+            batch = (batch,) if isinstance(batch, Tensor) else batch
+            out = task.forward(model, move_to(batch, device))
+            if out.dim() == 2 and out.shape[1] > 1:
+                y = out.argmax(1)
+            elif out.dim() == 1 or (out.dim() == 2 and out.shape[1] == 1):
+                y = (out.reshape(-1) > 0).long()
+            else:
+                raise DataError(
+                    f"the clean data has no labels, and none can be read off outputs of shape {list(out.shape)}: pass "
+                    "(x, y)"
+                )
+            y = y.cpu()
+            yield {**batch, LABEL_KEYS[0]: y} if isinstance(batch, Mapping) else (*batch, y)
 
 
 def choose_layout(work: WorkCopy, clean: CleanSet, task: Task, device: torch.device) -> None:

@@ -17,9 +17,7 @@ import fastfip
 from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
-from fastfip.data.stores import count_of
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.data.unlabelled import with_answers
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
@@ -28,11 +26,11 @@ from fastfip.nets.checks import check_amp, check_seed, of_checkpointing, usable_
 from fastfip.nets.process import PeakMemory, seeded
 from fastfip.nets.state import as_written, without_caches
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.door import check_fit, choose_layout
+from fastfip.purification.door import MANY, by_count, check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
 from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
-from fastfip.purification.workcopy import WorkCopy
+from fastfip.purification.workcopy import WorkCopy, in_full_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["purify", "purify_"]
 
-#: What `method="auto"` takes: the second where there are fewer clean samples than the third, and no settings.
-MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
 #: One that its first line is about.
@@ -157,8 +153,7 @@ def purify(
             "without labels; a few for each class are enough"
         )
     if method == "auto":
-        count = None if config or overrides else count_of(clean_loader)
-        method = FEW if count is not None and count < ENOUGH else MANY
+        method = MANY if config or overrides else by_count(clean_loader)
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
         raise ConfigError(
@@ -299,7 +294,7 @@ def _purify(
     # Seeded anew, so that the weights do not depend on whether anything was measured.
     with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
-            _full_precision(work, run)
+            in_full_precision(work, run)
         history = fit(run, options.recipe(), options.progress, options.callbacks)
         work.to_own_dtype()
         run.task = task
@@ -394,18 +389,3 @@ def _probe(
         notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
     return clean, task, logits.shape[1]
-
-
-def _full_precision(work: WorkCopy, run: Run) -> None:
-    """Tune float16 and bfloat16 weights in float32, if the net can run so; the result is rounded once, at the end."""
-    own = run.task
-    work.to_float32()
-    run.task = own.in_float32()
-    try:
-        with torch.no_grad():
-            run.forward(next(iter(run.clean.batches(2, device=run.device))))
-        run.note("float16 and bfloat16 weights are tuned in float32 and rounded at the end")
-    except RuntimeError:
-        work.to_own_dtype()
-        run.task = own
-        run.note("the model casts to low precision itself: its weights are tuned in their own dtype")

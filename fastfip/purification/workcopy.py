@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.errors import ModelError
+from fastfip.methods.run import Run
 from fastfip.nets.checks import check_net
 from fastfip.nets.state import LOW_PRECISION, cast, copied, empty_caches, refuse_sharded, to_float32, unwrapped
 
-__all__ = ["WorkCopy"]
+__all__ = ["WorkCopy", "in_full_precision"]
 
 
 class WorkCopy:
@@ -211,3 +212,18 @@ def _check(model: nn.Module) -> None:
 
 def _form(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def in_full_precision(work: WorkCopy, run: Run) -> None:
+    """Tune float16 and bfloat16 weights in float32, if the net can run so; the result is rounded once, at the end."""
+    own = run.task
+    work.to_float32()
+    run.task = own.in_float32()
+    try:
+        with torch.no_grad():
+            run.forward(next(iter(run.clean.batches(2, device=run.device))))
+        run.note("float16 and bfloat16 weights are tuned in float32 and rounded at the end")
+    except RuntimeError:
+        work.to_own_dtype()
+        run.task = own
+        run.note("the model casts to low precision itself: its weights are tuned in their own dtype")

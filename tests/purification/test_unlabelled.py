@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastfip
 from fastfip.data.task import Task
-from fastfip.data.unlabelled import with_answers
 from fastfip.errors import DataError
+from fastfip.purification.door import with_answers
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
 
