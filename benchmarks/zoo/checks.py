@@ -314,8 +314,13 @@ def fine_tune(model: nn.Module, batch: Given) -> str:
     return _purified(model, batch, "fine_tune")
 
 
-def fast_wfip(model: nn.Module, batch: Given) -> str:
+def fisher_steps(model: nn.Module, batch: Given) -> str:
     """The default method."""
+    return _purified(model, batch, "fisher_steps")
+
+
+def fast_wfip(model: nn.Module, batch: Given) -> str:
+    """The default method for few samples."""
     return _purified(model, batch, "fast_wfip")
 
 
@@ -326,6 +331,7 @@ CHECKS: dict[str, Check] = {
     "fisher_trace": fisher_trace,
     "FisherPenalty": fisher_penalty,
     "fine_tune": fine_tune,
+    "fisher_steps": fisher_steps,
     "fast_wfip": fast_wfip,
     "audit": audit,
 }
