@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import torch
@@ -265,9 +265,10 @@ def count_of(data: Any) -> int | None:
         data = tuple(data.values())
     if isinstance(data, Tensor):
         return len(data) if data.dim() else None
-    live = live_loader(data)
-    if live is not None:
-        return len(live[1])
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return len(data)  # type: ignore[arg-type]
+    if type(data) is DataLoader and type(data.batch_sampler) is BatchSampler:
+        return len(data.sampler) if isinstance(data.sampler, Sized) else None
     if not isinstance(data, (tuple, list)) or not data:
         return None
     if isinstance(data[0], Tensor):  # one batch

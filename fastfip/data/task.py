@@ -313,15 +313,25 @@ def batches_of(data: Any) -> Iterable[Batch]:
     return data
 
 
+def check_inputs(batch: Batch, task: Task) -> None:
+    """Check the inputs of one batch, unless `forward=` knows what they mean.
+
+    Raises:
+        DataError: uint8 images, NaN or Inf.
+    """
+    if task.forward_hook is not None:
+        return
+    x = task.inputs(batch)
+    if x.dtype == torch.uint8 and x.dim() > 2:
+        raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
+    if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
+        raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")
+
+
 def _check_batch(batch: Batch, task: Task, classes: int | None) -> int:
     """Check one batch; return its number of samples."""
-    if task.forward_hook is None:
-        x = task.inputs(batch)
-        if x.dtype == torch.uint8 and x.dim() > 2:
-            raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
-        if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
-            raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")
+    check_inputs(batch, task)
     if task.loss_hook is None:
         y = task.labels(batch)
         if y.device.type == "cpu":

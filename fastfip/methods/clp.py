@@ -84,7 +84,7 @@ def _layers(run: Run) -> list[_Layer]:
         assert isinstance(weight, Tensor)
         if not any(id(p) in run.frozen for p in owned):
             out.append(_Layer(channel_lipschitz(weight, norm), owned))
-    if out:
+    if out or run.batchnorms:
         return out
     places = Classifier.of(run).spared(weights_of(run.model, frozen=run.frozen))
     for _, module, name in places:
@@ -102,7 +102,7 @@ class CLP(Method):
     """Prune the channels that can change most: those with an outlying Lipschitz bound. No image is looked at.
 
     In each layer with a BatchNorm after it, a channel k with sigma_k > mean + u * std (over the layer's channels) is
-    pruned: its BatchNorm's weight and bias become zero. A network without such layers has the rows of its weights
+    pruned: its BatchNorm's weight and bias become zero. A network without BatchNorm has the rows of its weights
     compared, and pruned, themselves; the classifier's are spared.
     """
 
@@ -114,7 +114,10 @@ class CLP(Method):
         """Find the layers and the bounds of their channels."""
         self.layers = _layers(run)
         if not self.layers:
-            raise ModelError("clp finds no layer before the classifier whose channels it could prune")
+            raise ModelError(
+                "clp finds no channels to prune: no layer before the classifier, or each BatchNorm is frozen or without "
+                "weights or statistics"
+            )
         if not all(bool(torch.isfinite(layer.bounds).all()) for layer in self.layers):
             raise ModelError("clp needs finite weights and variances: there are others in this model")
 

@@ -166,7 +166,8 @@ class FisherSteps(Method):
     def after_step(self, run: Run) -> None:
         """Leave samples out when changes and unlearning end; half-way from there some come back; go back at the end.
 
-        A run that is stopped before its last step keeps the weights that it has.
+        A run that is stopped before its last step keeps the weights that it has, and so does an earlier epoch that
+        `select="best"` chooses.
         """
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
@@ -180,12 +181,19 @@ class FisherSteps(Method):
         if self.start is not None and run.step + 1 == run.total_steps:
             self._go_back(run, self.start)
 
+    def fold(self, run: Run) -> None:
+        """Go back where the last step was left out, with a loss that is not finite."""
+        if self.start is not None and run.step == run.total_steps > 0 and not (run.interrupted or run.diverged):
+            self._go_back(run, self.start)
+
+    @torch.no_grad()
     def _go_back(self, run: Run, start: dict[str, Tensor]) -> None:
         """Take the weights a part of the way back, and BatchNorm's statistics anew for what they are then."""
         for name, p in run.model.named_parameters():
             if name in start:
                 p.lerp_(start[name], self.config(run).back)
         self._statistics(run)
+        self.start = None
 
     def _statistics(self, run: Run) -> None:
         """Take BatchNorm's statistics from clean images that are changed as in the steps.

@@ -7,6 +7,7 @@ is ruined by every method without a sign of it, so that is asked first, of the m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,16 +20,19 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, live_loader
-from fastfip.data.task import LABEL_KEYS, Task
+from fastfip.data.task import LABEL_KEYS, Task, check_inputs
 from fastfip.errors import DataError
+from fastfip.methods import get
 from fastfip.metrics.evaluation import binomial_tail, wilson
 from fastfip.nets.state import eval_mode, is_compiled, requires_grad
 from fastfip.purification.workcopy import WorkCopy
 
-__all__ = ["MANY", "by_count", "check_fit", "choose_layout", "with_answers"]
+__all__ = ["FEW_SAMPLES", "MANY", "by_count", "by_settings", "check_fit", "choose_layout", "with_answers"]
 
 #: What `method="auto"` takes: the second where there are fewer clean samples than the third.
 MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
+#: What the result says of that.
+FEW_SAMPLES = f"{FEW} was taken for fewer than {ENOUGH} clean samples; {MANY} is the default for more"
 #: Samples with which the layouts are compared.
 LAYOUT_SAMPLES = 8
 #: Clean samples that are asked whether the model fits them, at most.
@@ -54,6 +58,11 @@ def by_count(data: Any) -> str:
     return FEW if count is not None and count < ENOUGH else MANY
 
 
+def by_settings(config: Any) -> str:
+    """Return the name of the method that `method="auto"` stands for with settings: the one that a config is of."""
+    return FEW if isinstance(config, get(FEW).Config) and not isinstance(config, get(MANY).Config) else MANY
+
+
 def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) -> tuple[Any, bool]:
     """Return the data with the model's answers as labels, if it has none, and whether it had none.
 
@@ -65,7 +74,7 @@ def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) 
         device: where the model is.
 
     Raises:
-        DataError: outputs that no class can be read off.
+        DataError: inputs that cannot be used, or outputs that no class can be read off.
     """
     if task.loss_hook is not None or data is None:
         return data, False
@@ -77,10 +86,20 @@ def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) 
 
 def _batches(data: Any) -> tuple[Iterable[Batch] | None, bool]:
     """Return the batches of the data (None: as it was given) and whether they have labels."""
+    if not isinstance(data, (Tensor, Mapping, tuple, list)) and hasattr(data, "__array__"):
+        data = torch.as_tensor(data)
     if isinstance(data, Tensor):
         return (data.split(DEFAULT_BATCH) if data.dim() > 1 else None), data.dim() <= 1
-    if isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and data and isinstance(data[0], Tensor)):
+    if isinstance(data, Mapping):
         return [data], not _lacks_labels(data)
+    if isinstance(data, (tuple, list)):
+        if not data:
+            return None, True
+        if isinstance(data, list) and _are_inputs(data):
+            return data, False
+        if hasattr(data[0], "__array__"):  # one batch
+            return [data], not _lacks_labels(data)
+        return data, not _lacks_labels(data[0])
     live = live_loader(data)
     if live is not None:
         loader, index, size = live
@@ -90,13 +109,27 @@ def _batches(data: Any) -> tuple[Iterable[Batch] | None, bool]:
         return store.loader(chunk.tolist() for chunk in index.split(size)), False
     if not isinstance(data, Iterable):
         return None, True
-    if isinstance(data, (list, tuple)):
-        return data, not (data and _lacks_labels(data[0]))
+    # What gives its batches once goes on from the first one; a loader gives them anew.
     walk = iter(data)
     first = list(itertools.islice(walk, 1))
-    # A loader gives its batches anew; what is used up by reading goes on from the one that was taken.
-    whole = data if iter(data) is not walk else itertools.chain(first, walk)
-    return whole, not (first and _lacks_labels(first[0]))
+    known = not (first and _lacks_labels(first[0]))
+    return (_resumed(first, walk) if isinstance(data, Iterator) else data), known
+
+
+def _resumed(first: list[Batch], walk: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield what was taken and then the rest, without asking for an iterator again: some begin anew when asked."""
+    yield from first
+    with contextlib.suppress(StopIteration):
+        while True:
+            yield next(walk)
+
+
+def _are_inputs(data: list[Any]) -> bool:
+    """Return whether a list holds batches of inputs of one form, not (x, y)."""
+    return all(
+        isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.shape[1:] == data[0].shape[1:]
+        for x in data
+    )
 
 
 def _lacks_labels(batch: Batch) -> bool:
@@ -115,10 +148,16 @@ def _answered(model: nn.Module, batches: Iterable[Batch], task: Task, device: to
         for raw in batches:
             batch = to_tensors(raw)
             batch = (batch,) if isinstance(batch, Tensor) else batch
+            check_inputs(batch, task)
             out = task.forward(model, move_to(batch, device))
             if out.dim() == 2 and out.shape[1] > 1:
                 y = out.argmax(1)
             elif out.dim() == 1 or (out.dim() == 2 and out.shape[1] == 1):
+                if bool(((out >= 0) & (out <= 1)).all()):
+                    raise DataError(
+                        "the clean data has no labels, and one output between 0 and 1 may be a logit or a probability: "
+                        "pass (x, y)"
+                    )
                 y = (out.reshape(-1) > 0).long()
             else:
                 raise DataError(

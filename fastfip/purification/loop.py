@@ -302,6 +302,9 @@ class _Loop:
             return True
         if run.scaler is not None:
             run.scaler.unscale_(self.optimizer)
+        for p in self.tuned.tensors:  # torch has no norm of sparse gradients
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.to_dense()
         norm = nn.utils.clip_grad_norm_(self.tuned.tensors, config.grad_clip)
         # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
         return run.scaler is not None or bool(torch.isfinite(norm))

@@ -26,7 +26,7 @@ from fastfip.nets.checks import check_amp, check_seed, of_checkpointing, usable_
 from fastfip.nets.process import PeakMemory, seeded
 from fastfip.nets.state import as_written, without_caches
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.door import MANY, by_count, check_fit, choose_layout, with_answers
+from fastfip.purification.door import FEW_SAMPLES, MANY, by_count, by_settings, check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
 from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
@@ -63,6 +63,7 @@ class PurifyOptions:
     measure: tuple[str, ...]
     force: bool
     frozen: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_amp(self.amp)
@@ -152,8 +153,10 @@ def purify(
             "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset, tensors (x, y), or images alone, "
             "without labels; a few for each class are enough"
         )
+    few = False
     if method == "auto":
-        method = MANY if config or overrides else by_count(clean_loader)
+        method = by_settings(config) if config or overrides else by_count(clean_loader)
+        few = method != MANY and not config
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
         raise ConfigError(
@@ -177,6 +180,7 @@ def purify(
         measure=(measure,) if isinstance(measure, str) else tuple(measure),
         force=force,
         frozen=frozen,
+        notes=(FEW_SAMPLES,) if few else (),
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -250,14 +254,17 @@ def _purify(
     work: WorkCopy, device: torch.device, options: PurifyOptions, ends: ExitStack
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
-    notes: list[str] = []
+    notes = list(options.notes)
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
     with seeded(seed, device):
         data, answered = with_answers(model, options.clean_loader, options.task, device)
         if answered:
-            notes.append("no labels were given: the received model's own answers were taken for them")
+            notes.append(
+                "no labels were given: the received model's own answers were taken for them, so that its accuracy on "
+                "these samples says nothing, nor whether they are scaled as it expects"
+            )
         clean = CleanSet.of(data, options.task)
         ends.callback(clean.close)
         clean, task, classes = _probe(model, clean, options.task, device, notes)

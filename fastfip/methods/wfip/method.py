@@ -1,4 +1,4 @@
-"""Worst-case FIP (`wfip`) and its spectral form (`fast_wfip`), the package's own methods and its default.
+"""Worst-case FIP (`wfip`) and its spectral form (`fast_wfip`), two of the package's own methods.
 
 The empirical Fisher vanishes where the labels are fitted, so on a model that fits its clean data the trace of the
 published objective has no force. A backdoor shows as sharpness at other inputs: at those that a small universal change
@@ -171,7 +171,7 @@ class FastWFIP(WFIP):
     """
 
     name = "fast_wfip"
-    summary = "worst-case FIP on the singular values of each weight, our own and the default"
+    summary = "worst-case FIP on the singular values of each weight, our own; the default for few samples"
     Config = FastWFIPConfig
 
     turns = True
