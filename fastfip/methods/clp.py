@@ -115,8 +115,8 @@ class CLP(Method):
         self.layers = _layers(run)
         if not self.layers:
             raise ModelError(
-                "clp finds no channels to prune: no layer before the classifier, or each BatchNorm is frozen or without "
-                "weights or statistics"
+                "clp finds no channels to prune: no layer before the classifier, or each BatchNorm is frozen, or "
+                "has no weights or statistics"
             )
         if not all(bool(torch.isfinite(layer.bounds).all()) for layer in self.layers):
             raise ModelError("clp needs finite weights and variances: there are others in this model")

@@ -90,6 +90,11 @@ def test_a_model_of_one_layer_is_refused_and_a_frozen_layer_is_left() -> None:
     with pytest.raises(ModelError, match="no layer before the classifier"):
         fastfip.purify(nn.Linear(5, 3), (torch.randn(6, 5), torch.arange(6) % 3), "clp", force=True)
     net = _net()
+    for norm in (net.norm, net.norm2):
+        norm.requires_grad_(False)
+    with pytest.raises(ModelError, match="each BatchNorm is frozen"):
+        fastfip.purify(net, (torch.rand(8, 3, 8, 8), torch.arange(8) % 4), "clp", force=True)
+    net = _net()
     with torch.no_grad():
         net.norm.weight[5] *= 30
         net.norm2.weight[7] *= 30

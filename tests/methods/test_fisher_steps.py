@@ -309,3 +309,31 @@ def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> Non
     assert factors() == [1] * 6
     run.step, run.config = 0, FisherStepsConfig(peak=0.0)
     assert factors() == [1] * 6
+
+
+def test_it_goes_back_also_where_the_last_step_is_left_out() -> None:
+    seen: list[int] = []
+
+    class Counted(FisherSteps):
+        def _go_back(self, run, start):
+            seen.append(run.step)
+            super()._go_back(run, start)
+
+        def backward(self, run, batch):
+            values = super().backward(run, batch)
+            return {**values, "loss": math.nan} if run.step == wrong[0] else values
+
+    wrong = [-1]
+    for wrong[0] in (-1, 5):
+        fastfip.purify(net(torch.float32), [data(24, torch.float32)], Counted, steps=6, progress=False)
+    assert seen == [5, 6]
+
+
+def test_sparse_gradients_are_taken() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(20, 6, sparse=True), nn.Linear(6, 4))
+    before = model[0].weight.detach().clone()
+    tokens = torch.randint(0, 20, (32, 5), generator=torch.Generator().manual_seed(0))
+    result = fastfip.purify(
+        model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False, force=True
+    )
+    assert bool(torch.isfinite(result.model[0].weight).all()) and not torch.equal(result.model[0].weight, before)

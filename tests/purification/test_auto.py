@@ -41,6 +41,22 @@ def _taken(n: int, **options: Any) -> str:
     return fastfip.purify(conv_net(), data(n), steps=2, force=True, progress=False, **options).method
 
 
+def test_counting_draws_nothing() -> None:
+    x, y = data(30)
+    state = torch.get_rng_state()
+    count_of(DataLoader(TensorDataset(x, y), batch_size=5, sampler=SubsetRandomSampler(range(12))))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_config_says_which_method_it_is_of_and_a_choice_is_said() -> None:
+    few = fastfip.methods.get("fast_wfip").Config(steps=2)
+    assert fastfip.purify(conv_net(), data(300), config=few, force=True, progress=False).method == "fast_wfip"
+    said = "fast_wfip was taken for fewer than 200 clean samples"
+    for n, expected in ((30, True), (300, False)):
+        result = fastfip.purify(conv_net(), data(n), steps=2, force=True, progress=False)
+        assert any(said in note for note in result.notes) == expected
+
+
 def test_few_samples_take_fast_wfip_unless_there_are_settings() -> None:
     assert _taken(199) == "fast_wfip" and _taken(200) == "fisher_steps"
     assert _taken(30, batch_size=8) == "fisher_steps" and _taken(30, config={"back": 0.0}) == "fisher_steps"

@@ -25,6 +25,22 @@ class _Images(Dataset):
         return X[i]
 
 
+class _Restarting:
+    """Begins anew when it is asked for an iterator, and is its own, as loaders of other libraries are."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        self.rest = list(self.batches)
+        return self
+
+    def __next__(self) -> Any:
+        if not self.rest:
+            raise StopIteration
+        return self.rest.pop(0)
+
+
 def _model() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)).train()
@@ -44,6 +60,9 @@ def _answered(model: nn.Module, data: Any) -> tuple[Any, bool]:
         lambda: DataLoader(_Images(), batch_size=7, shuffle=True),
         lambda: DataLoader(TensorDataset(X), batch_size=7),
         lambda: (part for part in X.split(7)),
+        lambda: _Restarting([(part,) for part in X.split(7)]),
+        lambda: list(X.split(7)),
+        lambda: X.numpy(),
         lambda: [(part,) for part in X.split(7)],
         lambda: [{"x": part} for part in X.split(7)],
         lambda: {"x": X},
@@ -67,6 +86,7 @@ def test_the_answers_in_eval_mode_become_the_labels(make: Any) -> None:
         DataLoader(TensorDataset(X, torch.arange(20) % 3), batch_size=4),
         {"x": X, "label": torch.arange(20) % 3},
         {"x": X, "fine_label": torch.arange(20) % 3},
+        (X.numpy(), (torch.arange(20) % 3).numpy()),
         [],
         torch.arange(4),
     ],
@@ -96,5 +116,19 @@ def test_one_logit_gives_labels_0_and_1_and_other_outputs_give_an_error() -> Non
     model = nn.Linear(6, 1)
     batches, _ = _answered(model, X)
     assert torch.equal(batches[0][1], (model(X)[:, 0] > 0).long())
+    with pytest.raises(DataError, match="a logit or a probability"):
+        _answered(nn.Sequential(nn.Linear(6, 1), nn.Sigmoid()), X)
     with pytest.raises(DataError, match="none can be read off outputs of shape"):
         _answered(nn.Unflatten(1, (1, 2, 3)), X)
+
+
+def test_labelled_batches_of_what_begins_anew_are_counted_once() -> None:
+    batches = list(zip(X.split(7), (torch.arange(20) % 3).split(7)))
+    result = fastfip.purify(_model().eval(), _Restarting(batches), "fine_tune", steps=2, progress=False, force=True)
+    assert result.settings["clean_samples"] == 20
+
+
+def test_images_of_uint8_get_the_same_word_as_with_labels() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(DataError, match=r"uint8 .*scale them as the model expects"):
+        fastfip.purify(model, torch.zeros(8, 1, 4, 4, dtype=torch.uint8), progress=False)
