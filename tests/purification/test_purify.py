@@ -119,7 +119,8 @@ def test_in_place(method):
 @pytest.mark.parametrize("kind", [conv_net, TiedNet])
 def test_after_an_error_the_model_is_as_it_was(method, kind, inplace):
     model = net(kind)
-    list(model.parameters())[1].requires_grad_(False)
+    frozen = -2 if method == "clp" else 1  # clp finds nothing else to prune in these
+    list(model.parameters())[frozen].requires_grad_(False)
     list(model.parameters())[-1].grad = torch.ones_like(list(model.parameters())[-1])
     before, form = values(model), structure(model)
 
