@@ -30,13 +30,8 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
     Returns:
         None where inputs are no images.
     """
-    try:
-        x = task.inputs(batch)
-    except DataError:
-        return None
-    if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
-        return None
-    return task.replace_inputs(batch, crop_flip(x, flip, generator))
+    x = _images(task, batch)
+    return None if x is None else task.replace_inputs(batch, crop_flip(x, flip, generator))
 
 
 def mirrored(task: Task, batch: Batch, which: Tensor) -> Batch | None:
@@ -45,13 +40,19 @@ def mirrored(task: Task, batch: Batch, which: Tensor) -> Batch | None:
     Returns:
         None where inputs are no images.
     """
+    x = _images(task, batch)
+    if x is None:
+        return None
+    return task.replace_inputs(batch, torch.where(which.to(x.device)[:, None, None, None], x.flip(3), x))
+
+
+def _images(task: Task, batch: Batch) -> Tensor | None:
+    """Return the images [N, ch, H, W] of a batch; None: it has none."""
     try:
         x = task.inputs(batch)
     except DataError:
         return None
-    if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
-        return None
-    return task.replace_inputs(batch, torch.where(which.to(x.device)[:, None, None, None], x.flip(3), x))
+    return x if x.dim() == 4 and x.is_floating_point() and x.numel() else None
 
 
 def crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
