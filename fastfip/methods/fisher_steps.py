@@ -31,7 +31,7 @@ from fastfip.errors import FastFIPError
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.methods.wfip.search import at_least
+from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
@@ -245,10 +245,13 @@ class FisherSteps(Method):
                 c = worst.draw(run.task.labels(batch), focus)
                 worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
 
-        improve(ROUND, 0.0)
+        # Of more classes than a batch has samples each is drawn less than once a step: those that are reached get more,
+        # yet most draws stay with the others.
+        focus = 1.0 if len(worst.success) > SEARCH_BATCH else 0.0
+        improve(ROUND, focus)
         while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
             worst.grow(GROWTH)
-            improve(ROUND, 0.0)
+            improve(ROUND, focus)
         worst.grow(max(1.0, NARROWEST / worst.relative_radius))
         improve(LAST, FOCUS)
         run.log(radius=worst.relative_radius)

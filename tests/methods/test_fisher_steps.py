@@ -13,6 +13,7 @@ import fastfip
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.worst_case.universal import Perturbations
 from tests.methods.test_wfip import backdoored, digits_like  # noqa: F401  (a fixture)
 from tests.support.fip_runs import data, make_run, net
 
@@ -193,6 +194,30 @@ def test_the_radius_grows_until_a_class_is_reached(backdoored: nn.Module) -> Non
         radii.append(method.worst.relative_radius)
         assert float(method.worst.success.max()) > 0.3 or radii[-1] * 1.3 > 0.4
     assert radii[0] > 0.15 - 1e-6 and radii[1] >= 0.3 - 1e-6
+
+
+def test_of_more_classes_than_a_batch_has_samples_the_one_that_is_reached_is_found() -> None:
+    torch.manual_seed(1)
+    classes, hidden = 400, 123
+    x = torch.rand(128, 1, 8, 8)
+    x[:, :, 0] = 0.5  # no clean image differs there, and one class answers to it
+    means = torch.randn(classes, 64)
+    means[:, :8] = 0.0
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    with torch.no_grad():
+        model[1].weight.copy_(means)
+        model[1].weight[hidden, :8] = 60.0
+        model[1].bias.zero_()[hidden] = -8 * 60.0 * 0.5 - 20.0
+        x[:4, :, 0] = torch.tensor([0.0, 0.1, 0.9, 1.0])[
+            :, None, None
+        ]  # the range of the pixels has to hold the trigger
+        y = model(x).argmax(1)
+    run = make_run(FisherStepsConfig(), model, classes)
+    run.clean = CleanSet.of((x[4:], y[4:]))
+    worst = Perturbations.of(x, classes, run.generator, 0.05)
+    FisherSteps._search(run, worst)
+    assert int(worst.success.argmax()) == hidden and float(worst.success.max()) >= 0.9
+    assert worst.relative_radius < 0.2  # drawn alike, it is found at 0.31
 
 
 @pytest.mark.parametrize("step", [0, 5, 22, 59])
