@@ -208,9 +208,8 @@ def test_of_more_classes_than_a_batch_has_samples_the_one_that_is_reached_is_fou
         model[1].weight.copy_(means)
         model[1].weight[hidden, :8] = 60.0
         model[1].bias.zero_()[hidden] = -8 * 60.0 * 0.5 - 20.0
-        x[:4, :, 0] = torch.tensor([0.0, 0.1, 0.9, 1.0])[
-            :, None, None
-        ]  # the range of the pixels has to hold the trigger
+        # The range of the pixels has to hold the trigger.
+        x[:4, :, 0] = torch.tensor([0.0, 0.1, 0.9, 1.0])[:, None, None]
         y = model(x).argmax(1)
     run = make_run(FisherStepsConfig(), model, classes)
     run.clean = CleanSet.of((x[4:], y[4:]))
