@@ -204,7 +204,7 @@ def auc(bad: Sequence[float], good: Sequence[float]) -> float:
 def bootstrapped(bad: Sequence[float], good: Sequence[float], draws: int = 4000) -> tuple[float, float]:
     """Return the 95 % interval of the AUC, both groups drawn anew with repetition."""
     rng = np.random.default_rng(0)
-    found = [auc(rng.choice(bad, len(bad)), rng.choice(good, len(good))) for _ in range(draws)]
+    found = [auc(rng.choice(bad, len(bad)).tolist(), rng.choice(good, len(good)).tolist()) for _ in range(draws)]
     return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
@@ -212,7 +212,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson 1927)."""
     z, p = 1.96, hits / n
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def summary(rows: Sequence[dict[str, str]]) -> str:
@@ -228,12 +228,12 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
         good = [r for r in chosen if r["attack"] == "none"]
         if not bad or not good:
             continue
-        scores = [[float(r["score"]) for r in part] for part in (bad, good)]
-        low, high = bootstrapped(*scores)
-        level = float(np.quantile(scores[1], 0.95))
+        high_ones, low_ones = ([float(r["score"]) for r in part] for part in (bad, good))
+        low, high = bootstrapped(high_ones, low_ones)
+        level = float(np.quantile(low_ones, 0.95, method="higher"))
         out.append([
-            label, f"{len(bad)} + {len(good)}", f"{auc(*scores):.2f} ({low:.2f} to {high:.2f})",
-            _counted(sum(s > level for s in scores[0]), len(bad)),
+            label, f"{len(bad)} + {len(good)}", f"{auc(high_ones, low_ones):.2f} ({low:.2f} to {high:.2f})",
+            _counted(sum(s > level for s in high_ones), len(bad)),
             _counted(sum(r["suspicious"] == "yes" for r in bad), len(bad)),
             _counted(sum(r["suspicious"] == "yes" for r in good), len(good)),
             _counted(sum(r["first"] in r["target"].split() for r in bad if r["target"] != "next"),
@@ -268,8 +268,9 @@ def main() -> None:
         found = available()
         for name in args.nets or found:
             if args.again or name not in {r["net"] for r in RESULTS.read()}:
-                RESULTS.add([row(name, found[name]())])
-                harness.show({k: v for k, v in RESULTS.read()[-1].items() if k in ("net", "score", "first")}, 14)
+                scored = row(name, found[name]())
+                RESULTS.add([scored])
+                harness.show({k: scored[k] for k in ("net", "target", "first", "score", "suspicious")}, 12, net=-36)
     rows = RESULTS.read()
     print(each(rows), summary(rows), sep="\n\n")
     if args.table:

@@ -20,14 +20,16 @@ def test_intervals_are_wilsons():
 
 
 def test_the_summary_keeps_sets_apart_and_counts_targets():
-    common = {"net": "", "index": "", "ratio": "", "p": "", "seconds": "", "cpu_seconds": ""}
+    def row(of, attack, target, first, score, suspicious):
+        return {"set": of, "attack": attack, "target": target, "first": first, "score": score, "suspicious": suspicious}
+
     rows = [
-        {**common, "set": "development", "attack": "badnets", "target": "3", "first": "3", "score": "2", "suspicious": "yes"},
-        {**common, "set": "held-out", "attack": "blend", "target": "1", "first": "2", "score": "1", "suspicious": "no"},
-        {**common, "set": "held-out", "attack": "badnets", "target": "next", "first": "2", "score": "0.1", "suspicious": "no"},
-        {**common, "set": "development", "attack": "none", "target": "", "first": "1", "score": "0.5", "suspicious": "no"},
-        {**common, "set": "held-out", "attack": "none", "target": "", "first": "4", "score": "0.7", "suspicious": "yes"},
-    ]  # fmt: skip
+        row("development", "badnets", "3", "3", "2", "yes"),
+        row("held-out", "blend", "1", "2", "1", "no"),
+        row("held-out", "badnets", "next", "2", "0.1", "no"),
+        row("development", "none", "", "1", "0.5", "no"),
+        row("held-out", "none", "", "4", "0.7", "yes"),
+    ]
     lines = bench.summary(rows).splitlines()[2:]
     assert lines[0].startswith("| development | 1 + 1 | 1.00 (1.00 to 1.00) | 1 of 1") and "1 of 1" in lines[0]
     assert "| held-out | 2 + 1 | 0.50" in lines[1] and "0 of 1 (0 to 79 %)" in lines[1]
