@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
         worst_case as worst_case,
     )
     from fastfip.auditing.audit import audit as audit
+    from fastfip.auditing.margins import margins as margins
     from fastfip.checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
     from fastfip.comparison.compare import compare as compare
     from fastfip.fisher import (
@@ -57,6 +58,7 @@ _WHERE = {
     "fisher_trace": "fastfip.fisher",
     "sharpness": "fastfip.fisher.sharpness",
     "audit": "fastfip.auditing.audit",
+    "margins": "fastfip.auditing.margins",
     "evaluate": "fastfip.metrics",
     "compare": "fastfip.comparison.compare",
     "load_checkpoint": "fastfip.checkpoint",
