@@ -22,7 +22,7 @@ from fastfip.errors import ConfigError, ModelError, reason
 from fastfip.nets.checks import check_seed
 from fastfip.nets.state import eval_mode, requires_grad
 
-__all__ = ["input_shape_of", "stand_in_images", "statistics_distance"]
+__all__ = ["input_shape_of", "norms_of", "stand_in_images", "statistics_distance"]
 
 #: So many images are drawn for each one that is kept: rare answers are looked for.
 DRAWN = 3
@@ -71,7 +71,7 @@ def stand_in_images(
     shape, generator = _checked(input_shape), torch.Generator(device="cpu").manual_seed(check_seed(seed))
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise ConfigError(f"samples={samples!r}: give a whole number, 2 or more")
-    if not _norms(model):
+    if not norms_of(model):
         raise ModelError(
             "without data there is only BatchNorm to tell what a model's inputs are like, and this one has none with "
             "running statistics: give clean samples, e.g. purify(model, (x, y)); a few for each class are enough"
@@ -123,7 +123,7 @@ def _watched(model: nn.Module, found: list[Tensor]) -> Iterator[None]:
         away = (seen.mean(axes) - norm.running_mean.float()).square()
         found.append(0.5 * ((variance + away) / usual - 1 - (variance / usual).log()).mean())
 
-    hooks = [norm.register_forward_pre_hook(watch) for norm in _norms(model)]
+    hooks = [norm.register_forward_pre_hook(watch) for norm in norms_of(model)]
     try:
         yield
     finally:
@@ -183,13 +183,14 @@ def _rarest(x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return x[kept], y[kept]
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of a model that keep running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     return [m for m in norms if m.running_mean is not None and m.running_var is not None]
 
 
 def _like(model: nn.Module) -> Tensor:
-    norm = _norms(model)[0]
+    norm = norms_of(model)[0]
     return next((p for p in model.parameters() if p.is_floating_point()), norm.running_mean)  # type: ignore[return-value]
 
 

@@ -86,6 +86,7 @@ def carry(run: Run, away: list[tuple[Tensor, Tensor]], share: float) -> None:
     """Move the running statistics by a share of what `distances` returned, in their own deviations."""
     for norm, (shift, ratio) in zip(_with_statistics(run), away):
         variance = _variance(norm)
+        assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.add_(share * shift * variance.sqrt())
         norm.running_var.copy_((variance * ratio**share - norm.eps).clamp_min(0))
 
