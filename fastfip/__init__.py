@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
     from fastfip.auditing.margins import margins as margins
     from fastfip.checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
     from fastfip.comparison.compare import compare as compare
+    from fastfip.data.stand_ins import stand_in_images as stand_in_images
     from fastfip.fisher import (
         FisherPenalty as FisherPenalty,
         backward_with_fisher as backward_with_fisher,
@@ -57,6 +58,7 @@ _WHERE = {
     "fisher_diagonal": "fastfip.fisher",
     "fisher_trace": "fastfip.fisher",
     "sharpness": "fastfip.fisher.sharpness",
+    "stand_in_images": "fastfip.data.stand_ins",
     "audit": "fastfip.auditing.audit",
     "margins": "fastfip.auditing.margins",
     "evaluate": "fastfip.metrics",

@@ -33,8 +33,8 @@ FLOOR = ("fine_tune", "large_step")
 LARGE_STEP: dict[str, Any] = {"lr": 0.1, "steps": 150, "batch_size": 64, "bn_mode": "train"}
 #: What is done to the clean set (hidden: 0.5 % of it, at least one image, are triggered images with the label that the
 #: training set gave them; missing: one class has no image; domain: ImageNet's samples at the network's size with the
-#: network's own answers for labels; unlabelled: images alone), to the method, or afterwards (retune: tuned with five
-#: poisoned images).
+#: network's own answers for labels; unlabelled: images alone; nodata: none), to the method, or afterwards (retune:
+#: tuned with five poisoned images).
 SETTINGS = (
     "plain",
     "hidden",
@@ -46,6 +46,7 @@ SETTINGS = (
     "steps_half",
     "steps_double",
     "retune",
+    "nodata",
 )
 HIDDEN = 0.005
 COLUMNS = (
@@ -182,10 +183,17 @@ def run(cell: Cell) -> list[Row]:
     network: Network = NETWORKS[cell.network]
     prepared = prepare(network)
     name, config = settings_of(cell.method, cell.setting, prepared.base)
-    x, y = clean_set(prepared, cell.fraction, cell.seed, cell.setting)
-    data = x if cell.setting == "unlabelled" else real_data.loader(x, y)
+    options: dict[str, Any] = {"config": config}
+    if cell.setting == "nodata":
+        x, y = (part[:0] for part in prepared.test)
+        data, options["input_shape"] = None, tuple(prepared.test[0].shape[1:])
+        if name == "fisher_steps":  # `purify` has settings of its own for it without data
+            del options["config"]
+    else:
+        x, y = clean_set(prepared, cell.fraction, cell.seed, cell.setting)
+        data = x if cell.setting == "unlabelled" else real_data.loader(x, y)
     start = time.process_time()
-    result = fastfip.purify(prepared.model, data, name, config=config, seed=cell.seed, progress=False, force=True)
+    result = fastfip.purify(prepared.model, data, name, **options, seed=cell.seed, progress=False, force=True)
     cpu = time.process_time() - start
     model = result.model
     if cell.setting == "retune":

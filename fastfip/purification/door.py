@@ -1,5 +1,5 @@
-"""What is found out before anything is tuned: the method, labels that were not given, the faster memory layout, and
-whether model and data fit each other.
+"""What is found out before anything is tuned: the method and its settings, labels that were not given, the faster
+memory layout, and whether model and data fit each other.
 
 A model that its data do not fit (images scaled in another way, classes in another order, a checkpoint before training)
 is ruined by every method without a sign of it, so that is asked first, of the model as it was received.
@@ -21,13 +21,22 @@ from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, live_loader
 from fastfip.data.task import LABEL_KEYS, Task, check_inputs
-from fastfip.errors import DataError
-from fastfip.methods import get
+from fastfip.errors import ConfigError, DataError
+from fastfip.methods import Method, MethodConfig, get
 from fastfip.metrics.evaluation import binomial_tail, wilson
 from fastfip.nets.state import eval_mode, is_compiled, requires_grad
 from fastfip.purification.workcopy import WorkCopy
 
-__all__ = ["FEW_SAMPLES", "MANY", "by_count", "by_settings", "check_fit", "choose_layout", "with_answers"]
+__all__ = [
+    "FEW_SAMPLES",
+    "MANY",
+    "by_count",
+    "by_settings",
+    "check_fit",
+    "choose_layout",
+    "config_of",
+    "with_answers",
+]
 
 #: What `method="auto"` takes: the second where there are fewer clean samples than the third.
 MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
@@ -61,6 +70,33 @@ def by_count(data: Any) -> str:
 def by_settings(config: Any) -> str:
     """Return the name of the method that `method="auto"` stands for with settings: the one that a config is of."""
     return FEW if isinstance(config, get(FEW).Config) and not isinstance(config, get(MANY).Config) else MANY
+
+
+def config_of(
+    recipe: type[Method],
+    config: MethodConfig | Mapping[str, Any] | None,
+    steps: int | None,
+    epochs: int | None,
+    overrides: Mapping[str, Any],
+) -> MethodConfig:
+    """Return a method's settings: a config (None: its own) with what was given by name instead.
+
+    Raises:
+        ConfigError: a config of another method, steps and epochs at once, an unknown setting or a value out of range.
+    """
+    if steps is not None and epochs is not None:
+        raise ConfigError(f"steps={steps} and epochs={epochs}: give one of them")
+    if config is None:
+        config = recipe.Config()
+    elif isinstance(config, Mapping):
+        config = recipe.Config.from_dict(config)
+    elif not isinstance(config, recipe.Config):
+        raise ConfigError(
+            f"config is a {type(config).__name__}, {recipe.name} takes a {recipe.Config.__name__} or a mapping"
+        )
+    changes = dict(overrides)
+    changes.update({name: value for name, value in (("steps", steps), ("epochs", epochs)) if value is not None})
+    return config.replace(**changes) if changes else config
 
 
 def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) -> tuple[Any, bool]:

@@ -18,7 +18,7 @@ from fastfip.data.batch import Batch, move_to
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.task import Forward, Loss, Task
-from fastfip.errors import ConfigError, DataError, ModelError
+from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation
@@ -26,8 +26,18 @@ from fastfip.nets.checks import check_amp, check_seed, of_checkpointing, usable_
 from fastfip.nets.process import PeakMemory, seeded
 from fastfip.nets.state import as_written, without_caches
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.door import FEW_SAMPLES, MANY, by_count, by_settings, check_fit, choose_layout, with_answers
+from fastfip.purification.door import (
+    FEW_SAMPLES,
+    MANY,
+    by_count,
+    by_settings,
+    check_fit,
+    choose_layout,
+    config_of,
+    with_answers,
+)
 from fastfip.purification.loop import fit
+from fastfip.purification.no_data import NO_DATA, without_data
 from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
@@ -95,9 +105,10 @@ def purify(
     inplace: bool = False,
     force: bool = False,
     frozen: str = "keep",
+    input_shape: tuple[int, int, int] | None = None,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
-    """Remove a backdoor from a classifier with a few clean samples.
+    """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
 
     The given model is left alone (unless `inplace`), the global random state too; the same seed gives the same weights.
     Python's, NumPy's and torch's global generators are seeded meanwhile: purifications in several threads take turns.
@@ -110,6 +121,7 @@ def purify(
             are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
             sample a class is enough for it to run. Without labels (a tensor of images, batches `x` or `(x,)`, dicts
             without a label) the received model's own answers are taken for them, and everything is read into memory.
+            None: drawn images stand in for them (`fastfip.stand_in_images`), for networks with BatchNorm.
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
             fewer than 200 clean samples and no settings are given.
         config: the method's settings, as its config class or a mapping.
@@ -136,24 +148,27 @@ def purify(
         frozen: "keep": parameters with `requires_grad=False` stay as they are, to the bit, where others have it True (a
             frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
             model for inference, that says nothing about purification, and all are tuned.
+        input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
         the purified model, what was measured before and after, and how it went.
 
     Raises:
-        DataError: clean data that cannot be used: empty, uint8 images, labels out of range or no class indices.
+        DataError: clean data that cannot be used: empty, uint8 images, labels out of range or no class indices. Or no
+            data and no BatchNorm.
         ModelError: a model that cannot be used, or a loss that is never finite.
         ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
         BackendError: a device that is not here.
     """
     start = time.perf_counter()
+    few, seed = False, check_seed(seed)
+    said: tuple[str, ...] = ()
     if clean_loader is None:
-        raise DataError(
-            "purify needs clean samples: give clean_loader=, a DataLoader, a Dataset, tensors (x, y), or images alone, "
-            "without labels; a few for each class are enough"
-        )
-    few = False
+        clean_loader, said = without_data(model, input_shape, forward, seed)
+        config = NO_DATA if config is None and method in ("auto", MANY) else config
+    elif input_shape is not None:
+        raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")
     if method == "auto":
         method = by_settings(config) if config or overrides else by_count(clean_loader)
         few = method != MANY and not config
@@ -164,11 +179,10 @@ def purify(
         )
     if not isinstance(inplace, bool):
         raise ConfigError(f"inplace={inplace!r}: must be True or False")
-    seed = check_seed(seed)
     options = PurifyOptions(
         clean_loader=clean_loader,
         recipe=recipe,
-        config=_config(recipe, config, steps, epochs, overrides),
+        config=config_of(recipe, config, steps, epochs, overrides),
         task=Task.of(forward, loss),
         seed=seed,
         device=None if device is None else usable_device(device),
@@ -180,7 +194,7 @@ def purify(
         measure=(measure,) if isinstance(measure, str) else tuple(measure),
         force=force,
         frozen=frozen,
-        notes=(FEW_SAMPLES,) if few else (),
+        notes=(*said, FEW_SAMPLES) if few else said,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -351,28 +365,6 @@ def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
         )
         if before.acc - after.acc > RUINED:
             run.alert(f"RUINED, clean accuracy fell from {100 * before.acc:.1f} to {100 * after.acc:.1f} %")
-
-
-def _config(
-    recipe: type[Method],
-    config: MethodConfig | Mapping[str, Any] | None,
-    steps: int | None,
-    epochs: int | None,
-    overrides: Mapping[str, Any],
-) -> MethodConfig:
-    if steps is not None and epochs is not None:
-        raise ConfigError(f"steps={steps} and epochs={epochs}: give one of them")
-    if config is None:
-        config = recipe.Config()
-    elif isinstance(config, Mapping):
-        config = recipe.Config.from_dict(config)
-    elif not isinstance(config, recipe.Config):
-        raise ConfigError(
-            f"config is a {type(config).__name__}, {recipe.name} takes a {recipe.Config.__name__} or a mapping"
-        )
-    changes = dict(overrides)
-    changes.update({name: value for name, value in (("steps", steps), ("epochs", epochs)) if value is not None})
-    return config.replace(**changes) if changes else config
 
 
 def _probe(

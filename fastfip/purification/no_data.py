@@ -1,0 +1,53 @@
+"""`purify` without data: images that stand in for clean samples, and settings that suit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfip.data.stand_ins import input_shape_of, norms_of, stand_in_images
+from fastfip.data.task import Forward
+from fastfip.errors import DataError
+from fastfip.nets.state import as_written
+
+__all__ = ["NO_DATA", "without_data"]
+
+#: Settings of `fisher_steps` on drawn images. Two thirds of the steps: on such images each costs accuracy. And the
+#: weights do not go back: the backdoor returned with them (docs/purification.md).
+NO_DATA: dict[str, Any] = {"steps": 100, "back": 0.0}
+
+SAID = (
+    "no data were given: {n} drawn images {shape} stood in for clean samples, scaled by BatchNorm's running "
+    "statistics, with the received model's own answers for labels. Clean accuracy falls more than with clean samples, "
+    "and the accuracy on these says nothing: measure it with test_loader="
+)
+
+
+def without_data(
+    model: nn.Module, input_shape: tuple[int, int, int] | None, forward: Forward | None, seed: int
+) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
+    """Return drawn images x [N, channels, height, width] with answers y [N], and what the result should say of them.
+
+    Args:
+        model: the received one; left as it is.
+        input_shape: (channels, height, width); None: it is found out.
+        forward: the user's hook.
+        seed: of the images.
+
+    Raises:
+        DataError: the model has no BatchNorm, so that clean samples are needed.
+        ModelError: no labels can be read off what it returns.
+        ConfigError: the shape of its inputs is not known, or wrong.
+    """
+    if not norms_of(model):
+        raise DataError(
+            "there is no BatchNorm to tell what this model's inputs are like, so purify needs clean samples: give "
+            "clean_loader=, a DataLoader, a Dataset, tensors (x, y), or images alone, without labels; a few for each "
+            "class are enough"
+        )
+    with torch.inference_mode(False), as_written(model):
+        shape = input_shape_of(model) if input_shape is None else input_shape
+        x, y = stand_in_images(model, shape, seed=seed, forward=forward)
+    return (x, y), (SAID.format(n=len(y), shape="x".join(str(v) for v in x.shape[1:])),)
