@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastfip.data.augment import augmented, mirrored
 from fastfip.data.batch import Batch, take
 from fastfip.errors import FastFIPError
-from fastfip.methods._batchnorm import carry, distances, taken_anew
+from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
@@ -107,12 +107,6 @@ class FisherStepsConfig(MethodConfig):
         0.02, "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
         low=0, high=0.5,
     )  # fmt: skip
-    carry: float = setting(
-        0.0,
-        "for images that stand in for clean ones: share of the difference between BatchNorm's received statistics and "
-        "theirs that is kept, where the weights go back; 0: the statistics are theirs",
-        low=0, high=1,
-    )  # fmt: skip
 
 
 @register
@@ -140,7 +134,6 @@ class FisherSteps(Method):
     taken_back = False
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
     start: dict[str, Tensor] | None = None  # the received weights
-    away: list[tuple[Tensor, Tensor]] | None = None  # BatchNorm's received statistics, seen from the clean images'
 
     def setup(self, run: Run) -> None:
         """Read the range of the inputs and look for the worst case."""
@@ -151,8 +144,6 @@ class FisherSteps(Method):
             self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
         if config.mirror and config.augment == "crop" and run.classes is not None:
             self.symmetric = _symmetric(run, run.classes)
-        if config.carry > 0:
-            self.away = distances(run, self._shown(run))
         inputs: list[Tensor] = []
         self.range = PixelRange.of_batches(self._some(run, inputs), run.task)
         same = len({x.shape[1:] for x in inputs}) == 1
@@ -209,21 +200,19 @@ class FisherSteps(Method):
 
         From images as they are, which the model fits too well by then, they cost the ResNet-20 two points.
         """
-        taken_anew(run, self._shown(run))
-        if self.away is not None:
-            carry(run, self.away, self.config(run).carry)
 
-    def _shown(self, run: Run) -> Iterator[Batch]:
-        """Yield clean images, moved and mirrored, for BatchNorm's statistics."""
-        seen = 0
-        while seen < STATISTICS:
-            for batch in run.clean.batches(
-                run.config.batch_size, shuffle=True, generator=run.generator, device=run.device, smallest=2
-            ):
-                yield self._mirrored(run, self._moved(run, batch))
-                seen += run.task.size(batch)
-                if seen >= STATISTICS:
-                    break
+        def shown() -> Iterator[Batch]:
+            seen = 0
+            while seen < STATISTICS:
+                for batch in run.clean.batches(
+                    run.config.batch_size, shuffle=True, generator=run.generator, device=run.device, smallest=2
+                ):
+                    yield self._mirrored(run, self._moved(run, batch))
+                    seen += run.task.size(batch)
+                    if seen >= STATISTICS:
+                        break
+
+        taken_anew(run, shown())
 
     @staticmethod
     def config(run: Run) -> FisherStepsConfig:

@@ -25,7 +25,6 @@ class Overrides(TypedDict, total=False):
     bn_mode: Literal["train", "eval", "freeze"]
     budget: float
     c: float
-    carry: float
     changes: float
     clean_weight: float
     cycle: int
