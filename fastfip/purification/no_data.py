@@ -18,10 +18,11 @@ __all__ = ["NO_DATA", "without_data"]
 #: weights do not go back: the backdoor returned with them (docs/purification.md).
 NO_DATA: dict[str, Any] = {"steps": 100, "back": 0.0}
 
+#: What the result says before all else.
 SAID = (
-    "no data were given: {n} drawn images {shape} stood in for clean samples, scaled by BatchNorm's running "
-    "statistics, with the received model's own answers for labels. Clean accuracy falls more than with clean samples, "
-    "and the accuracy on these says nothing: measure it with test_loader="
+    "WITHOUT DATA, on {n} drawn images {shape} with the received model's answers for labels: clean accuracy falls more "
+    "than with clean samples, and the backdoor may be left; the accuracy on these images says nothing, so measure it "
+    "with test_loader="
 )
 
 

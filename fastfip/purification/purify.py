@@ -74,6 +74,7 @@ class PurifyOptions:
     force: bool
     frozen: str
     notes: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_amp(self.amp)
@@ -194,7 +195,8 @@ def purify(
         measure=(measure,) if isinstance(measure, str) else tuple(measure),
         force=force,
         frozen=frozen,
-        notes=(*said, FEW_SAMPLES) if few else said,
+        notes=(FEW_SAMPLES,) if few else (),
+        alerts=said,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -302,6 +304,7 @@ def _purify(
         amp=autocast_dtype(options.amp, device),
         seed=seed,
         notes=notes,
+        alerts=list(options.alerts),
         frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
     )

@@ -24,7 +24,8 @@ def test_a_network_with_batchnorm_is_purified_with_drawn_images() -> None:
     result = fastfip.purify(model, input_shape=(3, 16, 16), steps=3, unlearn=0.0, progress=False)
     assert result.settings["config"]["back"] == 0.0 and result.settings["config"]["steps"] == 3
     assert result.method == "fisher_steps" and result.settings["clean_samples"] == 1500
-    assert sum("no data were given: 1500 drawn images 3x16x16" in note for note in result.notes) == 1
+    assert result.alerts[0].startswith("WITHOUT DATA, on 1500 drawn images 3x16x16")
+    assert "WITHOUT DATA" in str(result).splitlines()[0]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not torch.equal(result.model[0].weight, model[0].weight)
     # The images are those of the public function with the same seed, and the settings those of no data.
@@ -36,7 +37,7 @@ def test_a_network_with_batchnorm_is_purified_with_drawn_images() -> None:
 def test_the_shape_is_found_out_where_it_can_be() -> None:
     flat = nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     result = fastfip.purify(flat, method="clp", progress=False)
-    assert any("drawn images 1x28x28" in note for note in result.notes)
+    assert "drawn images 1x28x28" in result.alerts[0]
 
 
 def test_an_unknown_shape_is_one_line_with_the_remedy() -> None:
