@@ -53,6 +53,8 @@ EVERY, SAMPLES, NEW = 4, 32, 0.25
 DIFFERENCE = 0.1
 #: No step is shortened below this share of the largest one; the bound grows by up to so much where the loss is low.
 SHORTEST, MOST_GROWTH = 0.25, 3.0
+#: With fewer clean samples a class nothing is destroyed: what goes cannot be learned again from them.
+SPARSE = 3
 #: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
 SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
@@ -115,7 +117,7 @@ class FisherSteps(Method):
 
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
     w <- w + clip(length / sqrt(d^T F d), lr / 4, lr) d, F the Fisher of the present model (with `loss=`: the empirical
-    one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
+    one; with fewer than three clean samples a class without the lower bound, and BatchNorm in eval mode); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w).
     """
@@ -133,11 +135,19 @@ class FisherSteps(Method):
     received: nn.Module | None = None  # until the sieve has compared with it
     taken_back = False
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
+    sparse = False  # too few clean samples to learn anything again
     start: dict[str, Tensor] | None = None  # the received weights
 
     def setup(self, run: Run) -> None:
         """Read the range of the inputs and look for the worst case."""
         config = self.config(run)
+        self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
+        if self.sparse and config.length is not None:
+            config = run.config = config.replace(bn_mode="eval")
+            run.note(
+                f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: steps "
+                "are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may be left"
+            )
         self.more = run.endless()
         self.sieve = Sieve(run)
         if config.back > 0:
@@ -274,7 +284,8 @@ class FisherSteps(Method):
                 return 0.0
             most = config.length * share * self._growth(run) / max(math.sqrt(self.measured), 1e-12)
             # Far from its minimum the answers have to change: there the length alone would let a network stand still.
-            most = max(most, SHORTEST * config.lr * share)
+            if not self.sparse:
+                most = max(most, SHORTEST * config.lr * share)
             run.log(relative_step=min(config.lr * share, most))
             return most
 
@@ -324,7 +335,7 @@ class FisherSteps(Method):
         A network that learns the changed images at once, with its loss near zero, is one that larger steps do not harm.
         """
         config = self.config(run)
-        if self.mean_loss is None or run.progress >= max(config.changes, config.unlearn):
+        if self.sparse or self.mean_loss is None or run.progress >= max(config.changes, config.unlearn):
             return 1.0
         return min(MOST_GROWTH, max(1.0, (config.peak / max(self.mean_loss, 1e-6)) ** 2))
 

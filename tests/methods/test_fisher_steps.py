@@ -353,6 +353,24 @@ def test_it_goes_back_also_where_the_last_step_is_left_out() -> None:
     assert seen == [5, 6]
 
 
+@pytest.mark.parametrize("enough", [False, True])
+def test_with_fewer_than_three_samples_a_class_steps_are_short_and_statistics_stay(enough: bool) -> None:
+    torch.manual_seed(0)
+    classes = 20
+    x, y = torch.randn(3 * classes - 1 + enough, 6), torch.arange(3 * classes - 1 + enough) % classes
+    model = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, classes)).eval()
+    with torch.no_grad():
+        model[1].running_mean.fill_(0.1)
+        model[3].weight.mul_(20)  # sure of itself and wrong: the Fisher asks for short steps
+    options = {"steps": 12, "length": 1e-3, "force": True, "progress": False}
+    result = fastfip.purify(model, [(x, y)], "fisher_steps", **options)
+    steps = [record["relative_step"] for record in result.history if "relative_step" in record]
+    floor = 0.25 * FisherStepsConfig().lr
+    assert (max(steps) >= 0.5 * floor) == enough
+    assert torch.equal(result.model[1].running_mean, model[1].running_mean) != enough
+    assert any("cannot teach again" in note for note in result.notes) != enough
+
+
 def test_sparse_gradients_are_taken() -> None:
     model = nn.Sequential(nn.EmbeddingBag(20, 6, sparse=True), nn.Linear(6, 4))
     before = model[0].weight.detach().clone()
