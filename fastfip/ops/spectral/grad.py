@@ -22,9 +22,11 @@ import math
 import torch
 from torch import Tensor
 
+from fastfip.ops.backends import native
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
+from fastfip.ops.spectral import grad_native as kernel
 from fastfip.ops.spectral.grad_autograd import define, differentiable, project, result_size
 
 __all__ = ["SPECTRAL_GRAD", "reference", "spectral_grad", "spectral_sum_grad_squared"]
@@ -58,7 +60,43 @@ def _summed(
     return (q * p).sum(1) if shape is None else torch.linalg.vecdot(q.flatten(2), p.flatten(2))
 
 
-SPECTRAL_GRAD = Op("spectral_grad", (Backend("reference", reference),))
+#: Positions from which on the kernel is the faster one: below, the directions are packed for too few of them.
+FEW = 512
+
+
+def kernel_is_faster(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> bool:
+    """Return whether the native kernel was measured to be faster than two products of torch, with one thread.
+
+    It was with AVX2 (it has not run on a CPU with AVX-512), float32, float64 and bfloat16, more than one direction; not
+    with float16, which it reads one number at a time, and not with windows of several taps, which it copies and which
+    torch's convolution does not (docs/kernels.md).
+    """
+    n, _, k = result_size(g, x, u, v, shape)
+    positions = n * math.prod(g.shape[2:] if shape else g.shape[1:2])
+    windows = shape is not None and v is not None and shape.taps > 1
+    half = torch.float16 in (g.dtype, x.dtype)
+    return positions >= FEW and k > 1 and not windows and not half and native.isa() == "avx2"
+
+
+def _native(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> Tensor:
+    """The native kernel; where that is not the faster way, the reference."""
+    faster = kernel_is_faster(g, x, u, v, shape)
+    return kernel.spectral_grad(g, x, u, v, shape) if faster else reference(g, x, u, v, shape)
+
+
+def _native_refuses(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> str:
+    if u is None and v is None:
+        return "there is nothing to be projected"
+    return native.refuses(*(t for t in (g, x, u, v) if t is not None))
+
+
+SPECTRAL_GRAD = Op(
+    "spectral_grad",
+    (
+        Backend("native", _native, _native_refuses),
+        Backend("reference", reference),
+    ),
+)
 
 
 def _run(backend: str, g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> Tensor:
