@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import native
+from fastfip.ops.backends import native, triton
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
@@ -90,10 +90,24 @@ def _native_refuses(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, sh
     return native.refuses(*(t for t in (g, x, u, v) if t is not None))
 
 
+def _triton(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> Tensor:
+    from fastfip.ops.spectral.grad_triton import spectral_grad as run  # imports triton
+
+    return run(g, x, u, v, shape)
+
+
+def _triton_refuses(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> str:
+    if u is None and v is None:
+        return "there is nothing to be projected"
+    return triton.refuses(*(t for t in (g, x, u, v) if t is not None))
+
+
+# triton: runs only when it is asked for.
 SPECTRAL_GRAD = Op(
     "spectral_grad",
     (
         Backend("native", _native, _native_refuses),
+        Backend("triton", _triton, _triton_refuses, automatic=False),
         Backend("reference", reference),
     ),
 )
