@@ -171,6 +171,13 @@ def _right_factor(x: Tensor, wq: Tensor, v: Tensor, shape: ConvShape | None) -> 
     return found.reshape(v.shape[0], v.shape[2], v.shape[1]).mT
 
 
+def sum_by_sample(
+    g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None, backend: str
+) -> Tensor:
+    """Return each [N, G, K], by that backend and outside of any autograd graph."""
+    return torch.ops.fastfip.spectral_grad(g, x, u, v, *_options(shape), backend)
+
+
 def differentiable(
     g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None, backend: str
 ) -> Tensor:
