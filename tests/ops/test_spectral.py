@@ -152,7 +152,7 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     if request.param and not native.available():
         pytest.skip(native.reason())
     calls: list[bool] = []
-    monkeypatch.setattr(op, "kernel_is_faster", lambda *operands: calls.append(request.param) or request.param)
+    monkeypatch.setattr(op, "prefers_kernel", lambda *operands: calls.append(request.param) or request.param)
     monkeypatch.setattr(grad, "kernel_is_faster", lambda *operands: True)
     return calls
 

@@ -29,7 +29,7 @@ from fastfip.ops.registry import Backend, Op
 from fastfip.ops.spectral import grad_native as kernel
 from fastfip.ops.spectral.grad_autograd import define, differentiable, project, result_size
 
-__all__ = ["SPECTRAL_GRAD", "reference", "spectral_grad", "spectral_sum_grad_squared"]
+__all__ = ["SPECTRAL_GRAD", "prefers_kernel", "reference", "spectral_grad", "spectral_sum_grad_squared"]
 
 
 def reference(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> Tensor:
@@ -118,6 +118,12 @@ def _run(backend: str, g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None,
 
 
 define(_run)
+
+
+def prefers_kernel(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> bool:
+    """Return whether the op runs a kernel of its own on these operands, and not torch's products."""
+    operands = g, x, u, v, shape
+    return SPECTRAL_GRAD.choose("auto", *operands).name == "native" and kernel_is_faster(*operands)
 
 
 def spectral_grad(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
-from fastfip.ops.spectral.grad import SPECTRAL_GRAD, kernel_is_faster
+from fastfip.ops.spectral.grad import prefers_kernel
 from fastfip.ops.spectral.grad_autograd import sum_by_sample
 from fastfip.ops.spectral.linear_map import (
     SpectralFactors,
@@ -97,9 +97,9 @@ def _total_without_q(m: SpectralMap, p: Tensor, gy: Tensor, gx: Tensor | None) -
     if m.conv is None:
         g, p = (t.reshape(1, -1, t.shape[-1]) for t in (g, p))
     operands = g, p, u, None, m.conv
-    if SPECTRAL_GRAD.choose("auto", *operands).name != "native" or not kernel_is_faster(*operands):
+    if not prefers_kernel(*operands):
         return None
-    each = sum_by_sample(g, p, u, None, m.conv, "native").sum(0)
+    each = sum_by_sample(*operands, "native").sum(0)
     if weak is not None:
         direct = m.left(gy, weak).reshape(-1, len(weak))
         each[0, weak] = (p[0][:, weak] * direct).sum(0, dtype=each.dtype)
