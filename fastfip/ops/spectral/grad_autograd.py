@@ -28,10 +28,10 @@ LIBRARY.define(
 
 #: kernel, stride, padding, dilation, groups of a convolution; of a Linear layer the first four are empty.
 Options = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-Implementation = Callable[[str, Tensor, Tensor, "Tensor | None", "Tensor | None", "ConvShape | None"], Tensor]
+SpectralImplementation = Callable[[str, Tensor, Tensor, "Tensor | None", "Tensor | None", "ConvShape | None"], Tensor]
 
 
-def define(run: Implementation) -> None:
+def define(run: SpectralImplementation) -> None:
     """Give the op its implementation: run(backend, g, x, u, v, shape) returns each [N, G, K]."""
 
     def forward(
