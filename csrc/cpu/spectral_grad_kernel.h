@@ -54,16 +54,15 @@ struct Spectral {
                 for (int64_t c = r < whole_r ? whole_c : 0; c < columns; ++c) to[r * width + c] = Pack<R>::load(x + r + c * column);
             return;
         }
-        if (column == 1) {
-            for (int64_t r = 0; r < rows; ++r) {
-                const S* from = x + r * row;
+        for (int64_t r = 0; r < rows; ++r) {
+            const S* from = x + r * row;
+            if (column == 1) {
                 if (kLanes) prefetch(from + kBlock);
                 for (int64_t c = 0; c < columns; ++c) to[r * width + c] = Pack<R>::load(from + c);
+            } else {
+                for (int64_t c = 0; c < columns; ++c) to[r * width + c] = Pack<R>::load(from + c * column);
             }
-            return;
         }
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < columns; ++c) to[r * width + c] = Pack<R>::load(x + r * row + c * column);
     }
 
     static void copy(const void* data, Type type, int64_t first, int64_t row, int64_t column, int64_t rows, int64_t columns,
