@@ -56,6 +56,23 @@ void grad_norm_squared(const MatrixArgument& g, const MatrixArgument& a, int64_t
                                options);
 }
 
+// (address or 0, type, strides of group, feature and direction)
+fastfip::Directions directions_of(const MatrixArgument& x) {
+    const Three& stride = std::get<2>(x);
+    return {pointer<const void>(std::get<0>(x)), type_of(std::get<1>(x)), stride[0], stride[1], stride[2]};
+}
+
+void spectral_grad(const MatrixArgument& g, const MatrixArgument& u, const MatrixArgument& a, const MatrixArgument& v,
+                   int64_t samples, int64_t positions, int64_t outputs, int64_t inputs, int64_t directions, int64_t groups,
+                   uintptr_t each, bool is_double, int threads, int isa) {
+    const auto options = options_of(is_double, false, threads, isa);
+    const auto g_matrix = matrix_of(g), a_matrix = matrix_of(a);
+    const auto left = directions_of(u), right = directions_of(v);
+    py::gil_scoped_release release;
+    fastfip::spectral_grad(g_matrix, left, a_matrix, right, samples, positions, outputs, inputs, directions, groups, pointer(each),
+                           options);
+}
+
 // address, type, strides of n, c, z, y and x; channels of a group; source; kernel, step, dilation, positions
 typedef std::tuple<uintptr_t, int, std::array<int64_t, 5>, int64_t, std::array<std::vector<int64_t>, 3>, Three, Three, Three, Three>
     WindowsArgument;
@@ -99,6 +116,18 @@ void grad_norm_squared_windows(const MatrixArgument& g, const WindowsArgument& a
     const auto w = windows_of(a, outputs, groups);
     py::gil_scoped_release release;
     fastfip::grad_norm_squared_windows(g_matrix, w, samples, outputs, groups, pointer<double>(norms), pointer(product), options);
+}
+
+void spectral_grad_windows(const MatrixArgument& g, const MatrixArgument& u, const WindowsArgument& a, const MatrixArgument& v,
+                           int64_t samples, int64_t outputs, int64_t directions, int64_t groups, uintptr_t each, bool is_double,
+                           int threads, int isa) {
+    const auto options = options_of(is_double, false, threads, isa);
+    const auto g_matrix = matrix_of(g);
+    const auto w = windows_of(a, outputs * groups, groups);
+    const auto left = directions_of(u), right = directions_of(v);
+    if (!right.data) throw std::invalid_argument("windows need directions");
+    py::gil_scoped_release release;
+    fastfip::spectral_grad_windows(g_matrix, left, w, right, samples, outputs, directions, groups, pointer(each), options);
 }
 
 #ifdef FASTFIP_CUDA
@@ -161,6 +190,13 @@ PYBIND11_MODULE(_native, m) {
           py::arg("threads"), py::arg("isa"), "Add to norms, write to product (unless 0); see fastfip.h.");
     m.def("grad_norm_squared_windows", &grad_norm_squared_windows, py::arg("g"), py::arg("windows"), py::arg("samples"),
           py::arg("outputs"), py::arg("groups"), py::arg("norms"), py::arg("product"), py::arg("is_double"),
+          py::arg("threads"), py::arg("isa"), "The same for a convolution's feature map; see fastfip.h.");
+
+    m.def("spectral_grad", &spectral_grad, py::arg("g"), py::arg("u"), py::arg("a"), py::arg("v"), py::arg("samples"),
+          py::arg("positions"), py::arg("outputs"), py::arg("inputs"), py::arg("directions"), py::arg("groups"), py::arg("each"),
+          py::arg("is_double"), py::arg("threads"), py::arg("isa"), "Add to each; see fastfip.h.");
+    m.def("spectral_grad_windows", &spectral_grad_windows, py::arg("g"), py::arg("u"), py::arg("windows"), py::arg("v"),
+          py::arg("samples"), py::arg("outputs"), py::arg("directions"), py::arg("groups"), py::arg("each"), py::arg("is_double"),
           py::arg("threads"), py::arg("isa"), "The same for a convolution's feature map; see fastfip.h.");
 
 #ifdef FASTFIP_CUDA

@@ -59,6 +59,26 @@ void grad_norm_squared(const Matrix& g, const Matrix& a, int64_t samples, int64_
 void grad_norm_squared_windows(const Matrix& g, const Windows& a, int64_t samples, int64_t outputs, int64_t groups,
                                double* norms, void* product, const Options& options);
 
+// Directions of the features of each group, [group, feature, direction]; `data` is null where the operand is multiplied by them
+// already, and its features are the directions themselves.
+struct Directions {
+    const void* data;
+    Type type;
+    int64_t stride_group, stride_f, stride_k;
+};
+
+// The gradient of each sample's singular values, of `groups` groups of `directions` of them:
+//     each[n,group,k] += sum_t (sum_o g[n,t,o] u[group,o,k]) (sum_i a[n,t,i] v[group,i,k])
+// `outputs` and `inputs` are the features of one group; those of the groups follow each other. each is contiguous, of the type of
+// the sums. Threads split the result: the numbers do not depend on how many there are.
+void spectral_grad(const Matrix& g, const Directions& u, const Matrix& a, const Directions& v, int64_t samples,
+                   int64_t positions, int64_t outputs, int64_t inputs, int64_t directions, int64_t groups, void* each,
+                   const Options& options);
+
+// The same for the windows of a convolution's map; v has directions.
+void spectral_grad_windows(const Matrix& g, const Directions& u, const Windows& a, const Directions& v, int64_t samples,
+                           int64_t outputs, int64_t directions, int64_t groups, void* each, const Options& options);
+
 // Kernels for CUDA devices (compiled where nvcc is found). Addresses are the device's, launches go to a stream and return at once.
 namespace cuda {
 

@@ -4,31 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <exception>
-#include <new>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "cpu/team.h"
 
 namespace fastfip {
 namespace {
-
-// The OpenMP runtime that the process has loaded already (torch's), or null. Its threads wait for work by spinning for some
-// milliseconds: threads of our own would compete with them for the same cores. It is not linked, so none is needed.
-using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
-OpenMp openmp() {
-#if defined(__linux__)
-    static const OpenMp found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
-#else
-    return nullptr;
-#endif
-}
 
 Backend backend(const Options& options, bool norms, bool grouped = false) {
     if (options.isa > best_isa()) throw std::invalid_argument("this CPU lacks the instruction set that was asked for");
@@ -45,37 +27,16 @@ Backend backend(const Options& options, bool norms, bool grouped = false) {
     return products_portable(kind);
 }
 
-// One buffer for each calling thread, kept between calls: fresh memory costs a page fault for every 4 KiB.
-class Scratch {
-   public:
-    ~Scratch() { std::free(memory_); }
-    char* reserve(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = 0;
-            memory_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-            if (!memory_) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_;
-    }
-
-   private:
-    char* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void run_slices(const Problem& p, const Backend& b, const std::vector<std::vector<Slice>>& work) {
-    static thread_local Scratch scratch;
     std::vector<int64_t> at(work.size() + 1, 0);
     for (size_t i = 0; i < work.size(); ++i) {
         int64_t most = 0;
         for (const Slice& s : work[i]) most = std::max(most, b.scratch_bytes(p, s));
         at[i + 1] = at[i] + ceil_div(most, 64) * 64;
     }
-    char* const memory = scratch.reserve(at.back());
+    char* const memory = reserve_scratch(at.back());
     struct Team {
         const Problem& p;
         const Backend& b;
@@ -89,18 +50,7 @@ void run_slices(const Problem& p, const Backend& b, const std::vector<std::vecto
                 for (const Slice& s : work[i]) b.run(p, s, memory + at[i]);
         }
     } team{p, b, work, at, memory};
-    if (work.size() == 1) return team.run();
-    if (const OpenMp parallel = openmp())
-        return parallel([](void* data) { static_cast<Team*>(data)->run(); }, &team, static_cast<unsigned>(work.size()), 0);
-    std::vector<std::thread> threads;
-    threads.reserve(work.size());
-    try {
-        while (threads.size() + 1 < work.size()) threads.emplace_back([&team] { team.run(); });
-    } catch (const std::exception&) {
-        // No more threads to be had: those that are there do the rest.
-    }
-    team.run();
-    for (std::thread& thread : threads) thread.join();
+    run_team(work.size(), [](void* data) { static_cast<Team*>(data)->run(); }, &team);
 }
 
 // Each group's result is cut into a grid of slices: the grid that packs least, since every slice packs its own rows and lanes.

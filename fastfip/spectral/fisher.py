@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from fastfip.fisher import per_sample_gradients
+from fastfip.ops.spectral.grad import prefers_kernel, spectral_grad
 from fastfip.ops.spectral.op import project
 from fastfip.spectral.shift import SpectralShifts, is_transposed
 from fastfip.spectral.site import ForwardRecord, LayerUse
@@ -135,11 +136,16 @@ def _looped(shifts: SpectralShifts, which: list[int], losses: Tensor, create_gra
 def _products(use: LayerUse, shift: SpectralShift, g: Tensor, n: int) -> Tensor:
     """sum_t (g U)(a V) of one use, [N, G, R]."""
     module = use.module
-    other = project(g, shift.u, shift.v, use.shape, right=is_transposed(module))
-    if isinstance(module, _ConvNd):
-        groups, rank = shift.sigma.shape
-        return (use.known * other).flatten(2).sum(-1).reshape(n, -1, groups, rank).sum(1)
-    return (use.known * other).reshape(n, -1, other.shape[-1]).sum(1).unsqueeze(1)
+    conv, transposed = isinstance(module, _ConvNd), is_transposed(module)
+    known, groups, rank = use.known, *shift.sigma.shape
+    left, right = (t if conv else t.reshape(n, -1, t.shape[-1]) for t in ((known, g) if transposed else (g, known)))
+    operands = left, right, None if transposed else shift.u, shift.v if transposed else None, use.shape
+    if prefers_kernel(*operands):  # q is not stored, and multiplied out again by the backward pass of the trace
+        return spectral_grad(*operands, per_sample=True).reshape(n, -1, groups, rank).sum(1)
+    other = project(g, shift.u, shift.v, use.shape, right=transposed)
+    if conv:
+        return (known * other).flatten(2).sum(-1).reshape(n, -1, groups, rank).sum(1)
+    return (known * other).reshape(n, -1, rank).sum(1).unsqueeze(1)
 
 
 def _pulled(shifts: SpectralShifts, values: dict[int, Tensor], losses: Tensor, create_graph: bool) -> dict[int, Tensor]:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfip.ops.backends import native
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
+from fastfip.ops.spectral import grad, op
 from fastfip.ops.spectral.linear_map import TINY, SpectralMap
 from fastfip.ops.spectral.op import SpectralFactors, spectral_conv, spectral_linear
 
@@ -142,6 +144,52 @@ def test_transposed_convolution(k: int, form: str) -> None:
         return spectral_conv(x, *given, weight.delta, shape, bias, transposed_to=size, scratch=scratch)[0]
 
     agree(both_orders(by_op, inputs), both_orders(plain, inputs))
+
+
+@pytest.fixture(params=[False, True], ids=["q", "fused"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether first derivatives go without q, as they do where the kernel is the faster one; a list of the calls."""
+    if request.param and not native.available():
+        pytest.skip(native.reason())
+    calls: list[bool] = []
+    monkeypatch.setattr(op, "prefers_kernel", lambda *operands: calls.append(request.param) or request.param)
+    monkeypatch.setattr(grad, "kernel_is_faster", lambda *operands: True)
+    return calls
+
+
+@pytest.mark.parametrize("special", ["", "gone", "weak", "no input gradient"])
+@pytest.mark.parametrize("o,i,k", SIZES)
+def test_first_derivatives_of_linear(o: int, i: int, k: int, special: str, form: str, fused: list[bool]) -> None:
+    torch.manual_seed(0)
+    weight = Weight((o, i), 1, k)
+    if special in ("gone", "weak"):
+        with torch.no_grad():
+            weight.delta[0, -1] = -100.0 if special == "gone" else 1e-9 - weight.sigma[0, -1]
+    x = torch.randn(4, 3, i, dtype=torch.float64, requires_grad=special != "no input gradient")
+    bias = torch.randn(o, dtype=torch.float64, requires_grad=True)
+    inputs = [t for t in (x, weight.delta, bias) if t.requires_grad]
+    given, scratch = weight.given(form)
+    y = spectral_linear(x, *given, weight.delta, bias, scratch=scratch)[0]
+    want = torch.autograd.grad(F.linear(x, weight.of(weight.delta), bias).sin().sum(), inputs)
+    agree(torch.autograd.grad(y.sin().sum(), inputs), want)
+    assert fused or form == "factored"
+
+
+@pytest.mark.parametrize("k", [1, 2, 99])
+@pytest.mark.parametrize("name", CONVS)
+def test_first_derivatives_of_convolutions(name: str, k: int, form: str, fused: list[bool]) -> None:
+    torch.manual_seed(1)
+    size, shape, space = CONVS[name]
+    weight = Weight(size, shape.groups, k)
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(shape.kernel)]
+    x = torch.randn(3, *space, dtype=torch.float64, requires_grad=True)
+    given, scratch = weight.given(form)
+    y = spectral_conv(x, *given, weight.delta, shape, scratch=scratch)[0]
+    options = shape.stride, shape.padding, shape.dilation, shape.groups
+    plain = conv(x, weight.of(weight.delta), None, *options)
+    inputs = [x, weight.delta]
+    agree(torch.autograd.grad(y.sin().sum(), inputs), torch.autograd.grad(plain.sin().sum(), inputs))
+    assert fused or form == "factored"
 
 
 def test_gradgradcheck() -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.errors import ConfigError, ModelError
+from fastfip.ops.backends import native
+from fastfip.ops.spectral import grad, op
 from fastfip.ops.spectral.linear_map import SpectralMap
-from fastfip.spectral import Rank, SpectralShifts, layers, weight
+from fastfip.spectral import Rank, SpectralShifts, fisher, layers, weight
 from fastfip.spectral.decompose import decompose
 from fastfip.spectral.fisher import delta_gradients, recording
 
@@ -32,9 +34,15 @@ LAYERS = {
 RANKS = [None, 1, 2, 0.7]
 
 
-@pytest.fixture(params=["as it pays", "always the op"])
+@pytest.fixture(params=["as it pays", "always the op", "always the kernel"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers as small as a test's are torch's own with W(delta) as a leaf; large ones go through the op."""
+    """Layers as small as a test's are torch's own with W(delta) as a leaf; large ones go through op and kernel."""
+    if request.param == "always the kernel":
+        if not native.available():
+            pytest.skip(native.reason())
+        for module in (op, fisher):
+            monkeypatch.setattr(module, "prefers_kernel", lambda *operands: True)
+        monkeypatch.setattr(grad, "kernel_is_faster", lambda *operands: True)
     if request.param != "as it pays":
         monkeypatch.setattr(layers, "prefers_dense", lambda *args: False)
         monkeypatch.setattr(weight, "SMALL", 0)
@@ -91,7 +99,7 @@ def test_collected_gradient_is_the_one_of_autograd(name: str, rank: Rank, path: 
     torch.testing.assert_close(shifts.deltas[0].grad, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_trace_is_differentiable_once_more() -> None:
+def test_trace_is_differentiable_once_more(path: str) -> None:
     torch.manual_seed(2)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
     x, y = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 3, 1])

@@ -7,8 +7,14 @@ import mmap
 import torch
 
 from fastfip.ops.grad_norm_squared.native import grad_norm_squared, grad_norm_squared_conv
+from fastfip.ops.spectral.grad_native import spectral_grad
 from fastfip.ops.sum_grad_squared.native import sum_grad_squared, sum_grad_squared_conv
+from tests.ops.test_native_spectral_grad import MORE
+from tests.ops.test_native_spectral_grad import SIZES as SPECTRAL_SIZES
 from tests.ops.test_native_sum_grad_squared import CONVS, ISAS, SIZES, conv_problem
+from tests.ops.test_spectral_grad import CONVS as SPECTRAL_CONVS
+from tests.ops.test_spectral_grad import KNOWN, problem
+from tests.ops.test_spectral_grad import conv_problem as spectral_conv
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -48,4 +54,13 @@ for isa, dtype, end in itertools.product(ISAS, (torch.float32, torch.float64, to
             sum_grad_squared_conv(g, x, out, grad, stride, padding, dilation, groups, isa=isa, bf16=bf16)
             each = guarded(torch.zeros(3, *out.shape, dtype=acc), end)
             grad_norm_squared_conv(g, x, each, kernel, stride, padding, dilation, groups, isa=isa)
+    for known in KNOWN:
+        for size in SPECTRAL_SIZES:
+            operands = [t if t is None else guarded(t, end) for t in problem(size, known, dtype)]
+            spectral_grad(*operands, None, isa=isa)
+            g, x = (guarded(t.mT, end).mT for t in operands[:2])
+            spectral_grad(g, x, *operands[2:], None, isa=isa, threads=2)
+        for case in [*SPECTRAL_CONVS, *MORE]:
+            (*tensors, shape), _ = spectral_conv(case, 3, known, dtype)
+            spectral_grad(*(t if t is None else guarded(t, end) for t in tensors), shape, isa=isa)
 print("no access beyond an operand")

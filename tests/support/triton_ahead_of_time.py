@@ -13,10 +13,11 @@ from triton.compiler import ASTSource
 
 from fastfip.ops.grad_norm_squared import triton as norms
 from fastfip.ops.gram_apply import triton as applied
+from fastfip.ops.spectral import grad_triton as spectral
 from fastfip.ops.sum_grad_squared import triton as kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr")
+OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr", "u_ptr")
 
 
 def compile_one(kernel, constants, dtype, architecture, tiles):
@@ -65,3 +66,12 @@ for module, kernel in ((norms, norms.norm_kernel), (applied, applied.gram_apply_
             for gram in (True, False) if module is norms else (None,):
                 chosen = constants if gram is None else constants | {"GRAM": gram}
                 compile_one(kernel, chosen, "bf16" if half else "fp32", architecture, tiles)
+
+for half, tiles in spectral.TILES.items():
+    blocks = {name.upper(): size for name, size in tiles._asdict().items() if name.startswith("block")}
+    window = {f"{name}_{axis}": 1 for name in ("STEP", "PAD", "DILATION") for axis in "ZYX"}
+    window.update(KERNEL_Z=1, KERNEL_Y=3, KERNEL_X=3)
+    for architecture in (80, 90):
+        for left, right in ((True, 0), (True, 1), (True, 2), (False, 1), (False, 2)):
+            constants = {"INTERPRET": False, "PRECISION": "tf32x3", "LEFT": left, "RIGHT": right, **blocks, **window}
+            compile_one(spectral.spectral_grad_kernel, constants, "bf16" if half else "fp32", architecture, tiles)

@@ -141,7 +141,7 @@ class SpectralMap:
         """Return x = W(delta)^T g, of that size, and q = g U."""
         if not self._factored(g, after=False):
             x = self._adjoint_times(g, self._moved(), size)
-            return x, self._left_from(g, x)
+            return x, self.left_from(g, x)
         change = self.f.s - self.f.sigma
         if self._output_is_narrow:
             q = self.left(g)
@@ -151,6 +151,10 @@ class SpectralMap:
         q = x @ (self.f.v[0] / self.f.sigma).to(x.dtype)
         x += (q * change[0].to(q.dtype)) @ self.f.v[0].mT.to(x.dtype)
         return x, q
+
+    def adjoint_alone(self, g: Tensor, size: tuple[int, ...]) -> Tensor | None:
+        """Return x of `backward` without q; None where q is on the way to it."""
+        return None if self._factored(g, after=False) else self._adjoint_times(g, self._moved(), size)
 
     def adjoint(self, g: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return x alone."""
@@ -240,12 +244,21 @@ class SpectralMap:
             p -= self._shaped(moved[:, 0].to(y.dtype))
         return p
 
-    def _left_from(self, g: Tensor, x: Tensor) -> Tensor:
-        """Return g U, from x = W(delta)^T g where that is cheaper."""
-        if self.conv is not None or self.i >= self.o or _many(self.f.weak, self.k):
+    def left_from(self, g: Tensor, x: Tensor | None) -> Tensor:
+        """Return g U, from x = W(delta)^T g where there is one and that is cheaper."""
+        if x is None or not self._left_from_input():
             return self.left(g)
         q = x @ (self.f.v[0] * self._inverse()).to(x.dtype)
         return self._mend(q, lambda weak: self.left(g, weak))
+
+    def left_operands(self, g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what `left_from` multiplies: an operand, its directions, and those that are to be had from g."""
+        if x is None or not self._left_from_input():
+            return g, self.f.u, None
+        return x, self.f.v * self._inverse().unsqueeze(1), self.f.weak
+
+    def _left_from_input(self) -> bool:
+        return self.conv is None and self.i < self.o and not _many(self.f.weak, self.k)
 
     def _inverse(self) -> Tensor:
         return torch.where(self.f.s > 0, 1 / self.f.s, 0)

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
+from fastfip.ops.spectral.grad import prefers_kernel
+from fastfip.ops.spectral.grad_autograd import sum_by_sample
 from fastfip.ops.spectral.linear_map import (
     SpectralFactors,
     SpectralMap,
@@ -77,11 +79,31 @@ class _SpectralForward(torch.autograd.Function):
 def _back(ctx: Any, m: SpectralMap, delta: Tensor, p: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if not m.wanted.deltas and not torch.is_grad_enabled():
         return (m.adjoint(gy, ctx.size) if ctx.needs_input_grad[0] else None), None
+    if not torch.is_grad_enabled() and ctx.needs_input_grad[1]:  # nobody asks for q itself
+        gx = m.adjoint_alone(gy, ctx.size) if ctx.needs_input_grad[0] else None
+        if gx is not None or not ctx.needs_input_grad[0]:
+            gdelta = _total_without_q(m, p, gy, gx)
+            return gx, m.total(p, m.left_from(gy, gx)) if gdelta is None else gdelta
     if ctx.needs_input_grad[0]:
         gx, q = _SpectralAdjoint.apply(gy, delta, m, ctx.size)
     else:
         gx, q = None, m.left(gy) if ctx.needs_input_grad[1] else None
     return gx, m.total(p, q) if ctx.needs_input_grad[1] else None
+
+
+def _total_without_q(m: SpectralMap, p: Tensor, gy: Tensor, gx: Tensor | None) -> Tensor | None:
+    """Return sum_{n,t} p q by the op `spectral_grad`, [G, K]; None where its kernel does not run, or is the slower."""
+    g, u, weak = m.left_operands(gy, gx)
+    if m.conv is None:
+        g, p = (t.reshape(1, -1, t.shape[-1]) for t in (g, p))
+    operands = g, p, u, None, m.conv
+    if not prefers_kernel(*operands):
+        return None
+    each = sum_by_sample(*operands, "native").sum(0)
+    if weak is not None:
+        direct = m.left(gy, weak).reshape(-1, len(weak))
+        each[0, weak] = (p[0][:, weak] * direct).sum(0, dtype=each.dtype)
+    return each.to(m.f.s.dtype) * (m.f.s > 0)
 
 
 class _SpectralAdjoint(torch.autograd.Function):
