@@ -38,6 +38,5 @@ struct SpectralBackend {
 // For each instruction set.
 SpectralBackend spectral_portable(bool is_double, bool lanes_are_positions);
 SpectralBackend spectral_avx2(bool is_double, bool lanes_are_positions);
-SpectralBackend spectral_avx512(bool is_double, bool lanes_are_positions);
 
 }  // namespace fastfip

@@ -117,9 +117,10 @@ class FisherSteps(Method):
 
     d_l = -|w_l| m_l / |m_l| for each tensor l, with the momentum m of the gradients (LARS, arXiv 1708.03888);
     w <- w + clip(length / sqrt(d^T F d), lr / 4, lr) d, F the Fisher of the present model (with `loss=`: the empirical
-    one; with fewer than three clean samples a class without the lower bound, and BatchNorm in eval mode); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
+    one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
-    the end w <- w + back (w_received - w).
+    the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
+    is wider, and BatchNorm is in eval mode.
     """
 
     name = "fisher_steps"
