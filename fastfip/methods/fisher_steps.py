@@ -146,8 +146,8 @@ class FisherSteps(Method):
         if self.sparse and config.length is not None:
             config = run.config = config.replace(bn_mode="eval")
             run.note(
-                f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: steps "
-                "are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may be left"
+                f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
+                "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
             )
         self.more = run.endless()
         self.sieve = Sieve(run)
