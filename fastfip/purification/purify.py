@@ -37,7 +37,7 @@ from fastfip.purification.door import (
     with_answers,
 )
 from fastfip.purification.loop import fit
-from fastfip.purification.no_data import NO_DATA, without_data
+from fastfip.purification.no_data import DRAWN, NO_DATA, without_data
 from fastfip.purification.result import Coverage, PurifyResult
 from fastfip.purification.scorer import MEASURES, Scorer
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
@@ -122,7 +122,8 @@ def purify(
             are used, with an order of our own), a Dataset, one batch, or any iterable (read once into memory). One
             sample a class is enough for it to run. Without labels (a tensor of images, batches `x` or `(x,)`, dicts
             without a label) the received model's own answers are taken for them, and everything is read into memory.
-            None: drawn images stand in for them (`fastfip.stand_in_images`), for networks with BatchNorm.
+            None, for networks with BatchNorm: `clp` prunes channels by their weights alone, or, with another method,
+            drawn images stand in for the samples (`fastfip.stand_in_images`).
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
             fewer than 200 clean samples and no settings are given.
         config: the method's settings, as its config class or a mapping.
@@ -167,7 +168,8 @@ def purify(
     said: tuple[str, ...] = ()
     if clean_loader is None:
         clean_loader, said = without_data(model, input_shape, forward, seed)
-        config = NO_DATA if config is None and method in ("auto", MANY) else config
+        method = NO_DATA if method == "auto" and not (config or overrides or steps or epochs) else method
+        config = DRAWN if config is None and method in ("auto", MANY) else config
     elif input_shape is not None:
         raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")
     if method == "auto":

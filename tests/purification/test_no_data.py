@@ -21,10 +21,10 @@ def _model() -> nn.Module:
 def test_a_network_with_batchnorm_is_purified_with_drawn_images() -> None:
     model = _model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = fastfip.purify(model, input_shape=(3, 16, 16), steps=3, unlearn=0.0, progress=False)
+    result = fastfip.purify(model, None, "fisher_steps", input_shape=(3, 16, 16), steps=3, unlearn=0.0, progress=False)
     assert result.settings["config"]["back"] == 0.0 and result.settings["config"]["steps"] == 3
     assert result.method == "fisher_steps" and result.settings["clean_samples"] == 1500
-    assert result.alerts[0].startswith("WITHOUT DATA, on 1500 drawn images 3x16x16")
+    assert result.alerts[0].startswith("WITHOUT DATA, 1500 drawn images 3x16x16")
     assert "WITHOUT DATA" in str(result).splitlines()[0]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not torch.equal(result.model[0].weight, model[0].weight)
@@ -36,8 +36,8 @@ def test_a_network_with_batchnorm_is_purified_with_drawn_images() -> None:
 
 def test_the_shape_is_found_out_where_it_can_be() -> None:
     flat = nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
-    result = fastfip.purify(flat, method="clp", progress=False)
-    assert "drawn images 1x28x28" in result.alerts[0]
+    result = fastfip.purify(flat, progress=False)
+    assert result.method == "clp" and "drawn images 1x28x28" in result.alerts[0]
 
 
 def test_an_unknown_shape_is_one_line_with_the_remedy() -> None:
