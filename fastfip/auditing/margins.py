@@ -20,7 +20,7 @@ from fastfip.auditing.subject import Subject, subjects_of
 from fastfip.data.batch import Batch, move_to, take
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Forward, Task
-from fastfip.errors import DataError, ModelError
+from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.nets.checks import check_net, check_seed, device_of, usable_device
 from fastfip.nets.process import seeded
 from fastfip.nets.state import requires_grad
@@ -108,7 +108,7 @@ def margins(
 
     Args:
         model: as for `fastfip.audit`.
-        clean_loader: as for `fastfip.purify`.
+        clean_loader: as for `fastfip.purify`, with labels, which are not used.
         samples: at most so many clean samples give the range.
         seed: of the starting points.
         device: where to compute; None: where the model is.
@@ -117,10 +117,12 @@ def margins(
     Raises:
         DataError: clean data that cannot be used.
         ModelError: a model that cannot be used.
-        BackendError: a device that is not here.
+        ConfigError: `samples` is no number of samples. BackendError: a device that is not here.
     """
     start = time.perf_counter()
     seed = check_seed(seed)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ConfigError(f"samples={samples!r}: give a whole number, 1 or more")
     check_net(model)
     device = device_of(model) if device is None else usable_device(device)
     task, notes = Task.of(forward), list[str]()

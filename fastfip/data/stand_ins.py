@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfip.data.leaves import dead_leaves
 from fastfip.data.task import Forward, Task
-from fastfip.errors import ConfigError, ModelError, reason
+from fastfip.errors import ConfigError, FastFIPError, ModelError, reason
 from fastfip.nets.checks import check_seed
 from fastfip.nets.state import eval_mode, requires_grad
 
@@ -144,6 +144,8 @@ def _fitted(model: nn.Module, task: Task, x: Tensor, generator: torch.Generator)
     with torch.no_grad():
         try:
             scales = [(float(away(x[:FIT_BATCH], r * std, std)), r * std, std) for std in DEVIATIONS for r in RATIOS]
+        except FastFIPError:  # of what the model returns, not of the shape
+            raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ConfigError(
                 f"input_shape={tuple(x.shape[1:])}: the model does not take such images ({reason(error)}); give the "
@@ -163,6 +165,8 @@ def _fitted(model: nn.Module, task: Task, x: Tensor, generator: torch.Generator)
 @torch.no_grad()
 def _answers(model: nn.Module, task: Task, x: Tensor) -> Tensor:
     out = task.forward(model, (_as_input(model, x),))
+    if out.dim() == 1 or (out.dim() == 2 and out.shape[1] == 1):  # one logit, or a probability
+        return (out.reshape(-1) > (0.5 if bool((out >= 0).all()) else 0.0)).long().cpu()
     if out.dim() != 2 or out.shape[1] < 2:
         raise ModelError(
             f"without data the labels are the model's answers, and none can be read off outputs of shape "

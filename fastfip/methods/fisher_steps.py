@@ -2,9 +2,9 @@
 
 A backdoor falls to large steps, which also ruin a model that cannot bear them. Three parts make them bearable and sure:
 
-1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 %: so far that the whole step has a given
-   length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves networks with and without
-   normalisation.
+1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less where samples are few): so far that
+   the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
+   networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`).
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile.
 
@@ -53,8 +53,8 @@ EVERY, SAMPLES, NEW = 4, 32, 0.25
 DIFFERENCE = 0.1
 #: No step is shortened below this share of the largest one; the bound grows by up to so much where the loss is low.
 SHORTEST, MOST_GROWTH = 0.25, 3.0
-#: With fewer clean samples a class nothing is destroyed: what goes cannot be learned again from them.
-SPARSE = 3
+#: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
+SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
 SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
@@ -120,7 +120,7 @@ class FisherSteps(Method):
     one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
-    is wider, and BatchNorm is in eval mode.
+    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1.
     """
 
     name = "fisher_steps"
@@ -144,8 +144,8 @@ class FisherSteps(Method):
         config = self.config(run)
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
         if self.sparse and config.length is not None:
-            config = run.config = config.replace(bn_mode="eval")
-            run.note(
+            config = run.config = _gentle(config)
+            run.alert(
                 f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
                 "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
             )
@@ -366,6 +366,12 @@ class FisherSteps(Method):
                 reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
                 run.backward(config.weight * loss)
         return {"worst_case_loss": loss.detach(), "reached": reached}
+
+
+def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:
+    """Return settings for very few clean samples a class, in the place of those that are the defaults."""
+    usual, less = type(config)(), {"length": SPARSE_LENGTH, "steps": SPARSE_STEPS, "bn_mode": "eval"}
+    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def purify(
             None, for networks with BatchNorm: `clp` prunes channels by their weights alone, or, with another method,
             drawn images stand in for the samples (`fastfip.stand_in_images`).
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
-            fewer than 200 clean samples and no settings are given.
+            fewer than 200 clean samples and no settings are given; `clp` without data and without settings.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
         epochs: passes over the clean set, instead of what the config says.
@@ -167,8 +167,8 @@ def purify(
     few, seed = False, check_seed(seed)
     said: tuple[str, ...] = ()
     if clean_loader is None:
-        clean_loader, said = without_data(model, input_shape, forward, seed)
         method = NO_DATA if method == "auto" and not (config or overrides or steps or epochs) else method
+        clean_loader, said = without_data(model, input_shape, forward, seed, method)
         config = DRAWN if config is None and method in ("auto", MANY) else config
     elif input_shape is not None:
         raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")

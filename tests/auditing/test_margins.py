@@ -12,7 +12,7 @@ from torch import nn
 
 import fastfip.auditing.margins as module
 from fastfip.auditing.margins import SUSPICIOUS, margins
-from fastfip.errors import DataError, ModelError
+from fastfip.errors import ConfigError, DataError, ModelError
 from tests.support.small_nets import conv_net, data, same
 
 
@@ -128,3 +128,9 @@ def test_what_cannot_be_searched_is_refused():
         margins(Sure(A), [(bad, y)])
     with pytest.raises(DataError, match="real numbers"):
         margins(nn.Sequential(nn.Embedding(5, 10), nn.Flatten()), [(torch.zeros(40, 1, dtype=torch.int64), y)])
+
+
+@pytest.mark.parametrize("samples", [0, -1, 2.5, True])
+def test_a_number_of_samples_that_cannot_be_is_refused(samples):
+    with pytest.raises(ConfigError, match="samples="):
+        margins(nn.Linear(3, 5), [(torch.rand(4, 3), torch.arange(4))], samples=samples)

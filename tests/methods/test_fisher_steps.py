@@ -368,7 +368,16 @@ def test_with_fewer_than_three_samples_a_class_steps_are_short_and_statistics_st
     floor = 0.25 * FisherStepsConfig().lr
     assert (max(steps) >= 0.5 * floor) == enough
     assert torch.equal(result.model[1].running_mean, model[1].running_mean) != enough
-    assert any("cannot teach again" in note for note in result.notes) != enough
+    assert any("cannot teach again" in alert for alert in result.alerts) != enough
+
+
+def test_what_was_asked_for_stays_with_few_samples_a_class() -> None:
+    x, y = torch.randn(40, 6), torch.arange(40) % 20
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 20)).eval()
+    result = fastfip.purify(model, [(x, y)], "fisher_steps", bn_mode="freeze", steps=4, force=True, progress=False)
+    assert torch.equal(result.model[1].weight, model[1].weight) and result.history[-1]["step"] == 4
+    result = fastfip.purify(model, [(x, y)], "fisher_steps", force=True, progress=False)
+    assert result.history[-1]["step"] == 75
 
 
 def test_sparse_gradients_are_taken() -> None:

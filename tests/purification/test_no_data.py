@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastfip
-from fastfip.errors import ConfigError, DataError
+from fastfip.errors import ConfigError, DataError, FastFIPError
 
 
 def _model() -> nn.Module:
@@ -59,3 +59,30 @@ def test_without_batchnorm_there_is_one_line_with_the_remedy() -> None:
 def test_a_shape_beside_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="input_shape="):
         fastfip.purify(_model(), (torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])), input_shape=(3, 16, 16))
+
+
+def test_what_is_no_model_is_refused_in_one_line() -> None:
+    for thing in ("abc", _model().state_dict()):
+        with pytest.raises(FastFIPError) as error:
+            fastfip.purify(thing)
+        assert "\n" not in str(error.value)
+
+
+def test_one_logit_has_two_answers() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    result = fastfip.purify(net, input_shape=(3, 8, 8), progress=False, force=True)
+    assert result.method == "clp" and result.settings["clean_samples"] == 64
+
+
+def test_outputs_of_another_form_are_not_taken_for_a_wrong_shape() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _model()
+
+        def forward(self, x: torch.Tensor) -> tuple[str, torch.Tensor]:
+            return "logits", self.net(x)
+
+    with pytest.raises(FastFIPError) as error:
+        fastfip.purify(Two(), input_shape=(3, 8, 8))
+    assert "input_shape=" not in str(error.value)
