@@ -9,7 +9,7 @@ which none is tuned on: the images of 700 classes are the clean set, those of th
 than a clean set with every class. `tuned on` says how the images of the clean set are answered. They may all be of
 ImageNet's training set: the change counts, not the level.
 
-CPU time of one thread and the peak memory of the process above the model and the images. Rows go to
+CPU time of one thread and the peak of the resident memory of the whole process during the call. Rows go to
 benchmarks/results/thousand.csv, the table to docs/results.md.
 """
 
@@ -86,7 +86,7 @@ def show() -> str:
     """Return the table of the rows."""
     rows = [
         [r["size"], f"`{r['method']}`", f"{r['before']} -> {r['after']}", f"{r['tuned_before']} -> {r['tuned_after']}",
-         r["minutes"], f"{int(r['peak_memory_mb']) / 1000:.1f} GB"]
+         r["minutes"], f"{int(r['peak_memory_mb']) / 1024:.1f} GiB"]
         for r in RESULTS.read()
     ]  # fmt: skip
     head = ["pixels", "method", "top-1, 300 held-out classes", "top-1, 700 images tuned on", "CPU minutes", "memory"]

@@ -18,7 +18,7 @@ __all__ = ["DRAWN", "NO_DATA", "without_data"]
 #: What `method="auto"` takes: as good as `fisher_steps` on drawn images, at hardly any accuracy (docs/purification.md).
 NO_DATA = "clp"
 #: Images that are drawn for it, which only tell that the model runs.
-FEW = 64
+ENOUGH_TO_RUN = 64
 
 #: Settings of `fisher_steps` on drawn images. Two thirds of the steps: on such images each costs accuracy. And the
 #: weights do not go back: the backdoor returned with them (docs/purification.md).
@@ -57,6 +57,6 @@ def without_data(
         )
     with torch.inference_mode(False), as_written(model):
         shape = input_shape_of(model) if input_shape is None else input_shape
-        samples = {"samples": FEW} if method == NO_DATA else {}
+        samples = {"samples": ENOUGH_TO_RUN} if method == NO_DATA else {}
         x, y = stand_in_images(model, shape, seed=seed, forward=forward, **samples)
     return (x, y), (SAID.format(n=len(y), shape="x".join(str(v) for v in x.shape[1:])),)
