@@ -20,9 +20,10 @@ Step = Callable[[Tensor, Tensor, bool], Tensor]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-def weights(model: nn.Module, make: Optimizer) -> Step:
+def weights(model: nn.Module, make: Optimizer, *, compiled: bool = False) -> Step:
     """Every weight moves."""
     optimizer = make(list(model.parameters()))
+    call = torch.compile(model, fullgraph=True) if compiled else model
 
     def step(x: Tensor, y: Tensor, trace: bool) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -31,7 +32,7 @@ def weights(model: nn.Module, make: Optimizer) -> Step:
             loss = found.losses.mean()
             (loss + ETA * found.trace).backward()
         else:
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(call(x), y)
             loss.backward()
         optimizer.step()
         return loss.detach()
@@ -45,6 +46,7 @@ def singular_values(
     rank: int | None = None,
     *,
     affine: bool = False,
+    compiled: bool = False,
     rebuilt: Callable[[SpectralShifts], AbstractContextManager[object]] | None = None,
 ) -> Step:
     """Singular values move, with `affine` biases and norms too; `rebuilt` puts weights in place for a pass."""
@@ -52,6 +54,7 @@ def singular_values(
     shifts = SpectralShifts.of(model, rank)
     small = [p.requires_grad_(True) for p in model.parameters() if affine and p.dim() <= 1]
     optimizer = make([*shifts.deltas, *small])
+    call = torch.compile(model, fullgraph=True) if compiled else model
 
     def through_shifts(x: Tensor, y: Tensor, trace: bool) -> Tensor:
         shifts.refresh()
@@ -63,7 +66,7 @@ def singular_values(
             loss = losses.mean()
             (loss + ETA * torch.stack([d.square().sum() for d in each]).sum() / len(x)).backward()
         else:
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(call(x), y)
             loss.backward()
         shifts.collect()
         shifts.remove()

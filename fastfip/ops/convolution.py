@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +34,23 @@ class ConvShape:
     def pointwise(self) -> bool:
         """Whether the windows are the feature map itself."""
         return self.taps == 1 and all(s == 1 for s in self.stride) and not any(self.padding)
+
+
+#: The same as an operator of torch takes it: kernel, stride, padding, dilation, groups; a Linear layer's are empty.
+ShapeArguments = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def arguments_of(shape: ConvShape | None) -> ShapeArguments:
+    """Return a shape as the arguments of an operator; None: a Linear layer."""
+    if shape is None:
+        return (), (), (), (), 1
+    return shape.kernel, shape.stride, shape.padding, shape.dilation, shape.groups
+
+
+def shape_of(arguments: Sequence[Any]) -> ConvShape | None:
+    """Return the shape that an operator's arguments describe."""
+    kernel, stride, padding, dilation, groups = arguments
+    return ConvShape(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups) if len(kernel) else None
 
 
 def per_dimension(option: Iterable[int], dims: int) -> tuple[int, ...]:

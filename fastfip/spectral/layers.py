@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastfip.ops.convolution import ConvShape
+from fastfip.ops.spectral.apply import spectral_layer
 from fastfip.ops.spectral.op import prefers_dense, spectral_conv, spectral_linear
 from fastfip.spectral.relu import keep_signs
 from fastfip.spectral.site import LayerUse, Recorder, WeightSite
@@ -61,7 +62,10 @@ def replaced_forward(number: int, shift: SpectralShift, site: WeightSite, record
     )
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A compiler would trace the op's autograd by rules of its own.
+        if torch.compiler.is_compiling() and compute is not _transposed and recorder.current is None:
+            y = _compiled(module, shift, x, *args, **kwargs)
+            if y is not None:
+                return y
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.numel() or torchs_own:
             return type(module).forward(module, x, *args, **kwargs)
         dtype = _product_dtype(x, shift.weight)
@@ -83,6 +87,26 @@ def replaced_forward(number: int, shift: SpectralShift, site: WeightSite, record
     module.__dict__["forward"] = forward
     site.replaced = True
     return True
+
+
+def _compiled(module: Any, shift: SpectralShift, x: Tensor) -> Tensor | None:
+    """Compute as one operator of a compiler's graph; None where torch's own layer with W(delta) is to be had.
+
+    A compiler would trace the autograd of `spectral_linear` by rules of its own. W(delta) is put together in its graph.
+    """
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != shift.weight.dtype:
+        return None
+    shape = None
+    if isinstance(module, _ConvNd):
+        if module.padding_mode != "zeros" or isinstance(module.padding, str) or x.dim() != len(module.kernel_size) + 2:
+            return None
+        shape = ConvShape(
+            module.kernel_size, module.stride, tuple(module.padding), module.dilation, module.groups  # type: ignore[arg-type]
+        )
+    if prefers_dense(shift.u, shift.v, None if shape is None else shape.taps, _positions(module, x)):
+        return None
+    weight, bias = shift.recompose().detach(), module._parameters.get("bias")
+    return spectral_layer(x, weight, shift.u, shift.v, shift.sigma, shift.delta, bias, shape)
 
 
 def _dense(module: Any, shift: SpectralShift, x: Tensor, dtype: torch.dtype) -> bool:

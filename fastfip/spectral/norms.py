@@ -47,14 +47,12 @@ def _forward(norm: _BatchNorm):  # type: ignore[no-untyped-def]
         # Numbers of low precision are normalised in float32 inside torch's operation, which this one could not do.
         if norm.training or tuned or x.dtype not in (torch.float32, torch.float64) or x.dim() < 3:
             return type(norm).forward(norm, x)
-        assert norm.running_mean is not None and norm.running_var is not None
         if torch.compiler.is_compiling():  # versions are not for its eyes
-            return _scaled(x, *_constants(norm, x.dtype))
-        parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        state = (x.dtype, *((id(p), None if p is None else p._version) for p in parts))
+            return _scaled(x, *torch.ops.fastfip.norm_constants(*_parts(norm), norm.eps, x.dtype == torch.float64))
+        state = (x.dtype, *((id(p), None if p is None else p._version) for p in _parts(norm)))
         if state not in cached:
             cached.clear()
-            cached[state] = _constants(norm, x.dtype)
+            cached[state] = _constants(*_parts(norm), norm.eps, x.dtype == torch.float64)
         return _scaled(x, *cached[state])
 
     return forward
@@ -65,13 +63,37 @@ def _scaled(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return torch.addcmul(offset, x, scale)
 
 
-@torch.no_grad()
-def _constants(norm: _BatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _parts(norm: _BatchNorm) -> Parts:
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    offset = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        offset = offset + norm.bias
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias
+
+
+@torch.no_grad()
+def _constants(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, double: bool
+) -> tuple[Tensor, Tensor]:
+    scale = (var.double() + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    offset = -mean.double() * scale
+    if bias is not None:
+        offset = offset + bias
+    dtype = torch.float64 if double else torch.float32
     return scale.to(dtype), offset.to(dtype)
+
+
+def _fake(mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if rest[-1] else torch.float32
+    return torch.empty_like(mean, dtype=dtype), torch.empty_like(mean, dtype=dtype)
+
+
+# An operator, because a compiler would fuse it into the loop over the map and take every root once for each position.
+LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
+LIBRARY.define(
+    "norm_constants(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, bool double) -> (Tensor, Tensor)"
+)
+LIBRARY.impl("norm_constants", _constants, "CompositeExplicitAutograd")
+torch.library.register_fake("fastfip::norm_constants", _fake, lib=LIBRARY)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.convolution import ConvShape
+from fastfip.ops.convolution import ConvShape, ShapeArguments, arguments_of, shape_of
 from fastfip.ops.memory import accumulation_dtype
 from fastfip.ops.spectral.linear_map import SpectralFactors, SpectralMap
 
@@ -26,8 +26,6 @@ LIBRARY.define(
     " int groups, str backend) -> Tensor"
 )
 
-#: kernel, stride, padding, dilation, groups of a convolution; of a Linear layer the first four are empty.
-Options = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 SpectralImplementation = Callable[[str, Tensor, Tensor, "Tensor | None", "Tensor | None", "ConvShape | None"], Tensor]
 
 
@@ -46,22 +44,9 @@ def define(run: SpectralImplementation) -> None:
         groups: int,
         backend: str,
     ) -> Tensor:
-        return run(backend, g, x, u, v, _shape((kernel, stride, padding, dilation, groups)))
+        return run(backend, g, x, u, v, shape_of((kernel, stride, padding, dilation, groups)))
 
     LIBRARY.impl("spectral_grad", forward, "CompositeExplicitAutograd")
-
-
-def _shape(options: Sequence[Any]) -> ConvShape | None:
-    kernel, stride, padding, dilation, groups = options
-    if len(kernel) == 0:
-        return None
-    return ConvShape(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def _options(shape: ConvShape | None) -> Options:
-    if shape is None:
-        return (), (), (), (), 1
-    return shape.kernel, shape.stride, shape.padding, shape.dilation, shape.groups
 
 
 def result_size(
@@ -99,7 +84,7 @@ def _fake(
     groups: int,
     backend: str,
 ) -> Tensor:
-    size = result_size(g, x, u, v, _shape((kernel, stride, padding, dilation, groups)))
+    size = result_size(g, x, u, v, shape_of((kernel, stride, padding, dilation, groups)))
     return g.new_empty(size, dtype=accumulation_dtype(g.dtype))
 
 
@@ -125,7 +110,7 @@ class _SpectralGrad(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, options: Options, backend: str) -> Tensor:
+    def forward(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, options: ShapeArguments, backend: str) -> Tensor:
         return torch.ops.fastfip.spectral_grad(g, x, u, v, *options, backend)
 
     @staticmethod
@@ -136,7 +121,7 @@ class _SpectralGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        shape, need = _shape(ctx.options), ctx.needs_input_grad
+        shape, need = shape_of(ctx.options), ctx.needs_input_grad
         g, x = (t.to(w.dtype) for t in saved[:2])
         u, v = (None if t is None else t.to(w.dtype) for t in saved[2:])
         w = w if shape is None else w.reshape(w.shape[0], -1, *[1] * len(shape.kernel))
@@ -175,11 +160,11 @@ def sum_by_sample(
     g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None, backend: str
 ) -> Tensor:
     """Return each [N, G, K], by that backend and outside of any autograd graph."""
-    return torch.ops.fastfip.spectral_grad(g, x, u, v, *_options(shape), backend)
+    return torch.ops.fastfip.spectral_grad(g, x, u, v, *arguments_of(shape), backend)
 
 
 def differentiable(
     g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None, backend: str
 ) -> Tensor:
     """Return each [N, G, K], by that backend."""
-    return _SpectralGrad.apply(g, x, u, v, _options(shape), backend)
+    return _SpectralGrad.apply(g, x, u, v, arguments_of(shape), backend)

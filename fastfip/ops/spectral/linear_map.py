@@ -27,7 +27,7 @@ from torch import Tensor
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import Scratch
 
-__all__ = ["SpectralFactors", "SpectralMap", "WantedGradients", "is_even", "prefers_dense", "recompose"]
+__all__ = ["SpectralFactors", "SpectralMap", "WantedGradients", "is_even", "like_input", "prefers_dense", "recompose"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -120,22 +120,22 @@ class SpectralMap:
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return y = W(delta) x + bias and p = x V."""
         if not self._factored(x, after=True):
-            y = self._times(x, self._moved(), bias)
+            y = self.product(x, self._moved(), bias)
             return y, self._right_from(x, y, bias)
         change = self.f.s - self.f.sigma
         if self._output_is_narrow:
             early = None if _rounds(bias, x) else bias
-            y = self._times(x, self.weight, early)
+            y = self.product(x, self.weight, early)
             p = self._from_output(y, early, 1 / self.f.sigma)
             y += self.left_adjoint(p * self._shaped(change.to(p.dtype)))
             return (y if bias is early else y + self._shaped(bias.to(y.dtype))), p  # type: ignore[union-attr]
         p = self.right(x)
         scaled = p * (change / self.f.sigma)[0].to(p.dtype)
-        return self._times(x + scaled @ self.f.v[0].mT.to(x.dtype), self.weight, bias), p
+        return self.product(x + scaled @ self.f.v[0].mT.to(x.dtype), self.weight, bias), p
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return y alone."""
-        return self.forward(x, bias)[0] if self._factored(x, after=True) else self._times(x, self._moved(), bias)
+        return self.forward(x, bias)[0] if self._factored(x, after=True) else self.product(x, self._moved(), bias)
 
     def backward(self, g: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return x = W(delta)^T g, of that size, and q = g U."""
@@ -182,7 +182,8 @@ class SpectralMap:
             return self.weight
         return recompose(self.weight, self.f.u, self.f.s - self.f.sigma, self.f.v, self.scratch)
 
-    def _times(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the layer's own product with a weight."""
         c = self.conv
         if c is None:
             return F.linear(x, weight, bias)
@@ -352,6 +353,11 @@ def _format(x: Tensor) -> torch.memory_format:
 def _many(weak: Tensor | None, k: int) -> bool:
     """So many weak directions that projecting all of them directly costs no more than both ways together."""
     return weak is not None and 2 * len(weak) > k
+
+
+def like_input(t: Tensor, x: Tensor) -> Tensor:
+    """Return t as a tensor of its own, in the memory format of x: a compiler wants to know it beforehand."""
+    return t.contiguous(memory_format=_format(x))
 
 
 def _conv_adjoint(g: Tensor, weight: Tensor, c: ConvShape, size: tuple[int, ...]) -> Tensor:

@@ -79,16 +79,25 @@ class _SpectralForward(torch.autograd.Function):
 def _back(ctx: Any, m: SpectralMap, delta: Tensor, p: Tensor, gy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if not m.wanted.deltas and not torch.is_grad_enabled():
         return (m.adjoint(gy, ctx.size) if ctx.needs_input_grad[0] else None), None
-    if not torch.is_grad_enabled() and ctx.needs_input_grad[1]:  # nobody asks for q itself
-        gx = m.adjoint_alone(gy, ctx.size) if ctx.needs_input_grad[0] else None
-        if gx is not None or not ctx.needs_input_grad[0]:
-            gdelta = _total_without_q(m, p, gy, gx)
-            return gx, m.total(p, m.left_from(gy, gx)) if gdelta is None else gdelta
+    if not torch.is_grad_enabled() and ctx.needs_input_grad[1]:
+        return gradients(m, p, gy, ctx.size, ctx.needs_input_grad[0])
     if ctx.needs_input_grad[0]:
         gx, q = _SpectralAdjoint.apply(gy, delta, m, ctx.size)
     else:
         gx, q = None, m.left(gy) if ctx.needs_input_grad[1] else None
     return gx, m.total(p, q) if ctx.needs_input_grad[1] else None
+
+
+def gradients(
+    m: SpectralMap, p: Tensor, gy: Tensor, size: tuple[int, ...], x_too: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of x, of that size (None where it is not wanted), and of delta, for nobody who asks for q."""
+    gx = m.adjoint_alone(gy, size) if x_too else None
+    if gx is None and x_too:
+        gx, q = m.backward(gy, size)
+        return gx, m.total(p, q)
+    gdelta = _total_without_q(m, p, gy, gx)
+    return gx, m.total(p, m.left_from(gy, gx)) if gdelta is None else gdelta
 
 
 def _total_without_q(m: SpectralMap, p: Tensor, gy: Tensor, gx: Tensor | None) -> Tensor | None:
@@ -148,7 +157,7 @@ def spectral_linear(
 
     `weight` is W(delta), or with `scratch` it is W, which must not change before the backward pass.
     """
-    _check(x, weight, factors, delta)
+    check(x, weight, factors, delta)
     return _SpectralForward.apply(x, delta, bias, SpectralMap(weight.detach(), factors, None, wanted, scratch))
 
 
@@ -169,7 +178,7 @@ def spectral_conv(
     `transposed_to`: the size of the result of a transposed convolution, whose weight is [C, O/G, *kernel] and whose
     second result is x U.
     """
-    _check(x, weight, factors, delta)
+    check(x, weight, factors, delta)
     m = SpectralMap(weight.detach(), factors, shape, wanted, scratch)
     if transposed_to is not None:
         y, q = _SpectralAdjoint.apply(x, delta, m, transposed_to)
@@ -183,7 +192,8 @@ def project(x: Tensor, u: Tensor, v: Tensor, shape: ConvShape | None, *, right: 
     return m.right(x) if right else m.left(x)
 
 
-def _check(x: Tensor, weight: Tensor, factors: SpectralFactors, delta: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, factors: SpectralFactors, delta: Tensor) -> None:
+    """Raise ValueError where the operands of a layer do not fit each other."""
     groups, o, k = factors.u.shape
     i = factors.v.shape[1]
     if factors.v.shape != (groups, i, k) or factors.s.shape != (groups, k) or delta.shape != (groups, k):
