@@ -8,7 +8,7 @@ is SGD with momentum and weight decay on every parameter (the settings of `fine_
 ways. `released layers` rebuilds each weight U diag(relu(sigma + delta)) V^T in the forward pass and lets autograd go
 through it, at full rank, as the code that was released with the paper does. `trace every fifth`: the mean of four
 steps without and one with the exact Fisher trace of the shifts in the same pass. `fip, trace every fifth`: the same for
-FIP on all weights. `compiled`: the model by torch.compile (inductor), the ratio over the plain step of a compiled model.
+FIP on all weights. `compiled`: the model by torch.compile (inductor), its ratio over the plain step of such a model.
 
 Times: CPU time with one thread, the clock with more; the ways take turns in one process, each gets its least time.
 Memory: the peak of a fresh process during the third step, less what it had before the model was made (libraries already
@@ -122,8 +122,9 @@ def measure(name: str, threads: int, repeat: int) -> list[Row]:
     times = {way: getattr(seconds, harness.clock(threads)) for way, seconds in found.items()}
     for way, (without, with_trace) in EVERY_FIFTH.items():
         times[way] = 0.8 * times[without] + 0.2 * times[with_trace]
+    ratio = {way: t / times[COMPARED.get(way, "plain")] for way, t in times.items()}
     return [
-        {"net": name, "way": way, "threads": threads, "ratio": round(t / times[COMPARED.get(way, "plain")], 3), "ms": round(t * 1e3, 1),
+        {"net": name, "way": way, "threads": threads, "ratio": round(ratio[way], 3), "ms": round(t * 1e3, 1),
          "error": f"{error:.1e}" if way.startswith("fast_fip K=64") else ""}
         for way, t in times.items()
     ]  # fmt: skip
@@ -153,8 +154,9 @@ def add_memory(name: str, threads: int) -> None:
         print(name, way, found[way] // 2**20, "MB", flush=True)
     for way, parts in EVERY_FIFTH.items():
         found[way] = max(found[part] for part in parts)
+    ratio = {way: peak / found[COMPARED.get(way, "plain")] for way, peak in found.items()}
     RESULTS.add([
-        {**row, "memory": round(found[row["way"]] / found[COMPARED.get(row["way"], "plain")], 3), "memory_mb": found[row["way"]] // 2**20}
+        {**row, "memory": round(ratio[row["way"]], 3), "memory_mb": found[row["way"]] // 2**20}
         for row in RESULTS.read() if (row["net"], row["threads"]) == (name, str(threads)) and row["way"] in found
     ])  # fmt: skip
 

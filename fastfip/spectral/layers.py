@@ -101,7 +101,11 @@ def _compiled(module: Any, shift: SpectralShift, x: Tensor) -> Tensor | None:
         if module.padding_mode != "zeros" or isinstance(module.padding, str) or x.dim() != len(module.kernel_size) + 2:
             return None
         shape = ConvShape(
-            module.kernel_size, module.stride, tuple(module.padding), module.dilation, module.groups  # type: ignore[arg-type]
+            module.kernel_size,
+            module.stride,
+            tuple(module.padding),
+            module.dilation,
+            module.groups,
         )
     if prefers_dense(shift.u, shift.v, None if shape is None else shape.taps, _positions(module, x)):
         return None

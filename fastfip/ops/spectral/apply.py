@@ -2,8 +2,8 @@
 
     y = W x + U ((s - sigma) * (V^T x)) + bias + residual,    p = V^T x,    s = relu(sigma + delta)
 
-and its adjoint, x = W^T g + V ((s - sigma) * (U^T g)) with q = U^T g. Both are operators of torch, so a compiled model has
-them in its one graph with the derivative that forms no gradient of a whole weight (`op.py` has the same layer for
+and its adjoint, x = W^T g + V ((s - sigma) * (U^T g)) with q = U^T g. Both are operators of torch, so a compiled model
+has them in its one graph with the derivative that forms no gradient of a whole weight (`op.py` has the same layer for
 models that are not compiled, which shares what was found out about the directions between calls).
 
 Shapes are those of `op.py`: a Linear weight is [O, I] with u [1, O, K], v [1, I, K], sigma and delta [1, K]; a
@@ -31,13 +31,6 @@ __all__ = ["SPECTRAL_ADJOINT", "SPECTRAL_APPLY", "spectral_adjoint", "spectral_a
 Pair = tuple[Tensor, Tensor]
 
 
-def _map(
-    weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, delta: Tensor, shape: ConvShape | None, moved: bool
-) -> SpectralMap:
-    factors = SpectralFactors.of(u, v, sigma, delta, weight.dtype)
-    return SpectralMap(weight, factors, shape, scratch=None if moved else Scratch())
-
-
 def reference(x: Tensor, bias: Tensor | None, m: SpectralMap) -> Pair:
     """Define the op: y and p."""
     return m.forward(x, bias)
@@ -57,7 +50,8 @@ _OPTIONS = "int[] kernel, int[] stride, int[] padding, int[] dilation, int group
 LIBRARY.define(f"spectral_apply(Tensor x, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> (Tensor, Tensor)")
 LIBRARY.define(f"spectral_adjoint(Tensor g, SymInt[] size, {_FACTORS}, {_OPTIONS}) -> (Tensor, Tensor)")
 LIBRARY.define(
-    f"spectral_apply_backward(Tensor g, Tensor p, SymInt[] size, bool x_too, {_FACTORS}, {_OPTIONS}) -> (Tensor, Tensor)"
+    f"spectral_apply_backward(Tensor g, Tensor p, SymInt[] size, bool x_too, {_FACTORS}, {_OPTIONS})"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -80,8 +74,9 @@ def _backward(g: Tensor, p: Tensor, size: Sequence[int], x_too: bool, *rest: Any
 
 
 def _parts(rest: Sequence[Any]) -> tuple[SpectralMap, str]:
-    *factors, moved, kernel, stride, padding, dilation, groups, backend = rest
-    return _map(*factors, shape_of((kernel, stride, padding, dilation, groups)), moved), backend
+    weight, u, v, sigma, delta, moved, *options, backend = rest
+    factors = SpectralFactors.of(u, v, sigma, delta, weight.dtype, even=False if moved else None)
+    return SpectralMap(weight, factors, shape_of(options), scratch=None if moved else Scratch()), backend
 
 
 def _plain_map(rest: Sequence[Any]) -> SpectralMap:
@@ -140,7 +135,7 @@ class _Apply(torch.autograd.Function):
         gx = gdelta = gbias = None
         m = _plain_map((weight, u, v, sigma, delta, moved, *options, backend))
         if need[2]:
-            gbias = gy.movedim(-1 if m.conv is None else 1, -1).flatten(0, -2).sum(0)
+            gbias = m.of_bias(gy)
         if not torch.is_grad_enabled() and need[1]:
             gx, gdelta = torch.ops.fastfip.spectral_apply_backward(
                 gy, p, size, need[0], weight, u, v, sigma, delta, moved, *options, backend
@@ -178,7 +173,6 @@ class _Adjoint(torch.autograd.Function):
         y, p = _Apply.apply(gx, delta, None, weight, u, v, sigma, moved, True, options, backend)
         gg = y + m.left_adjoint(gq) if need[0] else None
         return (gg, m.total(p, q) if need[1] else None, *[None] * 9)
-
 
 
 def _only_first(in_dims: Sequence[Any]) -> bool:
@@ -314,7 +308,9 @@ def spectral_adjoint(
     moved: bool = False,
     backend: str = "auto",
 ) -> Pair:  # x of that size, q [..., K] or [N, G*K, *out]
-    """Return x = W(delta)^T g, of that size, and q = U^T g: the adjoint of `spectral_apply`, or a transposed convolution.
+    """Return x = W(delta)^T g, of that size, and q = U^T g: the adjoint of `spectral_apply`.
+
+    It is a transposed convolution's forward pass.
 
     Arguments and errors are those of :func:`spectral_apply`; differentiable likewise with respect to g and delta.
     """

@@ -110,7 +110,9 @@ class _SpectralGrad(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, options: ShapeArguments, backend: str) -> Tensor:
+    def forward(
+        g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, options: ShapeArguments, backend: str
+    ) -> Tensor:
         return torch.ops.fastfip.spectral_grad(g, x, u, v, *options, backend)
 
     @staticmethod

@@ -128,7 +128,7 @@ class SpectralMap:
             y = self.product(x, self.weight, early)
             p = self._from_output(y, early, 1 / self.f.sigma)
             y += self.left_adjoint(p * self._shaped(change.to(p.dtype)))
-            return (y if bias is early else y + self._shaped(bias.to(y.dtype))), p  # type: ignore[union-attr]
+            return (y if bias is early else y + self._by_feature(bias.to(y.dtype))), p  # type: ignore[union-attr]
         p = self.right(x)
         scaled = p * (change / self.f.sigma)[0].to(p.dtype)
         return self.product(x + scaled @ self.f.v[0].mT.to(x.dtype), self.weight, bias), p
@@ -279,6 +279,10 @@ class SpectralMap:
         """[G, K] as it multiplies p."""
         return per_direction[0] if self.conv is None else per_direction.reshape(-1, *[1] * len(self.conv.kernel))
 
+    def _by_feature(self, bias: Tensor) -> Tensor:
+        """[O] as it is added to y."""
+        return bias if self.conv is None else bias.reshape(-1, *[1] * len(self.conv.kernel))
+
     # -------------------- sums
 
     def total(self, p: Tensor, q: Tensor) -> Tensor:
@@ -292,6 +296,10 @@ class SpectralMap:
         else:
             product = torch.linalg.vecdot(p.flatten(2), q.flatten(2)).sum(0, dtype=s.dtype)
         return product.reshape(s.shape) * (s > 0)
+
+    def of_bias(self, gy: Tensor) -> Tensor:
+        """Return the gradient of the bias [O], a sum over positions."""
+        return gy.movedim(-1 if self.conv is None else 1, -1).flatten(0, -2).sum(0) if gy.dim() > 1 else gy
 
 
 def recompose(

@@ -69,7 +69,7 @@ class _SpectralForward(torch.autograd.Function):
         if gy is not None:
             gx, gdelta = _back(ctx, m, delta, p, gy)
             if ctx.needs_input_grad[2] and m.wanted.deltas:
-                gbias = gy.movedim(-1 if m.conv is None else 1, -1).flatten(0, -2).sum(0) if gy.dim() > 1 else gy
+                gbias = m.of_bias(gy)
         if gp is not None and ctx.needs_input_grad[0]:
             other = m.right_adjoint(gp, ctx.size)
             gx = other if gx is None else gx + other
@@ -91,7 +91,7 @@ def _back(ctx: Any, m: SpectralMap, delta: Tensor, p: Tensor, gy: Tensor) -> tup
 def gradients(
     m: SpectralMap, p: Tensor, gy: Tensor, size: tuple[int, ...], x_too: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the gradients of x, of that size (None where it is not wanted), and of delta, for nobody who asks for q."""
+    """Return the gradients of x, of that size, and of delta, where nobody asks for q; the first only if wanted."""
     gx = m.adjoint_alone(gy, size) if x_too else None
     if gx is None and x_too:
         gx, q = m.backward(gy, size)
