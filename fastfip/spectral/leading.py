@@ -60,7 +60,7 @@ def largest(m: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
         None where the residuals do not fall below `TOLERANCE`, where s_k is below `SMALLEST` of s_1, and where squares
         would leave the range of float32.
     """
-    if not 1e-12 < float(torch.linalg.vector_norm(m, dtype=torch.float64)) < 1e12:
+    if not 1e-12 < float(torch.linalg.vector_norm(m)) < 1e12:
         return None
     x = _iterated(_gram(m), k)
     if x is None:
