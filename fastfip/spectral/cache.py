@@ -85,9 +85,10 @@ def _read(path: str | os.PathLike[str], key: str, devices: list[torch.device]) -
         return None
     if said.get("content") != of_values(tensors[name] for three in names for name in three):
         return None
+    # Copies: what safetensors gives is the file's own memory, and changes with it.
     return [
-        (tensors[u].to(device), tensors[sigma].to(device), tensors[v].to(device))
-        for (u, sigma, v), device in zip(names, devices)
+        (tensors[u].to(device, copy=True), tensors[s].to(device, copy=True), tensors[v].to(device, copy=True))
+        for (u, s, v), device in zip(names, devices)
     ]
 
 
