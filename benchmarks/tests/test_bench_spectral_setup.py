@@ -1,4 +1,4 @@
-"""The benchmark of the decomposition: its ways give the same, and the tables are those of the rows. No ViT-B is needed."""
+"""The benchmark of the decomposition: its ways find the same, and the table is that of the rows. No ViT-B is needed."""
 
 import pytest
 import torch

@@ -65,12 +65,12 @@ def largest(m: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
     x = _iterated(_gram(m), k)
     if x is None:
         return None
-    wide = m.to(torch.float64, memory_format=torch.contiguous_format)
+    wide = m.double()
     (u, s, v), residual = _triplets(wide, x[:, :k], k)
     for _ in range(MOST_ROUNDS):
         if residual <= TOLERANCE:
             return (u, s, v) if float(s[-1]) >= SMALLEST * float(s[0]) else None
-        x = torch.linalg.qr(wide @ (x.mT @ wide).mT).Q
+        x = torch.linalg.qr(((x.mT @ wide) @ wide.mT).mT).Q
         (u, s, v), residual = _triplets(wide, x, k)
     return None
 
@@ -135,10 +135,11 @@ def _filtered(g: Tensor, x: Tensor, y: Tensor, degree: int, cut: float, top: flo
 
 def _triplets(m: Tensor, x: Tensor, k: int) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
     """Return the k largest u, s and v within orthonormal left vectors [n, b], and their largest residual over s."""
-    y = x.mT @ m  # [b, N]: this way round is twice as fast as m^T x on a CPU
+    # Rows for vectors: on a CPU such products take half the time of m^T x, whichever way m lies in memory.
+    y = x.mT @ m
     values, vectors = torch.linalg.eigh(y @ y.mT)
     s = values.flip(-1)[:k].clamp_min(torch.finfo(m.dtype).tiny).sqrt()
     vectors = vectors.flip(-1)[:, :k]
-    u, v = x @ vectors, (vectors.mT @ y).mT / s
-    residual = float(((m @ v - u * s).norm(dim=0) / s).max())
-    return (u, s, v), residual
+    u, v = vectors.mT @ x.mT, (vectors.mT @ y) / s.unsqueeze(1)
+    residual = float(((v @ m.mT - u * s.unsqueeze(1)).norm(dim=1) / s).max())
+    return (u.mT, s, v.mT), residual
