@@ -24,7 +24,7 @@ from torch import Tensor
 
 __all__ = ["SMALLEST", "TOLERANCE", "largest", "pays"]
 
-#: |M v - s u| / s that is left at most. A float32 decomposition by LAPACK leaves three times as much.
+#: |M v - s u| / s that is left at most. A float32 decomposition by LAPACK leaves four times as much.
 TOLERANCE = 4 * torch.finfo(torch.float32).eps
 
 #: A singular value from Gram matrices in float64 has the relative error eps (s_1 / s)^2: below this share of s_1 it is
