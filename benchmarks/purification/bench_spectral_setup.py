@@ -42,8 +42,9 @@ RESULTS = harness.Results(
     "net spectrum way rank threads seconds ratio memory memory_mb residual commit torch machine native",
     run="net spectrum way rank threads",
     kept="memory memory_mb",
-    order=lambda r: (r["net"], r["spectrum"], str(r["threads"])),
+    order=lambda r: (r["net"], r["spectrum"], str(r["threads"]), ORDER.index(r["way"])),
 )
+ORDER = ("full SVD", "Gram eigh", "iteration", "cache")
 NET, RANK = "vit_b16", 64
 SPECTRA = ("random", "decaying")
 
