@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import map_batch
 
-__all__ = ["Watched", "of_batches", "of_model"]
+__all__ = ["Watched", "of_batches", "of_model", "of_values"]
 
 _LENGTH = 16  # hexadecimal digits
 
@@ -32,6 +32,15 @@ def of_batches(batches: Iterable[Any]) -> str:
     for _ in watched:
         pass
     return watched.digest
+
+
+def of_values(values: Iterable[Any]) -> str:
+    """Return 64 hexadecimal digits that depend on every value: tensors with shape and dtype, others as they print."""
+    digest = hashlib.sha256()
+    for value in values:
+        _feed(digest, value)
+        digest.update(b";")
+    return digest.hexdigest()
 
 
 class Watched:

@@ -101,14 +101,14 @@ class Spectral(Space):
     All of them have one step size; `trust` shortens the steps of the coordinates that the clean Fisher needs.
     """
 
-    def __init__(self, run: Run, affine: bool, rank: Rank = None) -> None:
+    def __init__(self, run: Run, affine: bool, rank: Rank = None, cache: str | None = None) -> None:
         unknown = may_be_map(run.model, run.frozen)
         seen: dict[int, bool] = {}
         if unknown:
             with run.eval_mode(), torch.no_grad(), seen_as_maps(unknown) as seen:
                 run.forward(next(iter(run.clean.batches(2, device=run.device))))
         with run.timed("svd"):
-            self.shifts = SpectralShifts.of(run.model, rank, run.frozen, seen)
+            self.shifts = SpectralShifts.of(run.model, rank, run.frozen, seen, cache)
         shifted = {id(w) for w in self.shifts.weights}
         named = dict(run.model.named_parameters())
         self.affine = [

@@ -25,6 +25,7 @@ class Overrides(TypedDict, total=False):
     bn_mode: Literal["train", "eval", "freeze"]
     budget: float
     c: float
+    cache: str | None
     changes: float
     clean_weight: float
     cycle: int

@@ -1,19 +1,21 @@
 """Singular value decompositions of weights: all directions, or the largest.
 
-Matrices of one shape are decomposed together. In float64 inside, so that the factors are exact to the last bit of the
-precision they are kept in.
+A few of the largest of a large matrix are found by iteration (`fastfip.spectral.leading`). The others are decomposed
+in float64, so that the factors are exact to the last bit of the precision they are kept in: small matrices of one shape
+together, larger ones one at a time, since their copies would need more memory than the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from fastfip.errors import ConfigError
+from fastfip.spectral.leading import SMALLEST, largest, pays
 
-__all__ = ["Factored", "Rank", "decompose"]
+__all__ = ["Factored", "Rank", "check_rank", "decompose"]
 
 #: None: all directions; an int: at most so many of the largest of each group; a float: the fewest whose squares sum to
 #: this share of all of them.
@@ -21,28 +23,36 @@ Rank = int | float | None
 
 Factored = tuple[Tensor, Tensor, Tensor]
 
-#: The eigenvectors of M M^T give singular values of relative error eps (sigma_1 / sigma)^2: below this share of
-#: sigma_1 they are no longer right to float32, and the decomposition of M itself is taken, at ten times the cost.
-SMALLEST_BY_GRAM = 1e-4
+#: Numbers of the matrices that are decomposed together: 8 MB in float64.
+TOGETHER = 1 << 20
 
 
-def decompose(matrices: Sequence[Tensor], rank: Rank = None) -> list[Factored]:
-    """Return u [G, O, K], sigma [G, K] (falling) and v [G, I, K] of each matrix [G, O, I], in its dtype.
+def decompose(matrices: Iterable[Tensor], rank: Rank = None) -> list[Factored]:
+    """Return u [G, O, K], sigma [G, K] (falling) and v [G, I, K] of each matrix [G, O, I], in float32 or its float64.
+
+    Columns are orthonormal. With an int rank much smaller than the matrix, W v = sigma u and W^T u = sigma v hold up to
+    `leading.TOLERANCE` sigma, and of directions that are as good as equally large others than the first K may be found;
+    in all other cases both hold up to rounding. The same matrices always have the same factors.
 
     Raises:
         ConfigError: the rank is no positive int and no float between 0 and 1.
     """
     check_rank(rank)
     factored: dict[int, Factored] = {}
-    by_shape: dict[tuple[object, ...], list[int]] = {}
+    waiting: dict[tuple[object, ...], dict[int, Tensor]] = {}
     for k, matrix in enumerate(matrices):
-        by_shape.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), []).append(k)
-    for members in by_shape.values():
-        stack = torch.stack([matrices[k] for k in members])
-        for k, factors in zip(members, _batched(stack, rank)):
-            u, sigma, v = _largest(*factors, rank)
-            factored[k] = tuple(t.to(stack.dtype).contiguous() for t in (u, sigma, v))  # type: ignore[assignment]
-    return [factored[k] for k in range(len(matrices))]
+        found = _iterated(matrix, rank)
+        if found is not None:
+            factored[k] = found
+            continue
+        alike = waiting.setdefault((tuple(matrix.shape), matrix.dtype, matrix.device), {})
+        alike[k] = matrix
+        if len(alike) * matrix.numel() >= TOGETHER:
+            factored.update(_together(alike, rank))
+            alike.clear()
+    for alike in waiting.values():
+        factored.update(_together(alike, rank))
+    return [factored[k] for k in range(len(factored))]
 
 
 def check_rank(rank: Rank) -> None:
@@ -55,8 +65,39 @@ def check_rank(rank: Rank) -> None:
         )
 
 
+def _iterated(matrix: Tensor, rank: Rank) -> Factored | None:
+    """Decompose [G, O, I] by iteration, group by group; None where that does not pay or does not converge."""
+    groups, rows, columns = matrix.shape
+    if not isinstance(rank, int) or matrix.dtype == torch.float64 or not pays(rows, columns, rank):
+        return None
+    factors = (
+        matrix.new_empty(groups, rows, rank, dtype=torch.float32),
+        matrix.new_empty(groups, rank, dtype=torch.float32),
+        matrix.new_empty(groups, columns, rank, dtype=torch.float32),
+    )
+    for group, m in enumerate(matrix):
+        turned = rows > columns
+        found = largest((m.mT if turned else m).float(), rank)
+        if found is None:
+            return None
+        for kept, new in zip(factors, reversed(found) if turned else found):
+            kept[group] = new
+    return factors
+
+
+def _together(alike: dict[int, Tensor], rank: Rank) -> dict[int, Factored]:
+    """Decompose matrices [G, O, I] of one shape exactly; None of them: nothing."""
+    out: dict[int, Factored] = {}
+    if alike:
+        stack = torch.stack([m if m.dtype == torch.float64 else m.float() for m in alike.values()])
+        for k, factors in zip(alike, _batched(stack, rank)):
+            u, sigma, v = (t.to(stack.dtype).contiguous() for t in _largest(*factors, rank))
+            out[k] = u, sigma, v
+    return out
+
+
 def _batched(stack: Tensor, rank: Rank) -> Iterator[Factored]:
-    """Decompose [B, G, O, I]: by the smaller Gram matrix where that is exact enough."""
+    """Decompose [B, G, O, I]: by the smaller Gram matrix where that is exact enough, at a tenth of the cost."""
     if stack.dtype == torch.float64:
         yield from zip(*_svd(stack))
         return
@@ -67,7 +108,7 @@ def _batched(stack: Tensor, rank: Rank) -> Iterator[Factored]:
     keep = min(rank, m.shape[-2]) if isinstance(rank, int) else m.shape[-2]
     left = vectors.flip(-1)[..., :keep]
     sigma = values.flip(-1)[..., :keep].clamp_min(0).sqrt()
-    exact = (sigma[..., -1] >= SMALLEST_BY_GRAM * sigma[..., 0]).all(-1)
+    exact = ((sigma[..., -1] >= SMALLEST * sigma[..., 0]) & (sigma[..., -1] > 0)).all(-1)
     right = (m.mT @ left) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny).unsqueeze(-2)
     for row in range(len(stack)):
         if bool(exact[row]):

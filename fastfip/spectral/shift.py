@@ -18,6 +18,7 @@ Index letters: `o` output, `i` input (unfolded), `r` singular direction, R = min
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
@@ -26,7 +27,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastfip.errors import ModelError
 from fastfip.ops.memory import Scratch
-from fastfip.spectral.decompose import Rank, check_rank, decompose
+from fastfip.spectral.cache import check_cache, decompose_once
+from fastfip.spectral.decompose import Rank, check_rank
 from fastfip.spectral.layers import replaced_forward
 from fastfip.spectral.norms import FrozenNorms
 from fastfip.spectral.places import MapPlace, places_of
@@ -57,17 +59,25 @@ class SpectralShifts:
 
     @classmethod
     def of(
-        cls, model: nn.Module, rank: Rank = None, frozen: Container[int] = (), seen: Mapping[int, bool] | None = None
+        cls,
+        model: nn.Module,
+        rank: Rank = None,
+        frozen: Container[int] = (),
+        seen: Mapping[int, bool] | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> SpectralShifts:
         """Decompose every weight, in float32 at least; `rank` says which directions move (see `decompose.Rank`).
 
-        Weights whose id is in `frozen` stay as they are; `seen` are further ones, see `places.seen_as_maps`.
+        Weights whose id is in `frozen` stay as they are; `seen` are further ones, see `places.seen_as_maps`. With
+        `cache` the decompositions are read from that file, where it is of these weights, or else written to it.
 
         Raises:
             ModelError: the model has no such weight, or one is not finite.
-            ConfigError: the rank is none.
+            ConfigError: the rank is none, or the cache has a name that is for no cache.
+            CheckpointError: the cache cannot be written.
         """
         check_rank(rank)
+        check_cache(cache)
         held: dict[int, tuple[nn.Parameter, list[MapPlace]]] = {}
         for place in places_of(model, frozen, {} if seen is None else seen):
             weight = place.module._parameters[place.attribute]
@@ -83,7 +93,7 @@ class SpectralShifts:
                     places.append(places[0]._replace(name=full, module=module, attribute=attribute))
         if not held:
             raise ModelError("the model has no Linear or convolution weight of its own: there is nothing to shift")
-        return cls(_shifts(list(held.values()), rank), model.modules())
+        return cls(_shifts(list(held.values()), rank, cache), model.modules())
 
     def __len__(self) -> int:
         """Return how many weights are shifted."""
@@ -168,16 +178,20 @@ class SpectralShifts:
             shift.forget()
 
 
-def _shifts(held: list[tuple[nn.Parameter, list[MapPlace]]], rank: Rank) -> list[SpectralShift]:
-    matrices: list[Tensor] = []
+def _shifts(
+    held: list[tuple[nn.Parameter, list[MapPlace]]], rank: Rank, cache: str | os.PathLike[str] | None
+) -> list[SpectralShift]:
     for weight, places in held:
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{places[0].name} holds NaN or Inf: it has no singular values")
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        matrices.append(weight.detach().reshape(places[0].groups, places[0].rows, -1).to(dtype))
+
+    def matrices() -> Iterator[Tensor]:  # one at a time: that of a weight in another memory format is a copy
+        for weight, places in held:
+            yield weight.detach().reshape(places[0].groups, places[0].rows, -1)
+
     scratch = Scratch()
     out = []
-    for (weight, places), (u, sigma, v) in zip(held, decompose(matrices, rank)):
+    for (weight, places), (u, sigma, v) in zip(held, decompose_once(matrices, rank, cache)):
         sites = [WeightSite(place.module, place.attribute) for place in places]
         delta = torch.zeros_like(sigma).requires_grad_(True)
         out.append(SpectralShift([p.name for p in places], sites, weight, u, sigma, v, delta, scratch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.errors import ConfigError
+from fastfip.methods._space import Spectral
 from fastfip.methods.fip import FIP, FastFIP, FastFIPConfig, FIPConfig
 from fastfip.methods.fip.method import retainer
+from fastfip.methods.wfip import FastWFIP
 from tests.support.fip_runs import data, make_run, net
 
 
@@ -104,3 +107,18 @@ def test_the_settings_are_those_of_the_paper() -> None:
     assert not FastFIPConfig().affine and FastFIPConfig().optimizer == "sgd"
     with pytest.raises(ConfigError, match="eta_f"):
         FIPConfig(eta_f=-1)
+
+
+@pytest.mark.parametrize("method", [FastFIP(), FastWFIP()], ids=lambda method: method.name)
+def test_the_decomposition_is_kept_in_a_file_on_request(
+    method: FastFIP | FastWFIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.factors"
+    first = method.make_space(make_run(method.Config(cache=str(path)), net()))
+    assert path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfip.spectral.cache.decompose", None)
+        second = method.make_space(make_run(method.Config(cache=str(path)), net()))
+    assert isinstance(first, Spectral) and isinstance(second, Spectral)
+    for one, other in zip(first.shifts.shifts, second.shifts.shifts, strict=True):
+        assert torch.equal(one.u, other.u) and torch.equal(one.sigma, other.sigma) and torch.equal(one.v, other.v)

@@ -107,6 +107,9 @@ class FastFIPConfig(FIPConfig):
         above=0,
     )
     affine: bool = setting(False, "whether biases and the affine part of norm layers are tuned as well")
+    cache: str | None = setting(
+        None, "file, named *.factors, that keeps the weights' decomposition for later runs on the same ones; None: none"
+    )
 
 
 @register
@@ -123,4 +126,4 @@ class FastFIP(FIP):
     def make_space(self, run: Run) -> Space:
         """Return the spectral shifts."""
         config: Any = run.config
-        return Spectral(run, config.affine, config.rank)
+        return Spectral(run, config.affine, config.rank, config.cache)

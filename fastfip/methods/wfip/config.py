@@ -60,3 +60,6 @@ class FastWFIPConfig(WFIPConfig):
         above=0,
     )
     affine: bool = setting(True, "whether biases and the affine part of norm layers are tuned as well")
+    cache: str | None = setting(
+        None, "file, named *.factors, that keeps the weights' decomposition for later runs on the same ones; None: none"
+    )

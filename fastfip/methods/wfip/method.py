@@ -181,4 +181,4 @@ class FastWFIP(WFIP):
     def make_space(self, run: Run) -> Space:
         """Return the spectral shifts."""
         config: Any = run.config
-        return Spectral(run, config.affine, config.rank)
+        return Spectral(run, config.affine, config.rank, config.cache)
