@@ -1,9 +1,16 @@
-"""Everything that needs a GPU, in one command: `make gpu` (ARGS="--quick --no-tests --no-peers" leaves parts out).
+"""Everything that needs a GPU, in pieces: `make gpu` (ARGS="--piece ops --quick --no-peers" leaves parts out).
 
-It runs the GPU tests of the Triton and the CUDA kernels (and the latter's under compute-sanitizer where that is
-installed), measures what the device does at best, then sum_grad_squared by backend and whole passes over ViT-B/16,
-ResNet-50 and PreActResNet-18 against a plain forward and backward pass and the peers that are installed. One table,
-and benchmarks/results/gpu.csv. Exit codes: 0 all well, 1 a test failed, 3 no GPU.
+    tests    the GPU tests of the Triton and the CUDA kernels, the latter's under compute-sanitizer as well, where that
+             is installed
+    ops      what the device does at best, then every op by backend: `sum_grad_squared` against torch's weight
+             gradient, the others against their reference
+    models   whole passes over ViT-B/16, ResNet-50 and PreActResNet-18 against a plain forward and backward pass and
+             the peers that are installed
+    purify   steps of Fast FIP against plain ones, and a run of the default method
+
+A piece has at most LIMIT seconds and says what it left out, so that each fits a machine that is lent for minutes; every
+row is written to benchmarks/results/gpu.csv as soon as it is there. EXPECTED has the seconds that each should take, by
+arithmetic: no GPU was at hand. Exit codes: 0 all well, 1 a test or a kernel failed, 3 no GPU.
 
 --rehearse runs the same program on the CPU with tiny sizes, so that it is known to work before a GPU is at hand; its
 numbers mean nothing and are not kept.
@@ -16,19 +23,25 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
 
 from benchmarks import gpu_measure as measure
-from benchmarks import harness
+from benchmarks import gpu_ops, harness
 from benchmarks.harness import Row
 from benchmarks.ops.problems import conv, dense
 from fastfip.ops.backends import cuda, triton
 
 COLUMNS = "part workload size dtype way ms rate unit of_ceiling ratio error"
-RESULTS = harness.Results("gpu", f"{COLUMNS} device torch commit cuda triton cpu")  # each run replaces all rows
+RESULTS = harness.Results(
+    "gpu", f"{COLUMNS} device torch commit cuda triton cpu", run="part workload size dtype way device"
+)
 NO_GPU = 3
+#: Piece -> seconds that it should take on an H100, by arithmetic: rows times the length of a series, and compilation.
+EXPECTED = {"tests": 200, "ops": 200, "models": 120, "purify": 60}
+LIMIT = 240
 CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
 
 
@@ -43,7 +56,10 @@ def pytest(*arguments: str, before: tuple[str, ...] = ()) -> str:
     """Run tests in a process of their own; how they ended, in pytest's words."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if before else dict(os.environ)
-    done = subprocess.run(command, cwd=harness.ROOT, text=True, capture_output=True, env=environment)
+    try:
+        done = subprocess.run(command, cwd=harness.ROOT, text=True, capture_output=True, env=environment, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"FAILED: not done after {LIMIT} s"
     last = (done.stdout.strip().splitlines() or ["printed nothing"])[-1].strip("= ")
     if done.returncode not in (0, 5):
         print(done.stdout[-6000:] + done.stderr[-2000:])
@@ -68,29 +84,66 @@ def tests() -> Iterator[Row]:
         yield {"part": "tests", "workload": f"CUDA kernels under {tool}", "error": said}
 
 
-def rows(options: argparse.Namespace) -> Iterator[Row]:
+def ops(options: argparse.Namespace, clock: harness.Clock) -> Iterator[Row]:
     if options.rehearse:
-        clock = harness.Clock("cpu", 1, 0.01)
         dtypes = [torch.float32, torch.bfloat16]
         yield from measure.ceilings(clock, 64, dtypes)
         yield from measure.kernels(clock, "dense", dense, {"tiny": (2, 3, 8, 8)}, dtypes)
         yield from measure.kernels(clock, "conv", conv, {"tiny": (2, 4, 4, 6, 3, 1, 1)}, [torch.float32])
-        yield from measure.passes(clock, measure.SMALL_NETS, False)
+        yield from gpu_ops.ops(clock, gpu_ops.SMALL_LAYERS, dtypes)
         return
-    clock = harness.Clock("cuda", 3 if options.quick else 7, 20 if options.quick else 200)
     halves = [torch.bfloat16] if options.quick else [torch.bfloat16, torch.float16]
     yield from measure.ceilings(clock, 8192, [*halves, torch.float32])
+    yield from gpu_ops.ops(clock, gpu_ops.LAYERS, [*halves[:1], torch.float32])
     yield from measure.kernels(clock, "dense", dense, measure.DENSE, [*halves[:1], torch.float32])
     yield from measure.kernels(clock, "conv", conv, measure.CONV, [*halves[:1], torch.float32])
-    yield from measure.passes(clock, measure.NETS, not options.no_peers)
 
 
-def with_ceiling(found: list[Row]) -> None:
-    """Fill in the share of the device's own matrix product of the same type."""
-    best = {r["dtype"]: float(str(r["rate"])) for r in found if r["part"] == "ceiling" and "dtype" in r}
+def models(options: argparse.Namespace, clock: harness.Clock) -> Iterator[Row]:
+    workloads = measure.SMALL_NETS if options.rehearse else measure.NETS
+    yield from measure.passes(clock, workloads, not options.no_peers and not options.rehearse)
+
+
+def purify(options: argparse.Namespace, clock: harness.Clock) -> Iterator[Row]:
+    yield from gpu_ops.purification(
+        clock, gpu_ops.SMALL_NETS if options.rehearse else gpu_ops.NETS, 2 if options.rehearse else 150
+    )
+
+
+def clock_of(options: argparse.Namespace) -> harness.Clock:
+    if options.rehearse:
+        return harness.Clock("cpu", 1, 0.01)
+    return harness.Clock("cuda", 3 if options.quick else 5, 20 if options.quick else 60)
+
+
+def rows(options: argparse.Namespace, piece: str) -> Iterator[Row]:
+    """The rows of a piece, until its time is over."""
+    if piece == "tests":
+        yield from () if options.rehearse else tests()
+        return
+    start = time.monotonic()
+    yield from _within(start, PIECES[piece](options, clock_of(options)), piece)
+
+
+def _within(start: float, found: Iterator[Row], piece: str) -> Iterator[Row]:
     for r in found:
-        if r["part"] in ("dense", "conv") and "rate" in r and r["dtype"] in best:
-            r["of_ceiling"] = float(str(r["rate"])) / best[r["dtype"]]
+        yield r
+        if time.monotonic() - start > LIMIT:
+            yield {"part": piece, "workload": "left out", "error": f"the rest, after {LIMIT} s"}
+            return
+
+
+PIECES = {"ops": ops, "models": models, "purify": purify}
+
+
+def with_ceiling(r: Row, best: dict[str, float]) -> Row:
+    """Return a row with the share of the device's own matrix product of the same type; `best` remembers these."""
+    if r["part"] == "ceiling":
+        if "dtype" in r:
+            best[str(r["dtype"])] = float(str(r["rate"]))
+    elif "rate" in r and r.get("dtype") in best:
+        return {**r, "of_ceiling": float(str(r["rate"])) / best[str(r["dtype"])]}
+    return r
 
 
 def shown(value: object) -> str:
@@ -115,15 +168,16 @@ def table(found: list[Row], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(view)
 
 
-def save(found: list[Row]) -> None:
+def save(r: Row) -> None:
     device = torch.cuda.get_device_name()
-    RESULTS.add([{**{k: shown(v) for k, v in r.items()}, "device": device} for r in found])
+    named = dict.fromkeys(("part", "workload", "size", "dtype", "way"), "")
+    RESULTS.add([{**named, **{k: shown(v) for k, v in r.items()}, "device": device}])
 
 
 def main() -> int:
     parser = harness.Parser(__doc__)
+    parser.add_argument("--piece", nargs="*", choices=list(EXPECTED), default=list(EXPECTED), help="default: all four")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny sizes, no tests, nothing kept")
     options = parser.parse()
@@ -131,14 +185,17 @@ def main() -> int:
     if why and not options.rehearse:
         print(f"no GPU to measure: {why}")
         return NO_GPU
-    found = [] if options.no_tests or options.rehearse else list(tests())
-    for r in rows(options):
-        found.append(r)
-        print("  ".join(f"{k}={shown(v)}" for k, v in r.items() if v != ""), file=sys.stderr, flush=True)
-    with_ceiling(found)
+    found, best = list[Row](), dict[str, float]()
+    for piece in options.piece:
+        begin = time.monotonic()
+        for r in rows(options, piece):
+            found.append(with_ceiling(r, best))
+            print("  ".join(f"{k}={shown(v)}" for k, v in found[-1].items() if v != ""), file=sys.stderr, flush=True)
+            if not options.rehearse:
+                save(found[-1])
+        spent = time.monotonic() - begin
+        print(f"{piece}: {spent:.0f} s (expected on a GPU: {EXPECTED[piece]} s)", file=sys.stderr, flush=True)
     table(found, "rehearsal on the CPU" if options.rehearse else torch.cuda.get_device_name())
-    if not options.rehearse:
-        save(found)
     return int(any(str(r.get("error", "")).startswith("FAILED") for r in found))
 
 

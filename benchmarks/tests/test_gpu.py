@@ -25,7 +25,13 @@ def test_rehearsal(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr()
     rows = [dict(cell.split("=", 1) for cell in line.split("  ") if "=" in cell) for line in printed.err.splitlines()]
     rows = [r for r in rows if "part" in r]
-    assert {r["part"] for r in rows} == {"ceiling", "dense", "conv", "pass"}
+    others = {"spectral_grad", "spectral_apply", "spectral_adjoint", "grad_norm_squared", "gram_apply"}
+    assert {r["part"] for r in rows} == {"ceiling", "dense", "conv", "pass", "purify", *others}
+    for op in others:  # each has its reference, timed, and right
+        assert any(r["part"] == op and r["way"] == "reference" and float(r["ratio"]) == 1 for r in rows)
+    assert sum(r["part"] == "purify" and float(r["ms"]) > 0 for r in rows) == 3
+    for piece in gpu.EXPECTED:
+        assert f"{piece}: " in printed.err and gpu.EXPECTED[piece] <= gpu.LIMIT
     for r in rows:
         if r.get("way", "").endswith(("reference", "reference + gradient")):
             assert float(r["ms"]) > 0 and float(r["error"]) < 1e-2
@@ -33,15 +39,27 @@ def test_rehearsal(monkeypatch, capsys, tmp_path):
     assert not gpu.RESULTS.path.exists()  # a rehearsal's numbers mean nothing
 
 
+def test_a_piece_alone(monkeypatch, capsys):
+    assert run(monkeypatch, "--rehearse", "--piece", "purify") == 0
+    printed = capsys.readouterr().err
+    assert "part=purify" in printed and "part=ceiling" not in printed
+
+
+def test_a_piece_ends_with_its_time(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LIMIT", -1)
+    assert run(monkeypatch, "--rehearse", "--piece", "ops") == 0
+    printed = capsys.readouterr().err
+    assert "workload=left out" in printed and "part=dense" not in printed
+
+
 def test_a_failed_test_is_the_exit_code(monkeypatch):
     monkeypatch.setattr(gpu, "why_not", lambda: "")
-    monkeypatch.setattr(gpu, "rows", lambda options: iter(()))
-    monkeypatch.setattr(gpu, "save", lambda found: None)
+    monkeypatch.setattr(gpu, "save", lambda row: None)
     monkeypatch.setattr(gpu, "table", lambda found, title: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     for said, code in (("3 passed", 0), ("FAILED (exit 1): 1 failed", 1)):
         monkeypatch.setattr(gpu, "tests", lambda said=said: iter([{"part": "tests", "error": said}]))
-        assert run(monkeypatch) == code
+        assert run(monkeypatch, "--piece", "tests") == code
 
 
 def test_shares_of_the_ceiling_compare_equal_types():
@@ -50,7 +68,8 @@ def test_shares_of_the_ceiling_compare_equal_types():
         {"part": "dense", "dtype": "bfloat16", "rate": 25.0},
         {"part": "dense", "dtype": "float32", "rate": 25.0},
     ]
-    gpu.with_ceiling(rows)
+    best = {}
+    rows = [gpu.with_ceiling(row, best) for row in rows]
     assert rows[1]["of_ceiling"] == 0.25 and "of_ceiling" not in rows[2]
 
 
@@ -58,8 +77,9 @@ def test_rows_are_kept_with_the_device_they_are_of(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
     monkeypatch.setattr(gpu.RESULTS, "path", tmp_path / "gpu.csv")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    for part in ("dense", "conv"):
-        gpu.save([{"part": part, "ms": 1234.5}, {"part": "tests", "ms": 0.12345, "error": "3 passed"}])
+    for ms in (1.0, 1234.5):
+        gpu.save({"part": "dense", "ms": ms})
+        gpu.save({"part": "tests", "ms": 0.12345, "error": "3 passed"})
     rows = [(r["part"], r["ms"], r["error"], r["device"], r["torch"]) for r in gpu.RESULTS.read()]
-    assert rows == [("conv", "1234", "", "some GPU", torch.__version__),
-                    ("tests", "0.123", "3 passed", "some GPU", torch.__version__)]  # fmt: skip
+    assert sorted(rows) == [("dense", "1234", "", "some GPU", torch.__version__),
+                            ("tests", "0.123", "3 passed", "some GPU", torch.__version__)]  # fmt: skip
