@@ -29,7 +29,7 @@ from fastfip.ops.backends import cuda, triton
 COLUMNS = "part workload size dtype way ms rate unit of_ceiling ratio error"
 RESULTS = harness.Results("gpu", f"{COLUMNS} device torch commit cuda triton cpu")  # each run replaces all rows
 NO_GPU = 3
-CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
+CUDA_TESTS = [f"tests/ops/test_cuda_{name}kernels.py" for name in ("", "spectral_", "norm_")]
 
 
 def why_not() -> str:
@@ -64,7 +64,7 @@ def tests() -> Iterator[Row]:
         said = "compute-sanitizer is not installed"
         if sanitizer and not cuda.reason():
             command = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-            said = pytest(CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
+            said = pytest(*CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
         yield {"part": "tests", "workload": f"CUDA kernels under {tool}", "error": said}
 
 

@@ -249,6 +249,19 @@ inline float as_float(uint32_t word) {
     return x;
 }
 
+inline float float16_value(uint16_t bits) { return half_value(bits, false); }
+
+template <class T>
+T of_other_lane(T x, int mask) {
+    struct Asked {
+        T x;
+        int mask;
+    };
+    return together<Asked, T>({x, mask}, [](const Asked* in, T* out) {
+        for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ in[lane].mask].x;
+    });
+}
+
 // Runs one block. `order`: 0 threads take turns upwards, 1 downwards, 2 every one as far as it gets, from the middle on.
 inline void enter() {
     Block& b = block();
