@@ -29,7 +29,7 @@ from fastfip.ops.backends import cuda, triton
 COLUMNS = "part workload size dtype way ms rate unit of_ceiling ratio error"
 RESULTS = harness.Results("gpu", f"{COLUMNS} device torch commit cuda triton cpu")  # each run replaces all rows
 NO_GPU = 3
-CUDA_TESTS = [f"tests/ops/test_cuda_{name}kernels.py" for name in ("", "spectral_", "norm_")]
+CUDA_TESTS = [f"tests/ops/test_cuda_{name}kernels.py" for name in ("", "spectral_", "norm_", "gram_apply_")]
 
 
 def why_not() -> str:

@@ -177,6 +177,14 @@ fastfip::cuda::Lines lines_of(const LinesArgument& x) {
     return {pointer<const void>(std::get<0>(x)), s[0], s[1], s[2]};
 }
 
+void cuda_gram_apply(const LinesArgument& q, const LinesArgument& k, const LinesArgument& v, const std::array<int64_t, 5>& sizes,
+                     int type, bool exact, uintptr_t out, int device, uintptr_t stream) {
+    const auto q_lines = lines_of(q), k_lines = lines_of(k), v_lines = lines_of(v);
+    const fastfip::cuda::GramSizes all = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    py::gil_scoped_release release;
+    fastfip::cuda::gram_apply(q_lines, k_lines, v_lines, all, type_of(type), exact, pointer(out), {device, stream});
+}
+
 void cuda_spectral_grad(const MapArgument& g, const LinesArgument& u, const MapArgument& x, const LinesArgument& v,
                         const std::array<int64_t, 5>& sizes, const std::array<Three, 6>& axes, int64_t directions, int type,
                         bool exact, uintptr_t parts, int64_t shares, int device, uintptr_t stream) {
@@ -250,6 +258,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("cuda_grad_norm_squared", &cuda_grad_norm_squared, py::arg("g"), py::arg("x"), py::arg("sizes"), py::arg("axes"),
           py::arg("type"), py::arg("exact"), py::arg("gram"), py::arg("parts"), py::arg("shares"), py::arg("device"),
           py::arg("stream"), "Launch it on a stream; see fastfip.h.");
+    m.def("cuda_gram_apply", &cuda_gram_apply, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("sizes"), py::arg("type"),
+          py::arg("exact"), py::arg("out"), py::arg("device"), py::arg("stream"), "Launch it on a stream; see fastfip.h.");
     m.def(
         "cuda_spectral_grad_shares",
         [](const std::array<int64_t, 5>& sizes, const std::array<Three, 6>& axes, int64_t directions, int type, int multiprocessors) {

@@ -143,6 +143,14 @@ NormPlan grad_norm_squared_plan(const Sizes& sizes, Type type, bool gram, int mu
 void grad_norm_squared(const Map& g, const Map& x, const Sizes& sizes, Type type, bool exact, bool gram, void* parts,
                        int64_t shares, const Place& place);
 
+// out[n,t,e] = sum_u (sum_d q[n,t,d] k[n,u,d]) v[n,u,e], contiguous and of the type of the sums. Lines are positions.
+struct GramSizes {
+    int64_t samples, t, u, d, e;
+};
+
+void gram_apply(const Lines& q, const Lines& k, const Lines& v, const GramSizes& sizes, Type type, bool exact, void* out,
+                const Place& place);
+
 // Why the driver of this machine cannot run these kernels; empty when it can. Initialises CUDA.
 const char* driver_reason();
 

@@ -78,8 +78,9 @@ struct Cursor {
 template <int THREADS, int LINES, int NUMBERS, int LINE, class Element>
 FASTFIP_DEVICE void copy_lines(const Element* from, int64_t stride, int64_t numbers, int64_t lines, Element* to) {
     constexpr int EACH = 16 / sizeof(Element), CHUNKS = NUMBERS / EACH, STEP = THREADS / CHUNKS;
-    static_assert(LINES % STEP == 0, "every thread copies equally much");
+    static_assert(LINES % STEP == 0 || STEP > LINES, "every thread that copies at all copies equally much");
     const int f = thread_index() % CHUNKS * EACH, line = thread_index() / CHUNKS;
+    if (STEP > LINES && line >= LINES) return;
     const int64_t valid = numbers - f;
     const int bytes = valid < 0 ? 0 : (valid > EACH ? EACH : static_cast<int>(valid)) * static_cast<int>(sizeof(Element));
     const Element* row = from + line * stride + f;

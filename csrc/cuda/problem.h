@@ -48,7 +48,7 @@ inline Tile tile_of(Type type) {
     return {128, 64, 256, 1};
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTFIP_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Into how many shares the samples are cut, each summed by blocks of its own and added up by a second kernel. The cost of a
 // choice is the number of waves of blocks, each as long as its samples and about one more for writing a tile down.

@@ -17,6 +17,7 @@ from fastfip.ops import (
     ConvShape,
     grad_norm_squared,
     grad_norm_squared_conv,
+    gram_apply,
     spectral_grad,
     sum_grad_squared,
     sum_grad_squared_conv,
@@ -37,7 +38,7 @@ PRODUCTS = {
     "6Double": "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64",
 }
 #: How many kernels of each kind csrc/cuda/<name>.cu has: loaders, with and without a gradient, with one product or two.
-KERNELS = {"sum_grad_squared": 4, "spectral_grad": 4, "grad_norm_squared": 3}
+KERNELS = {"sum_grad_squared": 4, "spectral_grad": 4, "grad_norm_squared": 3, "gram_apply": 1}
 #: Loaders that read element by element: 16-bit numbers through registers, too small for an asynchronous copy.
 BY_ELEMENT = ("11LoadWindows", "13LoadPositions")
 
@@ -74,7 +75,8 @@ def assert_no_kernel_spills(name, text, spilled_at_most=0):
         assert stack <= spilled_at_most and spilled <= spilled_at_most, kernel
         half = "4Half" in kernel
         alone = "ELb1EEE" in kernel if name == "sum_grad_squared" else "13LoadPositions" in kernel
-        limit = 255 if half and alone else 128 if half else 168  # 1, 2 and 3 blocks in 65536 registers
+        # 1, 2 and 3 blocks in 65536 registers
+        limit = 255 if (half and alone) or name == "gram_apply" else 128 if half else 168
         assert registers <= limit, (kernel, registers)
 
 
@@ -92,7 +94,7 @@ def test_no_kernel_spills_on_other_devices(name, architecture, tmp_path):
     if architecture not in listed.split():
         pytest.skip(f"this nvcc does not know {architecture}")
     # sm_100 is served from PTX; two words of a thread find no register there in kernels of 16-bit numbers.
-    little = 8 if architecture == "sm_100" and name != "spectral_grad" else 0
+    little = 8 if architecture == "sm_100" and name in ("sum_grad_squared", "grad_norm_squared") else 0
     assert_no_kernel_spills(name, compile_for(name, architecture, tmp_path)[0], little)
 
 
@@ -107,7 +109,9 @@ def test_products_run_on_tensor_cores_and_loads_are_asynchronous(compiled):
         (kind,) = (kind for kind in PRODUCTS if f"kernelINS0_{kind}" in name)
         seen[kind] += 1
         assert entry.count(PRODUCTS[kind]) >= 8, name
-        assert not [other for other in PRODUCTS.values() if other != PRODUCTS[kind] and other in entry], name
+        others = {other for other in PRODUCTS.values() if other != PRODUCTS[kind] and other in entry}
+        again = {PRODUCTS["6Single"]} if source == "gram_apply" and "Half" in kind else set()  # its sums are float32
+        assert others == again, name
         through_registers = "Half" in kind and any(loader in name for loader in BY_ELEMENT)
         both = "11LoadWindows" in name  # beside LoadPositions the right operand comes asynchronously all the same
         assert bool(re.search(r"cp\.async\.c[ag]\.", entry)) != (through_registers and both), name
@@ -137,8 +141,10 @@ def test_a_tensor_on_the_cpu_is_refused_with_the_reason(conv):
             sum_grad_squared(x, x, backend="cuda")
 
 
-def test_the_norms_refuse_it_too():
+def test_the_norms_and_gram_apply_refuse_it_too():
     x = torch.zeros(1, 2, 1)
+    with pytest.raises(BackendError, match="backend cuda cannot run: it runs on CUDA devices, not on cpu"):
+        gram_apply(x, x, x, backend="cuda")
     with pytest.raises(BackendError, match="backend cuda cannot run: it runs on CUDA devices, not on cpu"):
         grad_norm_squared(x, x, backend="cuda")
     with pytest.raises(BackendError, match="backend cuda cannot run: it runs on CUDA devices, not on cpu"):
@@ -191,6 +197,10 @@ try:
 except ValueError as error:
     print(error)
 try:
+    module.cuda_gram_apply(odd, odd, odd, [1, 1, 1, 1, 1], 0, True, 0, 0, 0)
+except ValueError as error:
+    print(error)
+try:
     module.cuda_spectral_grad(matrix, odd, matrix, none, sizes, axes, 1, 0, True, 0, 1, 0, 0)
 except ValueError as error:
     print(error)
@@ -198,7 +208,8 @@ except ValueError as error:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    compiled, driver, shares, error, groups, more_shares, plan, gram_plan, rows, lines = done.stdout.splitlines()
+    compiled, driver, shares, error, groups, *others = done.stdout.splitlines()
+    more_shares, plan, gram_plan, rows, more_rows, lines = others
     assert compiled.startswith("CUDA ") and "sm_80 sm_90" in compiled
     assert driver and int(shares) == 64
     assert "CUDA says: " in error
@@ -206,5 +217,5 @@ except ValueError as error:
     assert int(more_shares) == 8  # tiles of 64 positions
     assert plan == "(4, 16)"  # every sample by itself; 2 x 2 tiles of four warps
     assert gram_plan == "(8, 4096)"  # tiles of 64 positions, a number for each of 512
-    assert rows == "CUDA kernels: rows are not aligned to 16 bytes"
+    assert rows == more_rows == "CUDA kernels: rows are not aligned to 16 bytes"
     assert lines == "CUDA kernels: directions are not aligned to 16 bytes"

@@ -56,7 +56,7 @@ def test_matrices(library, size, known, dtype, loader):
     g, x, u, v = problem(size, known, dtype)
     g, x = (inside_nan(t, dtype, 16 if loader == "rows" else 17) for t in (g, x))
     u, v = (None if d is None else inside_nan(d, dtype) for d in (u, v))
-    for order, processors in [(0, 1), (1, 4), (2, 1)] if size[1] < 40 else [(2, 4)]:
+    for order, processors in [(0, 1), (1, 4), (2, 1)] if size[1] < 40 else [(3, 4)]:
         each, ran = run(library, (g, x, u, v, None), processors, order)
         assert ran == loader
         close(each, definition(g, x, u, v), dtype)
@@ -80,7 +80,7 @@ def test_convolutions(library, case, known, dtype):
     (g, x, u, v, shape), each = conv_problem(case, 2, known, dtype)
     if known:  # what is known was rounded after each was computed
         each = conv_definition(g, x, u, v, shape)
-    got, _ = run(library, (g, x, u, v, shape), 8, 2)
+    got, _ = run(library, (g, x, u, v, shape), 8, 3)
     close(got, each, dtype)
 
 

@@ -104,6 +104,12 @@ def group_lines(x: Tensor | None) -> LinesArgument:
     return x.data_ptr(), [0, group, line]
 
 
+def sample_lines(x: Tensor) -> LinesArgument:
+    """What a kernel takes for a matrix [N, T, F] of aligned lines for each sample."""
+    sample, line = (x.stride(axis) if x.shape[axis] > 1 else 0 for axis in (0, 1))
+    return x.data_ptr(), [sample, 0, line]
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
