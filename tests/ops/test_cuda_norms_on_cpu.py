@@ -33,13 +33,17 @@ def definition(g, a):
 TILES = [(64, 64), (64, 32), (128, 64), (128, 64)]  # by type, as csrc/cuda/problem.h has them
 
 
+def parts_of(library, sizes, axes, type_number):
+    """How many numbers a sample the kernel leaves: one for each tile of G_n and each of its warps."""
+    rows, columns = TILES[type_number]
+    taps = axes[1][0] * axes[1][1] * axes[1][2]
+    tiles = -(-sizes[2] // sizes[4] // rows) * -(-sizes[3] // sizes[4] * taps // columns)
+    return tiles * sizes[4] * library.norm_warps(ctypes.c_int(type_number))
+
+
 def direct(library, call, like, shares=1, order=0):
     """Return the norms by G_n and the loader that ran; parts begin as NaN."""
-    rows, columns = TILES[call.type]
-    samples, groups = call.sizes[0], call.sizes[4]
-    taps = call.axes[1][0] * call.axes[1][1] * call.axes[1][2]
-    tiles = -(-call.sizes[2] // groups // rows) * -(-call.sizes[3] // groups * taps // columns)
-    many = tiles * groups * library.norm_warps(ctypes.c_int(call.type))
+    samples, many = call.sizes[0], parts_of(library, call.sizes, call.axes, call.type)
     acc = torch.float64 if like.dtype == torch.float64 else torch.float32
     parts = torch.full((samples, many), float("nan"), dtype=acc)
     loader = run_on_cpu(library.grad_norm_squared_on_cpu, [*call, parts.data_ptr(), shares], order)

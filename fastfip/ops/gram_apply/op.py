@@ -59,7 +59,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from fastfip.ops.gram_apply.cuda import gram_apply as run
 
-    return run(q, k, v) if prefers_gram(q.shape[1], *k.shape[1:], v.shape[2]) else reference(q, k, v)
+    gram = prefers_gram(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
+    return run(q, k, v) if gram else reference(q, k, v)
 
 
 # triton: always (q k^T) v, with tiles of the Gram matrix in registers; cuda: the same where that is the cheaper way.
