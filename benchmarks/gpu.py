@@ -42,7 +42,7 @@ NO_GPU = 3
 #: Piece -> seconds that it should take on an H100, by arithmetic: rows times the length of a series, and compilation.
 EXPECTED = {"tests": 200, "ops": 200, "models": 120, "purify": 60}
 LIMIT = 240
-CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
+CUDA_TESTS = [f"tests/ops/test_cuda_{name}kernels.py" for name in ("", "spectral_", "norm_", "gram_apply_")]
 
 
 def why_not() -> str:
@@ -80,7 +80,7 @@ def tests() -> Iterator[Row]:
         said = "compute-sanitizer is not installed"
         if sanitizer and not cuda.reason():
             command = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-            said = pytest(CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
+            said = pytest(*CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
         yield {"part": "tests", "workload": f"CUDA kernels under {tool}", "error": said}
 
 

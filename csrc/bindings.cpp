@@ -159,6 +159,42 @@ void cuda_sum_grad_squared(const MapArgument& g, const MapArgument& x, const std
     py::gil_scoped_release release;
     fastfip::cuda::sum_grad_squared(g_map, x_map, all, type_of(type), exact, results, {device, stream});
 }
+
+void cuda_grad_norm_squared(const MapArgument& g, const MapArgument& x, const std::array<int64_t, 5>& sizes,
+                            const std::array<Three, 6>& axes, int type, bool exact, bool gram, uintptr_t parts, int64_t shares,
+                            int device, uintptr_t stream) {
+    const auto all = sizes_of(sizes, axes);
+    const auto g_map = map_of(g), x_map = map_of(x);
+    py::gil_scoped_release release;
+    fastfip::cuda::grad_norm_squared(g_map, x_map, all, type_of(type), exact, gram, pointer(parts), shares, {device, stream});
+}
+
+// (address or 0, strides of sample, group and line)
+typedef std::tuple<uintptr_t, Three> LinesArgument;
+
+fastfip::cuda::Lines lines_of(const LinesArgument& x) {
+    const Three& s = std::get<1>(x);
+    return {pointer<const void>(std::get<0>(x)), s[0], s[1], s[2]};
+}
+
+void cuda_gram_apply(const LinesArgument& q, const LinesArgument& k, const LinesArgument& v, const std::array<int64_t, 5>& sizes,
+                     int type, bool exact, uintptr_t out, int device, uintptr_t stream) {
+    const auto q_lines = lines_of(q), k_lines = lines_of(k), v_lines = lines_of(v);
+    const fastfip::cuda::GramSizes all = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    py::gil_scoped_release release;
+    fastfip::cuda::gram_apply(q_lines, k_lines, v_lines, all, type_of(type), exact, pointer(out), {device, stream});
+}
+
+void cuda_spectral_grad(const MapArgument& g, const LinesArgument& u, const MapArgument& x, const LinesArgument& v,
+                        const std::array<int64_t, 5>& sizes, const std::array<Three, 6>& axes, int64_t directions, int type,
+                        bool exact, uintptr_t parts, int64_t shares, int device, uintptr_t stream) {
+    const auto all = sizes_of(sizes, axes);
+    const auto g_map = map_of(g), x_map = map_of(x);
+    const auto left = lines_of(u), right = lines_of(v);
+    py::gil_scoped_release release;
+    fastfip::cuda::spectral_grad(g_map, left, x_map, right, all, directions, type_of(type), exact, pointer(parts), shares,
+                                 {device, stream});
+}
 #endif
 
 }  // namespace
@@ -211,6 +247,27 @@ PYBIND11_MODULE(_native, m) {
         py::arg("sizes"), py::arg("axes"), py::arg("type"), py::arg("multiprocessors"));
     m.def("cuda_sum_grad_squared", &cuda_sum_grad_squared, py::arg("g"), py::arg("x"), py::arg("sizes"), py::arg("axes"),
           py::arg("type"), py::arg("exact"), py::arg("out"), py::arg("grad"), py::arg("room"), py::arg("shares"),
+          py::arg("device"), py::arg("stream"), "Launch it on a stream; see fastfip.h.");
+    m.def(
+        "cuda_grad_norm_squared_plan",
+        [](const std::array<int64_t, 5>& sizes, const std::array<Three, 6>& axes, int type, bool gram, int multiprocessors) {
+            const auto plan = fastfip::cuda::grad_norm_squared_plan(sizes_of(sizes, axes), type_of(type), gram, multiprocessors);
+            return std::make_tuple(plan.shares, plan.parts);
+        },
+        py::arg("sizes"), py::arg("axes"), py::arg("type"), py::arg("gram"), py::arg("multiprocessors"));
+    m.def("cuda_grad_norm_squared", &cuda_grad_norm_squared, py::arg("g"), py::arg("x"), py::arg("sizes"), py::arg("axes"),
+          py::arg("type"), py::arg("exact"), py::arg("gram"), py::arg("parts"), py::arg("shares"), py::arg("device"),
+          py::arg("stream"), "Launch it on a stream; see fastfip.h.");
+    m.def("cuda_gram_apply", &cuda_gram_apply, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("sizes"), py::arg("type"),
+          py::arg("exact"), py::arg("out"), py::arg("device"), py::arg("stream"), "Launch it on a stream; see fastfip.h.");
+    m.def(
+        "cuda_spectral_grad_shares",
+        [](const std::array<int64_t, 5>& sizes, const std::array<Three, 6>& axes, int64_t directions, int type, int multiprocessors) {
+            return fastfip::cuda::spectral_grad_shares(sizes_of(sizes, axes), directions, type_of(type), multiprocessors);
+        },
+        py::arg("sizes"), py::arg("axes"), py::arg("directions"), py::arg("type"), py::arg("multiprocessors"));
+    m.def("cuda_spectral_grad", &cuda_spectral_grad, py::arg("g"), py::arg("u"), py::arg("x"), py::arg("v"), py::arg("sizes"),
+          py::arg("axes"), py::arg("directions"), py::arg("type"), py::arg("exact"), py::arg("parts"), py::arg("shares"),
           py::arg("device"), py::arg("stream"), "Launch it on a stream; see fastfip.h.");
 #else
     m.attr("cuda_compiled") = "";

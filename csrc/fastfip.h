@@ -115,6 +115,42 @@ int64_t sum_grad_squared_shares(const Sizes& sizes, Type type, int multiprocesso
 void sum_grad_squared(const Map& g, const Map& x, const Sizes& sizes, Type type, bool exact, const Results& results,
                       const Place& place);
 
+// Lines of numbers that follow each other, their address and strides multiples of 16 bytes.
+struct Lines {
+    const void* data;
+    int64_t stride_n, stride_group, stride_line;
+};
+
+// The sums of spectral_grad above, in parts: parts[n,share,group,k], to be added over shares. u and v are [group, feature, k] (lines
+// of k, stride_n 0); where one of them is null, the map it belongs to has k features in each group and one tap. Both maps and
+// directions are of `type`, with one frame a sample; errors as above.
+void spectral_grad(const Map& g, const Lines& u, const Map& x, const Lines& v, const Sizes& sizes, int64_t directions, Type type,
+                   bool exact, void* parts, int64_t shares, const Place& place);
+
+// Into how many shares the positions of a sample should be cut.
+int64_t spectral_grad_shares(const Sizes& sizes, int64_t directions, Type type, int multiprocessors);
+
+// The norms of grad_norm_squared above, in parts[n,part], to be added over `parts` of them.
+struct NormPlan {
+    int64_t shares, parts;
+};
+
+// How to cut the call: by G_n of each sample, or (`gram`) by the Gram matrices over positions of g and x.
+NormPlan grad_norm_squared_plan(const Sizes& sizes, Type type, bool gram, int multiprocessors);
+
+// `shares` and the number of parts are those of the plan. With `gram` the maps are matrices of one group whose rows are aligned to
+// 16 bytes.
+void grad_norm_squared(const Map& g, const Map& x, const Sizes& sizes, Type type, bool exact, bool gram, void* parts,
+                       int64_t shares, const Place& place);
+
+// out[n,t,e] = sum_u (sum_d q[n,t,d] k[n,u,d]) v[n,u,e], contiguous and of the type of the sums. Lines are positions.
+struct GramSizes {
+    int64_t samples, t, u, d, e;
+};
+
+void gram_apply(const Lines& q, const Lines& k, const Lines& v, const GramSizes& sizes, Type type, bool exact, void* out,
+                const Place& place);
+
 // Why the driver of this machine cannot run these kernels; empty when it can. Initialises CUDA.
 const char* driver_reason();
 

@@ -91,5 +91,17 @@ FASTFIP_DEVICE uint32_t to_tf32(float x) {
 
 FASTFIP_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 
+FASTFIP_DEVICE float float16_value(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+// What the lane of the warp has whose number differs in the bits of `mask`.
+template <class T>
+FASTFIP_DEVICE T of_other_lane(T x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
 }  // namespace cuda
 }  // namespace fastfip

@@ -10,7 +10,7 @@ namespace cuda {
 namespace {
 
 template <class Kind, class Load, bool GRADIENT>
-__global__ void __launch_bounds__(32 * Kind::WARPS_O * Kind::WARPS_I, Kind::BLOCKS[GRADIENT])
+__global__ void __launch_bounds__(threads_of<Kind>, Kind::BLOCKS[GRADIENT])
     sum_grad_squared_kernel(const __grid_constant__ Problem p) {
     sum_grad_squared_block<Kind, Load, GRADIENT>(p);
 }

@@ -1,4 +1,4 @@
-"""What the CUDA kernels must do on a GPU (`make gpu`)."""
+"""What the CUDA kernel of sum_grad_squared must do on a GPU (`make gpu`)."""
 
 import copy
 
@@ -7,15 +7,13 @@ import torch
 
 from fastfip.fisher import backward_with_fisher, fisher_diagonal
 from fastfip.ops import sum_grad_squared, sum_grad_squared_conv
-from fastfip.ops.backends import cuda
 from fastfip.ops.sum_grad_squared.op import sum_grad_squared_and_grad
 from fastfip.testing import nets
 from fastfip.testing.definitions import loop_diagonal, worst_error
 from tests.ops.test_sum_grad_squared import CONVS, conv_problem, definition
+from tests.support.cuda_device import DTYPES, HERE, close
 
-HERE = "no CUDA device" if not torch.cuda.is_available() else cuda.refuses(torch.zeros(1, device="cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(HERE), reason=HERE)]
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [
     (3, 2, 5, 7),
     (2, 40, 33, 65),
@@ -27,11 +25,6 @@ SIZES = [
     (3, 0, 4, 5),
 ]
 BIG = (70, 136, (3, 3), (2, 1), (1, 1), (1, 1), 1, (9, 17))
-
-
-def close(got, want, tolerance=2e-6):
-    assert torch.isfinite(got).all()
-    assert (got.double() - want).norm() <= (1e-13 if got.dtype == torch.float64 else tolerance) * want.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

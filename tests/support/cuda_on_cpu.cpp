@@ -1,6 +1,8 @@
-// The CUDA kernels of sum_grad_squared, run by cuda_on_cpu.h and called with ctypes. Compiled by test_cuda_on_cpu.py.
+// The CUDA kernels of weight_gradient.h, run by cuda_on_cpu.h and called with ctypes. Compiled by cuda_emulation.py.
 #include "cuda_on_cpu.h"
 
+#include "cuda_on_cpu_arguments.h"
+#include "grad_norm_squared_kernel.h"
 #include "sum_grad_squared_kernel.h"
 
 using namespace fastfip;
@@ -36,37 +38,58 @@ void run(const Problem& p, bool rows, int order) {
     if (p.grad) shares<typename Kind::Sum>(p.grad, p.part_grad, p);
 }
 
+template <class Kind, class Load>
+void norm_blocks(const Problem& p, int order) {
+    typedef Layout<Kind, Load> Memory;
+    for (int64_t y = 0; y < p.shares; ++y)
+        for (int64_t x = 0; x < p.tiles_o * p.tiles_i * p.groups; ++x)
+            run_block(Memory::THREADS, Memory::BYTES, x, y, order, [&] { grad_norm_squared_block<Kind, Load>(p); });
+}
+
+template <class Kind>
+void run_norms(const Problem& p, bool rows, int order) {
+    if (rows) norm_blocks<Kind, LoadRows<Kind>>(p, order);
+    if (!rows) norm_blocks<Kind, LoadWindows<Kind>>(p, order);
+}
+
 }  // namespace
 
-// The numbers of fastfip.h in the order of the binding's arguments; returns what is wrong, or null. `rows` is told which loader ran.
-extern "C" const char* cuda_on_cpu(const int64_t* n, int order, int* rows) {
-    auto pointer = [](int64_t address) { return reinterpret_cast<void*>(address); };
-    auto map = [&]() {
-        Map m = {pointer(n[0]), n[1], n[2], n[3], {n[4], n[5], n[6]}};
-        n += 7;
-        return m;
-    };
-    const Map g = map(), x = map();
-    Sizes sizes = {n[0], n[1], n[2], n[3], n[4], {}, {}, {}, {}, {}, {}};
-    n += 5;
-    for (int64_t* three : {sizes.positions, sizes.kernel, sizes.step, sizes.dilation, sizes.padding, sizes.size})
-        for (int d = 0; d < 3; ++d) three[d] = *n++;
-    const Type type = static_cast<Type>(n[0]);
-    const Results results = {pointer(n[2]), pointer(n[3]), pointer(n[4]), n[5]};
-    static char said[256];
-    try {
-        const Problem p = problem_of(g, x, sizes, type, n[1] != 0, results);
+// Returns what is wrong, or null. `rows` is told which loader ran.
+extern "C" const char* cuda_on_cpu(const int64_t* numbers, int order, int* rows) {
+    Arguments n = {numbers};
+    return words([&] {
+        const Map g = n.map(), x = n.map();
+        const Sizes sizes = n.sizes();
+        const Type type = n.type();
+        const bool exact = n.number() != 0;
+        void *const out = n.pointer(), *const grad = n.pointer(), *const room = n.pointer();
+        const Problem p = problem_of(g, x, sizes, type, exact, {out, grad, room, n.number()});
         *rows = rows_are_aligned(p, type);
         if (type == Type::f32) run<Single>(p, *rows, order);
         if (type == Type::f64) run<Double>(p, *rows, order);
         if (type == Type::bf16) run<Half<true>>(p, *rows, order);
         if (type == Type::f16) run<Half<false>>(p, *rows, order);
-    } catch (const std::exception& error) {
-        strncpy(said, error.what(), sizeof(said) - 1);
-        return said;
-    }
-    return nullptr;
+    });
 }
+
+extern "C" const char* grad_norm_squared_on_cpu(const int64_t* numbers, int order, int* rows) {
+    Arguments n = {numbers};
+    return words([&] {
+        const Map g = n.map(), x = n.map();
+        const Sizes sizes = n.sizes();
+        const Type type = n.type();
+        const bool exact = n.number() != 0;
+        void* const parts = n.pointer();
+        const Problem p = problem_of(g, x, sizes, type, exact, {parts, nullptr, nullptr, n.number()});
+        *rows = rows_are_aligned(p, type);
+        if (type == Type::f32) run_norms<Single>(p, *rows, order);
+        if (type == Type::f64) run_norms<Double>(p, *rows, order);
+        if (type == Type::bf16) run_norms<Half<true>>(p, *rows, order);
+        if (type == Type::f16) run_norms<Half<false>>(p, *rows, order);
+    });
+}
+
+extern "C" int64_t norm_warps(int type) { return tile_of(static_cast<Type>(type)).threads / 32; }
 
 extern "C" int64_t cuda_shares(int type, int64_t samples, int64_t outputs, int64_t inputs, int64_t groups, int multiprocessors) {
     return shares_of(static_cast<Type>(type), samples, outputs, inputs, groups, multiprocessors);

@@ -249,7 +249,21 @@ inline float as_float(uint32_t word) {
     return x;
 }
 
-// Runs one block. `order`: 0 threads take turns upwards, 1 downwards, 2 every one as far as it gets, from the middle on.
+inline float float16_value(uint16_t bits) { return half_value(bits, false); }
+
+template <class T>
+T of_other_lane(T x, int mask) {
+    struct Asked {
+        T x;
+        int mask;
+    };
+    return together<Asked, T>({x, mask}, [](const Asked* in, T* out) {
+        for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ in[lane].mask].x;
+    });
+}
+
+// Runs one block. `order`: 0 threads take turns upwards, 1 downwards, 2 every one as far as it gets, from the middle on, 3 every
+// warp as far as it gets before the next one begins, which shows where a barrier is missing.
 inline void enter() {
     Block& b = block();
     b.body();
@@ -278,14 +292,27 @@ inline void run_block(int threads, int bytes, int64_t x, int64_t y, int order, c
         f.context.uc_link = &b.scheduler;
         makecontext(&f.context, enter, 0);
     }
-    for (int left = threads; left > 0;) {
-        for (int i = 0; i < threads; ++i) {
-            const int t = order == 0 ? i : order == 1 ? threads - 1 - i : (i * 37 + threads / 2) % threads;
-            if (b.fibers[t].done) continue;
-            b.current = t;
-            swapcontext(&b.scheduler, &b.fibers[t].context);
-            if (b.fibers[t].done) --left;
-        }
+    int left = threads;
+    auto turn = [&](int t) {
+        if (b.fibers[t].done) return;
+        b.current = t;
+        swapcontext(&b.scheduler, &b.fibers[t].context);
+        if (b.fibers[t].done) --left;
+    };
+    auto done_by = [&](int warp) {
+        int64_t steps = 0;
+        for (int t = warp * 32; t < warp * 32 + 32; ++t) steps += b.fibers[t].steps + b.waits[t] + b.fibers[t].done;
+        return steps;
+    };
+    while (left > 0) {
+        if (order == 3)
+            for (int warp = 0; warp < threads / 32; ++warp)
+                for (int64_t before = -1; before != done_by(warp) && !b.failure;) {
+                    before = done_by(warp);
+                    for (int t = warp * 32; t < warp * 32 + 32; ++t) turn(t);
+                }
+        else
+            for (int i = 0; i < threads; ++i) turn(order == 0 ? i : order == 1 ? threads - 1 - i : (i * 37 + threads / 2) % threads);
         if (b.failure) throw std::runtime_error(b.failure);
     }
 }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import native
+from fastfip.ops.backends import cuda, native
 from fastfip.ops.convolution import ConvShape, columns, columns_transpose
 from fastfip.ops.grad_norm_squared import native as kernel
 from fastfip.ops.grad_norm_squared.gram import Lattice, gram
@@ -48,19 +48,24 @@ def _keeps(g: Tensor, x: Tensor, size: int, samples: int) -> bool:
 
 
 class _Conv(torch.autograd.Function):
-    """All three ways, the windows (or the matrices) of a few samples at a time; `by_kernel`: native code makes G_n."""
+    """All three ways, the windows (or the matrices) of a few samples at a time; `by_kernel`: which code makes G_n.
+
+    "native" does so in the backward as well, "cuda" for the norms alone, "" is torch.
+    """
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool, by_kernel: bool
+        g: Tensor, x: Tensor, shape: ConvShape, samples: int, keep: bool, by_kernel: str
     ) -> tuple[Tensor, Tensor]:
         way = _way(g, x, shape, samples)
         if way == "places":
             return _places_norms(g, x, shape, keep)
         frames, scratch, acc = g.shape[0] // max(1, samples), Scratch(), accumulation_dtype(g.dtype)
         o, i = g.shape[1] // shape.groups, x.shape[1] // shape.groups * shape.taps
+        if way == "direct" and by_kernel == "cuda":
+            return _cuda_norms(g, x, shape, frames), g.new_zeros(0, dtype=acc)
         keep = keep and way == "direct" and _keeps(g, x, g.shape[1] * i, samples)
-        if way == "direct" and by_kernel:
+        if way == "direct" and by_kernel == "native":
             product = g.new_empty((samples * shape.groups, o, i) if keep else 0, dtype=acc)
             return _native_norms(g, x, shape, frames, product if keep else None), product
         parts, kept = [], []
@@ -218,6 +223,12 @@ def _native_norms(g: Tensor, x: Tensor, shape: ConvShape, frames: int, product: 
     return kernel.grad_norm_squared_conv(g, x, product, *options, frames=frames)
 
 
+def _cuda_norms(g: Tensor, x: Tensor, shape: ConvShape, frames: int) -> Tensor:
+    from fastfip.ops.grad_norm_squared.cuda import grad_norm_squared_conv as run
+
+    return run(g, x, shape, frames)
+
+
 def _direct_gradients(
     g: Tensor,
     x: Tensor,
@@ -227,7 +238,7 @@ def _direct_gradients(
     kept: Tensor,
     dg: Tensor,
     dx: Tensor | None,
-    by_kernel: bool,
+    by_kernel: str,
 ) -> None:
     frames, groups, scratch = g.shape[0] // samples, shape.groups, Scratch()
     step = _step(g, x, shape, samples, "direct")
@@ -238,7 +249,7 @@ def _direct_gradients(
         part = slice(k * frames, (k + many) * frames)
         if kept.numel():
             product = kept[k * groups : (k + many) * groups]
-        elif by_kernel:
+        elif by_kernel == "native":
             i = x.shape[1] // groups * shape.taps
             product = scratch.take((many * groups, g.shape[1] // groups, i), v, slot=1)
             _native_norms(g[part], x[part], shape, frames, product)
@@ -296,7 +307,7 @@ def _differentiable_gradients(g: Tensor, x: Tensor, v: Tensor, shape: ConvShape,
     return dg.to(g.dtype), columns_transpose(dcols, shape, tuple(x.shape[2:]), out_size).to(x.dtype)
 
 
-def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int, by_kernel: bool = False) -> Tensor:
+def _norms(g: Tensor, x: Tensor, shape: ConvShape, samples: int, by_kernel: str = "") -> Tensor:
     again = torch.is_grad_enabled() and (g.requires_grad or x.requires_grad)
     return _Conv.apply(g, x, shape, samples, again, by_kernel)[0]
 
@@ -307,9 +318,18 @@ def _native_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> str
     return native.refuses(g, x)
 
 
+def _cuda_refuses(g: Tensor, x: Tensor, shape: ConvShape, samples: int) -> str:
+    return cuda.refuses(g, x)
+
+
+# cuda: not chosen by itself before its tests have passed on a GPU.
 GRAD_NORM_SQUARED_CONV = Op(
     "grad_norm_squared_conv",
-    (Backend("native", partial(_norms, by_kernel=True), _native_refuses), Backend("reference", _norms)),
+    (
+        Backend("native", partial(_norms, by_kernel="native"), _native_refuses),
+        Backend("cuda", partial(_norms, by_kernel="cuda"), _cuda_refuses, automatic=False),
+        Backend("reference", _norms),
+    ),
 )
 
 

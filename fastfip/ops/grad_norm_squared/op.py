@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import native, triton
+from fastfip.ops.backends import cuda, native, triton
 from fastfip.ops.grad_norm_squared import native as kernel
 from fastfip.ops.grad_norm_squared.autograd import define, differentiable
 from fastfip.ops.grad_norm_squared.gram import gram, prefers_gram
@@ -117,12 +117,19 @@ def _triton(g: Tensor, a: Tensor) -> Tensor:
     return reference(g, a) if g.shape[1] == 1 else run(g, a, prefers_gram(g.shape[1], g.shape[2], a.shape[2]))
 
 
-# triton: runs only when it is asked for.
+def _cuda(g: Tensor, a: Tensor) -> Tensor:
+    from fastfip.ops.grad_norm_squared.cuda import grad_norm_squared as run
+
+    return reference(g, a) if g.shape[1] == 1 else run(g, a, prefers_gram(g.shape[1], g.shape[2], a.shape[2]))
+
+
+# triton, cuda: not chosen by themselves before their tests have passed on a GPU.
 GRAD_NORM_SQUARED = Op(
     "grad_norm_squared",
     (
         Backend("native", _native, native.refuses),
         Backend("triton", _triton, triton.refuses, automatic=False),
+        Backend("cuda", _cuda, cuda.refuses, automatic=False),
         Backend("reference", _dense),
     ),
 )
@@ -159,4 +166,4 @@ def grad_norm_squared(
         )
     chosen = GRAD_NORM_SQUARED.choose(backend, g, a).name
     once_more = torch.is_grad_enabled() and (g.requires_grad or a.requires_grad)
-    return differentiable(g, a, chosen, once_more and chosen != "triton" and keeps(g, a))
+    return differentiable(g, a, chosen, once_more and chosen not in ("triton", "cuda") and keeps(g, a))

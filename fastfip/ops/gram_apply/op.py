@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import triton
+from fastfip.ops.backends import cuda, triton
 from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
 
@@ -56,11 +56,20 @@ def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return run(q, k, v)
 
 
-# triton: always (q k^T) v, with tiles of the Gram matrix in registers; runs only when it is asked for.
+def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fastfip.ops.gram_apply.cuda import gram_apply as run
+
+    gram = prefers_gram(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
+    return run(q, k, v) if gram else reference(q, k, v)
+
+
+# triton: always (q k^T) v, with tiles of the Gram matrix in registers; cuda: the same where that is the cheaper way.
+# Neither is chosen by itself before its tests have passed on a GPU.
 GRAM_APPLY = Op(
     "gram_apply",
     (
         Backend("triton", _triton, lambda q, k, v: triton.refuses(q, k, v), automatic=False),
+        Backend("cuda", _cuda, cuda.refuses, automatic=False),
         Backend("reference", reference),
     ),
 )

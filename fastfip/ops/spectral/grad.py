@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastfip.ops.backends import native, triton
+from fastfip.ops.backends import cuda, native, triton
 from fastfip.ops.convolution import ConvShape
 from fastfip.ops.memory import CHUNK, accumulation_dtype
 from fastfip.ops.registry import Backend, Op
@@ -102,12 +102,25 @@ def _triton_refuses(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, sh
     return triton.refuses(*(t for t in (g, x, u, v) if t is not None))
 
 
-# triton: runs only when it is asked for.
+def _cuda(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> Tensor:
+    from fastfip.ops.spectral.grad_cuda import spectral_grad as run
+
+    return run(g, x, u, v, shape)
+
+
+def _cuda_refuses(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, shape: ConvShape | None) -> str:
+    if u is None and v is None:
+        return "there is nothing to be projected"
+    return cuda.refuses(*(t for t in (g, x, u, v) if t is not None))
+
+
+# triton, cuda: not chosen by themselves before their tests have passed on a GPU.
 SPECTRAL_GRAD = Op(
     "spectral_grad",
     (
         Backend("native", _native, _native_refuses),
         Backend("triton", _triton, _triton_refuses, automatic=False),
+        Backend("cuda", _cuda, _cuda_refuses, automatic=False),
         Backend("reference", reference),
     ),
 )

@@ -1,10 +1,11 @@
-// How a block's share of the operands, BLOCK_T positions at a time, comes to shared memory: asynchronously, zeros beyond every
+// How a block's share of the operands, BLOCK_DEPTH positions at a time, comes to shared memory: asynchronously, zeros beyond every
 // edge. Include device.h (or the tests' cuda_on_cpu.h) before.
 #pragma once
 
 #include <stdint.h>
 
-#include "sum_grad_squared_problem.h"
+#include "problem.h"
+#include "types.h"
 
 namespace fastfip {
 namespace cuda {
@@ -18,7 +19,7 @@ struct Position {
     int corner[3];
 };
 
-FASTFIP_DEVICE Position place_of(const Problem& p, int t) {
+FASTFIP_DEVICE Position place_of(const Operands& p, int t) {
     Position at;
     if (t >= p.positions) return {0, 0, {OUTSIDE, OUTSIDE, OUTSIDE}};
     int where[3];
@@ -41,7 +42,7 @@ struct Tap {
     int reach[3];
 };
 
-FASTFIP_DEVICE Tap tap_of(const Problem& p, int64_t group, int64_t i) {
+FASTFIP_DEVICE Tap tap_of(const Operands& p, int64_t group, int64_t i) {
     Tap tap;
     if (i >= p.inputs) return {0, {OUTSIDE, OUTSIDE, OUTSIDE}};
     int64_t rest = i;
@@ -55,7 +56,7 @@ FASTFIP_DEVICE Tap tap_of(const Problem& p, int64_t group, int64_t i) {
     return tap;
 }
 
-FASTFIP_DEVICE bool inside(const Problem& p, const int (&corner)[3], const int (&reach)[3]) {
+FASTFIP_DEVICE bool inside(const Operands& p, const int (&corner)[3], const int (&reach)[3]) {
     return static_cast<unsigned>(corner[0] + reach[0]) < static_cast<unsigned>(p.size[0]) &&
            static_cast<unsigned>(corner[1] + reach[1]) < static_cast<unsigned>(p.size[1]) &&
            static_cast<unsigned>(corner[2] + reach[2]) < static_cast<unsigned>(p.size[2]);
@@ -67,47 +68,51 @@ struct Cursor {
     int64_t sample;
     int t;
 
-    FASTFIP_DEVICE void next(const Problem& p) {
-        t += Kind::BLOCK_T;
+    FASTFIP_DEVICE void next(const Operands& p) {
+        t += Kind::BLOCK_DEPTH;
         if (t >= p.positions) t = 0, ++sample;
     }
 };
+
+// Copies LINES lines of NUMBERS numbers, 16 bytes at a time; zeros beyond the first `lines` lines and `numbers` numbers.
+template <int THREADS, int LINES, int NUMBERS, int LINE, class Element>
+FASTFIP_DEVICE void copy_lines(const Element* from, int64_t stride, int64_t numbers, int64_t lines, Element* to) {
+    constexpr int EACH = 16 / sizeof(Element), CHUNKS = NUMBERS / EACH, STEP = THREADS / CHUNKS;
+    static_assert(LINES % STEP == 0 || STEP > LINES, "every thread that copies at all copies equally much");
+    const int f = thread_index() % CHUNKS * EACH, line = thread_index() / CHUNKS;
+    if (STEP > LINES && line >= LINES) return;
+    const int64_t valid = numbers - f;
+    const int bytes = valid < 0 ? 0 : (valid > EACH ? EACH : static_cast<int>(valid)) * static_cast<int>(sizeof(Element));
+    const Element* row = from + line * stride + f;
+    to += line * LINE + f;
+#pragma unroll
+    for (int j = 0; j < LINES; j += STEP) {
+        const bool there = line + j < lines && bytes > 0;
+        copy_async<16>(to + j * LINE, there ? row : from, there ? bytes : 0);
+        row += STEP * stride;
+    }
+}
 
 // Operands whose features follow each other in memory and are aligned to 16 bytes: shared memory is [position, feature].
 template <class Kind>
 struct LoadRows {
     typedef typename Kind::Element Element;
-    static constexpr bool POSITIONS_FIRST = true;
-    static constexpr int STAGES = Kind::STAGES, THREADS = 32 * Kind::WARPS_O * Kind::WARPS_I;
-    static constexpr int G_LINE = Kind::BLOCK_O + Kind::PAD_F, X_LINE = Kind::BLOCK_I + Kind::PAD_F;
-    static constexpr int G_NUMBERS = G_LINE * Kind::BLOCK_T, X_NUMBERS = X_LINE * Kind::BLOCK_T;
+    static constexpr bool DEPTH_FIRST = true;
+    static constexpr int STAGES = Kind::STAGES, THREADS = threads_of<Kind>;
+    static constexpr int G_LINE = Kind::ROWS + Kind::PAD, X_LINE = Kind::COLUMNS + Kind::PAD;
+    static constexpr int G_NUMBERS = G_LINE * Kind::BLOCK_DEPTH, X_NUMBERS = X_LINE * Kind::BLOCK_DEPTH;
     static constexpr int TABLE_BYTES = 0;
 
     int64_t first_o, first_i;
 
-    FASTFIP_DEVICE LoadRows(const Problem&, char*, int64_t, int64_t o, int64_t i) : first_o(o), first_i(i) {}
+    FASTFIP_DEVICE LoadRows(const Operands&, char*, int64_t, int64_t o, int64_t i) : first_o(o), first_i(i) {}
 
-    template <int FEATURES, int LINE>
-    static FASTFIP_DEVICE void rows(const Element* from, int64_t stride, int64_t first, int64_t features, int left, Element* to) {
-        constexpr int EACH = 16 / sizeof(Element), CHUNKS = FEATURES / EACH, STEP = THREADS / CHUNKS;
-        const int f = thread_index() % CHUNKS * EACH, t = thread_index() / CHUNKS;
-        const int64_t valid = features - first - f;
-        const int bytes = valid < 0 ? 0 : (valid > EACH ? EACH : static_cast<int>(valid)) * static_cast<int>(sizeof(Element));
-        const Element* row = from + t * stride + first + f;
-        to += t * LINE + f;
-#pragma unroll
-        for (int j = 0; j < Kind::BLOCK_T; j += STEP) {
-            const bool there = t + j < left && bytes > 0;
-            copy_async<16>(to + j * LINE, there ? row : from, there ? bytes : 0);
-            row += STEP * stride;
-        }
-    }
-
-    FASTFIP_DEVICE void fetch(const Problem& p, const Cursor<Kind>& at, Element* g_to, Element* x_to) {
-        const Element* g = static_cast<const Element*>(p.g) + at.sample * p.g_n + at.t * p.g_at[2];
-        const Element* x = static_cast<const Element*>(p.x) + at.sample * p.x_n + at.t * p.x_at[2];
-        rows<Kind::BLOCK_O, G_LINE>(g, p.g_at[2], first_o, p.outputs, p.positions - at.t, g_to);
-        rows<Kind::BLOCK_I, X_LINE>(x, p.x_at[2], first_i, p.inputs, p.positions - at.t, x_to);
+    FASTFIP_DEVICE void fetch(const Operands& p, const Cursor<Kind>& at, Element* g_to, Element* x_to) {
+        const Element* g = static_cast<const Element*>(p.g) + at.sample * p.g_n + at.t * p.g_at[2] + first_o;
+        const Element* x = static_cast<const Element*>(p.x) + at.sample * p.x_n + at.t * p.x_at[2] + first_i;
+        const int64_t left = p.positions - at.t;
+        copy_lines<THREADS, Kind::BLOCK_DEPTH, Kind::ROWS, G_LINE>(g, p.g_at[2], p.outputs - first_o, left, g_to);
+        copy_lines<THREADS, Kind::BLOCK_DEPTH, Kind::COLUMNS, X_LINE>(x, p.x_at[2], p.inputs - first_i, left, x_to);
     }
 
     FASTFIP_DEVICE void store(Element*, Element*) {}
@@ -119,28 +124,28 @@ struct LoadRows {
 template <class Kind>
 struct LoadWindows {
     typedef typename Kind::Element Element;
-    static constexpr bool POSITIONS_FIRST = false, BY_REGISTERS = sizeof(Element) == 2;
-    static constexpr int STAGES = 2, THREADS = 32 * Kind::WARPS_O * Kind::WARPS_I;
-    static constexpr int G_LINE = Kind::BLOCK_T + Kind::PAD_T, X_LINE = G_LINE;
-    static constexpr int G_NUMBERS = G_LINE * Kind::BLOCK_O, X_NUMBERS = X_LINE * Kind::BLOCK_I;
-    static constexpr int EACH = BY_REGISTERS ? 2 : 1, SLOTS = Kind::BLOCK_T / EACH, STEP = THREADS / SLOTS;
-    static constexpr int G_ROWS = Kind::BLOCK_O / STEP, X_ROWS = Kind::BLOCK_I / STEP;
-    static constexpr int TABLE_BYTES = Kind::BLOCK_O * 8 + Kind::BLOCK_I * static_cast<int>(sizeof(Tap));
+    static constexpr bool DEPTH_FIRST = false, BY_REGISTERS = sizeof(Element) == 2;
+    static constexpr int STAGES = 2, THREADS = threads_of<Kind>;
+    static constexpr int G_LINE = Kind::BLOCK_DEPTH + Kind::PAD_DEPTH, X_LINE = G_LINE;
+    static constexpr int G_NUMBERS = G_LINE * Kind::ROWS, X_NUMBERS = X_LINE * Kind::COLUMNS;
+    static constexpr int EACH = BY_REGISTERS ? 2 : 1, SLOTS = Kind::BLOCK_DEPTH / EACH, STEP = THREADS / SLOTS;
+    static constexpr int G_ROWS = Kind::ROWS / STEP, X_ROWS = Kind::COLUMNS / STEP;
+    static constexpr int TABLE_BYTES = Kind::ROWS * 8 + Kind::COLUMNS * static_cast<int>(sizeof(Tap));
 
     int64_t* g_table;  // offset of an output feature, -1 beyond the last one
     Tap* x_table;
     uint32_t g_kept[BY_REGISTERS ? G_ROWS : 1], x_kept[BY_REGISTERS ? X_ROWS : 1];
 
-    FASTFIP_DEVICE LoadWindows(const Problem& p, char* table, int64_t group, int64_t first_o, int64_t first_i) {
+    FASTFIP_DEVICE LoadWindows(const Operands& p, char* table, int64_t group, int64_t first_o, int64_t first_i) {
         x_table = reinterpret_cast<Tap*>(table);
-        g_table = reinterpret_cast<int64_t*>(x_table + Kind::BLOCK_I);
-        for (int f = thread_index(); f < Kind::BLOCK_O; f += THREADS)
+        g_table = reinterpret_cast<int64_t*>(x_table + Kind::COLUMNS);
+        for (int f = thread_index(); f < Kind::ROWS; f += THREADS)
             g_table[f] = first_o + f < p.outputs ? (group * p.outputs + first_o + f) * p.g_o : -1;
-        for (int f = thread_index(); f < Kind::BLOCK_I; f += THREADS) x_table[f] = tap_of(p, group, first_i + f);
+        for (int f = thread_index(); f < Kind::COLUMNS; f += THREADS) x_table[f] = tap_of(p, group, first_i + f);
         barrier();
     }
 
-    FASTFIP_DEVICE void fetch(const Problem& p, const Cursor<Kind>& at, Element* g_to, Element* x_to) {
+    FASTFIP_DEVICE void fetch(const Operands& p, const Cursor<Kind>& at, Element* g_to, Element* x_to) {
         const Element* g = static_cast<const Element*>(p.g) + at.sample * p.g_n;
         const Element* x = static_cast<const Element*>(p.x) + at.sample * p.x_n;
         const int slot = thread_index() % SLOTS, first = thread_index() / SLOTS;
