@@ -9,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
+.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
 
 setup: $(STAMP)
 
@@ -28,7 +28,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 -q -m "not nvcc" $(ARGS)
+
+# The CUDA kernels for every device that nvcc knows of those that are meant, two minutes; they are skipped where there is no
+# nvcc. What nvcc makes of them for one device, and the kernels thread by thread on the CPU, are part of `make test`.
+cuda: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -q -m nvcc tests/ops/test_cuda_build.py $(ARGS)
 
 # As on a CPU without AVX-512: tests must not hang on the rounding of one machine. torch's convolutions and products are
 # oneDNN's, which has a variable of its own.

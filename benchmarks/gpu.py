@@ -52,14 +52,17 @@ def why_not() -> str:
     return "" if torch.cuda.is_available() else "torch finds no CUDA device or driver"
 
 
-def pytest(*arguments: str, before: tuple[str, ...] = ()) -> str:
-    """Run tests in a process of their own; how they ended, in pytest's words."""
+def pytest(until: float, *arguments: str, before: tuple[str, ...] = ()) -> str:
+    """Run tests in a process of their own, until that time at most; how they ended, in pytest's words."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if before else dict(os.environ)
+    seconds = max(1.0, until - time.monotonic())
     try:
-        done = subprocess.run(command, cwd=harness.ROOT, text=True, capture_output=True, env=environment, timeout=LIMIT)
+        done = subprocess.run(
+            command, cwd=harness.ROOT, text=True, capture_output=True, env=environment, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
-        return f"FAILED: not done after {LIMIT} s"
+        return f"FAILED: not done after {seconds:.0f} s"
     last = (done.stdout.strip().splitlines() or ["printed nothing"])[-1].strip("= ")
     if done.returncode not in (0, 5):
         print(done.stdout[-6000:] + done.stderr[-2000:])
@@ -69,18 +72,18 @@ def pytest(*arguments: str, before: tuple[str, ...] = ()) -> str:
 
 def tests() -> Iterator[Row]:
     """Run every GPU test there is: a row for each group."""
-    missing = triton.reason()
+    missing, until = triton.reason(), time.monotonic() + LIMIT
     yield {
         "part": "tests", "workload": "Triton kernels",
-        "error": missing or pytest("tests/support/triton_kernels.py"),
+        "error": missing or pytest(until, "tests/support/triton_kernels.py"),
     }  # fmt: skip
-    yield {"part": "tests", "workload": "CUDA kernels and everything marked gpu", "error": pytest("-m", "gpu")}
+    yield {"part": "tests", "workload": "CUDA kernels and everything marked gpu", "error": pytest(until, "-m", "gpu")}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         said = "compute-sanitizer is not installed"
         if sanitizer and not cuda.reason():
             command = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-            said = pytest(*CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
+            said = pytest(until, *CUDA_TESTS, "-k", "test_definition or test_convolutions and not last", before=command)
         yield {"part": "tests", "workload": f"CUDA kernels under {tool}", "error": said}
 
 

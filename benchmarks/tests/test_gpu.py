@@ -83,3 +83,7 @@ def test_rows_are_kept_with_the_device_they_are_of(monkeypatch, tmp_path):
     rows = [(r["part"], r["ms"], r["error"], r["device"], r["torch"]) for r in gpu.RESULTS.read()]
     assert sorted(rows) == [("dense", "1234", "", "some GPU", torch.__version__),
                             ("tests", "0.123", "3 passed", "some GPU", torch.__version__)]  # fmt: skip
+
+
+def test_tests_that_take_too_long_are_ended():
+    assert gpu.pytest(0.0, "benchmarks/tests/test_gpu.py").startswith("FAILED: not done after 1 s")

@@ -86,7 +86,7 @@ def test_no_kernel_spills_and_blocks_fit_side_by_side(compiled):
 
 
 @needs_nvcc
-@pytest.mark.slow
+@pytest.mark.nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_spills_on_other_devices(name, architecture, tmp_path):
