@@ -9,6 +9,7 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
+from fastfip.cli.maybe_clean import MaybeClean
 from fastfip.cli.opening import Opened, attack_in
 from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def purify(
     source: o.In,
     net: o.Net,
-    clean: o.Clean,
+    clean: MaybeClean,
     scores: o.Scores,
     out: Annotated[
         Path | None,
@@ -34,7 +35,7 @@ def purify(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="see fastfip methods; auto: fisher_steps; for less than 200 images, without settings, fast_wfip",
+            help="see fastfip methods; auto: fisher_steps; without settings fast_wfip below 200 images, clp for none",
         ),
     ] = "auto",
     config: Annotated[
@@ -68,7 +69,11 @@ def purify(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN."""
+    """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN.
+
+    Without images (no --data) channels are pruned by their weights alone, or a method named runs on drawn images: it
+    removes less.
+    """
     out = default_out(source) if out is None else out
     inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config)
     check_outputs(source, out, report, force, inputs)
@@ -76,6 +81,7 @@ def purify(
         _check_leaderboard(leaderboard, [source, *inputs])
     mixed = o.precision(amp)
     scores.check()
+    shape = clean.check()
     if epochs is not None and steps is not None:
         raise fail("--epochs and --steps: give one of them")
 
@@ -106,9 +112,12 @@ def purify(
         measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
         inplace=True,
         force=ignore_fit,
+        input_shape=shape,
     )
-    result.notes += [*scores.unmeasured(opened.attack), *images.words()]
-    result.settings["images"] = images.to_dict()
+    result.notes += scores.unmeasured(opened.attack)
+    if images is not None:
+        result.notes += images.words()
+        result.settings["images"] = images.to_dict()
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     if opened.checkpoint.left_out:

@@ -45,6 +45,21 @@ def test_purify(work, capsys):
     assert sorted(set(os.listdir()) - {"__pycache__"}) == ["data.npz", "in.pth", "out.pth", "r.json", "tiny_arch.py"]
 
 
+def test_purify_without_images(work, capsys):
+    shape = ["--input-shape", "3,6,6", "--test-data", "data.npz"]
+    state = torch.load("in.pth")["net"]
+    state["0.weight"][3] *= 50  # a channel that stands out
+    torch.save({"net": state}, "in.pth")
+    assert main(["purify", "in.pth", "out.pth", *NET, *shape, "--method", "clp", "--set", "u=2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["method"] == "clp" and "images" not in report["settings"]
+    assert report["alerts"][0].startswith("WITHOUT DATA, 64 drawn images 3x6x6")
+    assert (load_checkpoint("out.pth")["1.weight"] == 0).nonzero().flatten().tolist() == [3]
+    assert list(load_checkpoint("out.pth")) == list(load_checkpoint("in.pth"))
+    assert main(["purify", "in.pth", "drawn.pth", *NET, *shape, "--method", "fine_tune", "--steps", "3"]) == 0
+    assert not torch.equal(load_checkpoint("drawn.pth")["4.weight"], load_checkpoint("in.pth")["4.weight"])
+
+
 def test_purify_is_reproducible_and_picks_images_by_the_seed(work, capsys):
     def weights(name, *more):
         arguments = ["purify", "in.pth", name, *PURIFY[3:], "--steps", "2", *more]
@@ -303,7 +318,10 @@ def test_every_error_has_its_code_and_one_line(work, capsys):
     data = ["--data", "data.npz"]
     for code, arguments, text in [
         (2, ["purify"], "Missing argument 'IN'"),
-        (2, ["purify", "in.pth", "o.pth", *NET], "Missing option '--data'"),
+        (2, ["purify", "in.pth", "o.pth", *NET], "--data is missing"),
+        (2, ["purify", "in.pth", "o.pth", *NET, "--input-shape", "3,6"], "give channels, height and width"),
+        (2, ["purify", "in.pth", "o.pth", *NET, "--input-shape", "3,6,6", "--limit", "5"], "--limit is of the images"),
+        (2, [*PURIFY, "--input-shape", "3,6,6"], "images have a shape"),
         (2, ["nothing"], "No such command 'nothing'"),
         (2, ["methods", "--nothing"], "--nothing"),
         (2, [*PURIFY, "--epochs", "x"], "--epochs"),
