@@ -30,6 +30,7 @@ COLUMNS = "part workload size dtype way ms rate unit of_ceiling ratio error"
 RESULTS = harness.Results("gpu", f"{COLUMNS} device torch commit cuda triton cpu")  # each run replaces all rows
 NO_GPU = 3
 CUDA_TESTS = "tests/ops/test_cuda_kernels.py"
+TRITON_TESTS = [f"tests/support/triton_{name}.py" for name in ("kernels", "norms", "spectral", "apply")]
 
 
 def why_not() -> str:
@@ -56,7 +57,7 @@ def tests() -> Iterator[Row]:
     missing = triton.reason()
     yield {
         "part": "tests", "workload": "Triton kernels",
-        "error": missing or pytest("tests/support/triton_kernels.py"),
+        "error": missing or pytest(*TRITON_TESTS),
     }  # fmt: skip
     yield {"part": "tests", "workload": "CUDA kernels and everything marked gpu", "error": pytest("-m", "gpu")}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

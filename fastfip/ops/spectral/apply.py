@@ -14,6 +14,7 @@ side of the product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,16 +55,21 @@ def _triton_adjoint(g: Tensor, size: tuple[int, ...], m: SpectralMap) -> Pair:
     return run(g, size, m)
 
 
+#: Triton's kernel holds the projections of a tile in registers, and offsets in a tile have 32 bits.
+MOST_DIRECTIONS, LONGEST = 128, 2**24
+
+
 def _triton_refuses(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, shape: ConvShape | None) -> str:
     if shape is not None and not shape.pointwise:
         return "of convolutions it has those with one tap, stride 1 and no padding"
     if u.shape[-1] > MOST_DIRECTIONS:
         return f"it takes at most {MOST_DIRECTIONS} directions, not {u.shape[-1]}"
+    groups, positions = (1, 1) if shape is None else (shape.groups, math.prod(x.shape[2:]))
+    longest = max(weight.shape[0], groups * weight.shape[1], positions)
+    if longest > LONGEST:
+        return f"it takes at most {LONGEST} features, or positions of a map, not {longest}"
     return triton.refuses(x, weight, u, v)
 
-
-#: A tile of Triton's kernel holds the projections of its positions in registers.
-MOST_DIRECTIONS = 128
 
 # triton: runs only when it is asked for.
 SPECTRAL_APPLY = Op(

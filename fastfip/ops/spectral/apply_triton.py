@@ -5,9 +5,9 @@ multiplies them with the directions as well, so the projections are in its regis
 
     y = x B + ((x L) * (s - sigma)) R^T + bias,    p = x L
 
-with B = W^T, L = V, R = U for the layer and B = W, L = U, R = V for its adjoint. Nothing is divided by a singular value,
-so no direction has to be strong. Every column of programs projects its positions anew, and the first one writes p.
-Where the weight is W(delta) already there is nothing to correct, and p has programs of its own.
+with B = W^T, L = V, R = U for the layer and B = W, L = U, R = V for its adjoint. Nothing is divided by a singular
+value, so no direction has to be strong. Every column of programs projects its positions anew, and the first one writes
+p. Where the weight is W(delta) already there is nothing to correct, and p has programs of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class ApplyTiles(NamedTuple):
     num_stages: int
 
 
-# By whether operands have 16 bits; the tests compile both ahead of time and fail if one spills. Tiles are wide, since
-# each of them projects its positions: K products a position and number of x beside block_e.
-TILES = {False: ApplyTiles(64, 128, 16, 8, 2), True: ApplyTiles(64, 256, 32, 8, 2)}
+# By whether operands have 16 bits; the tests compile both ahead of time and fail if one spills. The correction is added
+# in a loop over a few directions: unrolled, it holds all of them in registers beside p and y, and spills.
+TILES = {False: ApplyTiles(64, 128, 16, 8, 2), True: ApplyTiles(64, 128, 32, 8, 3)}
 
 
 @triton.jit
@@ -57,38 +57,13 @@ def _write(tile, ptr, row_stride, rows, column_stride, columns, ROWS: tl.constex
 
 
 @triton.jit
-def _corrected(
-    y,
-    p,
-    s_ptr,
-    sigma_ptr,
-    r_ptr,
-    K,
-    r_k,
-    E,
-    r_e,
-    TYPE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y + (p * (s - sigma)) R^T; what follows s_ptr, sigma_ptr and r_ptr are K directions and E features."""
-    k = tl.arange(0, BLOCK_K)
-    s = tl.load(s_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    sigma = tl.load(sigma_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    r = _tile(r_ptr, r_k, K, r_e, E, BLOCK_K, BLOCK_E)
-    return product((p * (s - sigma)[None, :]).to(TYPE), r.to(TYPE), y, PRECISION, INTERPRET)
-
-
-@triton.jit
 def spectral_apply_kernel(
     x_ptr,
     w_ptr,
-    l_ptr,
-    r_ptr,
-    s_ptr,  # [groups, K], as sigma
-    sigma_ptr,
+    l_ptr,  # [groups, F, K]
+    r_ptr,  # [groups, E, K]
+    s_ptr,  # [groups, K]
+    sigma_ptr,  # [groups, K]
     bias_ptr,
     y_ptr,
     p_ptr,
@@ -105,12 +80,6 @@ def spectral_apply_kernel(
     w_g,
     w_e,
     w_f,
-    l_g,
-    l_f,
-    l_k,
-    r_g,
-    r_e,
-    r_k,
     y_n,
     y_t,
     y_e,
@@ -135,9 +104,10 @@ def spectral_apply_kernel(
     group = (place // tiles % groups).to(tl.int64)
     sample = (place // tiles // groups).to(tl.int64)
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    FEW: tl.constexpr = 16  # directions at a time; as many as a product of tiles must have
     x_ptr += sample * x_n + t * x_t + group * F * x_f
     w_ptr += group * w_g + e * w_e
-    l_ptr += group * l_g
+    l_ptr += group * F * K
     y_ptr += sample * y_n + t * y_t + (group * E + e) * y_e
     p_ptr += sample * p_n + t * p_t + group * K * p_k
     rows = T - t
@@ -150,44 +120,39 @@ def spectral_apply_kernel(
             w = _tile(w_ptr, w_f, F - f, w_e, features, BLOCK_F, BLOCK_E)
             y = product(x, w, y, PRECISION, INTERPRET)
             if CORRECT:
-                d = _tile(l_ptr, l_f, F - f, l_k, K, BLOCK_F, BLOCK_K).to(TYPE)
+                d = _tile(l_ptr, K, F - f, 1, K, BLOCK_F, BLOCK_K).to(TYPE)
                 p = product(x, d, p, PRECISION, INTERPRET)
-                l_ptr += BLOCK_F * l_f
+                l_ptr += BLOCK_F * K
             x_ptr += BLOCK_F * x_f
             w_ptr += BLOCK_F * w_f
         if CORRECT:
             s_ptr += group * K
             sigma_ptr += group * K
-            r_ptr += group * r_g + e * r_e
-            if BLOCK_K > 64:  # in halves, which registers hold
-                HALF: tl.constexpr = BLOCK_K // 2
-                low, high = tl.split(tl.permute(tl.reshape(p, (BLOCK_T, 2, HALF)), (0, 2, 1)))
-                y = _corrected(
-                    y, low, s_ptr, sigma_ptr, r_ptr, K, r_k, features, r_e, TYPE, HALF, BLOCK_E, PRECISION, INTERPRET
-                )
-                y = _corrected(
-                    y, high, s_ptr + HALF, sigma_ptr + HALF, r_ptr + HALF * r_k, K - HALF, r_k, features, r_e, TYPE,
-                    HALF, BLOCK_E, PRECISION, INTERPRET,
-                )  # fmt: skip
-            else:
-                y = _corrected(
-                    y, p, s_ptr, sigma_ptr, r_ptr, K, r_k, features, r_e, TYPE, BLOCK_K, BLOCK_E, PRECISION, INTERPRET
-                )
+            r_ptr += (group * E + e) * K
+            parts = tl.reshape(p, (BLOCK_T, BLOCK_K // FEW, FEW))
+            number = tl.arange(0, BLOCK_K // FEW)
+            direction = tl.arange(0, FEW)
+            for k in tl.range(0, K, FEW, num_stages=1):
+                there = k + direction < K
+                s = tl.load(s_ptr + k + direction, mask=there, other=0.0).to(tl.float32)
+                sigma = tl.load(sigma_ptr + k + direction, mask=there, other=0.0).to(tl.float32)
+                part = tl.sum(tl.where((number == k // FEW)[None, :, None], parts, 0.0), 1)
+                r = _tile(r_ptr + k, 1, K - k, K, features, FEW, BLOCK_E).to(TYPE)
+                y = product((part * (s - sigma)[None, :]).to(TYPE), r, y, PRECISION, INTERPRET)
         if BIAS:
             feature = tl.arange(0, BLOCK_E)
             bias = tl.load(bias_ptr + group * E + e + feature, mask=feature < features, other=0.0)
             y += bias.to(tl.float32)[None, :]
         _write(y, y_ptr, y_t, rows, y_e, features, BLOCK_T, BLOCK_E)
-        if CORRECT:
-            if column == 0:
-                _write(p, p_ptr, p_t, rows, p_k, K, BLOCK_T, BLOCK_K)
+        if CORRECT and column == 0:
+            _write(p, p_ptr, p_t, rows, p_k, K, BLOCK_T, BLOCK_K)
     else:
         for f in range(0, F, BLOCK_F):
             x = _tile(x_ptr, x_t, rows, x_f, F - f, BLOCK_T, BLOCK_F)
-            d = _tile(l_ptr, l_f, F - f, l_k, K, BLOCK_F, BLOCK_K).to(TYPE)
+            d = _tile(l_ptr, K, F - f, 1, K, BLOCK_F, BLOCK_K).to(TYPE)
             p = product(x, d, p, PRECISION, INTERPRET)
             x_ptr += BLOCK_F * x_f
-            l_ptr += BLOCK_F * l_f
+            l_ptr += BLOCK_F * K
         _write(p, p_ptr, p_t, rows, p_k, K, BLOCK_T, BLOCK_K)
 
 
@@ -231,14 +196,21 @@ def _launch(
     if samples == 0 or positions == 0:
         return y, p
     correct, c = m.scratch is not None, TILES[x.dtype != torch.float32]
+    x_in, w = _near(x_in, c.block_t, c.block_f), _near(w, c.block_e, c.block_f)
     tiles = triton.cdiv(positions, c.block_t)
     columns = max(correct, triton.cdiv(features, c.block_e)) + (not correct)
     spectral_apply_kernel[(columns * tiles * groups * samples,)](
-        x_in, w, left, right, m.f.s.contiguous(), m.f.sigma.contiguous(), x if bias is None else bias.contiguous(),
+        x_in, w, *(a.contiguous() for a in (left, right, m.f.s, m.f.sigma, x[:0] if bias is None else bias)),
         y_out, p_out, positions, features, left.shape[1], directions, columns, tiles, groups,
-        *x_in.stride(), *w.stride(), *left.stride(), *right.stride(), *y_out.stride(), *p_out.stride(),
+        *x_in.stride(), *w.stride(), *y_out.stride(), *p_out.stride(),
         CORRECT=correct, BIAS=bias is not None, BLOCK_T=c.block_t, BLOCK_E=c.block_e, BLOCK_F=c.block_f,
         BLOCK_K=max(16, triton.next_power_of_2(directions)), PRECISION=precision(), INTERPRET=INTERPRETED,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return y, p
+
+
+def _near(a: Tensor, *tile: int) -> Tensor:
+    """Return the tensor, or a copy in which offsets in a tile of its last two axes fit 32 bits."""
+    far = sum((size - 1) * stride for size, stride in zip(tile, a.stride()[1:]))
+    return a if far < 2**31 else a.contiguous()
