@@ -43,6 +43,7 @@ NO_GPU = 3
 EXPECTED = {"tests": 200, "ops": 200, "models": 120, "purify": 60}
 LIMIT = 240
 CUDA_TESTS = [f"tests/ops/test_cuda_{name}kernels.py" for name in ("", "spectral_", "norm_", "gram_apply_")]
+TRITON_TESTS = [f"tests/support/triton_{name}.py" for name in ("kernels", "norms", "spectral", "apply")]
 
 
 def why_not() -> str:
@@ -75,7 +76,7 @@ def tests() -> Iterator[Row]:
     missing, until = triton.reason(), time.monotonic() + LIMIT
     yield {
         "part": "tests", "workload": "Triton kernels",
-        "error": missing or pytest(until, "tests/support/triton_kernels.py"),
+        "error": missing or pytest(until, *TRITON_TESTS),
     }  # fmt: skip
     yield {"part": "tests", "workload": "CUDA kernels and everything marked gpu", "error": pytest(until, "-m", "gpu")}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

@@ -36,7 +36,8 @@ def old_interpreter() -> bool:
 def test_in_the_interpreter():
     printed = run(
         "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "tests/support/triton_kernels.py",
-        "tests/support/triton_norms.py", "tests/support/triton_spectral.py", TRITON_INTERPRET="1",
+        "tests/support/triton_norms.py", "tests/support/triton_spectral.py", "tests/support/triton_apply.py",
+        TRITON_INTERPRET="1",
     )  # fmt: skip
     assert " passed" in printed and "skipped" not in printed
 
@@ -45,8 +46,8 @@ def test_in_the_interpreter():
 @needs_triton
 def test_every_configuration_compiles_without_spills_and_uses_tensor_cores(tmp_path):
     lines = run("tests/support/triton_ahead_of_time.py", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    # kernels (norms: two forms; spectral: five), architectures, configurations
-    assert len(lines) == 2 * 2 * 4 + (2 + 1 + 5) * 2 * 2
+    # kernels (norms: two forms; spectral: five; its layer: four), architectures, configurations
+    assert len(lines) == 2 * 2 * 4 + (2 + 1 + 5) * 2 * 2 + 4 * 3 * 2
     for line in lines:
         *_, stack, tensor_core = line.split()
         assert stack == "0", f"spills: {line}"

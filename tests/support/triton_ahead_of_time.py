@@ -1,4 +1,5 @@
-"""Compile every Triton kernel and configuration for sm_80 and sm_90, without a GPU. Prints one line each:
+"""Compile every Triton kernel and configuration for sm_80 and sm_90, spectral_apply for sm_100 as well, without a GPU.
+Prints one line each:
 kernel, type, architecture, configuration, registers, bytes of stack (spills), tensor core instructions.
 """
 
@@ -13,11 +14,12 @@ from triton.compiler import ASTSource
 
 from fastfip.ops.grad_norm_squared import triton as norms
 from fastfip.ops.gram_apply import triton as applied
+from fastfip.ops.spectral import apply_triton as layer
 from fastfip.ops.spectral import grad_triton as spectral
 from fastfip.ops.sum_grad_squared import triton as kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr", "u_ptr")
+OPERANDS = ("g_ptr", "a_ptr", "x_ptr", "q_ptr", "k_ptr", "v_ptr", "u_ptr", "w_ptr", "bias_ptr", "y_ptr", "p_ptr")
 
 
 def compile_one(kernel, constants, dtype, architecture, tiles):
@@ -38,7 +40,7 @@ def compile_one(kernel, constants, dtype, architecture, tiles):
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    tensor_core = len(re.findall(r"wgmma\.mma|mma\.sync", done.asm["ptx"]))
+    tensor_core = len(re.findall(r"wgmma\.mma|mma\.sync|tcgen05\.mma", done.asm["ptx"]))
     print(kernel.fn.__name__, dtype, f"sm_{architecture}", *tiles, registers, stack, tensor_core, flush=True)
 
 
@@ -75,3 +77,11 @@ for half, tiles in spectral.TILES.items():
         for left, right in ((True, 0), (True, 1), (True, 2), (False, 1), (False, 2)):
             constants = {"INTERPRET": False, "PRECISION": "tf32x3", "LEFT": left, "RIGHT": right, **blocks, **window}
             compile_one(spectral.spectral_grad_kernel, constants, "bf16" if half else "fp32", architecture, tiles)
+
+for half, tiles in layer.TILES.items():
+    blocks = {name.upper(): size for name, size in tiles._asdict().items() if name.startswith("block")}
+    for architecture in (80, 90, 100):
+        for correct, directions in ((True, 16), (True, 64), (True, 128), (False, 128)):
+            constants = {"INTERPRET": False, "PRECISION": "tf32x3", "CORRECT": correct, "BIAS": True, **blocks}
+            constants["BLOCK_K"] = directions
+            compile_one(layer.spectral_apply_kernel, constants, "bf16" if half else "fp32", architecture, tiles)

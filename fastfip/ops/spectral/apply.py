@@ -14,12 +14,14 @@ side of the product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfip.ops.backends import triton
 from fastfip.ops.convolution import ConvShape, arguments_of, shape_of
 from fastfip.ops.memory import Scratch
 from fastfip.ops.registry import Backend, Op
@@ -41,8 +43,43 @@ def reference_adjoint(g: Tensor, size: tuple[int, ...], m: SpectralMap) -> Pair:
     return m.backward(g, size)
 
 
-SPECTRAL_APPLY = Op("spectral_apply", (Backend("reference", reference),))
-SPECTRAL_ADJOINT = Op("spectral_adjoint", (Backend("reference", reference_adjoint),))
+def _triton(x: Tensor, bias: Tensor | None, m: SpectralMap) -> Pair:
+    from fastfip.ops.spectral.apply_triton import spectral_apply as run  # imports triton
+
+    return run(x, bias, m)
+
+
+def _triton_adjoint(g: Tensor, size: tuple[int, ...], m: SpectralMap) -> Pair:
+    from fastfip.ops.spectral.apply_triton import spectral_adjoint as run  # imports triton
+
+    return run(g, size, m)
+
+
+#: Triton's kernel holds the projections of a tile in registers, and offsets in a tile have 32 bits.
+MOST_DIRECTIONS, LONGEST = 128, 2**24
+
+
+def _triton_refuses(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, shape: ConvShape | None) -> str:
+    if shape is not None and not shape.pointwise:
+        return "of convolutions it has those with one tap, stride 1 and no padding"
+    if u.shape[-1] > MOST_DIRECTIONS:
+        return f"it takes at most {MOST_DIRECTIONS} directions, not {u.shape[-1]}"
+    groups, positions = (1, 1) if shape is None else (shape.groups, math.prod(x.shape[2:]))
+    longest = max(weight.shape[0], groups * weight.shape[1], positions)
+    if longest > LONGEST:
+        return f"it takes at most {LONGEST} features, or positions of a map, not {longest}"
+    return triton.refuses(x, weight, u, v)
+
+
+# triton: runs only when it is asked for.
+SPECTRAL_APPLY = Op(
+    "spectral_apply",
+    (Backend("triton", _triton, _triton_refuses, automatic=False), Backend("reference", reference)),
+)
+SPECTRAL_ADJOINT = Op(
+    "spectral_adjoint",
+    (Backend("triton", _triton_adjoint, _triton_refuses, automatic=False), Backend("reference", reference_adjoint)),
+)
 
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 _FACTORS = "Tensor weight, Tensor u, Tensor v, Tensor sigma, Tensor delta, bool moved"
@@ -68,19 +105,24 @@ def _adjoint(g: Tensor, size: Sequence[int], *rest: Any) -> Pair:
 
 
 def _backward(g: Tensor, p: Tensor, size: Sequence[int], x_too: bool, *rest: Any) -> Pair:
-    m, _ = _parts(rest)
+    m, _ = _parts((*rest[:-1], "reference"))  # no other backend has both gradients
     gx, gdelta = gradients(m, p, g, tuple(size), x_too)
     return (g.new_empty(0) if gx is None else like_input(gx, g)), gdelta
 
 
 def _parts(rest: Sequence[Any]) -> tuple[SpectralMap, str]:
     weight, u, v, sigma, delta, moved, *options, backend = rest
+    scratch = None if moved else Scratch()
+    if backend == "triton":
+        m = _plain_map(rest)
+        m.scratch = scratch
+        return m, backend
     factors = SpectralFactors.of(u, v, sigma, delta, weight.dtype, even=False if moved else None)
-    return SpectralMap(weight, factors, shape_of(options), scratch=None if moved else Scratch()), backend
+    return SpectralMap(weight, factors, shape_of(options), scratch=scratch), backend
 
 
 def _plain_map(rest: Sequence[Any]) -> SpectralMap:
-    """The map for what needs no look at the numbers: which directions are weak, and what is cheaper."""
+    """The map for what divides by no singular value: a look for weak ones would wait for the device."""
     weight, u, v, sigma, delta, _, *options, _ = rest
     factors = SpectralFactors(u, v, sigma, torch.relu(sigma + delta.detach()))
     return SpectralMap(weight, factors, shape_of(options))

@@ -37,7 +37,7 @@ KNOWN, MATRIX, WINDOWS = 0, 1, 2
 
 
 @triton.jit
-def _product(x, d, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def product(x, d, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:  # the interpreter multiplies the bit patterns of bfloat16
         x = x.to(tl.float32)
         d = d.to(tl.float32)
@@ -76,7 +76,7 @@ def _rows(
         d_at = (f0 + f)[:, None] * d_f + k[None, :] * d_k
         x = tl.load(x_ptr + x_at, mask=inside[:, None] & there[None, :], other=0.0)
         d = tl.load(d_ptr + d_at, mask=there[:, None] & (k < K)[None, :], other=0.0)
-        acc = _product(x, d, acc, PRECISION, INTERPRET)
+        acc = product(x, d, acc, PRECISION, INTERPRET)
     return acc
 
 
@@ -185,7 +185,7 @@ def spectral_grad_kernel(
                 x = tl.load(x_sample + x_at, mask=there, other=0.0)
                 v_at = i[:, None] * v_f + k[None, :] * v_k
                 d = tl.load(v + v_at, mask=(i < I)[:, None] & (k < K)[None, :], other=0.0)
-                p = _product(x, d, p, PRECISION, INTERPRET)
+                p = product(x, d, p, PRECISION, INTERPRET)
         else:
             x_sample = x_ptr + sample * x_n + group * (I if RIGHT == 1 else K) * x_f
             p = _rows(

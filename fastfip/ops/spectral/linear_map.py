@@ -352,7 +352,8 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a map: channels last, or the usual one."""
     if not _channels_last(x):
         return torch.contiguous_format
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
@@ -365,12 +366,12 @@ def _many(weak: Tensor | None, k: int) -> bool:
 
 def like_input(t: Tensor, x: Tensor) -> Tensor:
     """Return t as a tensor of its own, in the memory format of x: a compiler wants to know it beforehand."""
-    return t.contiguous(memory_format=_format(x))
+    return t.contiguous(memory_format=format_of(x))
 
 
 def _conv_adjoint(g: Tensor, weight: Tensor, c: ConvShape, size: tuple[int, ...]) -> Tensor:
     # The input's numbers are not read; an expanded one would be copied to its full size.
-    x = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=_format(g))
+    x = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=format_of(g))
     zeros = [0] * len(c.kernel)
     mask = [True, False, False]
     return torch.ops.aten.convolution_backward(
