@@ -90,27 +90,27 @@ def replaced_forward(number: int, shift: SpectralShift, site: WeightSite, record
 
 
 def _compiled(module: Any, shift: SpectralShift, x: Tensor) -> Tensor | None:
-    """Compute as one operator of a compiler's graph; None where torch's own layer with W(delta) is to be had.
+    """Compute as one operator of a compiler's graph; None: the caller uses torch's own layer with W(delta).
 
-    A compiler would trace the autograd of `spectral_linear` by rules of its own. W(delta) is put together in its graph.
+    A compiler would trace the autograd of `spectral_linear` by rules of its own. W(delta) is put together in its graph,
+    which keeps it for the backward pass.
     """
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != shift.weight.dtype:
         return None
-    shape = None
-    if isinstance(module, _ConvNd):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str) or x.dim() != len(module.kernel_size) + 2:
-            return None
-        shape = ConvShape(
-            module.kernel_size,
-            module.stride,
-            tuple(module.padding),
-            module.dilation,
-            module.groups,
-        )
-    if prefers_dense(shift.u, shift.v, None if shape is None else shape.taps, _positions(module, x)):
+    # Under a transform of torch.func a compiler leaves an operator's rule for it out.
+    if not x.numel() or torch._C._are_functorch_transforms_active():
+        return None
+    taps = math.prod(module.kernel_size) if isinstance(module, _ConvNd) else None
+    if prefers_dense(shift.u, shift.v, taps, _positions(module, x)):
         return None
     weight, bias = shift.recompose().detach(), module._parameters.get("bias")
-    return spectral_layer(x, weight, shift.u, shift.v, shift.sigma, shift.delta, bias, shape)
+    bias = None if bias is None else bias.to(x.dtype)
+    operands = weight, shift.u, shift.v, shift.sigma, shift.delta, bias
+    if taps is None:
+        return spectral_layer(x, *operands, None)
+    padded, shape = _windowed(module, x)
+    y = spectral_layer(padded, *operands, shape)
+    return y if x.dim() == padded.dim() else y[0]
 
 
 def _dense(module: Any, shift: SpectralShift, x: Tensor, dtype: torch.dtype) -> bool:
@@ -151,9 +151,17 @@ def _linear(module: nn.Linear, shift: SpectralShift, x: Tensor, bias: Tensor | N
 
 
 def _conv(module: Any, shift: SpectralShift, x: Tensor, bias: Tensor | None) -> Computed:
+    padded, shape = _windowed(module, x)
+    weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
+    options: dict[str, Any] = {"scratch": scratch, "wanted": shift.wanted}
+    y, p = spectral_conv(padded, weight, factors, shift.delta, shape, bias, **options)
+    return (y if x.dim() == padded.dim() else y[0]), p, shape
+
+
+def _windowed(module: Any, x: Tensor) -> tuple[Tensor, ConvShape]:
+    """Return a convolution's input with a batch axis, padded as far as zeros on both sides do not, and its shape."""
     dims = len(module.kernel_size)
-    batched = x.dim() == dims + 2
-    x = x if batched else x.unsqueeze(0)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
     padding = module._reversed_padding_repeated_twice  # pairs, the last dimension first; right for "same" as well
     if module.padding_mode != "zeros":
         x, pads = F.pad(x, padding, mode=module.padding_mode), (0,) * dims
@@ -163,10 +171,7 @@ def _conv(module: Any, shift: SpectralShift, x: Tensor, bias: Tensor | None) -> 
             x, pads = F.pad(x, padding), (0,) * dims
     else:
         pads = tuple(module.padding)
-    shape = ConvShape(module.kernel_size, module.stride, pads, module.dilation, module.groups)
-    weight, factors, scratch = shift.directions(x.dtype, _positions(module, x))
-    y, p = spectral_conv(x, weight, factors, shift.delta, shape, bias, scratch=scratch, wanted=shift.wanted)
-    return (y if batched else y[0]), p, shape
+    return x, ConvShape(module.kernel_size, module.stride, pads, module.dilation, module.groups)
 
 
 def _transposed(

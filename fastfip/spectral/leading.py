@@ -89,7 +89,7 @@ def _gram(m: Tensor) -> Tensor:
 def _iterated(g: Tensor, k: int) -> Tensor | None:
     """Return a block [n, b] of float64 that begins with the k largest eigenvectors of g, right to its rounding."""
     n = g.shape[0]
-    x = torch.randn(n, min(n, k + max(16, k // 2)), generator=torch.Generator().manual_seed(0)).to(g.device)
+    x = _drawn(n, min(n, k + max(16, k // 2)), g)
     before, spent, cap, last = math.inf, 0, FIRST, False
     while spent < MOST_PRODUCTS:
         # The rounding of this step is what the residual would end at: in float64 once it may be the last one.
@@ -107,6 +107,12 @@ def _iterated(g: Tensor, k: int) -> Tensor | None:
         x = _filtered(g, x.to(g.dtype), y.to(g.dtype), degree, cut, top)
         before, spent, cap, last = worst, spent + degree, LATER, degree >= needed
     return None
+
+
+def _drawn(rows: int, columns: int, like: Tensor) -> Tensor:
+    """The start: the same for every call, whatever torch's default dtype and device are."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _rotated(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastfip.ops.backends import triton
-from fastfip.ops.convolution import ConvShape, arguments_of, shape_of
+from fastfip.ops.convolution import ConvShape, ShapeArguments, arguments_of, shape_of
 from fastfip.ops.memory import Scratch
 from fastfip.ops.registry import Backend, Op
 from fastfip.ops.spectral.linear_map import SpectralFactors, SpectralMap, like_input
@@ -84,12 +84,14 @@ SPECTRAL_ADJOINT = Op(
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 _FACTORS = "Tensor weight, Tensor u, Tensor v, Tensor sigma, Tensor delta, bool moved"
 _OPTIONS = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str backend"
-LIBRARY.define(f"spectral_apply(Tensor x, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> (Tensor, Tensor)")
-LIBRARY.define(f"spectral_adjoint(Tensor g, SymInt[] size, {_FACTORS}, {_OPTIONS}) -> (Tensor, Tensor)")
-LIBRARY.define(
-    f"spectral_apply_backward(Tensor g, Tensor p, SymInt[] size, bool x_too, {_FACTORS}, {_OPTIONS})"
-    " -> (Tensor, Tensor)"
-)
+# The reference looks at numbers to find the weak directions, which no graph of a CUDA stream can hold.
+_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+for _schema in (
+    f"spectral_apply(Tensor x, Tensor? bias, {_FACTORS}, {_OPTIONS})",
+    f"spectral_adjoint(Tensor g, SymInt[] size, {_FACTORS}, {_OPTIONS})",
+    f"spectral_apply_backward(Tensor g, Tensor p, SymInt[] size, bool x_too, {_FACTORS}, {_OPTIONS})",
+):
+    LIBRARY.define(f"{_schema} -> (Tensor, Tensor)", tags=_TAGS)
 
 
 def _apply(x: Tensor, bias: Tensor | None, *rest: Any) -> Pair:
@@ -157,8 +159,19 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, delta: Tensor, bias: Tensor | None, *rest: Any) -> Pair:
-        weight, u, v, sigma, moved, p_too, options, backend = rest
+    def forward(
+        x: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        sigma: Tensor,
+        moved: bool,
+        p_too: bool,
+        options: ShapeArguments,
+        backend: str,
+    ) -> Pair:  # every parameter by name: dynamo counts those of a call within a backward pass
         return torch.ops.fastfip.spectral_apply(x, bias, weight, u, v, sigma, delta, moved, *options, backend)
 
     @staticmethod
@@ -184,11 +197,11 @@ class _Apply(torch.autograd.Function):
             )
         elif need[0] or need[1]:
             gx, q = _Adjoint.apply(gy, delta, size, weight, u, v, sigma, *ctx.rest)
-            gdelta = m.total(p, q)
+            gdelta = m.total(p, q) if need[1] else None
         if p_too and gp is not None and need[0]:
             assert gx is not None
             gx = gx + m.right_adjoint(gp, size)
-        return (gx if need[0] else None, gdelta if need[1] else None, gbias, *[None] * 8)
+        return (gx if need[0] else None, gdelta, gbias, *[None] * 8)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -197,8 +210,19 @@ class _Adjoint(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, delta: Tensor, size: Sequence[int], *rest: Any) -> Pair:
-        weight, u, v, sigma, moved, _, options, backend = rest
+    def forward(
+        g: Tensor,
+        delta: Tensor,
+        size: Sequence[int],
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        sigma: Tensor,
+        moved: bool,
+        p_too: bool,
+        options: ShapeArguments,
+        backend: str,
+    ) -> Pair:
         return torch.ops.fastfip.spectral_adjoint(g, size, weight, u, v, sigma, delta, moved, *options, backend)
 
     @staticmethod
@@ -304,6 +328,28 @@ def spectral_apply(
     return (y if residual is None else y + residual), p
 
 
+def _features(t: Tensor, u: Tensor, v: Tensor, shape: ConvShape | None, *, adjoint: bool) -> tuple[int, int]:
+    """Return how many features the outputs and the inputs have; raise ValueError where t is neither."""
+    groups, outputs = u.shape[0], u.shape[0] * u.shape[1]
+    inputs = groups * v.shape[1] // (1 if shape is None else shape.taps)
+    dims, axis = (1, -1) if shape is None else (2 + len(shape.kernel), 1)
+    want = outputs if adjoint else inputs
+    fits = t.dim() >= 1 if shape is None else t.dim() == dims
+    if not fits or t.shape[axis] != want:
+        kind = "a map of" if shape is not None else "rows of"
+        raise ValueError(f"{list(t.shape)} is not {kind} {want} features, which the directions are for")
+    return outputs, inputs
+
+
+def _has_outputs(size: tuple[int, ...], inputs: int, g: Tensor, shape: ConvShape | None) -> bool:
+    if shape is None:
+        return size == (*g.shape[:-1], inputs)
+    if len(size) != g.dim() or size[:2] != (g.shape[0], inputs):
+        return False
+    axes = zip(g.shape[2:], size[2:], shape.kernel, shape.stride, shape.padding, shape.dilation)
+    return all(out == (n + 2 * p - d * (k - 1) - 1) // s + 1 for out, n, k, s, p, d in axes)
+
+
 def spectral_layer(
     x: Tensor,
     weight: Tensor,
@@ -332,6 +378,9 @@ def _applied(
     backend: str,
 ) -> Pair:
     check(x, weight, SpectralFactors(u, v, sigma, sigma), delta)
+    outputs, _ = _features(x, u, v, shape, adjoint=False)
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"the bias {list(bias.shape)} is not that of {outputs} output features")
     chosen = SPECTRAL_APPLY.choose(backend, x, weight, u, v, shape).name
     constants = (t.detach() for t in (weight, u, v, sigma))
     return _Apply.apply(x, delta, bias, *constants, moved, p_too, arguments_of(shape), chosen)
@@ -357,6 +406,9 @@ def spectral_adjoint(
     Arguments and errors are those of :func:`spectral_apply`; differentiable likewise with respect to g and delta.
     """
     check(g, weight, SpectralFactors(u, v, sigma, sigma), delta)
+    _, inputs = _features(g, u, v, shape, adjoint=True)
+    if not _has_outputs(tuple(size), inputs, g, shape):
+        raise ValueError(f"an input of the size {list(size)} does not have the outputs {list(g.shape)}")
     chosen = SPECTRAL_ADJOINT.choose(backend, g, weight, u, v, shape).name
     constants = (t.detach() for t in (weight, u, v, sigma))
     return _Adjoint.apply(g, delta, tuple(size), *constants, moved, True, arguments_of(shape), chosen)

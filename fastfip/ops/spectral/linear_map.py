@@ -365,7 +365,7 @@ def _many(weak: Tensor | None, k: int) -> bool:
 
 
 def like_input(t: Tensor, x: Tensor) -> Tensor:
-    """Return t as a tensor of its own, in the memory format of x: a compiler wants to know it beforehand."""
+    """Return t in the memory format of x: a compiler wants to know it beforehand."""
     return t.contiguous(memory_format=format_of(x))
 
 
