@@ -8,9 +8,9 @@
              the peers that are installed
     purify   steps of Fast FIP against plain ones, and a run of the default method
 
-A piece has at most LIMIT seconds and says what it left out, so that each fits a machine that is lent for minutes; every
-row is written to benchmarks/results/gpu.csv as soon as it is there. EXPECTED has the seconds that each should take, by
-arithmetic: no GPU was at hand. Exit codes: 0 all well, 1 a test or a kernel failed, 3 no GPU.
+A piece begins nothing new after LIMIT seconds and says what it left out, so that each fits a machine that is lent for
+minutes; every row is written to benchmarks/results/gpu.csv as soon as it is there. EXPECTED has the seconds that each
+should take, by arithmetic: no GPU was at hand. Exit codes: 0 all well, 1 a test or a kernel failed, 3 no GPU.
 
 --rehearse runs the same program on the CPU with tiny sizes, so that it is known to work before a GPU is at hand; its
 numbers mean nothing and are not kept.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -57,17 +58,24 @@ def pytest(until: float, *arguments: str, before: tuple[str, ...] = ()) -> str:
     """Run tests in a process of their own, until that time at most; how they ended, in pytest's words."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if before else dict(os.environ)
-    seconds = max(1.0, until - time.monotonic())
+    seconds = until - time.monotonic()
+    if seconds < 1:
+        return "left out: the time of the piece was over"
+    # A session of its own, so that what the tests have started ends with them: it would keep the GPU busy.
+    running = subprocess.Popen(
+        command, cwd=harness.ROOT, text=True, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=harness.ROOT, text=True, capture_output=True, env=environment, timeout=seconds
-        )
+        said = running.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        return f"FAILED: not done after {seconds:.0f} s"
-    last = (done.stdout.strip().splitlines() or ["printed nothing"])[-1].strip("= ")
-    if done.returncode not in (0, 5):
-        print(done.stdout[-6000:] + done.stderr[-2000:])
-        return f"FAILED (exit {done.returncode}): {last}"
+        os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        return f"left out: not done after {seconds:.0f} s"
+    last = (said.strip().splitlines() or ["printed nothing"])[-1].strip("= ")
+    if running.returncode not in (0, 5):
+        print(said[-8000:])
+        return f"FAILED (exit {running.returncode}): {last}"
     return last
 
 

@@ -104,7 +104,7 @@ def _of_case(clock: Clock, title: str, sizes: tuple[int, ...], dtype: torch.dtyp
         "part": case.op, "workload": f"{title} {case.form}".strip(), "size": "x".join(map(str, sizes)),
         "dtype": name_of(dtype), "unit": "TFLOP/s",
     }  # fmt: skip
-    copies, exact, slowest = clock.copies(*case.operands), case.exact(2), 0.0
+    copies, exact, reference_ms = clock.copies(*case.operands), case.exact(2), 0.0
     for backend in reversed(OPS[case.op].backends):  # the reference first: the others' ratio is to it
         if backend.name.startswith("native"):  # never on a GPU
             continue
@@ -118,8 +118,10 @@ def _of_case(clock: Clock, title: str, sizes: tuple[int, ...], dtype: torch.dtyp
         except Exception as refusal:  # a kernel that fails on a device must not end the run
             yield {**base, "way": backend.name, "error": f"FAILED: {failure(refusal, 100)}"}
             continue
-        slowest = slowest or ms
-        row = {"way": backend.name, "ms": ms, "rate": case.work / ms / 1e9, "ratio": ms / slowest}
+        if backend.name == "reference":
+            reference_ms = ms
+        ratio = {"ratio": ms / reference_ms} if reference_ms else {}
+        row = {"way": backend.name, "ms": ms, "rate": case.work / ms / 1e9, **ratio}
         yield {**base, **row, "error": f"{error:.1e}"}
 
 

@@ -108,17 +108,18 @@ def apart(tensors: list[Tensor], rate: float) -> torch.optim.Optimizer:
 
 WEIGHTS, SPECTRAL, LONG, AFFINE = (1e-4, 3e-4), (0.01, 0.03), (0.03, 0.1), 3e-3
 spectral = partial(steps.singular_values, affine=True)
-spectral_apart = partial(spectral, rank=64)
 #: Way -> how its steps are made, step sizes, whether every fifth step has the trace.
 WAYS: dict[str, tuple[Callable[..., Step], tuple[float, ...], bool]] = {
     "fine-tuning": (steps.weights, WEIGHTS, False),
     "fip, with trace": (steps.weights, WEIGHTS, True),
     "fast_fip full rank": (spectral, SPECTRAL, False),
     "fast_fip K=64": (partial(spectral, rank=64), SPECTRAL, False),
-    "fast_fip K=64, affine apart": (spectral_apart, LONG, False),
+    "fast_fip K=64, affine apart": (partial(spectral, rank=64), LONG, False),
     "fast_fip K=64, with trace": (partial(spectral, rank=64), SPECTRAL, True),
     "released layers": (partial(spectral, rebuilt=SpectralShifts.differentiable), SPECTRAL, False),
 }
+#: The optimisers of ways that have another one than `adam`.
+OPTIMIZERS = {"fast_fip K=64, affine apart": apart}
 
 
 def measure(name: str, way: str, rate: float) -> Row:
@@ -129,7 +130,7 @@ def measure(name: str, way: str, rate: float) -> Row:
     make, _, trace = WAYS[way]
     begin = time.process_time()
     step, count, mean, used = (
-        make(model, partial(apart if make is spectral_apart else adam, rate=rate)),
+        make(model, partial(OPTIMIZERS.get(way, adam), rate=rate)),
         0,
         float("inf"),
         0.0,

@@ -1,6 +1,8 @@
 """`make gpu` on a machine without a GPU: it says so, and the program itself is known to work before one is at hand."""
 
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_rehearsal(monkeypatch, capsys, tmp_path):
         assert any(r["part"] == op and r["way"] == "reference" and float(r["ratio"]) == 1 for r in rows)
     assert sum(r["part"] == "purify" and float(r["ms"]) > 0 for r in rows) == 3
     for piece in gpu.EXPECTED:
-        assert f"{piece}: " in printed.err and gpu.EXPECTED[piece] <= gpu.LIMIT
+        assert f"{piece}: " in printed.err
     for r in rows:
         if r.get("way", "").endswith(("reference", "reference + gradient")):
             assert float(r["ms"]) > 0 and float(r["error"]) < 1e-2
@@ -85,5 +87,17 @@ def test_rows_are_kept_with_the_device_they_are_of(monkeypatch, tmp_path):
                             ("tests", "0.123", "3 passed", "some GPU", torch.__version__)]  # fmt: skip
 
 
-def test_tests_that_take_too_long_are_ended():
-    assert gpu.pytest(0.0, "benchmarks/tests/test_gpu.py").startswith("FAILED: not done after 1 s")
+def test_tests_that_take_too_long_are_ended_with_what_they_started(tmp_path):
+    started = tmp_path / "pid"
+    (tmp_path / "test_long.py").write_text(
+        "import pathlib, subprocess, time\n"
+        "def test_long():\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        f"    pathlib.Path({str(started)!r}).write_text(str(child.pid))\n"
+        "    time.sleep(60)\n"
+    )
+    until = time.monotonic() + 12
+    assert gpu.pytest(until, str(tmp_path / "test_long.py")).startswith("left out: not done after")
+    status = Path(f"/proc/{started.read_text()}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+    assert gpu.pytest(time.monotonic(), str(tmp_path)).startswith("left out: the time of the piece was over")

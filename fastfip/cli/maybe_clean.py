@@ -45,7 +45,7 @@ class MaybeClean(o.Group):
         counts = {"--limit": self.limit, "--per-class": self.per_class}
         for name, given in counts.items() if self.data is None else ():
             if given is not None:
-                raise fail(f"{name} is of the images of --data: there are none")
+                raise fail(f"{name} needs --data")
         if self.data is not None and self.input_shape is not None:
             raise fail("--input-shape is for a network without --data: images have a shape")
         if self.input_shape is None:

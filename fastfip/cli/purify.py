@@ -35,7 +35,7 @@ def purify(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="see fastfip methods; auto: fisher_steps; without settings fast_wfip below 200 images, clp for none",
+            help="see fastfip methods; auto: fisher_steps, or without settings fast_wfip below 200 images, clp without",
         ),
     ] = "auto",
     config: Annotated[

@@ -25,7 +25,7 @@ __all__ = ["SUFFIX", "check_cache", "decompose_once"]
 
 SUFFIX = ".factors"
 
-#: Part of the key: a new number wherever factors of the same weights become other ones.
+#: Part of the key: raise the number when the decomposition gives other factors of the same weights.
 FORMAT = "fastfip factors 1"
 
 

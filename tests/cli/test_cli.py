@@ -320,7 +320,7 @@ def test_every_error_has_its_code_and_one_line(work, capsys):
         (2, ["purify"], "Missing argument 'IN'"),
         (2, ["purify", "in.pth", "o.pth", *NET], "--data is missing"),
         (2, ["purify", "in.pth", "o.pth", *NET, "--input-shape", "3,6"], "give channels, height and width"),
-        (2, ["purify", "in.pth", "o.pth", *NET, "--input-shape", "3,6,6", "--limit", "5"], "--limit is of the images"),
+        (2, ["purify", "in.pth", "o.pth", *NET, "--input-shape", "3,6,6", "--limit", "5"], "--limit needs --data"),
         (2, [*PURIFY, "--input-shape", "3,6,6"], "images have a shape"),
         (2, ["nothing"], "No such command 'nothing'"),
         (2, ["methods", "--nothing"], "--nothing"),

@@ -92,6 +92,12 @@ def test_grad_norm_squared(size):
     close(both("grad_norm_squared", torch.randn(n, t, o), torch.randn(n, t, i)))
 
 
+def test_one_sample_may_have_any_stride_between_samples():
+    g = torch.randn(200).as_strided((1, 3, 8), (59, 8, 1))
+    a = torch.randn(1, 3, 8)
+    close(both("grad_norm_squared", g, a))
+
+
 @pytest.mark.parametrize("frames", [1, 2])
 def test_grad_norm_squared_of_a_convolution(frames):
     g, x = maps(2 * frames)

@@ -215,6 +215,31 @@ def test_one_graph_without_the_gradient_of_the_weight(make, case):
     assert not any("mm" in name or "convolution_backward" in name for name in backward)
 
 
+@pytest.mark.parametrize("given", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("make, case", [(linear, LINEAR[3]), (conv, CONVS[1])])
+def test_each_op_is_one_graph_whichever_input_has_a_gradient(make, case, given):
+    layer, x = make(case)
+    g = torch.randn_like(layer.product(x, layer.weight))
+
+    def apply(x, delta):
+        y, p = spectral_apply(x, *layer.constants, delta, shape=layer.shape)
+        return y.square().sum() + p.sum()
+
+    def adjoint(g, delta):
+        back, q = spectral_adjoint(g, *layer.constants, delta, x.shape, layer.shape)
+        return back.square().sum() + q.sum()
+
+    delta = layer.delta.detach()
+    for loss, first in ((apply, x), (adjoint, g)):
+        torch._dynamo.reset()
+        inputs = [t.clone().requires_grad_(tracked) for t, tracked in zip((first, delta), given)]
+        tracked = [t for t in inputs if t.requires_grad]
+        want = torch.autograd.grad(loss(*inputs), tracked)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for found, right in zip(torch.autograd.grad(compiled(*inputs), tracked), want):
+            close(found, right)
+
+
 def test_both_results_in_one_graph():
     layer, x = linear(LINEAR[3])
 
@@ -274,5 +299,18 @@ def test_what_does_not_fit_is_refused():
         spectral_apply(x, layer.weight, layer.u[..., :2], layer.v, layer.sigma, layer.delta)
     with pytest.raises(ValueError, match="cast one of them"):
         spectral_apply(x.float(), *layer.constants, layer.delta)
+    with pytest.raises(ValueError, match=r"\[5, 4\] is not rows of 5 features"):
+        spectral_apply(x[:, :4], *layer.constants, layer.delta)
+    with pytest.raises(ValueError, match="the bias"):
+        spectral_apply(x, *layer.constants, layer.delta, layer.bias[:6])
+    g = torch.randn(5, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="does not have the outputs"):
+        spectral_adjoint(g, *layer.constants, layer.delta, (4, 5))
+    wide, maps = conv(CONVS[1])
+    with pytest.raises(ValueError, match="is not a map of 4 features"):
+        spectral_apply(maps[:, :2], *wide.constants, wide.delta, shape=wide.shape)
+    out = torch.randn_like(wide.product(maps, wide.weight))
+    with pytest.raises(ValueError, match="does not have the outputs"):
+        spectral_adjoint(out, *wide.constants, wide.delta, (2, 4, 6, 9), wide.shape)
     with pytest.raises(ValueError, match="does not have the"):
         spectral_adjoint(x, layer.weight[:3], layer.u, layer.v, layer.sigma, layer.delta, x.shape)

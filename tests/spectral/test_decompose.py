@@ -224,3 +224,18 @@ def test_a_model_whose_weights_are_iterated_is_folded_back_exactly(found: list[b
     assert all(g is not None and bool(g.any()) for g in gradients)
     shifts.fold()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_of_torch_does_not_matter(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    m = torch.randn(1, N, 300)
+    want = decompose.decompose([m], RANK)[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = decompose.decompose([m], RANK)[0]
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, want):
+        assert a.dtype == b.dtype and torch.equal(a, b)

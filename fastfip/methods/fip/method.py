@@ -108,7 +108,8 @@ class FastFIPConfig(FIPConfig):
     )
     affine: bool = setting(False, "whether biases and the affine part of norm layers are tuned as well")
     cache: str | None = setting(
-        None, "file, named *.factors, that keeps the weights' decomposition for later runs on the same ones; None: none"
+        None,
+        "file, named *.factors, that keeps the weights' decomposition for later runs on the same weights; None: none",
     )
 
 

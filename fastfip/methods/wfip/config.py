@@ -61,5 +61,6 @@ class FastWFIPConfig(WFIPConfig):
     )
     affine: bool = setting(True, "whether biases and the affine part of norm layers are tuned as well")
     cache: str | None = setting(
-        None, "file, named *.factors, that keeps the weights' decomposition for later runs on the same ones; None: none"
+        None,
+        "file, named *.factors, that keeps the weights' decomposition for later runs on the same weights; None: none",
     )

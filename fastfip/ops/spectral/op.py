@@ -11,6 +11,9 @@ Shapes: a Linear weight is [O, I] with u [1, O, K], v [1, I, K], s and delta [1,
 *kernel] with u [G, O/G, K], v [G, C/G * taps, K], s and delta [G, K]. u and v have orthonormal columns that are
 singular vectors of `weight`. A transposed convolution is the adjoint: its input plays the part of dl/dy.
 
+`apply.py` has the same layer as operators of torch, which take tensors only; here a layer's state is shared between
+calls: what was found out about its directions, scratch memory, and which gradients a pass is for.
+
 Differentiable any number of times with respect to x, delta and bias. Source: Fast FIP, in
 FIP (arXiv 2409.00863).
 """
