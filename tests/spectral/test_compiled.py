@@ -139,3 +139,19 @@ def test_hooks_and_a_bias_of_another_dtype(small: bool) -> None:
     for one, two in zip(a, b):
         torch.testing.assert_close(one, two, rtol=5e-2, atol=5e-2)
     handle.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", [False], indirect=True)
+def test_generated_code_in_both_formats_of_memory(small: bool) -> None:
+    """Inductor lays maps out as it likes: the operator takes and gives both formats."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(1), nn.Linear(288, 4))
+    net.requires_grad_(False)
+    x = torch.randn(4, 3, 8, 8)
+    shifts = SpectralShifts.of(net, 3)
+    compiled = torch.compile(net, fullgraph=True)
+    a = gradients(shifts, lambda: net(x).square().mean())
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        for one, two in zip(a, gradients(shifts, lambda given=given: compiled(given).square().mean())):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

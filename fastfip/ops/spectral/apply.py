@@ -84,8 +84,9 @@ SPECTRAL_ADJOINT = Op(
 LIBRARY = torch.library.Library("fastfip", "FRAGMENT")
 _FACTORS = "Tensor weight, Tensor u, Tensor v, Tensor sigma, Tensor delta, bool moved"
 _OPTIONS = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, str backend"
-# The reference looks at numbers to find the weak directions, which no graph of a CUDA stream can hold.
-_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+# The reference looks at numbers to find the weak directions, which no graph of a CUDA stream can hold. Results have the
+# memory format of the input, so a compiler may lay maps out as it likes: channels last, convolutions are faster.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe", "flexible_layout") if hasattr(torch.Tag, name))
 for _schema in (
     f"spectral_apply(Tensor x, Tensor? bias, {_FACTORS}, {_OPTIONS})",
     f"spectral_adjoint(Tensor g, SymInt[] size, {_FACTORS}, {_OPTIONS})",
