@@ -34,9 +34,9 @@ def dense(g: Tensor, a: Tensor, groups: int = 1) -> Call:
     samples, positions, outputs = g.shape
 
     def matrix(y: Tensor) -> tuple[int, list[int]]:
-        # An axis of size 1 may have any stride, which would count as one that is not aligned.
-        sample, position, feature = (s if n > 1 else 0 for n, s in zip(y.shape, y.stride()))
-        return y.data_ptr(), [sample, 0, feature, 0, 0, position]
+        # One sample may have any stride to a next one, which would count as a line that is not aligned.
+        sample = y.stride(0) if samples > 1 else 0
+        return y.data_ptr(), [sample, 0, y.stride(2), 0, 0, y.stride(1)]
 
     ones, along = [1, 1, 1], [1, 1, positions]
     axes = [along, ones, ones, ones, [0, 0, 0], along]
