@@ -6,6 +6,8 @@ ones do, and compute by the operator `spectral_apply`.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -142,6 +144,8 @@ def test_hooks_and_a_bias_of_another_dtype(small: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="inductor's code needs the CPU's own vectors")
 @pytest.mark.parametrize("small", [False], indirect=True)
 def test_generated_code_in_both_formats_of_memory(small: bool) -> None:
     """Inductor lays maps out as it likes: the operator takes and gives both formats."""
