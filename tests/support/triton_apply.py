@@ -188,7 +188,8 @@ def test_refusals_have_reasons():
     with pytest.raises(BackendError, match="one tap, stride 1 and no padding"):
         spectral_apply(x, *problem.operands(False), shape=window, backend="triton")
     with pytest.raises(BackendError, match="one tap, stride 1 and no padding"):
-        spectral_adjoint(g, *problem.operands(False), x.shape, window, backend="triton")
+        size = (*x.shape[:2], 2 * g.shape[2] - 1, g.shape[3])
+        spectral_adjoint(g, *problem.operands(False), size, window, backend="triton")
     far = torch.zeros(1, device=DEVICE).expand(3, 2**24 + 1)
     for op in ("spectral_apply", "spectral_adjoint"):
         refuses = OPS[op]["triton"].refuses
