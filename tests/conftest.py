@@ -42,10 +42,10 @@ def seed():
 def untrained_models_pass(request, monkeypatch):
     """Most tests purify models that never learned anything, as if with `force=True`; those marked `fit` do not."""
     if request.node.get_closest_marker("fit") is None:
-        from fastfip.purification import purify
+        from fastfip.purification import tuning
 
-        check = purify.check_fit
-        monkeypatch.setattr(purify, "check_fit", lambda *arguments: check(*arguments[:-1], force=True))
+        check = tuning.check_fit
+        monkeypatch.setattr(tuning, "check_fit", lambda *arguments: check(*arguments[:-1], force=True))
 
 
 @pytest.fixture

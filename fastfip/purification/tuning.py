@@ -1,0 +1,194 @@
+"""What one purification does: measure, tune, measure again; and what it was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastfip.data.batch import Batch, move_to
+from fastfip.data.cleanset import CleanSet
+from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
+from fastfip.data.task import Task
+from fastfip.errors import ConfigError
+from fastfip.methods import Method, MethodConfig
+from fastfip.methods.run import Run, autocast_dtype
+from fastfip.metrics.evaluation import Evaluation
+from fastfip.nets.checks import check_amp
+from fastfip.nets.process import seeded
+from fastfip.purification.callbacks import Callback
+from fastfip.purification.door import check_fit, choose_layout, with_answers
+from fastfip.purification.loop import fit
+from fastfip.purification.result import Coverage
+from fastfip.purification.scorer import MEASURES, Scorer
+from fastfip.purification.workcopy import WorkCopy, in_full_precision
+
+__all__ = ["PurifyOptions", "coverage_of", "tune"]
+
+
+#: A loss of clean accuracy that the result warns of.
+WORRYING_LOSS = 0.05
+#: One that its first line is about.
+RUINED = 0.2
+
+
+@dataclass(frozen=True)
+class PurifyOptions:
+    """What `purify` was asked for, checked: its arguments, and the method's class, settings and task made of them."""
+
+    clean_loader: Iterable[Batch]
+    recipe: type[Method]
+    config: MethodConfig
+    task: Task
+    seed: int
+    device: torch.device | None
+    amp: bool | str
+    progress: bool | Callable[[str], None] | None
+    callbacks: Iterable[Callback | Callable[[Run, dict[str, Any]], bool | None]] | None
+    test_loader: Iterable[Batch] | None
+    asr_loader: Iterable[Batch] | None
+    measure: tuple[str, ...]
+    force: bool
+    frozen: str
+    notes: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_amp(self.amp)
+        if self.frozen not in ("keep", "tune"):
+            raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
+        odd = [name for name in self.measure if name not in MEASURES]
+        if odd:
+            raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
+
+
+def tune(
+    work: WorkCopy, device: torch.device, options: PurifyOptions, ends: ExitStack
+) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
+    """Measure, tune and measure again; return the run, its history and both evaluations."""
+    notes = list(options.notes)
+    seed, config = options.seed, options.config
+    work.to(device)
+    model = work.model.eval()
+    with seeded(seed, device):
+        data, answered = with_answers(model, options.clean_loader, options.task, device)
+        if answered:
+            notes.append(
+                "no labels were given: the received model's own answers were taken for them, so that its accuracy on "
+                "these samples says nothing, nor whether they are scaled as it expects"
+            )
+        clean = CleanSet.of(data, options.task)
+        ends.callback(clean.close)
+        clean, task, classes = _probe(model, clean, options.task, device, notes)
+        clean.check(classes)
+        tuned, heldout = clean.split(config.holdout, seed)
+        heldout = None if heldout is None else heldout.in_memory()
+    notes += clean.notes
+    with seeded(seed, device):
+        choose_layout(work, clean, task, device)
+        notes += check_fit(model, clean, task, classes, device, options.force)
+    run = Run(
+        model=model,
+        task=task,
+        clean=tuned,
+        heldout=heldout,
+        config=config,
+        device=device,
+        generator=torch.Generator(device="cpu").manual_seed(seed),
+        given=clean.n,
+        classes=classes,
+        amp=autocast_dtype(options.amp, device),
+        seed=seed,
+        notes=notes,
+        alerts=list(options.alerts),
+        frozen=work.frozen(options.frozen == "keep"),
+        seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
+    )
+    if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
+        run.config = config.replace(bn_mode="eval")
+        run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
+    with run.timed("evaluation"):
+        scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
+    with seeded(seed, device):
+        before = scorer.measure()
+    # Seeded anew, so that the weights do not depend on whether anything was measured.
+    with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
+        if work.is_low_precision:
+            in_full_precision(work, run)
+        history = fit(run, options.recipe(), options.progress, options.callbacks)
+        work.to_own_dtype()
+        run.task = task
+    try:
+        with seeded(seed, device):
+            after = scorer.measure()
+    except KeyboardInterrupt:  # what was tuned must not be lost with the figures
+        run.interrupted = True
+        after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
+    run.notes += [note for note in after.notes if note not in run.notes]
+    _say_loss(run, before, after)
+    return run, history, before, after
+
+
+def coverage_of(work: WorkCopy, run: Run, method: str, moved: set[str]) -> Coverage:
+    """Say what was tuned, and of the rest why not; a model that is as it was received must not pass for a clean one."""
+    tuned, left = [], {}
+    for name, p in work.model.named_parameters():
+        if name in moved:
+            tuned.append(name)
+        elif id(work.parameters[name]) in run.frozen:
+            left[name] = "frozen, and frozen='keep'"
+        elif not p.is_floating_point():
+            left[name] = "no real numbers"
+        else:
+            left[name] = run.left.get(name, f"nothing that {method} tunes, or no gradient moved it")
+    if not moved:
+        ended = "interrupted" if run.interrupted else "try a larger lr or more steps"
+        run.alert(f"THE MODEL IS AS IT WAS GIVEN: {method} moved nothing ({ended})")
+    sizes = {name: p.numel() for name, p in work.model.named_parameters()}
+    return Coverage(tuple(tuned), left, sum(sizes[name] for name in tuned), sum(sizes.values()))
+
+
+def _recurrent(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    # cuDNN's recurrent layers have no backward pass in eval mode, in which all but BatchNorm and dropout is tuned.
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return contextlib.nullcontext()
+
+
+def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
+    """A net that was ruined must not pass for a clean one: ASR is low there as well."""
+    if before.acc is not None and after.acc is not None and before.acc - after.acc > WORRYING_LOSS:
+        run.note(
+            f"clean accuracy fell by {100 * (before.acc - after.acc):.1f} points: the net was moved too far, "
+            f"try a smaller lr (now {run.config.lr:g}) or more clean samples"
+        )
+        if before.acc - after.acc > RUINED:
+            run.alert(f"RUINED, clean accuracy fell from {100 * before.acc:.1f} to {100 * after.acc:.1f} %")
+
+
+def _probe(
+    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
+) -> tuple[CleanSet, Task, int | None]:
+    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
+    batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
+    logits = first_outputs(model, task.forward, batch)
+    for number, odd in clean.forms:
+        first_outputs(model, task.forward, move_to(odd, device), f"the clean data (batch {number})")
+    two = binary_task(task, logits, batch) if is_one_logit(logits, task.size(batch)) else None
+    if two is not None:
+        notes.append("one logit, and labels 0 and 1: tuned and measured as two classes")
+        return clean.of_two_classes(), two, 2
+    if task.loss_hook is not None:
+        plain = logits.dim() == 2 and logits.shape[1] > 1 and clean.labels is not None
+        plain = plain and int(clean.labels.max()) < logits.shape[1]  # type: ignore[union-attr]  # else they mean something else to it
+        return clean, task, logits.shape[1] if plain else None
+    task, said = logits_task(model, task, batch, logits)
+    if said is not None:
+        notes.append(said)
+    task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
+    return clean, task, logits.shape[1]
