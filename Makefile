@@ -9,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
+.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse triton gpu clean
 
 setup: $(STAMP)
 
@@ -78,6 +78,21 @@ picture: $(STAMP)
 	$(BIN)/python -m tests.support.architecture
 	@if command -v dot >/dev/null; then dot -Tsvg $(PICTURE).dot -o $(PICTURE).svg; \
 	else echo "no dot here (graphviz): $(PICTURE).svg was not drawn anew"; fi
+
+# The site: notebooks are run, warnings are errors. ARGS=serve shows it at a local address and follows changes.
+SITE := .venv/.docs
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --quiet)
+	@echo "the site is in build/site"
+
+# Every page of the site in a headless Chromium, at the width of a phone and of a desk: pictures go to build/screens.
+browse: docs
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m tests.support.browse $(ARGS)
 
 # Triton is a large download: not part of `make test`, but CI runs it, since the kernels are the package.
 $(TRITON): $(STAMP)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fastfip.comparison.paper import PairedTest, as_frame, as_latex, as_markdown, paired_tests
 from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.plots import new_figure, saved
@@ -175,6 +177,47 @@ class Comparison(Report):
         if path is not None:
             write_text(path, stream.getvalue())
         return stream.getvalue()
+
+    def to_pandas(self) -> Any:
+        """Return the runs as a pandas data frame, a row each; figures are shares, seconds and bytes.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return as_frame(self)
+
+    def to_markdown(self, figures: Sequence[str] | None = None) -> str:
+        """Return a Markdown table of the means over the runs, with their standard deviations.
+
+        Args:
+            figures: columns, some of "test_acc", "test_asr", "test_ra", "der", "rir", "seconds", "peak_memory"; None:
+                all that were measured.
+
+        Raises:
+            ConfigError: an unknown figure.
+        """
+        return as_markdown(self, figures)
+
+    def to_latex(self, figures: Sequence[str] | None = None) -> str:
+        """Return a LaTeX tabular of the same, with the rules of the package booktabs; arguments as `to_markdown`."""
+        return as_latex(self, figures)
+
+    def paired(self, method: str, figure: str = "test_asr", others: Iterable[str] | None = None) -> list[PairedTest]:
+        """Compare a method with others over the runs that both have: the same model, clean set and seed.
+
+        Args:
+            method: label of its rows.
+            figure: what is compared; see `to_markdown`.
+            others: labels; None: every other one.
+
+        Returns:
+            one `PairedTest` for each: mean difference, its spread and the p value of a sign-flip permutation test.
+
+        Raises:
+            ConfigError: an unknown figure.
+            DataError: a label without a run that has the figure.
+        """
+        return paired_tests(self, method, figure, others)
 
     @classmethod
     def read(cls, path: str | Path) -> Comparison:
