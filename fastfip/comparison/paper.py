@@ -62,7 +62,7 @@ class PairedTest:
 
 
 def paired_tests(comparison: Comparison, method: str, figure: str, others: Iterable[str] | None) -> list[PairedTest]:
-    """See `Comparison.paired`."""
+    """Compare a method with others, run by run; `Comparison.paired` has arguments and errors."""
     if figure not in COLUMNS:
         raise ConfigError(f"figure={figure!r}: must be one of {', '.join(COLUMNS)}")
     runs: dict[str, dict[tuple[Any, ...], float]] = {}
@@ -86,7 +86,7 @@ def paired_tests(comparison: Comparison, method: str, figure: str, others: Itera
 
 
 def as_frame(comparison: Comparison) -> Any:
-    """See `Comparison.to_pandas`."""
+    """Return the runs as a data frame of pandas."""
     try:
         import pandas
     except ImportError:
@@ -95,14 +95,14 @@ def as_frame(comparison: Comparison) -> Any:
 
 
 def as_markdown(comparison: Comparison, figures: Sequence[str] | None) -> str:
-    """See `Comparison.to_markdown`."""
+    """Return the means as a Markdown table; `Comparison.to_markdown` has arguments and errors."""
     heads, rows = _cells(comparison, figures)
     lines = [["method", *heads], ["---", *["---:"] * len(heads)], *rows]
     return "".join("| " + " | ".join(_escaped(cell, {"|": r"\|"}) for cell in line) + " |\n" for line in lines)
 
 
 def as_latex(comparison: Comparison, figures: Sequence[str] | None) -> str:
-    """See `Comparison.to_latex`."""
+    """Return the means as a LaTeX tabular."""
     heads, rows = _cells(comparison, figures)
     body = [[cell.replace("±", r"$\pm$") for cell in map(_latex, row)] for row in rows]
     lines = [

@@ -21,9 +21,11 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LOOK = """() => ({
   wide: document.documentElement.scrollWidth - window.innerWidth,
   widest: [...document.querySelectorAll('main *')].filter(
-    e => e.getBoundingClientRect().right > window.innerWidth + 1 && !e.closest('pre, code, table, .md-typeset__scrollwrap, .jp-OutputArea')
+    e => e.getBoundingClientRect().right > window.innerWidth + 1
+      && !e.closest('pre, code, table, .md-typeset__scrollwrap, .jp-OutputArea')
   ).slice(0, 3).map(e => e.tagName + ' ' + (e.innerText || '').slice(0, 40)),
-  pictures: [...document.querySelectorAll('main img')].map(i => ({src: i.src.slice(0, 80), alt: i.alt, there: i.naturalWidth > 0}))
+  pictures: [...document.querySelectorAll('main img')].map(
+    i => ({src: i.src.slice(0, 80), alt: i.alt, there: i.naturalWidth > 0}))
 })"""
 
 
