@@ -1,6 +1,6 @@
 """What the site needs beyond the pages of this folder; mkdocs.yml names this file.
 
-README, CONTRIBUTING, CHANGELOG and SECURITY lie at the top of the repository and are pages of the site as well. Links
+README, CONTRIBUTING, CHANGELOG, SECURITY and the code of conduct lie at the top of the repository and are pages of the site as well. Links
 out of this folder lead to those pages or, for source files, to the address of the source.
 """
 
@@ -16,8 +16,13 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Files at the top of the repository -> pages of the site.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
-         "SECURITY.md": "security.md"}  # fmt: skip
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
+}
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 

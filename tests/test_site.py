@@ -35,7 +35,7 @@ def leaves(nav):
 
 def test_every_page_is_in_the_table_of_contents(config):
     pages = {str(path.relative_to(DOCS)) for path in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
-    generated = {"index.md", "contributing.md", "changelog.md", "security.md"}
+    generated = {"index.md", "contributing.md", "changelog.md", "security.md", "conduct.md"}
     assert set(leaves(config["nav"])) == pages | generated
 
 

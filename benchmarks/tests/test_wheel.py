@@ -12,7 +12,8 @@ def test_the_table_is_that_of_the_file():
 
 
 def test_no_compiler_is_found_where_the_wheel_is_tried(tmp_path):
-    code = "import shutil; print([shutil.which(c) for c in ('cc', 'c++', 'gcc', 'g++', 'clang', 'cmake', 'ninja', 'nvcc')])"
+    names = ("cc", "c++", "gcc", "g++", "clang", "cmake", "ninja", "nvcc")
+    code = f"import shutil; print([shutil.which(c) for c in {names}])"
     said = subprocess.run(
         [sys.executable, "-c", code], env=wheel.without_compiler(tmp_path), capture_output=True, text=True
     )
