@@ -1,7 +1,7 @@
 """What the site needs beyond the pages of this folder; mkdocs.yml names this file.
 
-README, CONTRIBUTING, CHANGELOG, SECURITY and the code of conduct lie at the top of the repository and are pages of the site as well. Links
-out of this folder lead to those pages or, for source files, to the address of the source.
+README, CONTRIBUTING, CHANGELOG, SECURITY and the code of conduct lie at the top of the repository and are pages of the
+site as well. Links out of this folder lead to those pages or, for source files, to the address of the source.
 """
 
 from __future__ import annotations
