@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastfip.metrics import evaluation as metrics
 from fastfip.metrics.evaluation import Evaluation
+from fastfip.reporting.document import Documented, Origin
 from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet
+from fastfip.reporting.table import Sheet
 
 __all__ = ["PurifyResult"]
 
@@ -48,7 +49,7 @@ class Coverage:
 
 
 @dataclass(repr=False)
-class PurifyResult(Report):
+class PurifyResult(Documented):
     """A purified net, what was done to it and what that did.
 
     Attributes:
@@ -66,7 +67,12 @@ class PurifyResult(Report):
             the model as it was given. diverged: whether it was stopped because the loss ran away; the model is then the
             last good state. unchanged: whether no parameter moved.
         coverage: which parameters were moved, and why the others were not.
+        found: small pictures of what the method found, as arrays of bytes of a few hundred KB at most: "changes" has
+            the worst-case changes of the classes that are reached best, "left_out" samples that the sieve kept out.
+        origin: files, data and command, for the report; the command line fills it in.
     """
+
+    kind = "purify"
 
     model: nn.Module
     method: str
@@ -83,6 +89,8 @@ class PurifyResult(Report):
     diverged: bool = False
     unchanged: bool = False
     coverage: Coverage = field(default_factory=Coverage)
+    found: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, with the keys, shapes and dtypes of the model that was given."""
@@ -141,7 +149,7 @@ class PurifyResult(Report):
         return f"<PurifyResult {first}: before {self.before}; after {self.after}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the model as plain values."""
+        """Return everything but the model and the pictures as plain values."""
         return {
             "method": self.method,
             "before": self.before.to_dict(),
@@ -160,6 +168,12 @@ class PurifyResult(Report):
             "unchanged": self.unchanged,
             "coverage": self.coverage.to_dict(),
         }
+
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: `to_dict()` and more, pictures included."""
+        from fastfip.purification.document import document_of
+
+        return document_of(self)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the history and the figures before and after (needs matplotlib), to a file if `path` is given."""
