@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastfip.auditing.anomaly import LEVEL, SMALLER, Anomaly
+from fastfip.reporting.document import Documented, Origin
 from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet
+from fastfip.reporting.table import Sheet
 from fastfip.worst_case.inversion import Inverted
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
@@ -123,8 +124,13 @@ class NetAudit:
 
 
 @dataclass
-class Audit(Report):
-    """The evidence on a net, and on its purified copy where that was given; `interrupted`: by Ctrl-C."""
+class Audit(Documented):
+    """The evidence on a net, and on its purified copy where that was given; `interrupted`: by Ctrl-C.
+
+    `origin` has files, data and command for the report; the command line fills it in.
+    """
+
+    kind = "audit"
 
     received: NetAudit
     purified: NetAudit | None
@@ -133,6 +139,7 @@ class Audit(Report):
     seconds: float
     notes: list[str]
     interrupted: bool = False
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def nets(self) -> list[NetAudit]:
@@ -189,6 +196,12 @@ class Audit(Report):
             "interrupted": self.interrupted,
             "caveat": CAVEAT,
         }
+
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: `to_dict()` and more, pictures included."""
+        from fastfip.auditing.document import document_of
+
+        return document_of(self)
 
     def plot(self, path: str | Path | None = None, most: int = 4) -> Any:
         """Draw the changes of the classes that stand out most on the received net, there and on the purified net.

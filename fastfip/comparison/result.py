@@ -12,8 +12,9 @@ from typing import Any
 
 from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
+from fastfip.reporting.document import Documented, Origin
 from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet, write_text
+from fastfip.reporting.table import Sheet, write_text
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
 
@@ -100,16 +101,21 @@ class Summary:
 
 
 @dataclass
-class Comparison(Report):
+class Comparison(Documented):
     """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there; `notes` are printed below.
 
-    `unsaved`: why the file `out=` does not hold the rows, "" if it does.
+    `unsaved`: why the file `out=` does not hold the rows, "" if it does. `origin` has files, data and command, and
+    `images` how images became inputs, for the report; the command line fills them in.
     """
+
+    kind = "compare"
 
     rows: list[Row]
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     unsaved: str = ""
+    origin: Origin = field(default_factory=Origin)
+    images: dict[str, Any] | None = None
 
     def summary(self) -> list[Summary]:
         """Return the methods, in the order of the rows."""
@@ -161,6 +167,12 @@ class Comparison(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {"rows": [asdict(row) for row in self.rows], "interrupted": self.interrupted, "notes": list(self.notes)}
+
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: the rows, their means, and what could not be known."""
+        from fastfip.comparison.document import document_of
+
+        return document_of(self)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the rows as CSV text, and write it if `path` is given. `config` is JSON in its cell."""

@@ -48,7 +48,7 @@ class Run:
         left: name of a parameter -> why the method leaves it alone, where the method knows.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         notes: what it should say as well. seconds: time by purpose, see `timed`.
-        inputs: shape and range of a first batch of inputs. found: small pictures of what the method found, for a report.
+        inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What the report of a purification says beside the figures: classes, pictures, what could not be known, how to repeat it."""
+"""What the report of a purification says beside the figures: classes, pictures, what could not be known, the call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["document_of"]
 
+#: Shares of clean accuracy lost, and of triggered samples that still go to the attack's class, that ask for advice.
+WORRYING_LOSS, BAD_LOSS, STILL_THERE = 0.05, 0.2, 0.1
+
 
 def document_of(result: PurifyResult) -> dict[str, Any]:
     """Return the report of a purification as plain values."""
@@ -23,6 +26,7 @@ def document_of(result: PurifyResult) -> dict[str, Any]:
         received=_received(result),
         classes=_classes(result),
         found=_found(result),
+        advice=_advice(result),
         unknown=_unknown(result),
         repeat=result.origin.command or _call(result),
     )
@@ -77,7 +81,13 @@ def _found(result: PurifyResult) -> dict[str, Any]:
     if changes is not None:
         out["change_size"] = changes["size"]
         out["changes"] = [
-            {"label": label, "success": success, "bound": bound, "png": as_png(picture, change=True)}
+            {
+                "label": label,
+                "success": success,
+                "bound": bound,
+                "colour": picture.ndim == 3,
+                "png": as_png(picture, change=True),
+            }
             for label, success, bound, picture in zip(
                 changes["classes"], changes["success"], changes["bound"], changes["pictures"]
             )
@@ -89,6 +99,37 @@ def _found(result: PurifyResult) -> dict[str, Any]:
     return out
 
 
+def _advice(result: PurifyResult) -> list[str]:
+    """Return what to do next, from the figures alone."""
+    before, after = result.before, result.after
+    lost = None if before.acc is None or after.acc is None else before.acc - after.acc
+    if result.unchanged:
+        return ["The model is as it was: nothing was moved. Read the line above and try again before you use it."]
+    out = []
+    if result.diverged or (lost is not None and lost > BAD_LOSS):
+        out.append(
+            "Do not use this model as it is. Try a smaller step size (lr), more clean samples, or another method; "
+            "check that the images are scaled as the model expects."
+        )
+    elif lost is not None and lost > WORRYING_LOSS:
+        out.append("Accuracy fell by more than 5 points: try a smaller step size (lr) or more clean samples.")
+    if after.asr is None:
+        out.append(
+            "Audit the purified model (fastfip audit IN --purified OUT): the class that a backdoor leads to should need "
+            "as large a change as the others."
+        )
+    elif after.asr > STILL_THERE:
+        out.append(
+            f"The backdoor is still there: {100 * after.asr:.1f} % of triggered samples go to the attack's class. Try "
+            "more steps, more clean samples, or other methods side by side (fastfip compare)."
+        )
+    elif not out:
+        out.append(
+            "By these figures the attack that was measured is gone. Audit the model for others before you use it."
+        )
+    return out
+
+
 def _unknown(result: PurifyResult) -> list[str]:
     before, after = result.before, result.after
     out = [
@@ -97,8 +138,8 @@ def _unknown(result: PurifyResult) -> list[str]:
     ]
     if after.asr is None and before.asr is None:
         out.append(
-            "Whether the backdoor is gone: no triggered samples were given, so the attack success rate was not measured. "
-            "An audit of the purified model (fastfip audit) looks for what is left of it."
+            "Whether the backdoor is gone: no triggered samples were given, so the attack success rate was not "
+            "measured. An audit of the purified model (fastfip audit) looks for what is left of it."
         )
     else:
         out.append("Whether triggers other than the one that was measured are gone as well.")

@@ -1,4 +1,4 @@
-"""Charts for a page: SVG text that takes its colours from the page, so that it is right in the light and in the dark."""
+"""Charts for a page: SVG text that takes its colours from the page, so that it serves light and dark ones."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float, tuple[float, flo
 
 
 def _svg(parts: list[str], height: float, said: str) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
-    )
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>')
 
 
 def _frame(height: float) -> list[str]:
@@ -126,18 +124,20 @@ def _marker(place: int, h: float, v: float) -> str:
         return f'<circle class="dot c{place}" cx="{h:.1f}" cy="{v:.1f}" r="3"/>'
     if place % 3 == 1:
         return f'<rect class="dot c{place}" x="{h - 3:.1f}" y="{v - 3:.1f}" width="6" height="6"/>'
-    return f'<polygon class="dot c{place}" points="{h:.1f},{v - 4:.1f} {h + 4:.1f},{v + 3:.1f} {h - 4:.1f},{v + 3:.1f}"/>'
+    return (
+        f'<polygon class="dot c{place}" points="{h:.1f},{v - 4:.1f} {h + 4:.1f},{v + 3:.1f} {h - 4:.1f},{v + 3:.1f}"/>'
+    )
 
 
 def _legend(names: Sequence[str], mark: str | None) -> Markup:
-    items = [
-        f'<span class="key"><svg viewBox="0 0 12 12" aria-hidden="true">{_marker(place, 6, 6)}</svg>{escape(name)}</span>'
-        for place, name in enumerate(names)
-    ]
+    items = [_key(_marker(place, 6, 6), name) for place, name in enumerate(names)]
     if mark is not None:
-        line = '<line class="mark" x1="6" x2="6" y1="0" y2="12"/>'
-        items.append(f'<span class="key"><svg viewBox="0 0 12 12" aria-hidden="true">{line}</svg>{escape(mark)}</span>')
+        items.append(_key('<line class="mark" x1="6" x2="6" y1="0" y2="12"/>', mark))
     return Markup(f'<div class="legend">{"".join(items)}</div>')
+
+
+def _key(shape: str, text: str) -> str:
+    return f'<span class="key"><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>{escape(text)}</span>'
 
 
 def _axis_name(text: str, h: float, v: float) -> str:

@@ -1,4 +1,4 @@
-"""What a report says, as plain values: the JSON of it, of which the page is made. `templates/report.schema.json` is its form."""
+"""What a report says, as plain values: its JSON, of which the page is made. Its form: templates/report.schema.json."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def _environment() -> Environment:
         percent=_percent, points=_points, figure=_figure, amount=_amount, around=_around, png=_png, size=_size
     )
     found.globals.update(course=charts.course, shares=charts.shares, bars=_bars, phases=_phases)
-    found.globals.update(columns_of=_columns, shown_classes=_shown_classes, class_name=_class_name)
+    found.globals.update(
+        means=_means, percents=_percents, columns_of=_columns, shown_classes=_shown_classes, class_name=_class_name
+    )
     return found
 
 
@@ -134,11 +136,30 @@ def _bars(before: Any, after: Any) -> list[Any]:
     return rows
 
 
+def _means(summary: Any) -> list[Any]:
+    """Return the rows of the chart of methods: means with one standard deviation to either side."""
+    rows = []
+    for one in summary:
+        points = []
+        for name, word in (("test_acc", "ACC"), ("test_asr", "ASR")):
+            if name in one["mean"]:
+                mean, spread = one["mean"][name], one["spread"].get(name)
+                around = None if spread is None else (max(0.0, mean - spread), min(1.0, mean + spread))
+                points.append((word, mean, around))
+        rows.append(("as received" if one["label"] == "none" else one["label"], points))
+    return rows
+
+
+def _percents(course: Any) -> list[tuple[float, float]]:
+    """Return (step, percent) of (step, share), where it is known."""
+    return [(step, 100 * share) for step, share in course if share is not None]
+
+
 def _phases(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return the phases with time in them, the longest first, and what no phase has."""
-    known = [(name, spent) for name, spent in seconds.items() if name != "total" and spent]
+    known = [(name, spent) for name, spent in seconds.items() if name != "total" and spent >= 0.005]
     rest = seconds.get("total", 0.0) - sum(spent for _, spent in known)
-    return sorted([*known, *([("other", rest)] if rest > 0 else [])], key=lambda item: -item[1])
+    return sorted([*known, *([("other", rest)] if rest >= 0.005 else [])], key=lambda item: -item[1])
 
 
 def _shown_classes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,62 @@
+"""What a report says of the command that made it: the files that it read, and how to run it again."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastfip.cli.errors import TYPED
+
+if TYPE_CHECKING:
+    from fastfip.cli.opening import Opened
+    from fastfip.reporting.document import Origin
+
+__all__ = ["origin_of"]
+
+#: Files of a folder that hold weights.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_MOST_FILES = 100
+_CHUNK = 1 << 20
+
+
+def origin_of(source: Path, opened: Opened, arch: str | None, **data: str | None) -> Origin:
+    """Return what a report says of where the model came from.
+
+    Args:
+        source: IN.
+        opened: what was found there.
+        arch: what `--arch` said.
+        **data: what each set of images was read from; None: not given.
+    """
+    from fastfip.reporting.document import Origin
+
+    path = source if opened.attack is None else opened.attack.path
+    return Origin(
+        [_file(one) for one in _files(path)],
+        arch or type(opened.model).__name__,
+        {name: text for name, text in data.items() if text is not None},
+        _command(),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(one for one in path.iterdir() if one.suffix in _WEIGHTS and one.is_file())[:_MOST_FILES]
+
+
+def _file(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"name": str(path), "sha256": digest.hexdigest(), "bytes": size}
+
+
+def _command() -> str:
+    """Return what was typed."""
+    typed = TYPED.get([])
+    return shlex.join(["fastfip", *typed]) if typed else ""
