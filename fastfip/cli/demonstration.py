@@ -20,6 +20,7 @@ from fastfip.nets.process import seeded
 from fastfip.purification.door import FEW
 from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
+from fastfip.reporting.plots import COLOURS, new_figure
 from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Demo", "digit_net", "run_demo", "train_backdoored"]
@@ -183,9 +184,7 @@ def _track(steps: range, title: str, progress: bool) -> Any:
 
 def _picture(path: Path, result: PurifyResult, x: Tensor, true: Tensor, before: Tensor, after: Tensor) -> None:
     """Draw one triggered image of each class with both answers, and the course of the purification."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = new_figure(10, 5.4)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2, 3))
     top, bottom = parts
     shown = [int(torch.nonzero(true == c)[0]) for c in true.unique().tolist()]
@@ -193,11 +192,10 @@ def _picture(path: Path, result: PurifyResult, x: Tensor, true: Tensor, before: 
         axes.imshow(x[i, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(
-            f"before: {int(before[i])}", fontsize=9, color="tab:red" if before[i] != true[i] else "tab:green"
-        )
-        axes.set_xlabel(f"after: {int(after[i])}", fontsize=9, color="tab:red" if after[i] != true[i] else "tab:green")
-    top.suptitle("Digits with the trigger (bottom right): what the net says before and after", fontsize=10)
+        for put, word, answer in ((axes.set_title, "before", before), (axes.set_xlabel, "after", after)):
+            wrong = answer[i] != true[i]  # the word says it as well: colour alone would not do
+            put(f"{word}: {int(answer[i])} {"\N{BALLOT X}" if wrong else "\N{CHECK MARK}"}", fontsize=9, color=COLOURS[1 if wrong else 0])
+    top.suptitle("Digits with the trigger (bottom right): what the model says before and after", fontsize=10)
     course, bars = bottom.subplots(1, 2, width_ratios=(3, 2))
     result.draw_history(course)
     result.draw_bars(bars)

@@ -13,7 +13,7 @@ from typing import Any
 from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.document import Documented, Origin
-from fastfip.reporting.plots import new_figure, saved
+from fastfip.reporting.plots import COLOURS, MARKERS, labelled, new_figure, saved, styled
 from fastfip.reporting.table import Sheet, write_text
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
@@ -220,23 +220,26 @@ class Comparison(Documented):
         figure = new_figure(7, 5)
         axes = figure.subplots()
         factor = 100 if across == "test_asr" else 1
+        places: list[tuple[float, float]] = []
+        words: list[str] = []
         for place, s in enumerate(s for s in summaries if across in s.mean):
             x, y = factor * s.mean[across], 100 * s.mean["test_acc"]
-            colour = "black" if s.label == BASELINE else f"C{place}"
+            colour = "black" if s.label == BASELINE else COLOURS[place % (len(COLOURS) - 1)]
             if s.label == BASELINE:
                 axes.plot([x], [y], "x", color=colour)
             else:
-                axes.scatter([x], [y], s=20 + 900 * s.mean["seconds"] / longest, color=colour, alpha=0.5)
+                marker = MARKERS[place % len(MARKERS)]
+                axes.scatter([x], [y], s=20 + 600 * s.mean["seconds"] / longest, color=colour, alpha=0.5, marker=marker)
             axes.errorbar(
                 [x], [y], xerr=factor * s.spread.get(across, 0.0), yerr=100 * s.spread.get("test_acc", 0.0),
                 color=colour, linewidth=0.8,
             )  # fmt: skip
-            word = "as received" if s.label == BASELINE else f"{s.label}, {s.mean['seconds']:.1f} s"
-            axes.annotate(word, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
-        axes.set_xlabel("ASR (%)" if across == "test_asr" else "seconds")
-        axes.set_ylabel("ACC (%)")
+            places.append((x, y))
+            words.append("as received" if s.label == BASELINE else f"{s.label}, {s.mean['seconds']:.1f} s")
         axes.margins(0.15)
-        axes.set_title("top left is better; area: seconds", fontsize=9)
+        styled(axes, "ASR (%)" if across == "test_asr" else "seconds", "ACC (%)", grid="both")
+        axes.set_title("top left is better; area: seconds", fontsize=9, loc="left")
+        labelled(axes, places, words)
         return saved(figure, path)
 
 

@@ -115,8 +115,8 @@ def _advice(result: PurifyResult) -> list[str]:
         out.append("Accuracy fell by more than 5 points: try a smaller step size (lr) or more clean samples.")
     if after.asr is None:
         out.append(
-            "Audit the purified model (fastfip audit IN --purified OUT): the class that a backdoor leads to should need "
-            "as large a change as the others."
+            "Audit the purified model (fastfip audit IN --purified OUT): the class that a backdoor leads to should "
+            "need as large a change as the others."
         )
     elif after.asr > STILL_THERE:
         out.append(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastfip.metrics import evaluation as metrics
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.document import Documented, Origin
-from fastfip.reporting.plots import new_figure, saved
+from fastfip.reporting.plots import COLOURS, MARKERS, legend_above, new_figure, saved, styled
 from fastfip.reporting.table import Sheet
 
 __all__ = ["PurifyResult"]
@@ -186,28 +186,33 @@ class PurifyResult(Documented):
 
     def draw_history(self, axes: Any) -> None:
         """Draw loss and held-out score by epoch on matplotlib axes."""
-        for name, word in (("loss", "loss while tuning"), ("score", "held-out clean score")):
+        shown = (("loss", "loss while tuning"), ("score", "held-out clean score"))
+        for (name, word), colour, marker in zip(shown, COLOURS, MARKERS):
             points = [(record["epoch"], record[name]) for record in self.history if name in record]
             if points:
-                axes.plot(*zip(*points), marker=".", label=word)
+                axes.plot(*zip(*points), color=colour, marker=marker, markersize=3, linewidth=1.2, label=word)
         best = self.settings.get("best_epoch")
         if best is not None:
             axes.axvline(best, color="grey", linestyle=":", label=f"kept: epoch {best}")
-        axes.set_xlabel("epoch")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        styled(axes, "epoch", "loss")
+        legend_above(axes)
 
     def draw_bars(self, axes: Any) -> None:
         """Draw ACC, ASR and RA before and after on matplotlib axes."""
         shown = [name for name in ("acc", "asr", "ra") if getattr(self.after, name) is not None]
-        for shift, side, word in ((-0.2, self.before, "before"), (0.2, self.after, "after")):
+        for shift, side, word, colour in (
+            (-0.2, self.before, "before", COLOURS[0]),
+            (0.2, self.after, "after", COLOURS[1]),
+        ):
             heights = [100 * getattr(side, name) for name in shown]
-            drawn = axes.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word)
+            drawn = axes.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word, color=colour)
             axes.bar_label(drawn, fmt="%.1f", fontsize=8)
         axes.set_xticks(range(len(shown)), [name.upper() for name in shown])
         axes.set_ylim(0, 110)
-        axes.set_ylabel("%")
-        axes.legend(fontsize=8)
+        axes.set_yticks(range(0, 101, 25))
+        styled(axes, "", "share of samples (%)")
+        legend_above(axes)
 
 
 def _show(value: float | None) -> str:

@@ -35,8 +35,9 @@ class Origin:
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, without the command."""
-        return {"files": self.files, "architecture": self.architecture, "data": self.data}
+        """Return it as plain values, without the command; what only a model can tell is left open."""
+        unknown = dict.fromkeys(("parameters", "shapes", "classes", "inputs", "images"))
+        return {"files": self.files, "architecture": self.architecture, "data": self.data, **unknown}
 
 
 class Documented(Report):

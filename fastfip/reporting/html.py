@@ -75,7 +75,10 @@ def _percent(share: float | None, digits: int = 2) -> str:
 
 def _points(change: float | None) -> str:
     """A difference of two shares, with its sign, in percentage points."""
-    return "-" if change is None else f"{100 * change:+.1f}".replace("-", "\N{MINUS SIGN}")
+    if change is None:
+        return "-"
+    text = f"{100 * change:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _around(interval: Any) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGEST", "as_image", "as_png", "of_change", "of_input", "shrunk"]
+__all__ = ["LARGEST", "SHADES", "as_image", "as_png", "of_change", "of_input", "shrunk"]
 
 #: Pixels of the longer side of a picture that a result keeps, at most.
 LARGEST = 64
 #: Colours of a change in one channel: the most lowered, unchanged, the most raised (blue, white, orange: told apart by
 #: eyes of every kind).
-_LOWERED, _SAME, _RAISED = (0.0, 0.30, 0.60), (0.97, 0.97, 0.97), (0.80, 0.36, 0.0)
+SHADES = ((0.0, 0.30, 0.60), (0.97, 0.97, 0.97), (0.80, 0.36, 0.0))
 
 
 def as_image(x: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def as_png(picture: np.ndarray, change: bool = False) -> str:
 
 def coloured(share: np.ndarray) -> np.ndarray:
     """Return shares in [-1, 1], [H, W], as colours uint8 [H, W, 3]: blue is lowered, white the same, orange raised."""
+    lowered, same, raised = map(np.array, SHADES)
     share = share.clip(-1, 1)[..., None]
-    to = np.where(share < 0, np.array(_LOWERED), np.array(_RAISED))
-    out = np.array(_SAME) * (1 - np.abs(share)) + to * np.abs(share)
+    out = same * (1 - np.abs(share)) + np.where(share < 0, lowered, raised) * np.abs(share)
     return np.asarray((255 * out).round().astype(np.uint8))
