@@ -73,7 +73,7 @@ def _advice(audit: Audit) -> list[str]:
     if last.verdict == "cannot tell":
         return [
             "This is no acquittal. Give more clean samples and search all classes, with more steps; where that does "
-            "not help, purify the model all the same: it costs little where there is no backdoor."
+            "not help, purify the model all the same and compare its accuracy before and after."
         ]
     return ["Nothing of these forms stands out. Where the model comes from strangers, purify it all the same."]
 

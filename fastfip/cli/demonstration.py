@@ -193,8 +193,9 @@ def _picture(path: Path, result: PurifyResult, x: Tensor, true: Tensor, before: 
         axes.set_xticks([])
         axes.set_yticks([])
         for put, word, answer in ((axes.set_title, "before", before), (axes.set_xlabel, "after", after)):
-            wrong = answer[i] != true[i]  # the word says it as well: colour alone would not do
-            put(f"{word}: {int(answer[i])} {"\N{BALLOT X}" if wrong else "\N{CHECK MARK}"}", fontsize=9, color=COLOURS[1 if wrong else 0])
+            wrong = answer[i] != true[i]  # the mark says it as well: colour alone would not do
+            mark = "\N{BALLOT X}" if wrong else "\N{CHECK MARK}"
+            put(f"{word}: {int(answer[i])} {mark}", fontsize=9, color=COLOURS[1 if wrong else 0])
     top.suptitle("Digits with the trigger (bottom right): what the model says before and after", fontsize=10)
     course, bars = bottom.subplots(1, 2, width_ratios=(3, 2))
     result.draw_history(course)

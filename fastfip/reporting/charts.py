@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
+from fastfip.errors import printable
+
 __all__ = ["course", "shares"]
 
 #: A chart is drawn for the width of a phone and grows with the page.
@@ -95,7 +97,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float, tuple[float, flo
         parts.append(f'<text x="{h:.1f}" y="{height - 18}" text-anchor="middle">{100 * tick:g}</text>')
     for place, (name, points) in enumerate(rows):
         y = _TOP + step * place + 12
-        parts.append(f'<text class="row" x="{across(0):.1f}" y="{y}">{escape(name)}</text>')
+        parts.append(f'<text class="row" x="{across(0):.1f}" y="{y}">{_text(name)}</text>')
         for series, share, around in points:
             number = names.index(series)
             v = y + 11 + 12 * number
@@ -109,8 +111,13 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float, tuple[float, flo
     return _legend(names, None) + _svg(parts, height, said)
 
 
+def _text(text: str) -> str:
+    """Return a text that may come from a file as it may stand in the page."""
+    return str(escape(printable(text)))
+
+
 def _svg(parts: list[str], height: float, said: str) -> Markup:
-    return Markup(f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>')
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{_text(said)}">{"".join(parts)}</svg>')
 
 
 def _frame(height: float) -> list[str]:
@@ -137,16 +144,16 @@ def _legend(names: Sequence[str], mark: str | None) -> Markup:
 
 
 def _key(shape: str, text: str) -> str:
-    return f'<span class="key"><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>{escape(text)}</span>'
+    return f'<span class="key"><svg viewBox="0 0 12 12" aria-hidden="true">{shape}</svg>{_text(text)}</span>'
 
 
 def _axis_name(text: str, h: float, v: float) -> str:
-    return f'<text class="name" x="{h:.1f}" y="{v:.1f}" text-anchor="middle">{escape(text)}</text>'
+    return f'<text class="name" x="{h:.1f}" y="{v:.1f}" text-anchor="middle">{_text(text)}</text>'
 
 
 def _upright(text: str, h: float, v: float) -> str:
     turn = f'transform="rotate(-90 {h:.1f} {v:.1f})"'
-    return f'<text class="name" x="{h:.1f}" y="{v:.1f}" text-anchor="middle" {turn}>{escape(text)}</text>'
+    return f'<text class="name" x="{h:.1f}" y="{v:.1f}" text-anchor="middle" {turn}>{_text(text)}</text>'
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -68,6 +68,8 @@ def labelled(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[s
         texts: one for each point.
         clear: distance of a text from its point, in points of type.
     """
+    from matplotlib.text import Text
+
     figure = axes.figure
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -75,14 +77,14 @@ def labelled(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[s
     taken: list[Any] = []
     for place in sorted(range(len(points)), key=lambda i: -dots[i][1]):
         best, fewest = None, None
-        for far in (clear, 2.5 * clear, 4 * clear, 6 * clear):
+        for far in (clear, 2 * clear, 3 * clear, 4 * clear, 6 * clear):
             for h, v in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)):
                 note = axes.annotate(
                     texts[place], points[place], xytext=(far * h, far * v), textcoords="offset points", fontsize=8,
                     color=_TEXT, ha=("right", "center", "left")[h + 1], va="bottom" if v > 0 else "top",
                     arrowprops={"arrowstyle": "-", "color": _GRID, "shrinkA": 0, "shrinkB": 2} if far > clear else None,
                 )  # fmt: skip
-                box = note.get_window_extent()
+                box = Text.get_window_extent(note)  # without its line
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
                 wrong = 100 * outside + sum(box.overlaps(other) for other in taken)
                 wrong += sum(box.contains(*dot) for dot in dots)
@@ -95,7 +97,7 @@ def labelled(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[s
             if not fewest:
                 break
         if best is not None:
-            taken.append(best.get_window_extent())
+            taken.append(Text.get_window_extent(best))
 
 
 def diverging() -> Any:
