@@ -82,8 +82,9 @@ def labelled(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[s
                 note = axes.annotate(
                     texts[place], points[place], xytext=(far * h, far * v), textcoords="offset points", fontsize=8,
                     color=_TEXT, ha=("right", "center", "left")[h + 1], va="bottom" if v > 0 else "top",
-                    arrowprops={"arrowstyle": "-", "color": _GRID, "shrinkA": 0, "shrinkB": 2} if far > clear else None,
+                    arrowprops=None if far == clear else _joined(h, v),
                 )  # fmt: skip
+                note.get_window_extent()  # puts it in its place
                 box = Text.get_window_extent(note)  # without its line
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
                 wrong = 100 * outside + sum(box.overlaps(other) for other in taken)
@@ -98,6 +99,11 @@ def labelled(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[s
                 break
         if best is not None:
             taken.append(Text.get_window_extent(best))
+
+
+def _joined(h: int, v: int) -> dict[str, Any]:
+    """Return how a text is joined to its point: from the corner that is nearest to it."""
+    return {"arrowstyle": "-", "color": _GRID, "shrinkA": 0, "shrinkB": 2, "relpos": (0.5 - h / 2, 0.5 - v / 2)}
 
 
 def diverging() -> Any:
