@@ -97,7 +97,7 @@ def audit(
     )
     evidence.notes += clean.words()
     evidence.settings["images"] = clean.to_dict()
-    evidence.origin = origin_of(source, opened, net.arch, clean=data, poisoned=poisoned, triggered=asr_data)
+    evidence.origin = origin_of(source, opened, net.arch, report, clean=data, poisoned=poisoned, triggered=asr_data)
     if as_json:
         print(evidence.to_json())
     else:

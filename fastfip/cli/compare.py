@@ -78,7 +78,7 @@ def compare(
     comparison.notes += [*scores.unmeasured(opened.attack), *images.words()]
     comparison.images = images.to_dict()
     data = {"clean": clean.data, "test": scores.test_data, "triggered": scores.asr_data}
-    comparison.origin = origin_of(source, opened, net.arch, **data)
+    comparison.origin = origin_of(source, opened, net.arch, report, **data)
     if as_json:
         print(to_json({**comparison.to_dict(), "images": comparison.images}))
     else:

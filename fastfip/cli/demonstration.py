@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.attacks.badnets import BadNets
+from fastfip.cli.reports import typed
 from fastfip.nets.process import seeded
 from fastfip.purification.door import FEW
 from fastfip.purification.purify import purify
@@ -110,7 +111,8 @@ def run_demo(
     """Train a backdoored net, purify it with 5 % clean data, and show what that did.
 
     Args:
-        out_dir: gets `demo.png` (triggered digits with the answers before and after; the history) and `demo.json`.
+        out_dir: gets `demo.png` (triggered digits with the answers before and after; the history), `demo.json` and
+            `report.html`, the report of the purification.
         seed: of everything random.
         progress: whether bars are shown; None: where stderr is a terminal.
         method: what purifies.
@@ -158,12 +160,14 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
     sample = (x[:CLEAN], y[:CLEAN])
     lambda_max = (_lambda_max(model, sample), _lambda_max(result.model, sample))
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / "demo.png", out / "demo.json"]
+    files = [out / "demo.png", out / "demo.json", out / "report.html"]
     with torch.no_grad():
         answers = [net.eval()(triggered[0]).argmax(1) for net in (model, result.model)]
     _picture(files[0], result, triggered[0], triggered[2], answers[0], answers[1])
     shown = Demo(result, lambda_max, files)
     shown.to_json(files[1])
+    result.origin.command = typed() or "fastfip demo"
+    result.report(files[2])
     return shown
 
 

@@ -126,13 +126,16 @@ def _nobody_reads() -> None:
 
 def run(command: Any, arguments: list[str] | None) -> int:
     """Run the command line; return its exit code. Every error is one line on stderr."""
-    with _terminable():
-        return _run(command, arguments)
+    typed = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+    token = TYPED.set(typed)
+    try:
+        with _terminable():
+            return _run(command, typed)
+    finally:
+        TYPED.reset(token)
 
 
-def _run(command: Any, arguments: list[str] | None) -> int:
-    arguments = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
-    TYPED.set(arguments)
+def _run(command: Any, arguments: list[str]) -> int:
     debug = bool(os.environ.get("FASTFIP_DEBUG")) or "--debug" in arguments
     try:
         result = command.main(args=arguments, prog_name="fastfip", standalone_mode=False)

@@ -118,7 +118,7 @@ def purify(
         result.notes += images.words()
         result.settings["images"] = images.to_dict()
     result.origin = origin_of(
-        source, opened, net.arch, clean=clean.data, test=scores.test_data, triggered=scores.asr_data
+        source, opened, net.arch, report, clean=clean.data, test=scores.test_data, triggered=scores.asr_data
     )
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastfip.cli.opening import Opened
     from fastfip.reporting.document import Origin
 
-__all__ = ["origin_of"]
+__all__ = ["origin_of", "typed"]
 
 #: Files of a folder that hold weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -21,23 +21,24 @@ _MOST_FILES = 100
 _CHUNK = 1 << 20
 
 
-def origin_of(source: Path, opened: Opened, arch: str | None, **data: str | None) -> Origin:
+def origin_of(source: Path, opened: Opened, arch: str | None, report: Path | None, **data: str | None) -> Origin:
     """Return what a report says of where the model came from.
 
     Args:
         source: IN.
         opened: what was found there.
         arch: what `--arch` said.
+        report: where the report goes; None: nowhere, and no file is read for it.
         **data: what each set of images was read from; None: not given.
     """
     from fastfip.reporting.document import Origin
 
     path = source if opened.attack is None else opened.attack.path
     return Origin(
-        [_file(one) for one in _files(path)],
+        [] if report is None else [_file(one) for one in _files(path)],
         arch or type(opened.model).__name__,
         {name: text for name, text in data.items() if text is not None},
-        _command(),
+        typed(),
     )
 
 
@@ -56,7 +57,7 @@ def _file(path: Path) -> dict[str, Any]:
     return {"name": str(path), "sha256": digest.hexdigest(), "bytes": size}
 
 
-def _command() -> str:
-    """Return what was typed."""
-    typed = TYPED.get([])
-    return shlex.join(["fastfip", *typed]) if typed else ""
+def typed() -> str:
+    """Return the command that was typed; "" where Python called."""
+    arguments = TYPED.get([])
+    return shlex.join(["fastfip", *arguments]) if arguments else ""

@@ -240,6 +240,15 @@ def test_what_is_not_known_is_said():
     assert "Read this first" not in text and "a model in memory" in text and "looks for nothing" in text
 
 
+def test_a_run_that_was_interrupted_while_it_was_measured_has_a_report():
+    after = Evaluation(on="test_loader", notes=("interrupted while measuring the purified model",))
+    document = purified(after=after, interrupted=True, history=[]).document()
+    assert document["classes"] == [] and document["after"]["intervals"] == {}
+    assert checker.errors(document, schema()) == []
+    text = Page(page(document)).text
+    assert "it was not measured" in text and "No epoch was completed" in text
+
+
 def test_a_result_that_was_not_moved_or_still_has_its_backdoor_says_so():
     assert "nothing was moved" in purified(unchanged=True).document()["advice"][0]
     still = purified(
