@@ -10,7 +10,7 @@ import typer
 from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, fail
 from fastfip.cli.outputs import check_distinct, check_drawing, check_file, check_report, inputs_of, kept
-from fastfip.cli.reports import origin_of
+from fastfip.cli.reports import data_of, origin_of
 
 
 def compare(
@@ -77,8 +77,7 @@ def compare(
     )
     comparison.notes += [*scores.unmeasured(opened.attack), *images.words()]
     comparison.images = images.to_dict()
-    data = {"clean": clean.data, "test": scores.test_data, "triggered": scores.asr_data}
-    comparison.origin = origin_of(source, opened, net.arch, report, **data)
+    comparison.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if as_json:
         print(to_json({**comparison.to_dict(), "images": comparison.images}))
     else:

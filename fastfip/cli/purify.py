@@ -12,7 +12,7 @@ from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
 from fastfip.cli.maybe_clean import MaybeClean
 from fastfip.cli.opening import Opened, attack_in
 from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
-from fastfip.cli.reports import origin_of
+from fastfip.cli.reports import data_of, origin_of
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -117,9 +117,7 @@ def purify(
     if images is not None:
         result.notes += images.words()
         result.settings["images"] = images.to_dict()
-    result.origin = origin_of(
-        source, opened, net.arch, report, clean=clean.data, test=scores.test_data, triggered=scores.asr_data
-    )
+    result.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     if opened.checkpoint.left_out:

@@ -11,9 +11,10 @@ from fastfip.cli.errors import TYPED
 
 if TYPE_CHECKING:
     from fastfip.cli.opening import Opened
+    from fastfip.cli.options import Scores
     from fastfip.reporting.document import Origin
 
-__all__ = ["origin_of", "typed"]
+__all__ = ["data_of", "origin_of", "typed"]
 
 #: Files of a folder that hold weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -40,6 +41,12 @@ def origin_of(source: Path, opened: Opened, arch: str | None, report: Path | Non
         {name: text for name, text in data.items() if text is not None},
         typed(),
     )
+
+
+def data_of(clean: str | None, scores: Scores) -> dict[str, str | None]:
+    """Return what each set of images was read from, and the attack that was put on test images."""
+    attack = scores.attack and f"{scores.attack}, target {scores.target}"
+    return {"clean": clean, "test": scores.test_data, "triggered": scores.asr_data, "attack": attack}
 
 
 def _files(path: Path) -> list[Path]:

@@ -44,6 +44,7 @@ def test_the_page_of_a_purification_has_classes_intervals_and_scaling(work, caps
     low, high = document["after"]["intervals"]["asr"]
     assert low <= document["after"]["asr"] <= high
     assert document["received"]["images"]["formula"] == "(x/255 - [0.5]) / [0.5]"
+    assert document["received"]["data"]["attack"] == "badnets:size=2,margin=1, target 1"
     assert document["received"]["inputs"]["shape"] == [3, 6, 6] and document["received"]["inputs"]["low"] == -1.0
 
 
