@@ -124,6 +124,27 @@ def test_attacks(capsys):
     assert all(len(scope["changed"][i]["boxes"]) == 2 for i in scope["places"].tolist())
 
 
+def test_report(tmp_path, monkeypatch):
+    """The lines of docs/report.md, on a small model of a test; every name of a field that its table has is one."""
+    import json
+
+    import fastfip
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    clean = [(torch.rand(12, 3, 8, 8), torch.arange(12) % 3)]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    (block,) = blocks_of("python", "docs/report.md")
+    block = block.replace("test_loader)", 'test_loader, method="fine_tune", steps=2, force=True)')
+    scope = {"fastfip": fastfip, "model": model, "clean_loader": clean, "test_loader": clean}
+    exec(compile(block, "docs/report.md", "exec"), scope)
+    document = json.loads(Path("report.json").read_text())
+    assert "<h1>Purification report</h1>" in Path("report.html").read_text()
+    table = (DOCS / "report.md").read_text().partition("| section |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])]
+    assert len(named) > 12 and set(named) - {"model"} <= set(document)
+
+
 def test_contributing():
     (block,) = blocks_of("python", "CONTRIBUTING.md")
     scope: dict = {"__name__": "contributing"}

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -30,6 +31,8 @@ CODES = {
 }
 
 # typer carries its own click or uses the installed one, by its version; both have these classes as ancestors.
+#: What was typed, for reports.
+TYPED: ContextVar[list[str]] = ContextVar("TYPED")
 _USAGE: Any = typer.BadParameter.__mro__[1]
 
 
@@ -123,12 +126,16 @@ def _nobody_reads() -> None:
 
 def run(command: Any, arguments: list[str] | None) -> int:
     """Run the command line; return its exit code. Every error is one line on stderr."""
-    with _terminable():
-        return _run(command, arguments)
+    typed = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+    token = TYPED.set(typed)
+    try:
+        with _terminable():
+            return _run(command, typed)
+    finally:
+        TYPED.reset(token)
 
 
-def _run(command: Any, arguments: list[str] | None) -> int:
-    arguments = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+def _run(command: Any, arguments: list[str]) -> int:
     debug = bool(os.environ.get("FASTFIP_DEBUG")) or "--debug" in arguments
     try:
         result = command.main(args=arguments, prog_name="fastfip", standalone_mode=False)

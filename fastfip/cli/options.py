@@ -135,6 +135,9 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to 
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="say nothing on stderr but errors: no bar, no lines")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="write a report: a page (.html), or the same as JSON")
+]
 IgnoreFit = Annotated[
     bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
 ]

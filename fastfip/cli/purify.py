@@ -12,6 +12,7 @@ from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
 from fastfip.cli.maybe_clean import MaybeClean
 from fastfip.cli.opening import Opened, attack_in
 from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
+from fastfip.cli.reports import data_of, origin_of
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -52,9 +53,7 @@ def purify(
     fisher_trace: Annotated[
         bool, typer.Option("--fisher-trace", help="measure the trace of the Fisher information before and after too")
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
-    ] = None,
+    report: o.ReportFile = None,
     leaderboard: Annotated[
         Path | None,
         typer.Option(
@@ -118,6 +117,7 @@ def purify(
     if images is not None:
         result.notes += images.words()
         result.settings["images"] = images.to_dict()
+    result.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     if opened.checkpoint.left_out:
@@ -128,7 +128,7 @@ def purify(
         if not result.unchanged:
             lost.append(kept(out, lambda path: _write(opened, result, path)))
         if report is not None:
-            lost.append(kept(report, lambda path: _write_report(path, result)))
+            lost.append(kept(report, result.report))
         if leaderboard is not None and opened.attack is not None and not (result.unchanged or result.interrupted):
             rows = leaderboard_rows(opened.attack, result.before, result.after, result.method)
             lost.append(kept(leaderboard, lambda path: write_leaderboard(path, rows)))
@@ -195,10 +195,3 @@ def _write(opened: Opened, result: Any, path: Path) -> None:
         write_defense_result(result.model, path, form)
     else:
         save_checkpoint(result.model, path, like=form)
-
-
-def _write_report(path: Path, result: Any) -> None:
-    from fastfip.checkpoint import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(result.to_json() + "\n", encoding="utf-8")

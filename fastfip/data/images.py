@@ -164,7 +164,12 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
 
     def to_dict(self) -> dict[str, Any]:
         """Return how images became inputs and labels, as plain values."""
-        return {**self.pixels.to_dict(), "class_order": self.order, "classes": self.classes}
+        return {
+            "formula": str(self.pixels),
+            **self.pixels.to_dict(),
+            "class_order": self.order,
+            "classes": self.classes,
+        }
 
     def in_memory(self) -> Dataset[tuple[Tensor, ...]]:
         """Return the set as tensors if they are not too large, else itself."""

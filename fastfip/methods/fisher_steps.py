@@ -29,6 +29,7 @@ from fastfip.data.augment import augmented, mirrored
 from fastfip.data.batch import Batch, take
 from fastfip.errors import FastFIPError
 from fastfip.methods._batchnorm import taken_anew
+from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
@@ -266,6 +267,7 @@ class FisherSteps(Method):
         worst.grow(max(1.0, NARROWEST / worst.relative_radius))
         improve(LAST, FOCUS)
         run.log(radius=worst.relative_radius)
+        keep_changes(run, worst)
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""

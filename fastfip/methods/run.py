@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ class Run:
         left: name of a parameter -> why the method leaves it alone, where the method knows.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         notes: what it should say as well. seconds: time by purpose, see `timed`.
+        inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
     """
 
     model: nn.Module
@@ -73,6 +75,8 @@ class Run:
     alerts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
     _inner: list[float] = field(default_factory=list, repr=False)

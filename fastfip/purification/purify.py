@@ -195,6 +195,8 @@ def purify(
             "steps": run.step,
             "best_epoch": run.best_epoch,
             "peak_memory_of": memory.what,
+            "inputs": run.inputs,
+            "classes": run.classes,
         },
         versions={
             "fastfip": fastfip.__version__,
@@ -207,6 +209,7 @@ def purify(
         diverged=run.diverged,
         unchanged=not moved,
         coverage=coverage,
+        found=run.found,
     )
 
 

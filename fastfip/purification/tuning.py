@@ -90,7 +90,8 @@ def tune(
             )
         clean = CleanSet.of(data, options.task)
         ends.callback(clean.close)
-        clean, task, classes = _probe(model, clean, options.task, device, notes)
+        inputs: dict[str, Any] = {}
+        clean, task, classes = _probe(model, clean, options.task, device, notes, inputs)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
@@ -114,6 +115,7 @@ def tune(
         alerts=list(options.alerts),
         frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
+        inputs=inputs,
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
@@ -178,10 +180,14 @@ def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
 
 
 def _probe(
-    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
+    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str], inputs: dict[str, Any]
 ) -> tuple[CleanSet, Task, int | None]:
-    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
+    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs.
+
+    `inputs` gets the shape and the range of the first batch, for the report.
+    """
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
+    inputs.update(_facts(task, batch))
     logits = first_outputs(model, task.forward, batch)
     for number, odd in clean.forms:
         first_outputs(model, task.forward, move_to(odd, device), f"the clean data (batch {number})")
@@ -198,6 +204,18 @@ def _probe(
         notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
     return clean, task, logits.shape[1]
+
+
+def _facts(task: Task, batch: Batch) -> dict[str, Any]:
+    """Say what inputs are like; nothing where it is not known which part of a batch they are."""
+    try:
+        x = task.inputs(batch)
+    except FastFIPError:
+        return {}
+    facts: dict[str, Any] = {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch."), "of": len(x)}
+    if x.is_floating_point() and x.numel():
+        facts.update(low=float(x.min()), high=float(x.max()), mean=float(x.mean()), std=float(x.std(unbiased=False)))
+    return facts
 
 
 class Scorer:

@@ -25,6 +25,7 @@ __all__ = [
     "evaluation_sheet",
     "mapping_sheet",
     "methods_sheet",
+    "plain",
     "settings_sheet",
     "show",
     "to_json",
@@ -171,7 +172,7 @@ def show(what: Any, stream: TextIO | None = None) -> None:
 
 def to_json(values: Any, indent: int | None = 2) -> str:
     """Return JSON text; numbers that are not finite become null, what JSON does not know becomes text."""
-    return json.dumps(_plain(values), indent=indent, allow_nan=False)
+    return json.dumps(plain(values), indent=indent, allow_nan=False)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -180,11 +181,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as what JSON knows: numbers that are not finite are None, what it does not know is text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
