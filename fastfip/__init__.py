@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
         fisher_trace as fisher_trace,
     )
     from fastfip.fisher.sharpness import sharpness as sharpness
+    from fastfip.integrations import hf as hf, lightning as lightning
     from fastfip.metrics import evaluate as evaluate
     from fastfip.purification.callbacks import Callback as Callback
     from fastfip.purification.purify import purify as purify, purify_ as purify_
@@ -65,7 +66,11 @@ _WHERE = {
     "compare": "fastfip.comparison.compare",
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
+    "hf": "fastfip.integrations",
+    "lightning": "fastfip.integrations",
 }
+#: Of these, what needs a package that is an extra: `from fastfip import *` must not ask for it.
+_EXTRAS = ("hf", "lightning")
 _MODULES = (
     "attacks",
     "auditing",
@@ -85,7 +90,7 @@ _MODULES = (
     "worst_case",
 )
 
-__all__ = ["__version__", *_MODULES, *_WHERE]
+__all__ = ["__version__", *_MODULES, *(name for name in _WHERE if name not in _EXTRAS)]
 
 
 if not TYPE_CHECKING:  # else every name that is not there would be one of type Any
@@ -102,4 +107,4 @@ if not TYPE_CHECKING:  # else every name that is not there would be one of type 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_EXTRAS})
