@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
 from fastfip.errors import ConfigError, DataError
-from fastfip.fisher import FisherDiagonal, FisherPenalty, QuadraticPenalty, fisher_diagonal
+from fastfip.fisher import FisherDiagonal, FisherPenalty, QuadraticPenalty, eval_mode, fisher_diagonal
 from fastfip.integrations.holding import figures, plain_forward, purify_held
 from fastfip.methods import Method
 from fastfip.purification.result import PurifyResult
@@ -214,12 +214,13 @@ class FIPTrainer(_Trainer):
         return (loss, given[1]) if return_outputs else loss
 
     def fisher_diagonal(self, dataset: Any = None) -> FisherDiagonal:
-        """Return the Fisher diagonal of the present weights on a data set (None: the training set), read in order."""
+        """Return the Fisher diagonal of the present weights on a data set (None: the training set), in eval mode."""
         dataset = self.train_dataset if dataset is None else dataset
         if not _is_dataset(dataset):
             raise DataError("the Fisher diagonal needs a data set with samples by number: pass one, or anchor=")
-        with plain_forward(self._inner()):
-            return fisher_diagonal(self._inner(), _in_order(self, dataset), loss=self.per_sample_loss)
+        model = self._inner()
+        with plain_forward(model), eval_mode(model):
+            return fisher_diagonal(model, _in_order(self, dataset), loss=self.per_sample_loss)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the means of the terms since the last time beside the training loss."""
