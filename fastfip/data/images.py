@@ -251,7 +251,7 @@ def _largest(x: np.ndarray, pixels: Pixels) -> float:
         return 1.0
     low, high = float(x.min()), float(x.max())
     picture = x.ndim == 4 and x.shape[1] in (1, 3)
-    if pixels.of is not None and pixels.mean and picture and (low < 0 or high > 255):
+    if pixels.of is not None and any(pixels.mean) and picture and (low < 0 or high > 255):
         raise DataError(
             f"float images run from {low:g} to {high:g}, so they are normalised already: give --mean 0, as "
             f"{pixels.of} would do it again"
