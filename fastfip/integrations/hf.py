@@ -7,7 +7,7 @@ trainer.train()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -115,7 +115,7 @@ class PurifyCallback(_TrainerCallback):
         trainer, clean = self.trainer, self.clean
         if trainer is not None and (clean is None or _is_dataset(clean)):
             if clean is None and not _is_dataset(trainer.eval_dataset):
-                raise DataError("the Trainer has no evaluation set to purify with: pass clean=")
+                raise DataError("the Trainer has not one evaluation set to purify with: pass clean=")
             return _in_order(trainer, trainer.eval_dataset if clean is None else clean)
         if clean is None and eval_dataloader is None:
             raise DataError("there are no clean samples: pass clean=, or attach the callback to a Trainer")
@@ -124,7 +124,8 @@ class PurifyCallback(_TrainerCallback):
 
 def _is_dataset(data: Any) -> bool:
     """Whether it has samples by number, as torch's and Hugging Face's data sets have, and is no loader or batch."""
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (dict, list, tuple))
+    sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return sized and not isinstance(data, (Mapping, list, tuple, str, Tensor))
 
 
 def _in_order(trainer: Any, dataset: Any) -> torch.utils.data.DataLoader[Any]:

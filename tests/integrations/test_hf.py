@@ -109,10 +109,10 @@ def test_no_clean_samples_are_one_line_that_says_what_to_pass(tmp_path):
     with pytest.raises(DataError, match="no clean samples: pass clean=, or attach"):
         made.train()
     made = trainer(tmp_path)
-    made.eval_dataset = None
-    fastfip.hf.PurifyCallback().attach(made)
-    with pytest.raises(DataError, match="no evaluation set to purify with: pass clean="):
-        made.train()
+    for none in (None, {"a": Rows(6), "b": Rows(6)}):
+        made.eval_dataset = none
+        with pytest.raises(DataError, match="not one evaluation set to purify with: pass clean="):
+            fastfip.hf.PurifyCallback().attach(made).run(made.args, made.state, made.model)
     with pytest.raises(ConfigError, match="inplace: leave it out"):
         fastfip.hf.PurifyCallback(inplace=False)
 
