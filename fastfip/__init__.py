@@ -66,11 +66,9 @@ _WHERE = {
     "compare": "fastfip.comparison.compare",
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
-    "hf": "fastfip.integrations",
-    "lightning": "fastfip.integrations",
 }
-#: Of these, what needs a package that is an extra: `from fastfip import *` must not ask for it.
-_EXTRAS = ("hf", "lightning")
+#: The same for what needs a package that is an extra: `from fastfip import *` must not ask for it.
+_EXTRAS = {"hf": "fastfip.integrations", "lightning": "fastfip.integrations"}
 _MODULES = (
     "attacks",
     "auditing",
@@ -90,14 +88,14 @@ _MODULES = (
     "worst_case",
 )
 
-__all__ = ["__version__", *_MODULES, *(name for name in _WHERE if name not in _EXTRAS)]
+__all__ = ["__version__", *_MODULES, *_WHERE]
 
 
 if not TYPE_CHECKING:  # else every name that is not there would be one of type Any
 
     def __getattr__(name: str) -> Any:
-        if name in _WHERE:
-            value = getattr(importlib.import_module(_WHERE[name]), name)
+        if name in _WHERE or name in _EXTRAS:
+            value = getattr(importlib.import_module({**_WHERE, **_EXTRAS}[name]), name)
         elif name in _MODULES:
             value = importlib.import_module(f"fastfip.{name}")
         else:

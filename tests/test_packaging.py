@@ -50,8 +50,6 @@ def test_using_the_library_loads_no_tool_of_the_command_line():
 
 def test_every_public_name_resolves_and_is_not_hidden_by_its_module():
     for name, where in fastfip._WHERE.items():
-        if name in fastfip._EXTRAS:  # tests/integrations, with and without the packages that these need
-            continue
         value = getattr(importlib.import_module(where), name)
         assert callable(value), f"fastfip.{name} is {value!r}"
         assert getattr(fastfip, name) is value
