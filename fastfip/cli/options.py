@@ -15,7 +15,7 @@ import typer
 
 from fastfip.cli import triggers
 from fastfip.cli.errors import fail, say
-from fastfip.cli.opening import Opened, attack_in, restored
+from fastfip.cli.opening import Opened, as_made_for, attack_in, restored
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ class Net(Inputs):
         """Return the model of a checkpoint, in eval mode, and all that the file says of its images."""
         attack = attack_in(path)
         where, how = self.where_and_how(attack)
-        return Opened(*self.restore(path, attack), where, how, attack)
+        model, checkpoint = self.restore(path, attack)
+        how = how if attack is not None else as_made_for(self, how, self.arch, model, self.arch_args)
+        return Opened(model, checkpoint, where, how, attack)
 
     def restore(self, path: Path, attack: AttackResult | None = None) -> tuple[nn.Module, Checkpoint]:
         """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -50,12 +49,10 @@ class _Arrays:
             raw = self.in_channels(raw, self.pixels.channels)
         x = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
         x = x / self.largest if self.largest != 1 else x
-        size = self.pixels.size
-        if size is None or tuple(x.shape[-2:]) == size:
+        fit = self.pixels.fit
+        if fit is None or (fit.resize is None and tuple(x.shape[-2:]) == fit.size):
             return x
-        if x.dim() != 4:
-            raise DataError(f"--size is for images [N, C, H, W], not {list(x.shape)}")
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
+        return fit.batch(x)
 
     def in_channels(self, raw: Tensor, channels: int) -> Tensor:
         if raw.dim() != 4 or raw.shape[1] not in (1, 3):
@@ -71,7 +68,7 @@ class _Files:
     pixels: Pixels
 
     def batch(self, index: Sequence[int]) -> Tensor:
-        images = [read_image(self.paths[i], self.pixels.channels or 3, self.pixels.size) for i in index]
+        images = [read_image(self.paths[i], self.pixels.channels or 3, self.pixels.fit) for i in index]
         for i, image in zip(index, images):
             if image.shape != images[0].shape:
                 sizes = "{2}x{1} and {5}x{4}".format(*images[0].shape, *image.shape)
@@ -159,8 +156,9 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         return out
 
     def words(self) -> list[str]:
-        """Return what a result should say about the numbers of the classes; nothing where the labels were given."""
-        return [] if self.classes is None or self.order is None else order_words(self.classes, self.order)
+        """Return what a result should say about how images are made, where the user did not, and of the classes."""
+        said = self.pixels.words()
+        return said if self.classes is None or self.order is None else [*said, *order_words(self.classes, self.order)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return how images became inputs and labels, as plain values."""
@@ -258,6 +256,11 @@ def _largest(x: np.ndarray, pixels: Pixels) -> float:
         return 1.0
     low, high = float(x.min()), float(x.max())
     picture = x.ndim == 4 and x.shape[1] in (1, 3)
+    if pixels.of is not None and any(pixels.mean) and picture and (low < 0 or high > 255):
+        raise DataError(
+            f"float images run from {low:g} to {high:g}, so they are normalised already: give --mean 0, as "
+            f"{pixels.of} would do it again"
+        )
     if pixels.scale is None:
         if picture and low >= 0 and high > 10:  # what was normalised has values below 0, or few above 3
             raise DataError(

@@ -79,7 +79,7 @@ class ZippedPictures:
             raise DataError(f"{self._name(entry)}: expands from {entry.compress_size} to {entry.file_size} bytes")
         try:
             with self._archive().open(entry) as file:
-                return decoded(file, entry.file_size, self._name(entry), self.pixels.channels or 3, self.pixels.size)
+                return decoded(file, entry.file_size, self._name(entry), self.pixels.channels or 3, self.pixels.fit)
         except DataError:
             raise
         except Exception as error:  # zlib and zipfile have errors of their own, and passwords are one

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastfip.data.batch import Batch
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
-from fastfip.fisher.modes import readable
+from fastfip.fisher.modes import keeping_activations, readable
 from fastfip.methods.base import Groups, Method, Run
 from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
@@ -159,7 +159,8 @@ class Spectral(Space):
         self.shifts.refresh()
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in _first(run):
-                with recording(self.shifts) as record, readable(run.model):
+                # A checkpointed block that is computed again would be so without the record.
+                with recording(self.shifts) as record, readable(run.model), keeping_activations():
                     logits = run.task.forward(run.model, batch)
                     if kind == "mc":
                         batch = run.task.relabel(batch, draw_labels(logits, run.generator))

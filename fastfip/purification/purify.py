@@ -172,7 +172,8 @@ def purify(
             if of_checkpointing(error):
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
-                    "off, e.g. model.gradient_checkpointing_disable(), or take fine_tune"
+                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), "
+                    "give it use_reentrant=False, or take fine_tune"
                 ) from error
             raise
     run.seconds["total"] = time.perf_counter() - start

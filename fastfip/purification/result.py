@@ -96,6 +96,18 @@ class PurifyResult(Documented):
         """Return the weights, with the keys, shapes and dtypes of the model that was given."""
         return dict(self.model.state_dict())
 
+    def save_for_hub(self, folder: str | Path, **options: Any) -> Path:
+        """Write weights, config and a model card to a new folder; options of `fastfip.checkpoint.hub.save_for_hub`."""
+        from fastfip.checkpoint.hub import save_for_hub
+
+        return save_for_hub(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload that folder to Hugging Face's hub; options of `fastfip.checkpoint.hub.push_to_hub`."""
+        from fastfip.checkpoint.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     @property
     def der(self) -> float | None:
         """Return the defence effectiveness rating, None without triggered images; see `fastfip.metrics.der`."""
