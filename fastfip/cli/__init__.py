@@ -18,6 +18,7 @@ from fastfip.cli.info import attacks, demo, env, methods
 from fastfip.cli.inspect_file import inspect
 from fastfip.cli.options import grouped
 from fastfip.cli.purify import purify
+from fastfip.cli.purify_many import purify_many
 from fastfip.cli.train_backdoor import train_backdoor
 
 __all__ = ["app", "main"]
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command, summary in (
     (purify, "Clean a backdoored network with a few clean images"),
+    (purify_many, "Purify every checkpoint of a manifest, several at a time"),
     (compare, "Run several methods on a network, side by side"),
     (audit, "Look for signs of a backdoor without knowing the trigger"),
     (inspect, "Say what a checkpoint holds, what model and scaling it fits, what to do next"),
