@@ -7,7 +7,7 @@ import os
 import platform
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,7 @@ def _purified(row: ManyRow, out: Path, report: Path) -> str:
     from fastfip.cli.purify import purify
     from fastfip.errors import FastFIPError, printable
 
-    inputs: dict[str, Any] = {
-        name: getattr(row, name)
-        for name in "scale mean std size channels class_order batch_size device arch arch_args key prefix".split()
-    }
+    inputs: dict[str, Any] = {field.name: getattr(row, field.name) for field in fields(options.Net)}
     try:
         purify(
             Path(row.checkpoint),

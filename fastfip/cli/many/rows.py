@@ -15,7 +15,7 @@ from fastfip.errors import ConfigError, choices, printable, reason
 
 __all__ = ["ManyRow", "as_rows", "read_manifest"]
 
-_WHOLE = ("limit", "per_class", "channels", "batch_size", "epochs", "steps", "seed")
+_WHOLE = ("limit", "per_class", "channels", "data_workers", "batch_size", "epochs", "steps", "seed")
 _TRUTH = {"": False, "0": False, "no": False, "false": False, "1": True, "yes": True, "true": True}
 
 
@@ -30,7 +30,7 @@ class ManyRow:
         checkpoint: IN. out: name of the purified file in the folder of results; None: made of the checkpoint's name.
         arch, arch_args, key, prefix: the model; `arch_args` is JSON text.
         data, limit, per_class, input_shape: the clean images, or without any the shape of the inputs.
-        scale, mean, std, size, channels, class_order, batch_size: how images become inputs.
+        scale, mean, std, size, channels, class_order, skip_broken, data_workers, batch_size: how images become inputs.
         test_data, asr_data, attack, target: what only scores.
         method, config, settings, epochs, steps, seed, device, amp, ignore_fit: how; `settings` are KEY=VALUE.
     """
@@ -51,6 +51,8 @@ class ManyRow:
     size: str | None = None
     channels: int | None = None
     class_order: str | None = None
+    skip_broken: bool = False
+    data_workers: int = 0
     batch_size: int = 128
     test_data: str | None = None
     asr_data: str | None = None
@@ -99,7 +101,7 @@ def _value(name: str, value: Any) -> Any:
             return int(value)
         except (TypeError, ValueError):
             raise ConfigError(f"{name}={printable(value, 60)}: must be a whole number") from None
-    if name == "ignore_fit":
+    if name in ("ignore_fit", "skip_broken"):
         truth = _TRUTH.get(str(value).lower())
         if truth is None:
             raise ConfigError(f"{name}={printable(value, 60)}: must be yes or no")
