@@ -47,14 +47,15 @@ fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
-# The models of other libraries: the small zoo and the tests of the Fisher with what they skip elsewhere, then every public
+# The models and data of other libraries, and Ray: the small zoo and the tests of the Fisher with what they skip elsewhere, then every public
 # function on about forty models, which writes docs/zoo.md. torch is named so that it stays the one that it is; timm comes
 # without what it depends on, because torchvision's wheels want a CUDA build of torch (benchmarks/zoo/library.py), and to a
 # folder of its own, because transformers imports torchvision where it finds it.
 zoo: $(STAMP)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers
+	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers datasets webdataset ray
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/zoo timm "$(TORCHVISION)"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py \
+		tests/data/test_stream_packages.py tests/cli/many/test_run.py
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.measure $(ARGS)
 
 format: $(STAMP)
