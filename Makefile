@@ -55,7 +55,7 @@ zoo: $(STAMP)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers datasets webdataset ray
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/zoo timm "$(TORCHVISION)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py \
-		tests/data/test_stream_packages.py tests/cli/many/test_run.py
+		tests/data/test_stream_packages.py tests/cli/many/test_run.py tests/cli/many/test_on_ray.py
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.measure $(ARGS)
 
 format: $(STAMP)

@@ -112,16 +112,22 @@ class Ledger:
             self._append({**_columns(record), "error": error, "attempts": str(attempts), **_status(error)})
             if not error:
                 (self.logs / f"{key}.txt").unlink(missing_ok=True)
-        if record["file"]:
-            (self.work / record["file"]).unlink(missing_ok=True)
-        (self.work / name).unlink()
+        self._tidy(key)
 
-    def fail(self, row: Mapping[str, Any], key: str, out: str, error: str, attempts: int, seconds: float) -> None:
-        """Add the line of a row that came to no end of its own."""
+    def _tidy(self, key: str) -> None:
+        """Remove what attempts of a row left, its record last: what it is about must not be lost before."""
+        for left in sorted(self.work.glob(f"{key}.*"), key=lambda path: path.suffix == ".json"):
+            left.unlink(missing_ok=True)
+
+    def give_up(self, row: Mapping[str, Any], key: str, out: str, error: str, attempts: int, seconds: float) -> None:
+        """Add the line of a row that came to no end of its own, unless a worker was killed just after it had."""
+        whole = next((path.name for path in self.work.glob(f"{key}.*.json")), None)
+        if whole is not None:
+            self.commit(whole, attempts)
+            return
         record = {"key": key, "row": row, "out": out, "seconds": seconds, "sha256": "", "report": {}, "versions": {}}
         self._append({**_columns(record), "error": error, "attempts": str(attempts), **_status(error)})
-        for left in self.work.glob(f"{key}.*"):
-            left.unlink(missing_ok=True)
+        self._tidy(key)
 
     def _publish(self, record: Mapping[str, Any]) -> str:
         """Give the purified file its name; return why not, in one line. A file that has the name stays."""

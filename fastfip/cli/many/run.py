@@ -24,6 +24,8 @@ __all__ = ["ManyResult", "purify_many"]
 
 #: What a checkpoint that says nothing of its own form is written as.
 _SUFFIX = ".safetensors"
+#: Files that are called alike in every folder: the folder's name says more.
+_ALIKE = ("attack_result", "model", "pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def _names(keyed: Mapping[str, ManyRow], ledger: Ledger) -> dict[str, str]:
     Raises:
         ConfigError: two rows want the same name, or a file of another row or of nobody's has it.
     """
-    names = {key: row["out"] for key, row in ledger.rows.items() if row["status"] == "done"}
-    taken = {name: key for key, name in names.items()}
+    names = {key: row["out"] for key, row in ledger.rows.items()}
+    taken = {row["out"] for row in ledger.rows.values() if row["status"] == "done"}
     new = {key: row for key, row in keyed.items() if key not in names}
     wanted = Counter(_default(row) for row in keyed.values() if row.out is None)
     for key, row in sorted(new.items(), key=lambda item: item[1].out is None):  # those that say it first
@@ -170,13 +172,14 @@ def _names(keyed: Mapping[str, ManyRow], ledger: Ledger) -> dict[str, str]:
             who = "another row writes it" if name in taken else "it exists already"
             raise ConfigError(f"{printable(row.checkpoint, 60)}: out {printable(name, 100)}: {who}: give another name")
         names[key] = name
-        taken[name] = key
+        taken.add(name)
     return names
 
 
 def _default(row: ManyRow) -> str:
     path = Path(row.checkpoint)
-    return path.stem.lstrip(".") + (path.suffix if path.suffix in (".safetensors", ".pth", ".pt") else _SUFFIX)
+    stem = path.parent.name if path.stem in _ALIKE and path.parent.name else path.stem
+    return stem.lstrip(".") + (path.suffix if path.suffix in (".safetensors", ".pth", ".pt") else _SUFFIX)
 
 
 @contextlib.contextmanager
@@ -196,7 +199,7 @@ def _take(ledger: Ledger, outcome: Outcome) -> None:
     job: Job = outcome.job
     if outcome.error:
         row = dataclasses.asdict(job.row)
-        ledger.fail(row, job.key, job.out, outcome.error, outcome.attempts, outcome.seconds)
+        ledger.give_up(row, job.key, job.out, outcome.error, outcome.attempts, outcome.seconds)
     else:
         ledger.commit(outcome.value, outcome.attempts)
 

@@ -82,6 +82,15 @@ def test_killed_at_any_moment_the_row_is_there_once(tmp_path, monkeypatch, momen
     assert (folder / "in.pth").read_bytes() == b"weights" and list((folder / "work").iterdir()) == []
 
 
+def test_a_worker_that_was_killed_after_its_record_is_no_failure(tmp_path):
+    with Ledger(tmp_path / "out") as ledger:
+        left_by_a_worker(tmp_path / "out")
+        ledger.give_up(ROW, "k1", "in.pth", "killed", 2, 1.0)
+    (line,) = lines(tmp_path / "out")
+    assert (line["status"], line["error"], line["attempts"]) == ("done", "", "2")
+    assert list((tmp_path / "out" / "work").iterdir()) == []
+
+
 def test_what_an_attempt_left_without_a_record_is_removed(tmp_path):
     work = tmp_path / "out" / "work"
     work.mkdir(parents=True)
@@ -104,7 +113,7 @@ def test_rows_to_be_tried_again_are_taken_out(tmp_path):
     with Ledger(tmp_path / "out") as ledger:
         ledger.commit(left_by_a_worker(tmp_path / "out", error="no"), 1)
         ledger.commit(left_by_a_worker(tmp_path / "out", key="k2", out="b.pth"), 1)
-        ledger.fail(ROW, "k3", "c.pth", "a,\nb", 3, 1.0)
+        ledger.give_up(ROW, "k3", "c.pth", "a,\nb", 3, 1.0)
         ledger.forget({"k1"})
     assert [(line["key"], line["error"]) for line in lines(tmp_path / "out")] == [("k2", ""), ("k3", "a, b")]
 

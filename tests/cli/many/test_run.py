@@ -132,6 +132,22 @@ def test_names_of_what_is_written_do_not_clash(work, here):  # noqa: F811
     assert len(lines()) == 2 and Path("out/mine.pth").read_text() == "mine"
 
 
+def test_a_file_that_is_called_as_in_every_folder_has_the_name_of_its_folder():
+    names = ["a/attack_result.pt", "b/model.safetensors", "c/net.pth", "model.pth", "d/folder"]
+    found = [many._default(fastfip.ManyRow(checkpoint=name)) for name in names]
+    assert found == ["a.pt", "b.safetensors", "net.pth", "model.pth", "folder.safetensors"]
+
+
+def test_a_failed_row_whose_name_is_taken_does_not_stop_the_others(work, here):  # noqa: F811
+    checkpoints(2)
+    row = {"arch": "tiny_arch:net", "data": "data.npz", "method": "fine_tune", "epochs": 1, "ignore_fit": True}
+    first, second = ({**row, "checkpoint": f"in{i}.pth"} for i in range(2))
+    fastfip.purify_many([{**first, "arch": "tiny_arch:nothing", "out": "x.pth"}], "out")
+    Path("out/x.pth").write_text("mine")
+    result = fastfip.purify_many([{**first, "arch": "tiny_arch:nothing", "out": "x.pth"}, second], "out")
+    assert [line["status"] for line in result.rows] == ["failed", "done"]
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
