@@ -5,7 +5,7 @@
     python -m benchmarks.many --table                                          # only write the table of docs/many.md
 
 Small digits networks with a backdoor are trained, each from a seed of its own (the demo's, 8 epochs); networks that are
-in the folder are taken as they are. `fastfip purify-many` cleans them with 70 images each. When half of the rows have
+in the folder are taken as they are. `fastfip purify-many` fine-tunes each on 70 images. When half of the rows have
 their line it is killed by SIGKILL, and then the same command runs to its end. The row says what `results.csv` held at
 both moments; with a missing or doubled row, or a file that is not the one of its line, the exit code is 1. Rows go to
 benchmarks/results/many.csv.
@@ -64,7 +64,7 @@ def make(folder: Path, models: int) -> Path:
         for seed in range(models):
             data = f"digits-{seed:03}.npz"
             arch = "fastfip.cli.demonstration:digit_net"
-            writer.writerow([f"digits-{seed:03}.pth", arch, data, data, data, "fast_wfip", "lr=0.05"])
+            writer.writerow([f"digits-{seed:03}.pth", arch, data, data, data, "fine_tune", "lr=0.1 steps=150"])
     return manifest
 
 
@@ -144,7 +144,7 @@ def show() -> str:
 
 
 def main() -> None:
-    parser = harness.Parser(__doc__)
+    parser = harness.Parser(__doc__, "threads")
     parser.add_argument("--models", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="as tasks of Ray")
