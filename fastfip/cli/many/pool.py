@@ -21,6 +21,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
+import fastfip
 from fastfip.errors import ConfigError, reason
 
 __all__ = ["Outcome", "Place", "Processes", "Said", "called", "outcomes"]
@@ -172,7 +173,7 @@ class Processes:
         """Begin `function(job)` in a fresh process."""
         log = None if self.log is None else self.log(job)
         pipe, theirs = self.context.Pipe(duplex=False)
-        with _environment(dict.fromkeys(_THREADS, str(self.threads))):
+        with _environment(dict.fromkeys(_THREADS, str(self.threads))), _importable():
             process = self.context.Process(target=_work, args=(theirs, function, job, log))
             process.start()
         theirs.close()
@@ -244,6 +245,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Let workers find this package where it is not installed: `python -m fastfip` takes its folder off the path."""
+    root = str(Path(fastfip.__file__).resolve().parents[1])
+    there = root in sys.path
+    if not there:
+        sys.path.append(root)
+    try:
+        yield
+    finally:
+        if not there:
+            sys.path.remove(root)
 
 
 def _work(pipe: connection.Connection, function: Callable[[Any], Any], job: Any, log: Path | None) -> None:
