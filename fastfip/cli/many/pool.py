@@ -249,11 +249,11 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importable() -> Iterator[None]:
-    """Let workers find this package where it is not installed: `python -m fastfip` takes its folder off the path."""
+    """Let workers find the very package that runs here: `python -m fastfip` takes its folder off the path."""
     root = str(Path(fastfip.__file__).resolve().parents[1])
     there = root in sys.path
     if not there:
-        sys.path.append(root)
+        sys.path.insert(0, root)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Jobs in processes of their own: what ends one costs one attempt, and nothing outlives the one that started it."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastfip.cli.many.keys import sha256
 from fastfip.cli.many.pool import Processes, outcomes
 from fastfip.errors import ConfigError
 from tests.support import many_jobs
@@ -80,6 +82,15 @@ def test_threads_are_set_for_the_worker_alone(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (found,) = outcomes(many_jobs.threads, [0], Processes(threads=3))
     assert found.value == "3" and os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_workers_have_the_package_that_runs_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+    (tmp_path / "a").write_bytes(b"1")
+    before = list(sys.path)
+    (found,) = outcomes(sha256, [tmp_path / "a"], Processes(log=lambda _: tmp_path / "log.txt"))
+    assert found.value == hashlib.sha256(b"1").hexdigest(), found.error
+    assert sys.path == before
 
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"retries": -1}, {"timeout": 0.0}])
