@@ -20,8 +20,8 @@ import torch
 from benchmarks import harness
 from benchmarks.purification import real_data
 from benchmarks.suite import tables
-from benchmarks.suite.cells import SETTINGS, Cell, kept, measured, results, rows_of
-from benchmarks.suite.networks import NETWORKS, folder, prepare
+from benchmarks.suite.cells import SETTINGS, Cell, kept, measured, results, rows_of, said
+from benchmarks.suite.networks import NETWORKS, folder
 from benchmarks.suite.slices import SLICES, cells
 from fastfip.cli.many.pool import Outcome, Processes, outcomes
 
@@ -151,16 +151,6 @@ def main() -> None:
     else:
         _run_all(args)
         tables.write()
-
-
-def said(name: str) -> None:
-    """Train a network, or take it as it is, and print how accurate it is and how well its backdoors work."""
-    prepared = prepare(NETWORKS[name])
-    parts = [
-        f"{backdoor.label} -> {backdoor.target}: ASR {found.shown('asr')}"
-        for backdoor, found in zip(prepared.network.backdoors, prepared.attacked)
-    ]
-    print(f"{name}: ACC {prepared.clean.shown('acc')} {'; '.join(parts)} ({prepared.seconds:.0f} CPU s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from fastfip.cli.many.pool import Processes, outcomes
 from fastfip.methods import MethodConfig
 from fastfip.metrics import Evaluation, der
 
-__all__ = ["FLOOR", "SETTINGS", "Cell", "kept", "measured", "results", "rows_of", "run", "run_apart"]
+__all__ = ["FLOOR", "SETTINGS", "Cell", "kept", "measured", "results", "rows_of", "run", "run_apart", "said"]
 
 #: Doing nothing is the third of the floor: its DER is 50.
 FLOOR = ("fine_tune", "large_step")
@@ -79,6 +79,19 @@ def rows_of(name: str) -> list[Row]:
         for b, found, asr in zip(network.backdoors, prepared.attacked, twin_asr(name))
     ]  # fmt: skip
     return rows or [common]
+
+
+def said(name: str) -> None:
+    """Train a network, or take it as it is, and print how accurate it is and how well its backdoors work.
+
+    Not in `__main__`: workers do not import that of a package.
+    """
+    prepared = prepare(NETWORKS[name])
+    parts = [
+        f"{backdoor.label} -> {backdoor.target}: ASR {found.shown('asr')}"
+        for backdoor, found in zip(prepared.network.backdoors, prepared.attacked)
+    ]
+    print(f"{name}: ACC {prepared.clean.shown('acc')} {'; '.join(parts)} ({prepared.seconds:.0f} CPU s)", flush=True)
 
 
 def results(of: str) -> harness.Results:
