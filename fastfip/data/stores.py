@@ -56,8 +56,9 @@ def kept(batches: Iterable[Batch]) -> list[Batch]:
         out.append(batch)
         if held > most or len(out) > MOST_BATCHES:
             raise DataError(
-                f"{len(out):,} batches ({held / 1e9:.1f} GB) were read and there was no end: pass a random part of the "
-                "stream, fastfip.data.reservoir(data, limit), or a Dataset, which is read batch by batch"
+                f"{len(out):,} batches ({held / 1e9:.1f} GB) were read and there was no end: pass fewer samples, a "
+                "generator that ends (fastfip.data.reservoir keeps a random part of a long one), or a Dataset, which "
+                "is read batch by batch"
             )
     return out
 
