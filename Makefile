@@ -47,16 +47,17 @@ fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
-# Other libraries: the small zoo, the Fisher and what works inside their trainers, with the tests that are skipped elsewhere;
+# Other libraries, their data and Ray: the small zoo, the Fisher and what works inside their trainers, with the tests that are skipped elsewhere;
 # then every public function on about forty models and eleven of them in the states in which they are trained, which writes
 # docs/zoo.md. torch is named so that it stays the one that it is; timm comes without what it depends on, because torchvision's
 # wheels want a CUDA build of torch (benchmarks/zoo/library.py), and to a folder of its own, because transformers imports
 # torchvision where it finds it.
 zoo: $(STAMP)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers accelerate lightning
+	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers accelerate lightning datasets webdataset ray
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/zoo timm "$(TORCHVISION)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py tests/integrations \
-		tests/checkpoint/test_arch.py tests/checkpoint/test_hub.py
+		tests/checkpoint/test_arch.py tests/checkpoint/test_hub.py \
+		tests/data/test_stream_packages.py tests/cli/many/test_run.py tests/cli/many/test_on_ray.py
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q benchmarks/tests/test_zoo_preprocessing.py
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.ways
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.measure $(ARGS)

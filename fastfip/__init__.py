@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
     )
     from fastfip.auditing.audit import audit as audit
     from fastfip.auditing.margins import margins as margins
+    from fastfip.cli.many.rows import ManyRow as ManyRow
+    from fastfip.cli.many.run import ManyResult as ManyResult, purify_many as purify_many
     from fastfip.checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
     from fastfip.comparison.compare import compare as compare
     from fastfip.data.stand_ins import stand_in_images as stand_in_images
@@ -64,6 +66,9 @@ _WHERE = {
     "margins": "fastfip.auditing.margins",
     "evaluate": "fastfip.metrics",
     "compare": "fastfip.comparison.compare",
+    "purify_many": "fastfip.cli.many.run",
+    "ManyRow": "fastfip.cli.many.rows",
+    "ManyResult": "fastfip.cli.many.run",
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
 }

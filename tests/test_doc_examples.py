@@ -1,5 +1,6 @@
 """What the documents show runs as it is: the Python of docs/fisher.md, examples of the README and of CONTRIBUTING."""
 
+import dataclasses
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import torch
 
 from fastfip import purify
 from fastfip.cli import main
+from fastfip.cli.many.rows import ManyRow, read_manifest
 from fastfip.testing import nets
 from tests.support.backdoorbench_files import CLASSES, attack_result, some_pictures
 
@@ -143,6 +145,23 @@ def test_report(tmp_path, monkeypatch):
     table = (DOCS / "report.md").read_text().partition("| section |")[2].partition("\n\n")[0]
     named = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])]
     assert len(named) > 12 and set(named) - {"model"} <= set(document)
+
+
+def test_data(capsys):
+    (block,) = blocks_of("python", "docs/data.md")
+    exec(compile(block, "docs/data.md", "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out == "48 48\n"
+
+
+def test_many(tmp_path):
+    """The manifest of docs/many.md is one, and its table has every column."""
+    (manifest,) = blocks_of("csv", "docs/many.md")
+    (tmp_path / "m.csv").write_text(manifest)
+    rows = read_manifest(tmp_path / "m.csv")
+    assert len(rows) == 4 and rows[0].arch_args == '{"classes": 43}' and rows[3].method == "auto"
+    table = (DOCS / "many.md").read_text().partition("| column |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == {field.name for field in dataclasses.fields(ManyRow)}
 
 
 def test_contributing():

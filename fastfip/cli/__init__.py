@@ -19,6 +19,7 @@ from fastfip.cli.info import attacks, demo, env, methods
 from fastfip.cli.inspect_file import inspect
 from fastfip.cli.options import grouped
 from fastfip.cli.purify import purify
+from fastfip.cli.purify_many import purify_many
 from fastfip.cli.train_backdoor import train_backdoor
 
 __all__ = ["app", "main"]
@@ -33,6 +34,11 @@ for command, summary, example in (
         purify,
         "Clean a backdoored network with a few clean images",
         "purify in.pth out.pth --arch nets:resnet18 --data clean/ --mean imagenet --report report.json",
+    ),
+    (
+        purify_many,
+        "Purify every checkpoint of a manifest, several at a time",
+        "purify-many manifest.csv --out results --workers 2",
     ),
     (
         compare,

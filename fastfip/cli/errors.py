@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed"]
+__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed", "usage"]
 
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
@@ -27,6 +27,7 @@ CODES = {
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
     7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
+    8: "some rows of a manifest failed; the others are done",
     130: "interrupted; where purification had completed an epoch, its last good state was written",
 }
 
@@ -60,6 +61,13 @@ def _code(error: BaseException) -> int:
 def fail(text: str) -> Any:
     """Return the exception for wrong usage."""
     return typer.BadParameter(text)
+
+
+def usage(error: BaseException) -> str | None:
+    """Return what an error says of wrong usage, in one line; None: it is another one."""
+    if not isinstance(error, _USAGE):
+        return None
+    return " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -157,8 +165,7 @@ def _run(command: Any, arguments: list[str]) -> int:
         return 0
     except _USAGE as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "fastfip")
-        text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
-        say(f"{text} (see {path} --help)")
+        say(f"{usage(error)} (see {path} --help)")
         return 2
     except Exception as error:
         if debug:

@@ -121,6 +121,13 @@ ClassOrder = Annotated[
         show_default="number if all names are numbers, else text",
     ),
 ]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="leave out image files that cannot be read, and say how many they are")
+]
+DataWorkers = Annotated[
+    int,
+    typer.Option("--data-workers", metavar="N", help="processes that decode images in each pass; 0: once, into memory"),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images a batch")]
 Limit = Annotated[
     int | None,
@@ -191,6 +198,8 @@ class Inputs(Group):
     size: Size = None
     channels: Channels = None
     class_order: ClassOrder = None
+    skip_broken: SkipBroken = False
+    data_workers: DataWorkers = 0
     batch_size: BatchSize = 128
     device: Device = "cpu"
 
@@ -201,13 +210,13 @@ class Inputs(Group):
             how = replace(how, size=how.size or attack.img_size[:2], channels=how.channels or attack.img_size[2])
         if attack is not None and (self.mean, self.std, self.scale) == (None, None, None) and attack.clean_data:
             how = replace(how, mean=attack.pixels.mean, std=attack.pixels.std)
-        return device(self.device), ImageReader(how, class_order(self.class_order))
+        return device(self.device), ImageReader(how, class_order(self.class_order), self.skip_broken)
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
         from fastfip.data.images import loader
 
-        return None if images is None else loader(images, self.batch_size)
+        return None if images is None else loader(images, self.batch_size, self.data_workers)
 
 
 @dataclass(kw_only=True)

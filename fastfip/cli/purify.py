@@ -89,7 +89,7 @@ def purify(
     from fastfip.purification.purify import purify as clean_up
     from fastfip.reporting.table import show
 
-    chosen = _config(method, config, settings or [])
+    chosen = settings_of(method, config, settings or [])
     opened = net.opened(source)
     if leaderboard is not None and opened.attack is None:
         raise fail("--leaderboard is for results of BackdoorBench: IN is none")
@@ -146,13 +146,14 @@ def purify(
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
-def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
+def settings_of(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
+    """Return the settings of `--method`, `--config` and `--set`; None: what is taken depends on the images."""
     from fastfip.methods import get
     from fastfip.purification.door import MANY
 
     if method == "auto":
         if path is None and not settings:
-            return None  # what is taken depends on the images
+            return None
         method = MANY
 
     kind: Any = get(method).Config

@@ -99,6 +99,7 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         self.classes, self.order = classes, order
         self.trigger: Callable[[Tensor], Tensor] | None = None
         self.attack: Tensor | None = None
+        self.broken: list[str] = []
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,6 +122,28 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         """Return some of the set."""
         out = ImageSet(self.source, self.index[places], self.labels[places], self.pixels, self.classes, self.order)
         out.trigger, out.attack = self.trigger, None if self.attack is None else self.attack[places]
+        out.broken = self.broken
+        return out
+
+    def without_broken(self) -> ImageSet:
+        """Return the set without files that cannot be read as images, which `words` then counts; each is decoded once.
+
+        Raises:
+            DataError: none can be read.
+        """
+        if isinstance(self.source, _Arrays):
+            return self
+        keep, broken = [], []
+        for place, where in enumerate(self.index.tolist()):
+            try:
+                self.source.batch([where])
+                keep.append(place)
+            except DataError as error:
+                broken.append(str(error))
+        if not keep:
+            raise DataError(f"none of {len(broken)} images can be read: {broken[0]}")
+        out = self.subset(torch.tensor(keep)) if broken else self
+        out.broken = [*self.broken, *broken]
         return out
 
     def sample(self, limit: int | None = None, per_class: int | None = None, seed: int = 0) -> ImageSet:
@@ -157,8 +180,12 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
 
     def words(self) -> list[str]:
         """Return what a result should say about how images are made, where the user did not, and of the classes."""
-        said = self.pixels.words()
-        return said if self.classes is None or self.order is None else [*said, *order_words(self.classes, self.order)]
+        words = self.pixels.words()
+        words += [] if self.classes is None or self.order is None else order_words(self.classes, self.order)
+        if self.broken:
+            shown = "; ".join(self.broken[:3]) + "; ..." * (len(self.broken) > 3)
+            words.append(f"{len(self.broken)} images were left out: {shown}")
+        return words
 
     def to_dict(self) -> dict[str, Any]:
         """Return how images became inputs and labels, as plain values."""
@@ -167,6 +194,7 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
             **self.pixels.to_dict(),
             "class_order": self.order,
             "classes": self.classes,
+            **({"broken": len(self.broken)} if self.broken else {}),
         }
 
     def in_memory(self) -> Dataset[tuple[Tensor, ...]]:
@@ -178,10 +206,21 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         return TensorDataset(*(torch.cat(part) for part in zip(*parts)))
 
 
-def loader(images: ImageSet, batch_size: int = 128) -> DataLoader[tuple[Tensor, ...]]:
-    """Return batches of a set, in its order."""
-    if batch_size < 1:
-        raise ConfigError(f"batch-size={batch_size}: must be at least 1")
+def loader(images: ImageSet, batch_size: int = 128, workers: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    """Return batches of a set, in its order.
+
+    Args:
+        images: kept in memory where that takes no more than a gigabyte, else read anew in each pass.
+        batch_size: images a batch.
+        workers: processes that decode images in each pass, and live on between passes; nothing is kept in memory then.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ConfigError(f"batch-size={batch_size}, workers={workers}: must be at least 1 and 0")
+    if workers:
+        return DataLoader(images, batch_size=batch_size, num_workers=workers, persistent_workers=True)
     return DataLoader(images.in_memory(), batch_size=batch_size)
 
 

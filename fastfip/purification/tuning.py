@@ -17,7 +17,7 @@ from fastfip.data.cleanset import CleanSet, class_indices
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.stores import kept
 from fastfip.data.task import Task, iter_batches
-from fastfip.errors import ConfigError, FastFIPError, reason
+from fastfip.errors import ConfigError, DataError, FastFIPError, reason
 from fastfip.methods import Method, MethodConfig
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
@@ -137,6 +137,9 @@ def tune(
     except KeyboardInterrupt:  # what was tuned must not be lost with the figures
         run.interrupted = True
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
+    except (DataError, OSError) as error:  # nor with a stream that gives its samples once, or a file that is gone
+        run.alert(f"THE PURIFIED MODEL WAS NOT MEASURED: {reason(error)}")
+        after = Evaluation(on=scorer.on)
     run.notes += [note for note in after.notes if note not in run.notes]
     _say_loss(run, before, after)
     return run, history, before, after
@@ -238,7 +241,7 @@ class Scorer:
             own = run.clean if run.heldout is None else run.heldout
             what = "clean samples tuned on" if run.heldout is None else "held-out clean samples"
             self.clean = own.in_memory()
-            self.on = f"{own.n} {what}"
+            self.on = f"{self.clean.n} {what}"
             run.note(f"no test_loader: ACC and loss are of the {self.on}")
         given = [name for name, data in (("test_loader", test_loader), ("asr_loader", asr_loader)) if data is not None]
         if given:
