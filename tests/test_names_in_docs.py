@@ -19,6 +19,7 @@ def resolve(name):
     """Follow a dotted name by attributes; below the package's folders modules are imported as a user would."""
     head, *rest = name.split(".")
     value, path = importlib.import_module(head), head
+    rest = rest[1:] if rest[:1] == ["integrations"] and rest[1:] else rest
     if rest and rest[0] in value._EXTRAS:  # importing it asks for a package that need not be here
         return defined(ROOT / "fastfip" / "integrations" / f"{rest[0]}.py", rest[1:])
     for part in rest:
