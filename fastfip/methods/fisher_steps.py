@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.augment import augmented, mirrored
+from fastfip.data.augment import augmented, mirrored, movable
 from fastfip.data.batch import Batch, take
 from fastfip.errors import FastFIPError
 from fastfip.methods._batchnorm import taken_anew
@@ -36,6 +36,7 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
+from fastfip.worst_case.points import changed_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
@@ -135,6 +136,7 @@ class FisherSteps(Method):
     mean_loss: float | None = None
     received: nn.Module | None = None  # until the sieve has compared with it
     taken_back = False
+    axis: int | None = None  # of the points, where inputs are point clouds
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
     sparse = False  # too few clean samples to learn anything again
     start: dict[str, Tensor] | None = None  # the received weights
@@ -163,6 +165,9 @@ class FisherSteps(Method):
             run.alert("ONLY FINE-TUNED by large steps, no worst case was unlearned (inputs that cannot be changed)")
             self.range = None
             return
+        if run.classes is not None:
+            with run.eval_mode():
+                self.axis = points_axis(run.model, run.task, next(self.more), run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model)
         if run.classes is None:
@@ -298,10 +303,7 @@ class FisherSteps(Method):
         config = self.config(run)
         batch = self._mirrored(run, batch)
         if self.range is not None and run.progress < config.changes:
-            other = changed(run.task, batch, self.range, run.generator)
-            if other is None:
-                run.note("the inputs are no images [N, channels, height, width] of 4 pixels or more: none were changed")
-            batch = batch if other is None else other
+            batch = self._changed(run, batch, self.range)
         self.seen = batch
         values = super().backward(run, batch)
         if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
@@ -313,8 +315,16 @@ class FisherSteps(Method):
             values.update(self._unlearn(run, self.worst))
         return values
 
+    def _changed(self, run: Run, batch: Batch, known: PixelRange) -> Batch:
+        if self.axis is not None:
+            return changed_points(run.task, batch, self.axis, run.generator)
+        other = changed(run.task, batch, known, run.generator, movable(run.task, batch, run.classes))
+        if other is None:
+            run.note("the inputs are no images of 4 pixels or more, clips or point clouds: none were changed")
+        return batch if other is None else other
+
     def _moved(self, run: Run, batch: Batch) -> Batch:
-        how = run.config.augment
+        how = run.config.augment if movable(run.task, batch, run.classes) else "none"
         return batch if how == "none" else augmented(run.task, batch, how == "crop_flip", run.generator) or batch
 
     def _mirrored(self, run: Run, batch: Batch) -> Batch:
