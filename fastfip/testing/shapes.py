@@ -1,17 +1,20 @@
-"""Data that is drawn: clips of moving shapes, and scenes of shapes with their boxes. Nothing here is real data."""
+"""Data that is drawn: clips of moving shapes, scenes of shapes with their boxes, clouds of points on solids."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SHAPES", "moving_shapes", "packed", "shape_scenes"]
+__all__ = ["SHAPES", "SOLIDS", "moving_shapes", "packed", "shape_scenes", "solid_clouds"]
 
 #: What is drawn. Clips have the first two; in scenes their labels are 1 to 4.
 SHAPES = ("disc", "cross", "square", "triangle")
+#: Of the clouds; their classes are 0 to 4.
+SOLIDS = ("ball", "box", "cylinder", "cone", "ring")
 #: (down, right) of the four directions of a clip.
 DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -79,6 +82,38 @@ def shape_scenes(n: int, generator: torch.Generator, size: int = 48) -> tuple[li
         targets.append({"boxes": torch.stack(boxes), "labels": label[i, : len(boxes)] + 1})
     x = (x + 0.04 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
     return list(x), targets
+
+
+def solid_clouds(n: int, generator: torch.Generator, points: int = 256) -> tuple[Tensor, Tensor]:
+    """Return clouds [n, points, 3] of points on the surfaces of solids, in a ball of radius 1 about 0, and classes [n].
+
+    Each solid of `SOLIDS` is stretched along its axes and turned about the third one; its points have a little noise.
+
+    Args:
+        n: clouds.
+        generator: on the CPU; nothing else is drawn from.
+        points: of a cloud.
+    """
+    y = torch.randint(0, len(SOLIDS), (n,), generator=generator)
+    u, v, w = torch.rand(3, n, points, generator=generator)
+    round_, height = 2 * math.pi * u, 2 * v - 1
+    cap, hole = w.sqrt(), 0.35 * torch.ones(n, 1)
+    wall = (1 - height.square()).sqrt()
+    across, up = [wall, torch.ones_like(v), torch.where(v < 0.4, cap, 1.0), v.sqrt()], [height]
+    up += [height, torch.where(v < 0.2, -1.0, torch.where(v < 0.4, 1.0, 2 * w - 1)), 1 - 2 * v.sqrt()]
+    across.append(1 + hole * (2 * math.pi * v).cos())
+    up.append(hole * (2 * math.pi * v).sin())
+    made = [torch.stack([a * round_.cos(), a * round_.sin(), b], 2) for a, b in zip(across, up)]
+    cube = 2 * torch.stack([u, v, w], 2) - 1
+    side = torch.randint(0, 3, (n, points, 1), generator=generator)
+    made[1] = cube.scatter(2, side, cube.gather(2, side).sign())
+    x = torch.stack(made)[y, torch.arange(n)] * (0.7 + 0.6 * torch.rand(n, 1, 3, generator=generator))
+    angle = 2 * math.pi * torch.rand(n, 1, generator=generator)
+    a, b, c = x.unbind(2)
+    x = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), c], 2)
+    x = x + 0.02 * torch.randn(x.shape, generator=generator)
+    x = x - x.mean(1, keepdim=True)
+    return x / x.norm(dim=2).amax(1)[:, None, None], y
 
 
 def packed(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], most: int = 4) -> tuple[Tensor, Tensor]:
