@@ -16,7 +16,6 @@ docs/purification.md has the evidence.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +26,21 @@ from torch import Tensor, nn
 
 from fastfip.data.augment import augmented, mirrored, movable
 from fastfip.data.batch import Batch, take
-from fastfip.errors import FastFIPError
+from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._relative import RelativeSGD, fisher_length
+from fastfip.methods._search import (
+    IMPROVE_STEP,
+    SEARCH_BATCH,
+    at_least,
+    grow,
+    improve,
+    inputs_of,
+    latent_worst_case,
+    precision,
+    worst_case,
+)
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
@@ -41,13 +50,14 @@ from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
 
-#: Perturbations are drawn in proportion to success ** FOCUS, and move by so many radii a step.
-FOCUS, IMPROVE_STEP = 2.0, 0.3
-#: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
-ROUND, LAST = 10, 10
-#: The radius grows by this factor until a class is reached from so many of the samples, or up to the third number; what
-#: is unlearned has at least the last one.
-GROWTH, REACH, WIDEST, NARROWEST = 1.3, 0.9, 0.4, 0.15
+#: Perturbations are drawn in proportion to success ** FOCUS.
+FOCUS = 2.0
+#: The search ends with so many steps that favour the classes that are reached.
+LAST = 10
+#: The radius grows up to the first number; what is unlearned has at least the second one.
+WIDEST, NARROWEST = 0.4, 0.15
+#: The same at the vectors of tokens, which are written over and not moved: 1 is the size of a typical token.
+TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.7
 #: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.
@@ -157,25 +167,25 @@ class FisherSteps(Method):
             self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
         if config.mirror and config.augment == "crop" and run.classes is not None:
             self.symmetric = _symmetric(run, run.classes)
-        inputs: list[Tensor] = []
-        self.range = PixelRange.of_batches(self._some(run, inputs), run.task)
-        same = len({x.shape[1:] for x in inputs}) == 1
-        if self.range is None or not same:
+        inputs, why_not = inputs_of(run, MOST_BYTES)
+        if inputs:
+            self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
+        if run.classes is None and inputs and inputs[0].dim() == 4 and config.augment == "crop":
+            run.config = config.replace(augment="none")
+            run.note("loss= may take targets that are places in the image: images were not moved (augment='crop')")
+        if config.weight and config.unlearn:
+            self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
+        if self.range is None and self.worst is None:
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
-            run.alert("ONLY FINE-TUNED by large steps, no worst case was unlearned (inputs that cannot be changed)")
-            self.range = None
+            run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
             return
         if run.classes is not None:
             with run.eval_mode():
                 self.axis = points_axis(run.model, run.task, next(self.more), run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model)
-        if run.classes is None:
-            run.alert("NO WORST CASE was unlearned (loss= takes outputs or labels of another form)")
-        elif config.weight and config.unlearn:
-            self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius)
-            # In float16 the gradient of an input underflows without the scaler.
-            with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
+        if self.worst is not None:
+            with run.timed("search"), precision(run):
                 self._search(run, self.worst)
 
     @torch.no_grad()
@@ -237,39 +247,15 @@ class FisherSteps(Method):
         return run.config
 
     @staticmethod
-    def _some(run: Run, inputs: list[Tensor]) -> list[Batch]:
-        """Return clean batches up to a number of bytes, their inputs in `inputs` where there are any."""
-        out: list[Batch] = []
-        for batch in run.clean.batches(device=run.device):
-            out.append(batch)
-            try:
-                inputs.append(run.task.inputs(batch).detach())
-            except FastFIPError:
-                break
-            if sum(x.nbytes for x in inputs) >= MOST_BYTES:
-                break
-        return out
-
-    @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
         """Look for the worst change of each class, at the radius at which one of them works."""
         batches = run.endless()
-
-        def improve(steps: int, focus: float) -> None:
-            for _ in range(steps):
-                batch = at_least(run, next(batches))
-                c = worst.draw(run.task.labels(batch), focus)
-                worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-
         # Of more classes than a batch has samples each is drawn less than once a step: those that are reached get more,
         # yet most draws stay with the others.
-        focus = 1.0 if len(worst.success) > SEARCH_BATCH else 0.0
-        improve(ROUND, focus)
-        while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
-            worst.grow(GROWTH)
-            improve(ROUND, focus)
-        worst.grow(max(1.0, NARROWEST / worst.relative_radius))
-        improve(LAST, FOCUS)
+        narrowest, widest = (TOKEN_NARROWEST, TOKEN_WIDEST) if worst.of_tokens else (NARROWEST, WIDEST)
+        grow(run, worst, batches, widest, 1.0 if len(worst.success) > SEARCH_BATCH else 0.0)
+        worst.grow(max(1.0, narrowest / worst.relative_radius))
+        improve(run, worst, batches, LAST, FOCUS)
         run.log(radius=worst.relative_radius)
 
     def parameter_groups(self, run: Run) -> Groups:
@@ -363,18 +349,17 @@ class FisherSteps(Method):
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
         config = self.config(run)
         batch = at_least(run, next(self.more))
-        c = worst.draw(run.task.labels(batch), FOCUS)
+        c = worst.choose(run.task, batch, FOCUS)
         with run.bn("eval"):
-            used, moved = worst.moved(run.task, batch, c)
-            with run.autocast():
-                logits = run.forward(moved)
-                loss = run.loss(logits, moved).mean()
+            with worst.moved(run.model, run.task, batch, c) as (used, moved):
+                with run.autocast():
+                    logits = run.forward(moved)
+                    loss = run.loss(logits, moved).mean()
+                if run.amp != torch.float16:
+                    reached = worst.step(run.task, moved, logits, used, c, IMPROVE_STEP, retain_graph=True)
+                run.backward(config.weight * loss)
             if run.amp == torch.float16:  # the gradient of an input underflows without the scaler
-                run.backward(config.weight * loss)
                 reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-            else:
-                reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
-                run.backward(config.weight * loss)
         return {"worst_case_loss": loss.detach(), "reached": reached}
 
 

@@ -16,6 +16,7 @@ from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
 from fastfip.worst_case.universal import Perturbations
 from tests.methods.test_wfip import backdoored, digits_like  # noqa: F401  (a fixture)
 from tests.support.fip_runs import data, make_run, net
+from tests.support.small_nets import OneHot
 
 
 def test_a_step_is_a_share_of_each_tensors_norm_along_its_momentum() -> None:
@@ -311,10 +312,50 @@ def test_no_pass_is_spent_on_a_score_that_chooses_nothing(monkeypatch: pytest.Mo
 
 def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.EmbeddingBag(20, 6), nn.Linear(6, 4))
+    model = OneHot(20, 4)
     tokens = torch.randint(0, 20, (32, 5))
     result = fastfip.purify(model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False)
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip", "wfip"])
+def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (32, 7))
+    text = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(42, 4))
+    by_token = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 20))
+
+    def loss(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:  # one for each position, as a language model has
+        return F.cross_entropy(out[:, :-1].transpose(1, 2), batch[0][:, 1:], reduction="none").mean(1)
+
+    def squares(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return (out - batch[1]).square().mean(1)
+
+    images = (torch.rand(32, 1, 4, 4), torch.rand(32, 4))
+    cases: list[tuple[nn.Module, object, dict[str, object]]] = [
+        (text, (tokens, torch.arange(32) % 4), {}),
+        (by_token, (tokens,), {"loss": loss, "forward": lambda model, batch: model(batch[0])}),
+        (net(torch.float32), images, {"loss": squares}),
+    ]
+    for model, clean, options in cases:
+        result = fastfip.purify(model, [clean], method, steps=10, progress=False, force=True, **options)
+        assert not any("ONLY FINE-TUNED" in alert or "NO WORST CASE" in alert for alert in result.alerts)
+        assert result.seconds["search"] > 0 and any("worst_case_loss" in record for record in result.history)
+        assert not any(module._forward_hooks for module in result.model.modules())
+
+
+def test_images_whose_targets_may_be_places_are_not_moved() -> None:
+    seen: list[Tensor] = []
+
+    def loss(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        seen.append(batch[0])
+        return (out - batch[1]).square().mean(1)
+
+    x = torch.rand(32, 1, 4, 4)
+    options = {"steps": 4, "changes": 0.0, "weight": 0.0, "loss": loss, "progress": False, "batch_size": 32}
+    result = fastfip.purify(net(torch.float32), [(x, torch.rand(32, 4))], "fisher_steps", **options)
+    assert all(torch.equal(part.flatten().sort().values, x.flatten().sort().values) for part in seen if len(part) == 32)
+    assert any("not moved" in note for note in result.notes)
 
 
 def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> None:
