@@ -11,8 +11,8 @@ import fastfip
 from benchmarks import harness
 from benchmarks.tasks import TASKS, Case, attacks, make
 
-#: The default, and what it is compared with: nothing, fine-tuning, and fine-tuning by a large step.
-METHODS = ("nothing", "fine_tune", "large_step", "fisher_steps")
+#: The default, and what it is compared with: nothing, fine-tuning, fine-tuning by a large step, and `fast_wfip`.
+METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps")
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
 RESULTS = harness.Results(

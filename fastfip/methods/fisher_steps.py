@@ -170,9 +170,6 @@ class FisherSteps(Method):
         inputs, why_not = inputs_of(run, MOST_BYTES)
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
-        if run.classes is None and inputs and inputs[0].dim() == 4 and config.augment == "crop":
-            run.config = config.replace(augment="none")
-            run.note("loss= may take targets that are places in the image: images were not moved (augment='crop')")
         if config.weight and config.unlearn:
             self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
         if self.range is None and self.worst is None:
@@ -181,7 +178,8 @@ class FisherSteps(Method):
             return
         if run.classes is not None:
             with run.eval_mode():
-                self.axis = points_axis(run.model, run.task, next(self.more), run.generator)
+                some = next(iter(run.clean.batches(device=run.device)))
+                self.axis = points_axis(run.model, run.task, some, run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model)
         if self.worst is not None:
