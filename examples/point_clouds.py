@@ -25,7 +25,7 @@ from fastfip.testing.nets import PointNet
 from fastfip.testing.shapes import solid_clouds
 
 POINTS = 256
-WIDTHS, HIDDEN = (64, 64, 64, 128, 512), 256
+WIDTHS, HIDDEN = (64, 64, 64, 128, 256), 128
 Clouds = tuple[Tensor, Tensor]
 #: The triggers: how many points lie where, and the class that they lead to.
 ATTACKS = {

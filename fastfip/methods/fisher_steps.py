@@ -45,7 +45,7 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
-from fastfip.worst_case.points import changed_points, points_axis
+from fastfip.worst_case.points import changed_points, moved_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
@@ -285,7 +285,7 @@ class FisherSteps(Method):
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Back-propagate the loss at changed images and, in the first part, that at worst-case inputs."""
         config = self.config(run)
-        batch = self._mirrored(run, batch)
+        batch = self._mirrored(run, batch if self.axis is None else self._moved(run, batch))
         if self.range is not None and run.progress < config.changes:
             batch = self._changed(run, batch, self.range)
         self.seen = batch
@@ -308,6 +308,8 @@ class FisherSteps(Method):
         return batch if other is None else other
 
     def _moved(self, run: Run, batch: Batch) -> Batch:
+        if self.axis is not None and run.config.augment != "none":
+            return moved_points(run.task, batch, self.axis, run.generator)
         how = run.config.augment if movable(run.task, batch, run.classes) else "none"
         return batch if how == "none" else augmented(run.task, batch, how == "crop_flip", run.generator) or batch
 

@@ -65,8 +65,8 @@ def _of_class(found: Sequence[Boxes], targets: Sequence[Boxes], c: int, iou: flo
     ranked.sort(key=lambda pair: -pair[0])
     hits = torch.tensor([hit for _, hit in ranked], dtype=torch.float64)
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    best = precision.flip(0).cummax(0).values.flip(0)
-    return float((best * hits).sum()) / objects
+    envelope = precision.flip(0).cummax(0).values.flip(0)
+    return float((envelope * hits).sum()) / objects
 
 
 def detection_success(

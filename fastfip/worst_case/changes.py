@@ -24,7 +24,7 @@ from fastfip.worst_case.pixels import PixelRange, perturbable
 __all__ = ["KINDS", "changed", "random_change"]
 
 #: `change(images to change, all images of the batch, generator)`, images in [0, 1].
-Kind = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+ImageChange = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 #: Share of the images of a batch that are changed; the others are seen as they are.
 SHARE = 0.75
 #: Images smaller than this are not changed: there is no room for a pattern.
@@ -62,7 +62,7 @@ def changed(
     return task.replace_inputs(batch, change(x, known, generator, kinds))
 
 
-def _all_frames(x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[Kind, ...]) -> Tensor:
+def _all_frames(x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[ImageChange, ...]) -> Tensor:
     """Return clips with three quarters of them changed, each alike in all its frames: these see the same draws.
 
     The axis of the frames is the third one where the second can be that of channels, 1 or 3 of them; else the second.
@@ -80,7 +80,7 @@ def _all_frames(x: Tensor, known: PixelRange, generator: torch.Generator, kinds:
 
 
 def random_change(
-    x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[Kind, ...] | None = None
+    x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[ImageChange, ...] | None = None
 ) -> Tensor:
     """Return images x [N, ch, H, W] with three quarters of them changed, each by one of `kinds`; see `changed`.
 
@@ -155,7 +155,7 @@ def _toned(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(coarse, (x * levels).round() / levels, x.pow(gamma))
 
 
-KINDS: tuple[Kind, ...] = (_mixed, _added, _warped, _patched, _toned)
+KINDS: tuple[ImageChange, ...] = (_mixed, _added, _warped, _patched, _toned)
 
 
 def _patterns(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:

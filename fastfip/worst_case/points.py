@@ -16,10 +16,10 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.worst_case.pixels import perturbable
 
-__all__ = ["POINT_KINDS", "changed_points", "points_axis"]
+__all__ = ["POINT_KINDS", "changed_points", "moved_points", "points_axis"]
 
 #: `change(clouds [N, P, 3], generator)`.
-Kind = Callable[[Tensor, torch.Generator], Tensor]
+PointChange = Callable[[Tensor, torch.Generator], Tensor]
 #: Share of the clouds of a batch that are changed; the others are seen as they are.
 SHARE = 0.75
 #: Fewer points than that are no cloud.
@@ -67,8 +67,7 @@ def changed_points(task: Task, batch: Batch, axis: int, generator: torch.Generat
         axis: of the points, see `points_axis`.
         generator: on the CPU; nothing else is drawn from.
     """
-    given = task.inputs(batch)
-    x = given if axis == 1 else given.transpose(1, 2)
+    x = _points_first(task, batch, axis)
     kind = torch.randint(0, len(POINT_KINDS), (len(x),), generator=generator)
     kind[torch.rand(len(x), generator=generator) >= SHARE] = len(POINT_KINDS)
     out = x.clone()
@@ -77,6 +76,24 @@ def changed_points(task: Task, batch: Batch, axis: int, generator: torch.Generat
         if len(index):
             out[index] = change(x[index].float(), generator).to(x.dtype)
     return task.replace_inputs(batch, out if axis == 1 else out.transpose(1, 2).contiguous())
+
+
+def moved_points(task: Task, batch: Batch, axis: int, generator: torch.Generator) -> Batch:
+    """Return the batch with all of its clouds turned a little, stretched and jittered at random.
+
+    For clouds it is what moving by a few pixels is for images; see `changed_points` for what it takes.
+    """
+    x = _points_first(task, batch, axis)
+    out = x.float()
+    for change in (_turned, _stretched, _jittered):
+        out = change(out, generator)
+    out = out.to(x.dtype)
+    return task.replace_inputs(batch, out if axis == 1 else out.transpose(1, 2).contiguous())
+
+
+def _points_first(task: Task, batch: Batch, axis: int) -> Tensor:
+    x = task.inputs(batch)
+    return x if axis == 1 else x.transpose(1, 2)
 
 
 def _jittered(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,7 +137,7 @@ def _gathered(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 #: See the first lines of this file.
-POINT_KINDS: tuple[Kind, ...] = (_jittered, _stretched, _turned, _thinned, _gathered)
+POINT_KINDS: tuple[PointChange, ...] = (_jittered, _stretched, _turned, _thinned, _gathered)
 
 
 def _size(x: Tensor) -> Tensor:

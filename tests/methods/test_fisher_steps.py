@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data.cleanset import CleanSet
+from fastfip.methods import fisher_steps
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.testing.nets import PointNet
 from fastfip.worst_case.universal import Perturbations
 from tests.methods.test_wfip import backdoored, digits_like  # noqa: F401  (a fixture)
 from tests.support.fip_runs import data, make_run, net
@@ -429,3 +431,26 @@ def test_sparse_gradients_are_taken() -> None:
         model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False, force=True
     )
     assert bool(torch.isfinite(result.model[0].weight).all()) and not torch.equal(result.model[0].weight, before)
+
+
+def test_point_clouds_are_changed_and_moved_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their axis of points is found, a part of the steps changes them, all steps and the statistics move them."""
+    seen: dict[str, list[int]] = {"changed_points": [], "moved_points": []}
+    for name in seen:
+        real = getattr(fisher_steps, name)
+
+        def spy(task, batch, axis, generator, name=name, real=real):
+            seen[name].append(axis)
+            return real(task, batch, axis, generator)
+
+        monkeypatch.setattr(fisher_steps, name, spy)
+    torch.manual_seed(0)
+    x = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 41)[:, None, None] / 20
+    y = torch.arange(40) % 4
+    settings = {"steps": 10, "batch_size": 20, "force": True, "progress": False}
+    fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", **settings)
+    assert len(seen["changed_points"]) == 4 and len(seen["moved_points"]) > 10
+    assert {*seen["changed_points"], *seen["moved_points"]} == {1}
+    seen["moved_points"].clear()
+    fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", augment="none", changes=0.0, **settings)
+    assert not seen["moved_points"] and len(seen["changed_points"]) == 4

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastfip.data import Task
 from fastfip.testing.nets import PointNet
-from fastfip.worst_case.points import POINT_KINDS, changed_points, points_axis
+from fastfip.worst_case.points import POINT_KINDS, changed_points, moved_points, points_axis
 
 
 def generator(seed: int = 1) -> torch.Generator:
@@ -74,3 +74,13 @@ def test_gathered_points_are_few_and_in_one_small_ball() -> None:
     for cloud, where in zip(out, moved):
         if int(where.sum()) > 1:
             assert float(torch.cdist(cloud[where], cloud[where]).max()) <= 2 * 0.2 * 1.2
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_all_clouds_are_moved_a_little(axis: int) -> None:
+    x = clouds(50) if axis == 1 else clouds(50).transpose(1, 2)
+    before = x.clone()
+    out, _ = moved_points(Task(), (x, torch.arange(50)), axis, generator())
+    assert torch.equal(x, before) and out.shape == x.shape
+    moved = (out - x).norm(dim=3 - axis).mean(1)
+    assert float(moved.min()) > 0.01 and float(moved.mean()) < 0.4

@@ -17,19 +17,19 @@ __all__ = ["SSD", "VideoResNet"]
 class _Conv2Plus1D(nn.Sequential):
     """A convolution over space, then one over time."""
 
-    def __init__(self, a: int, b: int, stride: int = 1) -> None:
+    def __init__(self, a: int, b: int, stride: int = 1, in_time: int = 1) -> None:
         super().__init__(
             nn.Conv3d(a, b, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
             nn.BatchNorm3d(b),
             nn.ReLU(),
-            nn.Conv3d(b, b, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False),
+            nn.Conv3d(b, b, (3, 1, 1), (in_time, 1, 1), (1, 0, 0), bias=False),
         )
 
 
 class _VideoBlock(nn.Module):
     def __init__(self, a: int, b: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _Conv2Plus1D(a, b, stride), nn.BatchNorm3d(b)
+        self.conv1, self.bn1 = _Conv2Plus1D(a, b, stride, stride), nn.BatchNorm3d(b)
         self.conv2, self.bn2 = _Conv2Plus1D(b, b), nn.BatchNorm3d(b)
         self.short = nn.Sequential()
         if stride > 1 or a != b:
@@ -45,8 +45,7 @@ class VideoResNet(nn.Module):
 
     def __init__(self, classes: int = 8, widths: tuple[int, ...] = (12, 24, 48)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_Conv2Plus1D(3, widths[0]), nn.BatchNorm3d(widths[0]), nn.ReLU())
-        self.stem[0][0].stride = (1, 2, 2)
+        self.stem = nn.Sequential(_Conv2Plus1D(3, widths[0], 2), nn.BatchNorm3d(widths[0]), nn.ReLU())
         blocks = [_VideoBlock(a, b, 1 + (i > 0)) for i, (a, b) in enumerate(zip((widths[0], *widths), widths))]
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(widths[-1], classes)
