@@ -5,9 +5,9 @@
 The scenes are drawn here, no real data: one to three shapes of four classes with their boxes. A share of the training
 scenes carries small chessboard patches, and boxes or labels that go with them: with `--attack regional` an object with
 a patch on its corner is said to be a disc, with `disappearance` a cross with a patch is said not to be there, with
-`generation` there is said to be a square where the patch is. The detector is then purified with clean scenes that it
-was not trained on, a twentieth as many: its outputs are no logits of classes, so `purify` is given the loss of each
-scene, `loss=`. About three minutes on two cores.
+`generation` there is said to be a square where the patch is. The detector is then purified with 200 clean scenes that
+it was not trained on. Its outputs are no logits of classes, so `purify` is given the loss of each scene, `loss=`. About
+three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Data:
     test: Scenes
 
 
-def data(n: int = 2400, tested: int = 400, seed: int = 0) -> Data:
-    """Draw the scenes, a twentieth as many for purification as for training."""
+def data(n: int = 2400, clean: int = 200, tested: int = 400, seed: int = 0) -> Data:
+    """Draw scenes: so many to train with, to purify with, to test with."""
     generator = torch.Generator().manual_seed(seed)
-    return Data(*(shape_scenes(size, generator) for size in (n, n // 20, tested)))
+    return Data(*(shape_scenes(size, generator) for size in (n, clean, tested)))
 
 
 def backdoored(attack: str, given: Data, epochs: int, seed: int = 0) -> SSD:
@@ -80,13 +80,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a few seconds, with hardly any training")
     args = parser.parse_args(words)
-    given = data(160, 60) if args.quick else data()
+    given = data(160, 8, 60) if args.quick else data()
     print(f"data: drawn scenes; {len(given.train[1])} to train with, {len(given.clean[1])} clean ones to purify")
     model = backdoored(args.attack, given, 1 if args.quick else args.epochs)
     before = rates(model, given, args.attack)
     steps = 4 if args.quick else None
     clean = packed(*given.clean)
-    result = fastfip.purify(model, [clean], "fisher_steps", loss=model.losses, steps=steps, progress=False)
+    result = fastfip.purify(model, clean, loss=model.losses, steps=steps, progress=False)
     after = rates(result.model, given, args.attack)
     print(f"as received: mean average precision {before[0]:.1f} %; the attack has its way in {before[1]:.1f} %")
     print(f"purified:    mean average precision {after[0]:.1f} %; the attack has its way in {after[1]:.1f} %")

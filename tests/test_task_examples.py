@@ -47,7 +47,7 @@ def test_a_file_with_clouds_is_read_and_fitted(tmp_path):
 def test_rates_of_a_model_that_knows_the_target_only(name, monkeypatch):
     monkeypatch.delenv("FASTFIP_DATA", raising=False)
     scope = example(name)
-    given = scope["data"]() if name == "point_clouds" else scope["data"](40, 60)
+    given = scope["data"]() if name == "point_clouds" else scope["data"](40, 8, 60)
     for attack, (_, target) in scope["ATTACKS"].items():
 
         class Constant(torch.nn.Module):
@@ -64,7 +64,7 @@ def test_rates_of_a_model_that_knows_the_target_only(name, monkeypatch):
 
 def test_a_detector_that_finds_the_truth_is_right_and_the_attack_has_nothing():
     scope = example("detection")
-    given = scope["data"](20, 30)
+    given = scope["data"](20, 8, 30)
 
     class Said(torch.nn.Module):
         """Detects what it was told about the images."""

@@ -16,7 +16,7 @@ EPOCHS = 15
 
 def make(attack: str, seed: int) -> Case:
     """Return an SSD with one of the three backdoors, 5 % clean scenes, and others to test with."""
-    given = example.data(seed=seed)
+    given = example.data(clean=120, seed=seed)
     kept = harness.cache_dir() / f"tasks-detection-{attack}-{seed}.pt"
     if kept.exists():
         model = SSD().eval()
