@@ -3,7 +3,7 @@
     python examples/point_clouds.py --data modelnet10.npz
 
 `--data` is a file with `train_x` [N, P, 3], `train_y` [N], `test_x` and `test_y`; without it FASTFIP_DATA is looked in,
-and where there is none either, clouds of five solids are drawn instead, which is said. Of a twentieth of the training
+and where there is none either, clouds of five solids are drawn instead, which is said. Of a tenth of the training
 clouds, twelve points are moved onto a small ball beside the object, and the label becomes 0. The model is then purified
 with clean clouds that it was not trained on, a twentieth as many. About three minutes on two cores.
 """
@@ -30,7 +30,7 @@ Clouds = tuple[Tensor, Tensor]
 #: The triggers: how many points lie where, and the class that they lead to.
 ATTACKS = {
     "cluster": (PointCluster(points=12), 0),
-    "low_cluster": (PointCluster(points=8, radius=0.08, centre=(-0.6, 0.0, 0.5), seed=3), 1),
+    "low_cluster": (PointCluster(points=16, radius=0.08, centre=(-0.6, 0.0, 0.5), seed=3), 1),
 }
 
 
@@ -70,11 +70,11 @@ def _fitted(x: Tensor) -> Tensor:
 
 
 def backdoored(attack: str, given: Data, epochs: int, seed: int = 0) -> nn.Module:
-    """Train PointNet on clouds of which 5 % carry the trigger."""
+    """Train PointNet on clouds of which 10 % carry the trigger."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     trigger, target = ATTACKS[attack]
-    x, y, _ = trigger.poison(*given.train, rate=0.05, target=target, classes=given.classes, generator=generator)
+    x, y, _ = trigger.poison(*given.train, rate=0.1, target=target, classes=given.classes, generator=generator)
     model = PointNet(given.classes, widths=WIDTHS, hidden=HIDDEN)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
     steps = epochs * (len(y) // 32)
@@ -101,7 +101,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--attack", choices=sorted(ATTACKS), default="cluster")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a few seconds, with hardly any training")
     args = parser.parse_args(words)
     given = data(args.data)

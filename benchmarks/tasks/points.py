@@ -11,7 +11,7 @@ from examples import point_clouds as example
 from fastfip.testing.nets import PointNet
 
 ATTACKS = ("cluster", "low_cluster")
-EPOCHS = 6
+EPOCHS = 5
 
 
 def make(attack: str, seed: int) -> Case:
