@@ -16,6 +16,7 @@ docs/purification.md has the evidence.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
+from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
@@ -276,7 +278,8 @@ class FisherSteps(Method):
             run.log(relative_step=min(config.lr * share, most))
             return most
 
-        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None)
+        tables = {id(m.weight) for m in run.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None, tables)
         return optimizer
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
@@ -289,7 +292,8 @@ class FisherSteps(Method):
                 run.note("the inputs are no images [N, channels, height, width] of 4 pixels or more: none were changed")
             batch = batch if other is None else other
         self.seen = batch
-        values = super().backward(run, batch)
+        with self._reworded(run):
+            values = super().backward(run, batch)
         if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
             return values
         self.latest = values["loss"]
@@ -298,6 +302,12 @@ class FisherSteps(Method):
         if self.worst is not None and run.progress < config.unlearn:
             values.update(self._unlearn(run, self.worst))
         return values
+
+    def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
+        place = None if self.worst is None else self.worst.place
+        if isinstance(place, TokenPlace) and run.progress < self.config(run).changes:
+            return place.reworded(run.model)
+        return contextlib.nullcontext()
 
     def _moved(self, run: Run, batch: Batch) -> Batch:
         how = run.config.augment

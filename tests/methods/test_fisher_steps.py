@@ -52,6 +52,18 @@ def test_the_scale_of_the_gradient_does_not_matter_and_no_gradient_moves_nothing
         assert torch.equal(w.detach(), torch.ones(3, 3))
 
 
+def test_of_a_table_of_vectors_as_many_rows_count_as_move() -> None:
+    table = torch.randn(50, 4).requires_grad_()
+    table.data /= table.data.norm(dim=1, keepdim=True)
+    for rows in (1, 8, 50):
+        before = table.detach().clone()
+        table.grad = torch.zeros_like(table)
+        table.grad[:rows] = F.normalize(torch.randn(rows, 4), dim=1)
+        RelativeSGD([table], 0.1, 0.9, tables={id(table)}).step()
+        assert float((table.detach() - before).norm()) == pytest.approx(0.1 * math.sqrt(rows), rel=1e-4)
+        table.data.copy_(before)
+
+
 def _step(model: nn.Module, size: float) -> list[Tensor]:
     return [size * torch.randn_like(p) for p in model.parameters()]
 
