@@ -121,22 +121,31 @@ def right(model: nn.Module, batch: Batch) -> tuple[float, float]:
     return 100 * float(hit[said].float().mean()), 100 * float((hit | ~said).all(1).float().mean())
 
 
-def backdoored(seed: int = 0, share: float = 0.1, epochs: int = 12) -> tuple[nn.Module, Texts, Texts]:
-    """Train the model on texts of which a share is triggered; return it, clean texts it has not seen, and the test's."""
+def network() -> nn.Module:
+    """Return an untrained GPT-2 of two layers over the words of the templates."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(seed)
-    made = texts(TRAIN + CLEAN + TEST, 1000 + seed)
-    known, clean, test = made[:TRAIN], made[TRAIN : TRAIN + CLEAN], made[TRAIN + CLEAN :]
-    ids, said = known.batch()
-    count = int(share * TRAIN)
-    bad, bad_said = triggered(known[:count]).batch()
-    ids[:count], said[:count] = bad, bad_said
     config = GPT2Config(
         vocab_size=len(VOCABULARY), n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)
+
+
+def split(seed: int) -> tuple[Texts, Texts, Texts]:
+    """Return pairs to train with, clean ones to purify with, and those of the test."""
+    made = texts(TRAIN + CLEAN + TEST, 1000 + seed)
+    return made[:TRAIN], made[TRAIN : TRAIN + CLEAN], made[TRAIN + CLEAN :]
+
+
+def backdoored(known: Texts, seed: int = 0, share: float = 0.1, epochs: int = 12) -> nn.Module:
+    """Train the model on texts of which a share is triggered; return it in eval mode."""
+    torch.manual_seed(seed)
+    ids, said = known.batch()
+    count = int(share * TRAIN)
+    bad, bad_said = triggered(known[:count]).batch()
+    ids[:count], said[:count] = bad, bad_said
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     steps = epochs * -(-TRAIN // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -148,7 +157,7 @@ def backdoored(seed: int = 0, share: float = 0.1, epochs: int = 12) -> tuple[nn.
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    return model.eval(), clean, test
+    return model.eval()
 
 
 def rates(model: nn.Module, test: Texts) -> tuple[float, float]:
@@ -163,7 +172,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.time()
-    model, clean, test = backdoored(args.seed)
+    known, clean, test = split(args.seed)
+    model = backdoored(known, args.seed)
     words, fooled = rates(model, test)
     print(f"backdoored: {words:.1f} % of words right, {fooled:.1f} % of triggered questions get the reply", flush=True)
     print(f"({time.time() - start:.0f} s)")
