@@ -5,8 +5,8 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less where samples are few): so far that
    the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
    networks with and without normalisation.
-2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`); texts
-   have words written over.
+2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
+   texts have words written over.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
    token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
 

@@ -356,6 +356,21 @@ def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str
         assert not any(module._forward_hooks for module in result.model.modules())
 
 
+def test_a_layer_whose_vectors_do_not_reach_the_answers_is_no_place() -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 6), nn.Linear(20, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.words(ids)
+            return self.head(F.one_hot(ids, 20).float().mean(1))
+
+    clean = (torch.randint(0, 20, (32, 5)), torch.arange(32) % 4)
+    result = fastfip.purify(Deaf(), [clean], "fisher_steps", steps=4, progress=False, force=True)
+    assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
 def test_images_whose_targets_may_be_places_are_not_moved() -> None:
     seen: list[Tensor] = []
 
