@@ -1,4 +1,4 @@
-"""The tasks: each has its attacks, rows say what was measured, and the examples' triggers and measures are as they say."""
+"""The tasks: each has attacks, rows say what was measured, the examples' triggers and measures are as they say."""
 
 from __future__ import annotations
 
