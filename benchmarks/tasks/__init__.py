@@ -21,7 +21,7 @@ from torch import nn
 __all__ = ["TASKS", "Case", "make"]
 
 #: Names of tasks, which are those of the files.
-TASKS = ("text", "points", "video", "detection")
+TASKS = ("text", "lm", "points", "video", "detection")
 
 
 @dataclass

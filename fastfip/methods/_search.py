@@ -49,14 +49,30 @@ def worst_case(run: Run, inputs: list[Tensor], radius: float) -> Perturbations:
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
-    """Return perturbations of the vectors that the model looks up for token ids; None: it looks up none."""
+    """Return perturbations of the vectors that the model looks up for token ids.
+
+    Returns:
+        None where it looks up none, or where what is written there does not reach its outputs (compiled code).
+    """
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
     with run.eval_mode():
         found = TokenPlace.of(run.model, run.forward, batches, run.generator)
     if found is None:
         return None
     place, like = found
+    if not _reaches(run, place, like, batches[0]):
+        return None
     return Perturbations.of(like, goal_of(run), run.generator, radius, place)
+
+
+@torch.no_grad()
+def _reaches(run: Run, place: TokenPlace, like: Tensor, batch: Batch) -> bool:
+    """Return whether vectors of other tokens in their place change the answers."""
+    with run.eval_mode():
+        plain = run.forward(batch)
+        used = like[torch.arange(run.task.size(batch), device=like.device) % len(like)]
+        with place.moved(run.model, run.task, batch, used) as moved:
+            return not torch.equal(run.forward(moved), plain)
 
 
 def goal_of(run: Run) -> Goal:

@@ -6,8 +6,9 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
    the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
    networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`).
-3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile.
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
+3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
+   token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -17,6 +18,7 @@ docs/purification.md has the evidence.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,11 +43,13 @@ from fastfip.methods._search import (
     precision,
     worst_case,
 )
+from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
+from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.points import changed_points, moved_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
@@ -67,8 +71,6 @@ DIFFERENCE = 0.1
 SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
-#: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
-SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -167,7 +169,7 @@ class FisherSteps(Method):
         if config.back > 0:
             self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
         if config.mirror and config.augment == "crop" and run.classes is not None:
-            self.symmetric = _symmetric(run, run.classes)
+            self.symmetric = symmetric_classes(run, run.classes)
         inputs, why_not = inputs_of(run, MOST_BYTES)
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
@@ -280,7 +282,8 @@ class FisherSteps(Method):
             run.log(relative_step=min(config.lr * share, most))
             return most
 
-        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None)
+        tables = {id(m.weight) for m in run.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None, tables)
         return optimizer
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
@@ -290,7 +293,8 @@ class FisherSteps(Method):
         if self.range is not None and run.progress < config.changes:
             batch = self._changed(run, batch, self.range)
         self.seen = batch
-        values = super().backward(run, batch)
+        with self._reworded(run):
+            values = super().backward(run, batch)
         if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
             return values
         self.latest = values["loss"]
@@ -307,6 +311,12 @@ class FisherSteps(Method):
         if other is None:
             run.note("the inputs are no images of 4 pixels or more, clips or point clouds: none were changed")
         return batch if other is None else other
+
+    def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
+        place = None if self.worst is None else self.worst.place
+        if isinstance(place, TokenPlace) and run.progress < self.config(run).changes:
+            return place.reworded(run.model)
+        return contextlib.nullcontext()
 
     def _moved(self, run: Run, batch: Batch) -> Batch:
         if self.axis is not None and run.config.augment != "none":
@@ -368,27 +378,3 @@ def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:
     """Return settings for very few clean samples a class, in the place of those that are the defaults."""
     usual, less = type(config)(), {"length": SPARSE_LENGTH, "steps": SPARSE_STEPS, "bn_mode": "eval"}
     return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
-
-
-@torch.no_grad()
-def _symmetric(run: Run, classes: int) -> Tensor | None:
-    """Return which classes [classes] (bool) may be mirrored; None: none.
-
-    Those whose mirror images the received model answers as labelled, nearly as often as the images themselves: photos
-    of things, not digits or signs to the left. Only clean samples and the received model's answers decide.
-    """
-    right = torch.zeros(2, classes, device="cpu", dtype=torch.float32)
-    bytes_seen = 0
-    with run.eval_mode():
-        for batch in run.clean.batches(device=run.device):
-            y = run.task.labels(batch).cpu()
-            other = mirrored(run.task, batch, torch.ones(len(y), dtype=torch.bool, device="cpu"))
-            if other is None:
-                return None
-            for row, of in zip(right, (batch, other)):
-                row.index_add_(0, y, (run.forward(of).argmax(1).cpu() == y).float())
-            bytes_seen += run.task.inputs(batch).nbytes
-            if bytes_seen >= MOST_BYTES:
-                break
-    out = (right[1] > 0) & (right[1] >= SYMMETRIC * right[0])
-    return out if bool(out.any()) else None

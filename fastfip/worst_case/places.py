@@ -25,6 +25,8 @@ __all__ = ["InputPlace", "Place", "TokenPlace"]
 
 #: Vectors of a soft trigger: long enough for the tokens of a short sentence.
 WIDTH = 5
+#: Share of the texts that are reworded, and words that are written into one at most.
+SHARE, WORDS = 0.75, 3
 
 
 class Place(ABC):
@@ -167,6 +169,43 @@ class TokenPlace(Place):
         finally:
             handle.remove()
 
+    @contextlib.contextmanager
+    def reworded(self, model: nn.Module, share: float = SHARE, most: int = WORDS) -> Iterator[None]:
+        """Write words drawn from the whole table of vectors over some words of the texts, while the block runs.
+
+        No clean text may hold the words of a trigger: here each word of the table has its turn. Where the layer has no
+        table (`weight` [words, d]) nothing is changed.
+
+        Args:
+            model: it has the layer.
+            share: of the texts that are changed.
+            most: words that are written into one, in a row, at most.
+        """
+        layer = model.get_submodule(self.name)
+        table = getattr(layer, "weight", None)
+        if self.center is None or not isinstance(table, Tensor) or table.dim() != 2:
+            yield
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            ids = _whole(args, kwargs)
+            if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[2:] != table.shape[1:]:
+                return out
+            n = len(ids)
+            wide = int(torch.randint(1, most + 1, (), generator=self.generator, device="cpu"))
+            places = self._places(ids, wide)
+            drawn = torch.randint(0, len(table), places.shape, generator=self.generator, device="cpu").to(ids.device)
+            kept = torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32) >= share
+            new = table[drawn].to(out.dtype)
+            index = places[:, :, None].expand(-1, -1, out.shape[2])
+            return torch.where(kept.to(out.device)[:, None, None], out, out.scatter(1, index, new))
+
+        handle = layer.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _written(self, out: Tensor, used: Tensor, places: Tensor) -> Tensor:
         if self.center is None:
             return out + used.to(out.dtype)
@@ -174,10 +213,10 @@ class TokenPlace(Place):
         vectors = (self.center + used[:, :width]).to(out.dtype)
         return out.scatter(1, places[:, :, None].expand(-1, -1, out.shape[2]), vectors)
 
-    def _places(self, ids: Tensor) -> Tensor:
+    def _places(self, ids: Tensor, width: int | None = None) -> Tensor:
         """Draw the columns [N, K] that are written over, in a row, within the tokens of each sequence of ids [N, T]."""
         n, length = ids.shape
-        width = min(self.width, length)
+        width = min(self.width if width is None else width, length)
         text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
         begin = text.int().argmax(1).cpu() + self.head
         end = (length - text.int().flip(1).argmax(1)).cpu()

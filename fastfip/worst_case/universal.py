@@ -180,7 +180,8 @@ class Perturbations:
     ) -> Tensor:
         """Return the gradient of the goal's loss in what was used, [N, ...]."""
         loss = self.goal.loss(task, logits, batch, c)
-        return torch.autograd.grad(loss, used, retain_graph=retain_graph)[0]
+        gradient = torch.autograd.grad(loss, used, retain_graph=retain_graph, allow_unused=True)[0]
+        return torch.zeros_like(used) if gradient is None else gradient  # None: a pass that did not meet them
 
     @torch.no_grad()
     def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:

@@ -54,6 +54,18 @@ def test_the_scale_of_the_gradient_does_not_matter_and_no_gradient_moves_nothing
         assert torch.equal(w.detach(), torch.ones(3, 3))
 
 
+def test_of_a_table_of_vectors_as_many_rows_count_as_move() -> None:
+    table = torch.randn(50, 4).requires_grad_()
+    table.data /= table.data.norm(dim=1, keepdim=True)
+    for rows in (1, 8, 50):
+        before = table.detach().clone()
+        table.grad = torch.zeros_like(table)
+        table.grad[:rows] = F.normalize(torch.randn(rows, 4), dim=1)
+        RelativeSGD([table], 0.1, 0.9, tables={id(table)}).step()
+        assert float((table.detach() - before).norm()) == pytest.approx(0.1 * math.sqrt(rows), rel=1e-4)
+        table.data.copy_(before)
+
+
 def _step(model: nn.Module, size: float) -> list[Tensor]:
     return [size * torch.randn_like(p) for p in model.parameters()]
 
@@ -344,6 +356,21 @@ def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str
         assert not any("ONLY FINE-TUNED" in alert or "NO WORST CASE" in alert for alert in result.alerts)
         assert result.seconds["search"] > 0 and any("worst_case_loss" in record for record in result.history)
         assert not any(module._forward_hooks for module in result.model.modules())
+
+
+def test_a_layer_whose_vectors_do_not_reach_the_answers_is_no_place() -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 6), nn.Linear(20, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.words(ids)
+            return self.head(F.one_hot(ids, 20).float().mean(1))
+
+    clean = (torch.randint(0, 20, (32, 5)), torch.arange(32) % 4)
+    result = fastfip.purify(Deaf(), [clean], "fisher_steps", steps=4, progress=False, force=True)
+    assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
 
 
 def test_images_whose_targets_may_be_places_are_not_moved() -> None:
