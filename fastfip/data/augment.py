@@ -9,7 +9,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.errors import DataError
 
-__all__ = ["augmented", "crop_flip", "shifted"]
+__all__ = ["augmented", "crop_flip", "mirrored", "movable", "shifted"]
 
 #: Share of the height and width that a crop moves by, at most: 4 pixels of 32.
 REACH = 1 / 8
@@ -17,6 +17,8 @@ REACH = 1 / 8
 
 def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) -> Batch | None:
     """Return the batch with each of its images [N, ch, H, W] moved at random, and mirrored if `flip` in half the cases.
+
+    Clips, [N, ch, T, H, W] or [N, T, ch, H, W], are moved and mirrored alike in all their frames.
 
     A crop of a padded image moves it: by up to an eighth of its height and width, on a ground of each channel's lowest
     value in the batch, which is black however images are normalised.
@@ -28,7 +30,7 @@ def augmented(task: Task, batch: Batch, flip: bool, generator: torch.Generator) 
         generator: on the CPU.
 
     Returns:
-        None where inputs are no images.
+        None where inputs are no images or clips.
     """
     x = _images(task, batch)
     return None if x is None else task.replace_inputs(batch, crop_flip(x, flip, generator))
@@ -38,26 +40,41 @@ def mirrored(task: Task, batch: Batch, which: Tensor) -> Batch | None:
     """Return the batch with those of its images [N, ch, H, W] mirrored left to right that `which` [N] (bool) names.
 
     Returns:
-        None where inputs are no images.
+        None where inputs are no images or clips.
     """
     x = _images(task, batch)
     if x is None:
         return None
-    return task.replace_inputs(batch, torch.where(which.to(x.device)[:, None, None, None], x.flip(3), x))
+    which = which.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
+    return task.replace_inputs(batch, torch.where(which, x.flip(-1), x))
+
+
+def movable(task: Task, batch: Batch, classes: int | None) -> bool:
+    """Return whether labels hold when an image is moved: class indices, or 0 and 1 for each of several labels.
+
+    With `loss=` they may be boxes, masks or positions, which would have to move with the image.
+    """
+    if classes is not None:
+        return True
+    try:
+        y = task.labels(batch)
+    except DataError:
+        return False
+    return y.dim() == 2 and bool(((y == 0) | (y == 1)).all())
 
 
 def _images(task: Task, batch: Batch) -> Tensor | None:
-    """Return the images [N, ch, H, W] of a batch; None: it has none."""
+    """Return the images [N, ch, H, W], or the clips with one axis more, of a batch; None: it has none."""
     try:
         x = task.inputs(batch)
     except DataError:
         return None
-    return x if x.dim() == 4 and x.is_floating_point() and x.numel() else None
+    return x if x.dim() in (4, 5) and x.is_floating_point() and x.numel() else None
 
 
 def crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Return images x [N, ch, H, W], not empty, moved and mirrored at random, see `augmented`."""
-    n, _, height, width = x.shape
+    """Return images or clips x [N, ..., H, W], not empty, moved and mirrored at random, see `augmented`."""
+    n, height, width = len(x), *x.shape[-2:]
     down, right = (
         torch.randint(-reach, reach + 1, (n,), generator=generator, device="cpu")
         for reach in (max(1, round(REACH * height)), max(1, round(REACH * width)))
@@ -65,7 +82,8 @@ def crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     mirrored = torch.zeros(n, dtype=torch.bool, device="cpu")
     if flip:
         mirrored = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32) < 0.5
-    return shifted(x, down.to(x.device), right.to(x.device), mirrored.to(x.device))
+    moves = (down.to(x.device), right.to(x.device), mirrored.to(x.device))
+    return shifted(x, *moves) if x.dim() == 4 else shifted(x.flatten(1, -3), *moves).reshape(x.shape)
 
 
 def shifted(x: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:

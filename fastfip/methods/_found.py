@@ -25,7 +25,12 @@ MOST_SAMPLES, SAMPLE_PIXELS = 24, 48
 
 @torch.no_grad()
 def keep_changes(run: Run, worst: Perturbations) -> None:
-    """Keep the changes of the classes that are reached best, as they were found on the received model."""
+    """Keep the changes of the classes that are reached best, as they were found on the received model.
+
+    Nothing is kept where there are no classes, nor of vectors of tokens, which cannot be shown.
+    """
+    if run.classes is None or worst.of_tokens:
+        return
     first = worst.success.argsort(descending=True, stable=True)[:MOST_CLASSES]
     rows = worst.store.rows(first).float().cpu().numpy()
     shown = [of_change(row) for row in rows]

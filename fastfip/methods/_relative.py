@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -77,7 +77,9 @@ class RelativeSGD(torch.optim.Optimizer):
     dependence on the gradient's size). One `lr` serves networks with and without normalisation layers, because a
     layer's output moves by a share of itself. A tensor of few or small entries counts as larger than it is: a vector
     as if the root mean square of its entries were 0.1 at least, a weight 0.001. One whose momentum has vanished in the
-    tensor's precision stays.
+    tensor's precision stays. Of a table of vectors (`tables`) as many rows count as its momentum has weight in, (sum_r
+    |m_r|)^2 / sum_r |m_r|^2: a batch looks up few of them, and a share of the whole table's norm would be many times
+    theirs.
 
     Args:
         params: tensors or groups.
@@ -85,6 +87,7 @@ class RelativeSGD(torch.optim.Optimizer):
         momentum: of the gradients.
         bound: gets the step d of every tensor, in the order of the groups, before it is scaled by `lr`; returns the
             largest factor that is allowed. None: no bound.
+        tables: ids of the parameters that are tables of vectors, [rows, d].
     """
 
     def __init__(
@@ -93,9 +96,10 @@ class RelativeSGD(torch.optim.Optimizer):
         lr: float,
         momentum: float,
         bound: Callable[[list[Tensor], list[Tensor]], float] | None = None,
+        tables: Collection[int] = (),
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.bound = bound
+        self.bound, self.tables = bound, tables
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -113,6 +117,8 @@ class RelativeSGD(torch.optim.Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
                 smallest = SMALLEST_VECTOR if p.dim() < 2 else SMALLEST_WEIGHT
                 size = max(float(p.norm()), smallest * math.sqrt(p.numel()))
+                if id(p) in self.tables:
+                    size *= math.sqrt(_rows_moving(momentum) / len(p))
                 tensors.append(p)
                 length = float(momentum.norm())
                 steps.append(momentum * (size / length if length > VANISHED else 0.0))
@@ -122,3 +128,9 @@ class RelativeSGD(torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, step, lr in zip(tensors, steps, rates):
             p.sub_(step, alpha=min(lr, most))
+
+
+def _rows_moving(momentum: Tensor) -> float:
+    """Return how many rows of a momentum [R, d] have a part in it: R where all are of one length, 1 where one is."""
+    lengths = torch.linalg.vector_norm(momentum, dim=1)
+    return float(lengths.sum().square() / lengths.square().sum().clamp_min(VANISHED**2))

@@ -5,8 +5,10 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less where samples are few): so far that
    the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
    networks with and without normalisation.
-2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`).
-3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile.
+2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
+3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
+   token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -25,29 +27,43 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.augment import augmented, mirrored
+from fastfip.data.augment import augmented, mirrored, movable
 from fastfip.data.batch import Batch, take
-from fastfip.errors import FastFIPError
+from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length
+from fastfip.methods._search import (
+    IMPROVE_STEP,
+    SEARCH_BATCH,
+    at_least,
+    grow,
+    improve,
+    inputs_of,
+    latent_worst_case,
+    precision,
+    worst_case,
+)
+from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
+from fastfip.worst_case.places import TokenPlace
+from fastfip.worst_case.points import changed_points, moved_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
 
-#: Perturbations are drawn in proportion to success ** FOCUS, and move by so many radii a step.
-FOCUS, IMPROVE_STEP = 2.0, 0.3
-#: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
-ROUND, LAST = 10, 10
-#: The radius grows by this factor until a class is reached from so many of the samples, or up to the third number; what
-#: is unlearned has at least the last one.
-GROWTH, REACH, WIDEST, NARROWEST = 1.3, 0.9, 0.4, 0.15
+#: Perturbations are drawn in proportion to success ** FOCUS.
+FOCUS = 2.0
+#: The search ends with so many steps that favour the classes that are reached.
+LAST = 10
+#: The radius grows up to the first number; what is unlearned has at least the second one.
+WIDEST, NARROWEST = 0.4, 0.15
+#: The same at the vectors of tokens, which are written over and not moved: 1 is the size of a typical token.
+TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.7
 #: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.
@@ -56,8 +72,6 @@ DIFFERENCE = 0.1
 SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
-#: A class is mirrored if the received model is right on so many times as many of its mirror images as of its images.
-SYMMETRIC = 0.9
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -136,6 +150,7 @@ class FisherSteps(Method):
     mean_loss: float | None = None
     received: nn.Module | None = None  # until the sieve has compared with it
     taken_back = False
+    axis: int | None = None  # of the points, where inputs are point clouds
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
     sparse = False  # too few clean samples to learn anything again
     start: dict[str, Tensor] | None = None  # the received weights
@@ -155,23 +170,24 @@ class FisherSteps(Method):
         if config.back > 0:
             self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
         if config.mirror and config.augment == "crop" and run.classes is not None:
-            self.symmetric = _symmetric(run, run.classes)
-        inputs: list[Tensor] = []
-        self.range = PixelRange.of_batches(self._some(run, inputs), run.task)
-        same = len({x.shape[1:] for x in inputs}) == 1
-        if self.range is None or not same:
+            self.symmetric = symmetric_classes(run, run.classes)
+        inputs, why_not = inputs_of(run, MOST_BYTES)
+        if inputs:
+            self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
+        if config.weight and config.unlearn:
+            self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
+        if self.range is None and self.worst is None:
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
-            run.alert("ONLY FINE-TUNED by large steps, no worst case was unlearned (inputs that cannot be changed)")
-            self.range = None
+            run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
             return
+        if run.classes is not None:
+            with run.eval_mode():
+                some = next(iter(run.clean.batches(device=run.device)))
+                self.axis = points_axis(run.model, run.task, some, run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model)
-        if run.classes is None:
-            run.alert("NO WORST CASE was unlearned (loss= takes outputs or labels of another form)")
-        elif config.weight and config.unlearn:
-            self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius)
-            # In float16 the gradient of an input underflows without the scaler.
-            with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
+        if self.worst is not None:
+            with run.timed("search"), precision(run):
                 self._search(run, self.worst)
 
     @torch.no_grad()
@@ -233,39 +249,15 @@ class FisherSteps(Method):
         return run.config
 
     @staticmethod
-    def _some(run: Run, inputs: list[Tensor]) -> list[Batch]:
-        """Return clean batches up to a number of bytes, their inputs in `inputs` where there are any."""
-        out: list[Batch] = []
-        for batch in run.clean.batches(device=run.device):
-            out.append(batch)
-            try:
-                inputs.append(run.task.inputs(batch).detach())
-            except FastFIPError:
-                break
-            if sum(x.nbytes for x in inputs) >= MOST_BYTES:
-                break
-        return out
-
-    @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
         """Look for the worst change of each class, at the radius at which one of them works."""
         batches = run.endless()
-
-        def improve(steps: int, focus: float) -> None:
-            for _ in range(steps):
-                batch = at_least(run, next(batches))
-                c = worst.draw(run.task.labels(batch), focus)
-                worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-
         # Of more classes than a batch has samples each is drawn less than once a step: those that are reached get more,
         # yet most draws stay with the others.
-        focus = 1.0 if len(worst.success) > SEARCH_BATCH else 0.0
-        improve(ROUND, focus)
-        while float(worst.success.max()) < REACH and worst.relative_radius * GROWTH <= WIDEST:
-            worst.grow(GROWTH)
-            improve(ROUND, focus)
-        worst.grow(max(1.0, NARROWEST / worst.relative_radius))
-        improve(LAST, FOCUS)
+        narrowest, widest = (TOKEN_NARROWEST, TOKEN_WIDEST) if worst.of_tokens else (NARROWEST, WIDEST)
+        grow(run, worst, batches, widest, 1.0 if len(worst.success) > SEARCH_BATCH else 0.0)
+        worst.grow(max(1.0, narrowest / worst.relative_radius))
+        improve(run, worst, batches, LAST, FOCUS)
         run.log(radius=worst.relative_radius)
         keep_changes(run, worst)
 
@@ -292,20 +284,19 @@ class FisherSteps(Method):
             run.log(relative_step=min(config.lr * share, most))
             return most
 
-        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None)
+        tables = {id(m.weight) for m in run.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None, tables)
         return optimizer
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Back-propagate the loss at changed images and, in the first part, that at worst-case inputs."""
         config = self.config(run)
-        batch = self._mirrored(run, batch)
+        batch = self._mirrored(run, batch if self.axis is None else self._moved(run, batch))
         if self.range is not None and run.progress < config.changes:
-            other = changed(run.task, batch, self.range, run.generator)
-            if other is None:
-                run.note("the inputs are no images [N, channels, height, width] of 4 pixels or more: none were changed")
-            batch = batch if other is None else other
+            batch = self._changed(run, batch, self.range)
         self.seen = batch
-        values = super().backward(run, batch)
+        with self._reworded(run):
+            values = super().backward(run, batch)
         if not math.isfinite(float(values["loss"])):  # the loop leaves the step out: nothing is learned from it
             return values
         self.latest = values["loss"]
@@ -315,8 +306,24 @@ class FisherSteps(Method):
             values.update(self._unlearn(run, self.worst))
         return values
 
+    def _changed(self, run: Run, batch: Batch, known: PixelRange) -> Batch:
+        if self.axis is not None:
+            return changed_points(run.task, batch, self.axis, run.generator)
+        other = changed(run.task, batch, known, run.generator, movable(run.task, batch, run.classes))
+        if other is None:
+            run.note("the inputs are no images of 4 pixels or more, clips or point clouds: none were changed")
+        return batch if other is None else other
+
+    def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
+        place = None if self.worst is None else self.worst.place
+        if isinstance(place, TokenPlace) and run.progress < self.config(run).changes:
+            return place.reworded(run.model)
+        return contextlib.nullcontext()
+
     def _moved(self, run: Run, batch: Batch) -> Batch:
-        how = run.config.augment
+        if self.axis is not None and run.config.augment != "none":
+            return moved_points(run.task, batch, self.axis, run.generator)
+        how = run.config.augment if movable(run.task, batch, run.classes) else "none"
         return batch if how == "none" else augmented(run.task, batch, how == "crop_flip", run.generator) or batch
 
     def _mirrored(self, run: Run, batch: Batch) -> Batch:
@@ -355,18 +362,17 @@ class FisherSteps(Method):
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
         config = self.config(run)
         batch = at_least(run, next(self.more))
-        c = worst.draw(run.task.labels(batch), FOCUS)
+        c = worst.choose(run.task, batch, FOCUS)
         with run.bn("eval"):
-            used, moved = worst.moved(run.task, batch, c)
-            with run.autocast():
-                logits = run.forward(moved)
-                loss = run.loss(logits, moved).mean()
+            with worst.moved(run.model, run.task, batch, c) as (used, moved):
+                with run.autocast():
+                    logits = run.forward(moved)
+                    loss = run.loss(logits, moved).mean()
+                if run.amp != torch.float16:
+                    reached = worst.step(run.task, moved, logits, used, c, IMPROVE_STEP, retain_graph=True)
+                run.backward(config.weight * loss)
             if run.amp == torch.float16:  # the gradient of an input underflows without the scaler
-                run.backward(config.weight * loss)
                 reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-            else:
-                reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
-                run.backward(config.weight * loss)
         return {"worst_case_loss": loss.detach(), "reached": reached}
 
 
@@ -374,27 +380,3 @@ def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:
     """Return settings for very few clean samples a class, in the place of those that are the defaults."""
     usual, less = type(config)(), {"length": SPARSE_LENGTH, "steps": SPARSE_STEPS, "bn_mode": "eval"}
     return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
-
-
-@torch.no_grad()
-def _symmetric(run: Run, classes: int) -> Tensor | None:
-    """Return which classes [classes] (bool) may be mirrored; None: none.
-
-    Those whose mirror images the received model answers as labelled, nearly as often as the images themselves: photos
-    of things, not digits or signs to the left. Only clean samples and the received model's answers decide.
-    """
-    right = torch.zeros(2, classes, device="cpu", dtype=torch.float32)
-    bytes_seen = 0
-    with run.eval_mode():
-        for batch in run.clean.batches(device=run.device):
-            y = run.task.labels(batch).cpu()
-            other = mirrored(run.task, batch, torch.ones(len(y), dtype=torch.bool, device="cpu"))
-            if other is None:
-                return None
-            for row, of in zip(right, (batch, other)):
-                row.index_add_(0, y, (run.forward(of).argmax(1).cpu() == y).float())
-            bytes_seen += run.task.inputs(batch).nbytes
-            if bytes_seen >= MOST_BYTES:
-                break
-    out = (right[1] > 0) & (right[1] >= SYMMETRIC * right[0])
-    return out if bool(out.any()) else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastfip.data.augment import augmented
+from fastfip.data.augment import augmented, movable
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.methods.run import Run
@@ -264,6 +264,9 @@ class _Loop:
     def augmented(self, batch: Any) -> Any:
         run, how = self.run, self.run.config.augment
         if how == "none":
+            return batch
+        if not movable(run.task, batch, run.classes):
+            run.note("loss= takes labels that may speak of places: images were not moved, move them with their labels")
             return batch
         changed = augmented(run.task, batch, how == "crop_flip", run.generator)
         if changed is None:

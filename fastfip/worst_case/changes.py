@@ -1,4 +1,7 @@
-"""Random changes of images that leave what they show: mixed with a pattern, warped, patched, posterised, recoloured.
+"""Random changes of inputs that leave what they show.
+
+Images are mixed with a pattern, warped, patched, posterised or recoloured, clips alike in all their frames. Point
+clouds have changes of their own, see `fastfip.worst_case.points`.
 
 A backdoor answers to a change that the label does not depend on. Images that were changed at random and keep their
 label teach a model that no such change counts, whatever the trigger is: no pattern, place or target is looked for.
@@ -20,6 +23,8 @@ from fastfip.worst_case.pixels import PixelRange, perturbable
 
 __all__ = ["KINDS", "changed", "random_change"]
 
+#: `change(images to change, all images of the batch, generator)`, images in [0, 1].
+ImageChange = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 #: Share of the images of a batch that are changed; the others are seen as they are.
 SHARE = 0.75
 #: Images smaller than this are not changed: there is no room for a pattern.
@@ -30,39 +35,73 @@ MIX, ADD = (0.05, 0.4), (0.03, 0.25)
 WARP = (0.02, 0.125)
 
 
-def changed(task: Task, batch: Batch, known: PixelRange, generator: torch.Generator) -> Batch | None:
+def changed(
+    task: Task, batch: Batch, known: PixelRange, generator: torch.Generator, moved: bool = True
+) -> Batch | None:
     """Return the batch with three quarters of its images [N, ch, H, W] changed at random.
+
+    Of clips, [N, ch, T, H, W] or [N, T, ch, H, W], all frames are changed alike.
 
     Args:
         task: where the images are in the batch.
         batch: left as it is.
         known: range of each channel of the clean images; changed ones stay in it.
         generator: on the CPU; nothing else is drawn from.
+        moved: whether what is seen may move a little (warps); not where labels speak of places.
 
     Returns:
-        None where inputs are no images, or smaller than 4 pixels.
+        None where inputs are no images or clips, or smaller than 4 pixels.
     """
     if not perturbable(task, batch):
         return None
     x = task.inputs(batch)
-    if x.dim() != 4 or min(x.shape[2:]) < SMALLEST or not len(x) or known.low.dim() != 4:
+    if x.dim() not in (4, 5) or min(x.shape[-2:]) < SMALLEST or not len(x) or known.low.dim() != x.dim():
         return None
-    return task.replace_inputs(batch, random_change(x, known, generator))
+    kinds = KINDS if moved else tuple(kind for kind in KINDS if kind is not _warped)
+    change = random_change if x.dim() == 4 else _all_frames
+    return task.replace_inputs(batch, change(x, known, generator, kinds))
 
 
-def random_change(x: Tensor, known: PixelRange, generator: torch.Generator) -> Tensor:
-    """Return images x [N, ch, H, W] with three quarters of them changed, each by one of `KINDS`; see `changed`."""
+def _all_frames(x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[ImageChange, ...]) -> Tensor:
+    """Return clips with three quarters of them changed, each alike in all its frames: these see the same draws.
+
+    The axis of the frames is the third one where the second can be that of channels, 1 or 3 of them; else the second.
+    """
+    axis = 2 if x.shape[1] in (1, 3) else 1
+    state = generator.get_state()
+    frames = []
+    for t, frame in enumerate(x.unbind(axis)):
+        generator.set_state(state)
+        low, high = (
+            bound.expand_as(x[:1]).select(axis, t).amin((2, 3), keepdim=True) for bound in (known.low, known.high)
+        )
+        frames.append(random_change(frame, PixelRange(low, high), generator, kinds))
+    return torch.stack(frames, axis)
+
+
+def random_change(
+    x: Tensor, known: PixelRange, generator: torch.Generator, kinds: tuple[ImageChange, ...] | None = None
+) -> Tensor:
+    """Return images x [N, ch, H, W] with three quarters of them changed, each by one of `kinds`; see `changed`.
+
+    Args:
+        x: as the model takes them.
+        known: range of each channel.
+        generator: on the CPU.
+        kinds: None: `KINDS`.
+    """
+    kinds = KINDS if kinds is None else kinds
     low, span = known.low.to(x.dtype), known.span.clamp_min(1e-6).to(x.dtype)
     pixels = ((x - low) / span).clamp(0, 1).float()
-    kind = torch.randint(0, len(KINDS), (len(x),), generator=generator, device="cpu")
-    kind[torch.rand(len(x), generator=generator, device="cpu", dtype=torch.float32) >= SHARE] = len(KINDS)
+    kind = torch.randint(0, len(kinds), (len(x),), generator=generator, device="cpu")
+    kind[torch.rand(len(x), generator=generator, device="cpu", dtype=torch.float32) >= SHARE] = len(kinds)
     out = pixels.clone()
-    for number, change in enumerate(KINDS):
+    for number, change in enumerate(kinds):
         index = torch.nonzero(kind == number).flatten().to(x.device)
         if len(index):
             out[index] = change(pixels[index], pixels, generator)
     out = out.clamp(0, 1).to(x.dtype) * span + low
-    plain = (kind == len(KINDS)).to(x.device)[:, None, None, None]
+    plain = (kind == len(kinds)).to(x.device)[:, None, None, None]
     return torch.where(plain, x, out)
 
 
@@ -116,8 +155,7 @@ def _toned(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(coarse, (x * levels).round() / levels, x.pow(gamma))
 
 
-#: `change(images to change, all images of the batch, generator)`, images in [0, 1].
-KINDS: tuple[Callable[[Tensor, Tensor, torch.Generator], Tensor], ...] = (_mixed, _added, _warped, _patched, _toned)
+KINDS: tuple[ImageChange, ...] = (_mixed, _added, _warped, _patched, _toned)
 
 
 def _patterns(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,16 +1,21 @@
-"""Universal perturbations of the input: for every class the small change that sends most clean samples there.
+"""Universal perturbations: for every class the small change of the input that sends most clean samples there.
 
 A backdoor is a shortcut: one small change of the input that moves every sample to one class. Without the trigger it can
 still be looked for, on clean data alone, as the smallest universal perturbation for each class (Neural Cleanse, Wang et
 al., S&P 2019; universal adversarial perturbations, Moosavi-Dezfooli et al., CVPR 2017). Purification uses what is found
 as the inputs at which the Fisher information of the net is largest; an audit reports it.
 
-Index letters: `n` sample, `c` class. A perturbation has the shape of one input.
+Where a model takes no real numbers, or has no classes, the same is done to the vectors of its tokens
+(`fastfip.worst_case.places`), or to raise every sample's loss (`fastfip.worst_case.goals`).
+
+Index letters: `n` sample, `c` class (or number of a perturbation, where there are no classes).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +24,9 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.nets.state import requires_grad
+from fastfip.worst_case.goals import Goal, TowardsClass
 from fastfip.worst_case.pixels import PixelRange, typical_norm
+from fastfip.worst_case.places import InputPlace, Place, TokenPlace
 from fastfip.worst_case.store import DeltaStore, row_norms
 
 __all__ = ["Perturbations"]
@@ -30,21 +37,22 @@ PASS_BYTES = 5 << 20
 
 @dataclass
 class Perturbations:
-    """One universal perturbation for each class, of bounded L2 norm, improved by normalised gradient steps.
+    """A few universal perturbations, one for each class where there are classes, improved by normalised gradient steps.
 
     Attributes:
-        store: the perturbations, on the device of the inputs.
-        range: of each channel of the clean inputs: perturbed inputs stay in it, so nothing needs to be known of how the
-            user scales images.
-        unit: the norm of typical inputs, sqrt(d) times their standard deviation. The radius is a multiple of it.
-        radius: L2 bound of each perturbation, in the inputs' own units.
-        success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
+        store: the perturbations, on the device of what they perturb; each is of bounded L2 norm.
+        place: what they perturb.
+        goal: what they are improved for.
+        unit: the norm of what is perturbed, sqrt(d) times its standard deviation. The radius is a multiple of it.
+        radius: L2 bound of each perturbation, in the units of what it perturbs.
+        success: [C] running share of samples (not of the class) that the perturbation of c reaches: sends to c.
         outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
             them as well, whatever classes it is for.
     """
 
     store: DeltaStore
-    range: PixelRange
+    place: Place
+    goal: Goal
     unit: float
     radius: float
     generator: torch.Generator
@@ -53,35 +61,54 @@ class Perturbations:
     history: list[tuple[float, list[float]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, x: Tensor, classes: int, generator: torch.Generator, radius: float = 0.02) -> Perturbations:
+    def of(
+        cls,
+        x: Tensor,
+        goal: int | Goal,
+        generator: torch.Generator,
+        radius: float = 0.02,
+        place: Place | None = None,
+    ) -> Perturbations:
         """Start from tiny noise.
 
         Args:
-            x: clean inputs [N, ch, ...] as the model takes them.
-            classes: C.
+            x: clean examples of what is perturbed, [N, ...]: inputs [N, ch, ...] as the model takes them.
+            goal: what for; a number C: one perturbation towards each of C classes.
             generator: CPU generator; nothing else is drawn from.
             radius: of the first bound, in units of `unit`.
+            place: where; None: the input, within the range of `x`.
         """
         x = x.detach().float()
         unit = typical_norm(x)
+        goal = TowardsClass(goal) if isinstance(goal, int) else goal
         return cls(
-            DeltaStore.noise(x, classes, generator, 1e-3 * radius * unit, unit / math.sqrt(x[0].numel())),
-            PixelRange.of_inputs(x),
+            DeltaStore.noise(x, goal.rows, generator, 1e-3 * radius * unit, unit / math.sqrt(x[0].numel())),
+            InputPlace(PixelRange.of_inputs(x)) if place is None else place,
+            goal,
             unit,
             radius * unit,
             generator,
-            torch.zeros(classes, device=x.device, dtype=torch.float32),
+            torch.zeros(goal.rows, device=x.device, dtype=torch.float32),
             torch.zeros(0, dtype=torch.int64, device=x.device),
         )
 
     @property
     def relative_radius(self) -> float:
-        """Return the bound in units of the norm of a typical input."""
+        """Return the bound in units of the norm of what is perturbed."""
         return self.radius / self.unit
 
-    def apply(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return inputs [N, ...] moved by the perturbation of their class `c` [N], within the clean inputs' range."""
-        return self.range.clamp(x + self.store.rows(c).to(x.dtype))
+    @property
+    def of_tokens(self) -> bool:
+        """Return whether vectors of token ids are perturbed, and no inputs."""
+        return isinstance(self.place, TokenPlace)
+
+    def choose(self, task: Task, batch: Batch, sharpness: float) -> Tensor:
+        """Return for each sample of a batch the number of a perturbation, [N] int64; see `draw`."""
+        own = self.goal.own(task, batch)
+        if own is not None:
+            return self.draw(own, sharpness)
+        drawn = torch.multinomial(self._weights(sharpness), task.size(batch), True, generator=self.generator)
+        return drawn.to(self.success.device)
 
     def draw(self, y: Tensor, sharpness: float) -> Tensor:
         """Return for each sample a class other than its own, the likelier the better its perturbation works.
@@ -90,55 +117,71 @@ class Perturbations:
             y: [N] int64, true classes.
             sharpness: probabilities are proportional to `success ** sharpness`; 0: uniform.
         """
-        weight = self.success.clamp_min(0.01).cpu()
-        weight = (weight / weight.max()).pow(sharpness).clamp_min(1e-12)
-        table = weight.expand(len(y), -1).clone()
+        table = self._weights(sharpness).expand(len(y), -1).clone()
         table[torch.arange(len(y), device="cpu"), y.cpu()] = 0
         return torch.multinomial(table, 1, generator=self.generator)[:, 0].to(y.device)
 
-    def improve(self, model: nn.Module, task: Task, batch: Batch, c: Tensor, step: float = 0.3) -> Tensor:
-        """Take one step of the perturbations of the classes `c` [N] towards sending the batch there.
+    def _weights(self, sharpness: float) -> Tensor:
+        """Return what the perturbations are drawn in proportion to, [C], on the CPU."""
+        weight = self.success.clamp_min(0.01).cpu()
+        return (weight / weight.max()).pow(sharpness).clamp_min(1e-12)
 
-        The model's parameters get no gradient. Each class moves by `step` radii along its own normalised gradient of
-        the cross-entropy towards c, then back into the ball.
+    def improve(self, model: nn.Module, task: Task, batch: Batch, c: Tensor, step: float = 0.3) -> Tensor:
+        """Take one step of the perturbations `c` [N] towards their goal on a batch.
+
+        The model's parameters get no gradient. Each perturbation moves by `step` radii along its own normalised
+        gradient (with classes: of the cross-entropy towards c), then back into the ball.
 
         Returns:
-            the share of samples that went to their c, as a scalar.
+            the share of samples that were reached (with classes: went to their c), as a scalar.
         """
         n = task.size(batch)
-        most = max(1, PASS_BYTES * n // max(1, task.inputs(batch).nbytes))
+        most = max(1, PASS_BYTES * n // max(1, self.place.nbytes(task, batch)))
+        hits, gradients = [], []
         with requires_grad(model.parameters(), False):
-            if most >= n:
-                used, moved = self.moved(task, batch, c)
-                return self.step(task.forward(model, moved), used, c, step)
-            logits, gradients = [], []
-            for part in torch.arange(n, device="cpu").tensor_split(math.ceil(n / most)):
+            parts = torch.arange(n, device="cpu").tensor_split(math.ceil(n / most))
+            for part in parts:
                 mine = c[part.to(c.device)]
-                used, moved = self.moved(task, take(batch, part, n), mine)
-                logits.append(task.forward(model, moved).float())
-                gradients.append(self._gradient(logits[-1], used, mine))
-                logits[-1] = logits[-1].detach()
-                del used, moved  # with the graph, before the next part
+                some = batch if len(parts) == 1 else take(batch, part, n)
+                with self.moved(model, task, some, mine) as (used, moved):
+                    logits = task.forward(model, moved)
+                    gradients.append(self._gradient(task, logits, moved, used, mine))
+                hits.append(self.goal.hit(task, logits.detach(), moved, mine))
+                del used, moved, logits  # with the graph, before the next part
         self._move(c, torch.cat(gradients), step)
-        return self.count(torch.cat(logits), c)
+        return self.count(torch.cat(hits), c)
 
-    def moved(self, task: Task, batch: Batch, c: Tensor) -> tuple[Tensor, Batch]:
-        """Return the perturbations of the classes `c` [N] as a leaf [N, ...], and the batch moved by them."""
-        x = task.inputs(batch)
-        used = self.store.rows(c).to(x.dtype).requires_grad_(True)
-        return used, task.replace_inputs(batch, self.range.clamp(x + used))
+    @contextlib.contextmanager
+    def moved(self, model: nn.Module, task: Task, batch: Batch, c: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """Give the perturbations `c` [N] as a leaf [N, ...], and the batch to run the model on, which meets them.
 
-    def step(self, logits: Tensor, used: Tensor, c: Tensor, step: float = 0.3, retain_graph: bool = False) -> Tensor:
-        """Take the step of `improve` from the logits of a pass that was there anyway (see `moved`)."""
-        logits = logits.float()
-        self._move(c, self._gradient(logits, used, c, retain_graph), step)
-        return self.count(logits, c)
+        Forward and backward passes belong inside the block.
+        """
+        used = self.store.rows(c).to(self.place.dtype(task, batch)).requires_grad_(True)
+        with self.place.moved(model, task, batch, used) as moved:
+            yield used, moved
 
-    @staticmethod
-    def _gradient(logits: Tensor, used: Tensor, c: Tensor, retain_graph: bool = False) -> Tensor:
-        """Return the gradient in what was used, [N, ...], of the summed cross-entropy towards c [N]."""
-        loss = nn.functional.cross_entropy(logits, c, reduction="sum")
-        return torch.autograd.grad(loss, used, retain_graph=retain_graph)[0]
+    def step(
+        self,
+        task: Task,
+        batch: Batch,
+        logits: Tensor,
+        used: Tensor,
+        c: Tensor,
+        step: float = 0.3,
+        retain_graph: bool = False,
+    ) -> Tensor:
+        """Take the step of `improve` from the logits of a pass over a moved batch that was there anyway."""
+        self._move(c, self._gradient(task, logits, batch, used, c, retain_graph), step)
+        return self.count(self.goal.hit(task, logits.detach(), batch, c), c)
+
+    def _gradient(
+        self, task: Task, logits: Tensor, batch: Batch, used: Tensor, c: Tensor, retain_graph: bool = False
+    ) -> Tensor:
+        """Return the gradient of the goal's loss in what was used, [N, ...]."""
+        loss = self.goal.loss(task, logits, batch, c)
+        gradient = torch.autograd.grad(loss, used, retain_graph=retain_graph, allow_unused=True)[0]
+        return torch.zeros_like(used) if gradient is None else gradient  # None: a pass that did not meet them
 
     @torch.no_grad()
     def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:
@@ -159,12 +202,12 @@ class Perturbations:
         return (self.radius / row_norms(rows).clamp_min(1e-20)).clamp(max=1)
 
     @torch.no_grad()
-    def count(self, logits: Tensor, c: Tensor) -> Tensor:
-        """Take note of who of logits [N, C] went to c [N]; return the share of them, as a scalar.
+    def count(self, hit: Tensor, c: Tensor) -> Tensor:
+        """Take note of which samples, bool [N], the perturbations c [N] reached; return the share, as a scalar.
 
         `success` is a running mean: a sample counts a tenth, so about ten samples are remembered.
         """
-        hit = (logits.argmax(1) == c).float()
+        hit = hit.float()
         seen = torch.zeros_like(self.success).index_add_(0, c, torch.ones_like(hit))
         hits = torch.zeros_like(self.success).index_add_(0, c, hit)
         keep = 0.9**seen

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import fastfip
 from fastfip.data import Task
-from fastfip.data.augment import augmented, shifted
+from fastfip.data.augment import augmented, mirrored, movable, shifted
 from fastfip.methods.fine_tune import FineTune
 from tests.support.small_nets import conv_net, data, plain_net
 
@@ -90,3 +90,30 @@ def test_a_note_says_that_nothing_was_augmented():
     x, y = torch.randn(24, 5, generator=seed()), torch.arange(24) % 3
     result = fastfip.purify(torch.nn.Linear(5, 3), (x, y), "fine_tune", epochs=1, augment="crop", progress=False)
     assert any("not augmented" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_all_frames_of_a_clip_move_alike(axis):
+    x = torch.rand(40, 3, 8, 8, generator=seed()).unsqueeze(axis).repeat_interleave(4, axis)
+    moved, _ = augmented(Task(), (x, torch.zeros(40)), True, seed())
+    assert moved.shape == x.shape and not torch.equal(moved, x)
+    first, *others = moved.unbind(axis)
+    assert all(torch.equal(first, other) for other in others)
+    turned, _ = mirrored(Task(), (x, torch.zeros(40)), torch.arange(40) < 20)
+    assert torch.equal(turned[:20], x[:20].flip(-1)) and torch.equal(turned[20:], x[20:])
+
+
+def test_images_whose_labels_speak_of_places_are_not_moved():
+    x, boxes = torch.rand(8, 3, 8, 8, generator=seed()), torch.rand(8, 2, 5, generator=seed())
+    own = Task(None, lambda out, batch: out.flatten(1).mean(1))
+    assert movable(Task(), (x, torch.arange(8)), 8)
+    assert movable(own, (x, torch.ones(8, 4)), None)  # several labels of each image
+    assert not movable(own, (x, boxes), None) and not movable(own, (x, torch.rand(8)), None)
+    net = torch.nn.Conv2d(3, 1, 1)
+    seen = []
+    result = fastfip.purify(
+        net, (x, boxes), "fine_tune", augment="crop", steps=2, progress=False,
+        forward=lambda model, batch: seen.append(batch[0]) or model(batch[0]), loss=own.loss_hook,
+    )  # fmt: skip
+    assert all((image == x).flatten(1).all(1).any() for batch in seen for image in batch)
+    assert any("places" in note for note in result.notes)

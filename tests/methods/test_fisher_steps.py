@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data.cleanset import CleanSet
+from fastfip.methods import fisher_steps
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.testing.nets import PointNet
 from fastfip.worst_case.universal import Perturbations
 from tests.methods.test_wfip import backdoored, digits_like  # noqa: F401  (a fixture)
 from tests.support.fip_runs import data, make_run, net
+from tests.support.small_nets import OneHot
 
 
 def test_a_step_is_a_share_of_each_tensors_norm_along_its_momentum() -> None:
@@ -49,6 +52,18 @@ def test_the_scale_of_the_gradient_does_not_matter_and_no_gradient_moves_nothing
         w.grad = torch.full((3, 3), vanished)
         RelativeSGD([w], 0.1, 0.9).step()
         assert torch.equal(w.detach(), torch.ones(3, 3))
+
+
+def test_of_a_table_of_vectors_as_many_rows_count_as_move() -> None:
+    table = torch.randn(50, 4).requires_grad_()
+    table.data /= table.data.norm(dim=1, keepdim=True)
+    for rows in (1, 8, 50):
+        before = table.detach().clone()
+        table.grad = torch.zeros_like(table)
+        table.grad[:rows] = F.normalize(torch.randn(rows, 4), dim=1)
+        RelativeSGD([table], 0.1, 0.9, tables={id(table)}).step()
+        assert float((table.detach() - before).norm()) == pytest.approx(0.1 * math.sqrt(rows), rel=1e-4)
+        table.data.copy_(before)
 
 
 def _step(model: nn.Module, size: float) -> list[Tensor]:
@@ -311,10 +326,65 @@ def test_no_pass_is_spent_on_a_score_that_chooses_nothing(monkeypatch: pytest.Mo
 
 def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.EmbeddingBag(20, 6), nn.Linear(6, 4))
+    model = OneHot(20, 4)
     tokens = torch.randint(0, 20, (32, 5))
     result = fastfip.purify(model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False)
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip", "wfip"])
+def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (32, 7))
+    text = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(42, 4))
+    by_token = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 20))
+
+    def loss(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:  # one for each position, as a language model has
+        return F.cross_entropy(out[:, :-1].transpose(1, 2), batch[0][:, 1:], reduction="none").mean(1)
+
+    def squares(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return (out - batch[1]).square().mean(1)
+
+    images = (torch.rand(32, 1, 4, 4), torch.rand(32, 4))
+    cases: list[tuple[nn.Module, object, dict[str, object]]] = [
+        (text, (tokens, torch.arange(32) % 4), {}),
+        (by_token, (tokens,), {"loss": loss, "forward": lambda model, batch: model(batch[0])}),
+        (net(torch.float32), images, {"loss": squares}),
+    ]
+    for model, clean, options in cases:
+        result = fastfip.purify(model, [clean], method, steps=10, progress=False, force=True, **options)
+        assert not any("ONLY FINE-TUNED" in alert or "NO WORST CASE" in alert for alert in result.alerts)
+        assert result.seconds["search"] > 0 and any("worst_case_loss" in record for record in result.history)
+        assert not any(module._forward_hooks for module in result.model.modules())
+
+
+def test_a_layer_whose_vectors_do_not_reach_the_answers_is_no_place() -> None:
+    class Deaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 6), nn.Linear(20, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.words(ids)
+            return self.head(F.one_hot(ids, 20).float().mean(1))
+
+    clean = (torch.randint(0, 20, (32, 5)), torch.arange(32) % 4)
+    result = fastfip.purify(Deaf(), [clean], "fisher_steps", steps=4, progress=False, force=True)
+    assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
+def test_images_whose_targets_may_be_places_are_not_moved() -> None:
+    seen: list[Tensor] = []
+
+    def loss(out: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        seen.append(batch[0])
+        return (out - batch[1]).square().mean(1)
+
+    x = torch.rand(32, 1, 4, 4)
+    options = {"steps": 4, "changes": 0.0, "weight": 0.0, "loss": loss, "progress": False, "batch_size": 32}
+    result = fastfip.purify(net(torch.float32), [(x, torch.rand(32, 4))], "fisher_steps", **options)
+    assert all(torch.equal(part.flatten().sort().values, x.flatten().sort().values) for part in seen if len(part) == 32)
+    assert any("not moved" in note for note in result.notes)
 
 
 def test_the_bound_is_wider_where_the_first_part_hardly_raises_the_loss() -> None:
@@ -388,3 +458,26 @@ def test_sparse_gradients_are_taken() -> None:
         model, [(tokens, torch.arange(32) % 4)], "fisher_steps", steps=4, progress=False, force=True
     )
     assert bool(torch.isfinite(result.model[0].weight).all()) and not torch.equal(result.model[0].weight, before)
+
+
+def test_point_clouds_are_changed_and_moved_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their axis of points is found, a part of the steps changes them, all steps and the statistics move them."""
+    seen: dict[str, list[int]] = {"changed_points": [], "moved_points": []}
+    for name in seen:
+        real = getattr(fisher_steps, name)
+
+        def spy(task, batch, axis, generator, name=name, real=real):
+            seen[name].append(axis)
+            return real(task, batch, axis, generator)
+
+        monkeypatch.setattr(fisher_steps, name, spy)
+    torch.manual_seed(0)
+    x = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 41)[:, None, None] / 20
+    y = torch.arange(40) % 4
+    settings = {"steps": 10, "batch_size": 20, "force": True, "progress": False}
+    fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", **settings)
+    assert len(seen["changed_points"]) == 4 and len(seen["moved_points"]) > 10
+    assert {*seen["changed_points"], *seen["moved_points"]} == {1}
+    seen["moved_points"].clear()
+    fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", augment="none", changes=0.0, **settings)
+    assert not seen["moved_points"] and len(seen["changed_points"]) == 4

@@ -17,6 +17,7 @@ from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.steps import StateMean
 from fastfip.worst_case.universal import Perturbations
 from tests.support.fip_runs import data, make_run, net
+from tests.support.small_nets import OneHot
 
 
 def test_trust_bounds_every_step_by_the_fisher() -> None:
@@ -147,7 +148,7 @@ def test_fast_wfip_ends_with_the_mean_of_the_last_fifth() -> None:
 
 
 def test_inputs_that_cannot_be_perturbed_leave_the_clean_terms() -> None:
-    model = nn.Sequential(nn.Embedding(10, 6), nn.Flatten(), nn.Linear(18, 3))
+    model = OneHot(10, 3)
     tokens, y = torch.randint(0, 10, (24, 3)), torch.arange(24) % 3
     result = fastfip.purify(model, (tokens, y), "fast_wfip", steps=4, progress=False)
     assert any("no worst-case inputs" in note for note in result.notes)

@@ -10,7 +10,7 @@ import fastfip
 from fastfip.errors import DataError
 from fastfip.metrics.evaluation import Evaluation
 from fastfip.reporting.table import evaluation_sheet
-from tests.support.small_nets import CLASSES, conv_net, data, loader, plain_net, same, values
+from tests.support.small_nets import CLASSES, OneHot, conv_net, data, loader, plain_net, same, values
 
 
 def first_line(result):
@@ -18,21 +18,11 @@ def first_line(result):
     return str(result).splitlines()[0]
 
 
-class Tokens(nn.Module):
-    """A classifier of token ids [N, T], which no small change can reach."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(9, 6)
-        self.head = nn.Linear(6, CLASSES)
-
-    def forward(self, tokens):
-        return self.head(self.embedding(tokens).mean(1))
-
-
 @pytest.mark.parametrize("method", ["wfip", "fast_wfip"])
 def test_where_nothing_is_unlearned_the_first_line_says_so(method):
-    result = fastfip.purify(Tokens(), (torch.randint(0, 9, (24, 5)), data(24)[1]), method, steps=2, progress=False)
+    result = fastfip.purify(
+        OneHot(9, CLASSES), (torch.randint(0, 9, (24, 5)), data(24)[1]), method, steps=2, progress=False
+    )
     assert "ONLY FINE-TUNED, nothing was unlearned" in first_line(result) and "ONLY FINE-TUNED" in repr(result)
     plain = fastfip.purify(conv_net(), data(24), method, steps=2, progress=False)
     assert not plain.alerts and str(plain).splitlines()[0] == f"{method} on 24 clean samples"

@@ -41,6 +41,17 @@ class TiedNet(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.first(x.flatten(1))))))
 
 
+class OneHot(nn.Module):
+    """A classifier of token ids [N, T] that looks no vectors up: nothing that a small change can reach."""
+
+    def __init__(self, tokens: int, classes: int) -> None:
+        super().__init__()
+        self.tokens, self.head = tokens, nn.Linear(tokens, classes)
+
+    def forward(self, ids):
+        return self.head(nn.functional.one_hot(ids, self.tokens).float().mean(1))
+
+
 class BiasedAttention(nn.Module):
     """LeViT's: biases by position, looked up once for all passes in eval mode."""
 

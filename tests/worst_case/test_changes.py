@@ -98,3 +98,28 @@ def test_labels_stay_with_their_images() -> None:
     out = changed(Task(), (x, y), PixelRange.of_inputs(x), generator())
     assert out is not None and torch.equal(out[1], y)
     assert float((out[0] - x).abs().flatten(1).mean(1).median()) < 0.6
+
+
+@pytest.mark.parametrize("layout", ["channels first", "frames first"])
+def test_all_frames_of_a_clip_are_changed_alike(layout: str) -> None:
+    still = images(64)
+    axis = 2 if layout == "channels first" else 1
+    x = still.unsqueeze(axis).repeat_interleave(5, axis)
+    known = PixelRange.of_inputs(x)
+    out, _ = changed(Task(), (x, torch.arange(64)), known, generator())  # type: ignore[misc]
+    assert out.shape == x.shape and 0.5 < float((out != x).flatten(1).any(1).float().mean()) < 0.95
+    first, *others = out.unbind(axis)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_nothing_is_warped_where_labels_speak_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> Tensor:
+        raise AssertionError("warped")
+
+    monkeypatch.setattr(changes, "_warped", forbidden)
+    monkeypatch.setattr(changes, "KINDS", (*(kind for kind in KINDS if kind.__name__ != "_warped"), forbidden))
+    x = images(200)
+    known = PixelRange.of_inputs(x)
+    assert changed(Task(), (x, torch.arange(200)), known, generator(), moved=False) is not None
+    with pytest.raises(AssertionError, match="warped"):
+        changed(Task(), (x, torch.arange(200)), known, generator())

@@ -47,7 +47,8 @@ def test_the_planted_class_is_the_easiest_to_reach_and_bounds_hold() -> None:
     assert int(found.success.argmax()) == 2 and float(found.success[2]) > 0.9
     assert float(found.success[:2].max()) < 0.5
     assert delta[2, 0, 1, 0].abs() == delta[2].abs().max()
-    moved = found.apply(x, torch.full((90,), 2))
+    with found.moved(net, Task(), (x, y), torch.full((90,), 2)) as (_, batch):
+        moved = batch[0].detach()
     assert float(moved.max()) <= float(x.max()) and float(moved.min()) >= float(x.min())
 
 
@@ -181,5 +182,5 @@ def test_the_search_holds_no_more_clean_inputs_than_its_budget(monkeypatch: Any)
     monkeypatch.setattr(searching, "MOST_BYTES", 3)
     monkeypatch.setattr(searching, "ROUNDS", 0)
     monkeypatch.setattr(Perturbations, "of", lambda x, *args: looked.append(len(x)) or of(x, *args))
-    searching.search(run, run.endless(), next(iter(run.clean.batches())), 1.0)
+    searching.search(run, run.endless(), 1.0)
     assert looked == [2]

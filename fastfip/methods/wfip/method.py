@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.fisher.labels import Kind
+from fastfip.methods._search import IMPROVE_STEP, at_least
 from fastfip.methods._space import Space, SpaceMethod, Spectral
 from fastfip.methods.base import Groups, Run, register
 from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.config import FastWFIPConfig, WFIPConfig
-from fastfip.methods.wfip.search import IMPROVE_STEP, at_least, search
+from fastfip.methods.wfip.search import search
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.nets.state import frozen_copy
@@ -78,7 +79,7 @@ class WFIP(SpaceMethod):
         batches = run.endless()
         first = next(batches)
         self.clean = CleanTerms(run, self.turns, received, perturbable(run.task, first))
-        self.perturbations = search(run, batches, first, config.radius_factor)
+        self.perturbations = search(run, batches, config.radius_factor)
 
     def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
         """Return the config's optimiser; Adam forgets in a hundred steps, for gradients fall in the recovery."""
@@ -100,24 +101,22 @@ class WFIP(SpaceMethod):
     def unlearn(self, run: Run, batch: Batch, worst: Perturbations, room: float) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
         config: Any = run.config
-        c = worst.draw(run.task.labels(batch), FOCUS)
-        with run.bn("eval"):
-            used, moved = worst.moved(run.task, batch, c)
+        c = worst.choose(run.task, batch, FOCUS)
+        with run.bn("eval"), worst.moved(run.model, run.task, batch, c) as (used, moved):
             with run.autocast():
                 logits = run.forward(moved)
                 loss = run.loss(logits, moved).mean()
-            pull = config.weight * room
+            pull, apart = config.weight * room, run.amp == torch.float16
             if run.step % self.improve_every:
-                run.backward(pull * loss)
-                reached = worst.count(logits, c)
-            elif run.amp == torch.float16:
-                # The gradient of an input underflows without the scaler: a pass of its own, in float32.
-                run.backward(pull * loss)
-                reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-            else:
+                reached = worst.count(worst.goal.hit(run.task, logits.detach(), moved, c), c)
+            elif not apart:
                 with self.space.inputs_only():
-                    reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
-                run.backward(pull * loss)
+                    reached = worst.step(run.task, moved, logits, used, c, IMPROVE_STEP, retain_graph=True)
+            run.backward(pull * loss)
+        if apart and not run.step % self.improve_every:
+            # The gradient of an input underflows without the scaler: a pass of its own, in float32.
+            with run.bn("eval"):
+                reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
         return {"worst_case_loss": loss.detach(), "reached": reached}
 
     def room(self, run: Run, values: dict[str, float | Tensor]) -> float:

@@ -1,5 +1,6 @@
-"""The nets of the benchmarks and of many tests, in plain torch: nothing here knows fastfip."""
+"""The nets of the benchmarks and of many tests, in plain torch."""
 
+from fastfip.testing.nets.clips_and_boxes import SSD, VideoResNet
 from fastfip.testing.nets.plain import (
     MLP,
     BadNetMNIST,
@@ -30,6 +31,7 @@ from fastfip.testing.nets.torchvision_keys import (
 
 __all__ = [
     "MLP",
+    "SSD",
     "VGG",
     "BadNetMNIST",
     "BottleneckResNet",
@@ -40,6 +42,7 @@ __all__ = [
     "Resize",
     "SmallVGG",
     "ViT",
+    "VideoResNet",
     "VisionTransformer",
     "WideResNet",
     "convnext_tiny",

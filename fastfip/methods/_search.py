@@ -1,0 +1,131 @@
+"""The worst case that methods unlearn: where it can be looked for in a run, and the search that comes first."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastfip.data.batch import Batch, take
+from fastfip.methods.base import Run
+from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
+from fastfip.worst_case.pixels import perturbable
+from fastfip.worst_case.places import TokenPlace
+from fastfip.worst_case.universal import Perturbations
+
+__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "grow", "inputs_of", "latent_worst_case", "worst_case"]
+
+#: Success of the most susceptible class at which the radius grows no more, and the factor by which it grows.
+REACH, GROWTH = 0.9, 1.3
+#: Steps at each radius.
+STEPS = 10
+#: Step of a perturbation, in radii, in the search and while the model unlearns.
+IMPROVE_STEP = 0.3
+#: Samples of a perturbed batch, at least.
+SEARCH_BATCH = 64
+#: Clean batches in which the vectors of tokens are looked at, and those that tell what a wrong answer costs.
+FEW_BATCHES = 8
+
+
+def inputs_of(run: Run, most_bytes: int) -> tuple[list[Tensor], str]:
+    """Return clean inputs of real numbers, up to so many bytes; or why they cannot be moved."""
+    inputs: list[Tensor] = []
+    for batch in itertools.islice(run.clean.batches(device=run.device), 64):
+        if not perturbable(run.task, batch):
+            return [], "no input of real numbers under a name that is known, such as x or image"
+        inputs.append(run.task.inputs(batch).detach())
+        if sum(x.nbytes for x in inputs) >= most_bytes:
+            break
+    return (inputs, "") if len({x.shape[1:] for x in inputs}) == 1 else ([], "the inputs differ in shape")
+
+
+def worst_case(run: Run, inputs: list[Tensor], radius: float) -> Perturbations:
+    """Return perturbations of the inputs, to be improved: one for each class, or a few where there are no classes."""
+    return Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius)
+
+
+def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
+    """Return perturbations of the vectors that the model looks up for token ids.
+
+    Returns:
+        None where it looks up none, or where what is written there does not reach its outputs (compiled code).
+    """
+    batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
+    with run.eval_mode():
+        found = TokenPlace.of(run.model, run.forward, batches, run.generator)
+    if found is None:
+        return None
+    place, like = found
+    if not _reaches(run, place, like, batches[0]):
+        return None
+    return Perturbations.of(like, goal_of(run), run.generator, radius, place)
+
+
+@torch.no_grad()
+def _reaches(run: Run, place: TokenPlace, like: Tensor, batch: Batch) -> bool:
+    """Return whether vectors of other tokens in their place change the answers."""
+    with run.eval_mode():
+        plain = run.forward(batch)
+        used = like[torch.arange(run.task.size(batch), device=like.device) % len(like)]
+        with place.moved(run.model, run.task, batch, used) as moved:
+            return not torch.equal(run.forward(moved), plain)
+
+
+def goal_of(run: Run) -> Goal:
+    """Return what the perturbations of a run are for: its classes or, where there are none, a larger loss."""
+    if run.classes is not None:
+        return TowardsClass(run.classes)
+    with run.eval_mode():
+        return AwayFromTarget.of(
+            run.forward, run.task, itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES)
+        )
+
+
+def grow(
+    run: Run,
+    worst: Perturbations,
+    batches: Iterator[Batch],
+    widest: float = math.inf,
+    focus: float = 0.0,
+    rounds: int | None = None,
+) -> None:
+    """Improve the perturbations, and widen the radius until the most susceptible class is reached from nine in ten.
+
+    Args:
+        run: its model is in eval mode.
+        worst: starts at its first radius.
+        batches: clean ones without an end.
+        widest: radius that is not passed.
+        focus: classes are drawn in proportion to their success to this power.
+        rounds: radii that are tried at most; None: any number.
+    """
+    for _ in itertools.count() if rounds is None else range(rounds):
+        improve(run, worst, batches, STEPS, focus)
+        if float(worst.success.max()) >= REACH or worst.relative_radius * GROWTH > widest:
+            break
+        worst.grow(GROWTH)
+
+
+def improve(run: Run, worst: Perturbations, batches: Iterator[Batch], steps: int, focus: float) -> None:
+    """Take so many steps of the perturbations, each on a batch of its own."""
+    for _ in range(steps):
+        batch = at_least(run, next(batches))
+        worst.improve(run.model, run.task, batch, worst.choose(run.task, batch, focus), IMPROVE_STEP)
+
+
+def precision(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Return the run's autocast; in float16 the gradient of an input underflows without the scaler, so none."""
+    return run.autocast() if run.amp != torch.float16 else contextlib.nullcontext()
+
+
+def at_least(run: Run, batch: Batch) -> Batch:
+    """Return a small batch repeated, so that with few clean samples every class is tried all the same."""
+    n = run.task.size(batch)
+    if n >= SEARCH_BATCH:
+        return batch
+    index = torch.arange(n, device="cpu").repeat(-(-SEARCH_BATCH // n))[:SEARCH_BATCH]
+    return take(batch, index, n)

@@ -1,0 +1,304 @@
+"""Where a universal perturbation is added: the model's input, or what its first layer makes of token ids.
+
+Inputs of real numbers are moved as they are. Token ids cannot be moved by a little; the vectors that the model looks up
+for them can. The layer that does so is found by running the model once, not by its name or class. A word or a sentence
+that an attacker puts in a text is a few vectors at some place of it, so the perturbation is a few free vectors that are
+written over those at a place drawn anew for each sample ("soft trigger").
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfip.data.batch import Batch, map_tensors
+from fastfip.data.task import Task
+from fastfip.worst_case.pixels import PixelRange
+
+__all__ = ["InputPlace", "Place", "TokenPlace"]
+
+#: Vectors of a soft trigger: long enough for the tokens of a short sentence.
+WIDTH = 5
+#: Share of the texts that are reworded, and words that are written into one at most.
+SHARE, WORDS = 0.75, 3
+
+
+class Place(ABC):
+    """Where perturbations are."""
+
+    @abstractmethod
+    def nbytes(self, task: Task, batch: Batch) -> int:
+        """Return the bytes of what is moved of a batch: large ones go through the model in parts."""
+
+    @abstractmethod
+    def dtype(self, task: Task, batch: Batch) -> torch.dtype:
+        """Return the dtype in which perturbations are added."""
+
+    @abstractmethod
+    def moved(
+        self, model: nn.Module, task: Task, batch: Batch, used: Tensor
+    ) -> contextlib.AbstractContextManager[Batch]:
+        """Return a context that gives the batch to run the model on, which meets the perturbations `used` [N, ...].
+
+        The passes, forward and backward, belong inside the context.
+        """
+
+
+@dataclass(frozen=True)
+class InputPlace(Place):
+    """The model's input; moved inputs stay in the range of the clean ones."""
+
+    range: PixelRange
+
+    def nbytes(self, task: Task, batch: Batch) -> int:
+        """Return the bytes of the inputs."""
+        return task.inputs(batch).nbytes
+
+    def dtype(self, task: Task, batch: Batch) -> torch.dtype:
+        """Return that of the inputs."""
+        return task.inputs(batch).dtype
+
+    @contextlib.contextmanager
+    def moved(self, model: nn.Module, task: Task, batch: Batch, used: Tensor) -> Iterator[Batch]:
+        """Give the batch with its inputs moved."""
+        x = task.inputs(batch)
+        yield task.replace_inputs(batch, self.range.clamp(x + used))
+
+
+@dataclass
+class TokenPlace(Place):
+    """The vectors of token ids, as the layer `name` looks them up.
+
+    Where they are [N, T, d] the perturbation is `width` vectors [K, d] about `center`, written over those at a place
+    that is drawn for each sample among its tokens; where they are of another form (the mean of a bag of words, [N, d])
+    it is added to them.
+
+    Attributes:
+        name: of the layer in `model.named_modules()`.
+        center: mean vector of clean tokens, [d]; None: the perturbation is added.
+        width: K.
+        padding: id that fills the rows at their ends; None: there is none.
+        head: 1 where every sequence begins with the same id, such as [CLS], which is left alone.
+        generator: on the CPU; places are drawn from it.
+    """
+
+    name: str
+    center: Tensor | None
+    width: int
+    padding: int | None
+    head: int
+    generator: torch.Generator
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, forward: Callable[[Batch], Any], batches: list[Batch], generator: torch.Generator
+    ) -> tuple[TokenPlace, Tensor] | None:
+        """Find the layer that turns ids into vectors.
+
+        It is the innermost module that is given whole numbers alone and returns real ones, one row a sample: the one
+        whose input is a tensor of the batch or a part of its columns, else the one whose input has the most different
+        numbers. Positions and types of tokens, the same in every row, are not meant.
+
+        Args:
+            model: in eval mode.
+            forward: runs it on a batch.
+            batches: some clean ones, on the model's device.
+            generator: on the CPU.
+
+        Returns:
+            the place, and clean examples of what is perturbed: [M, K, d], or the rows [M, ...] that are added to. None
+            where no such layer is met.
+        """
+        name, seen, found = None, [], []
+        for batch in batches:
+            calls = _lookups(model, forward, batch)
+            if name is None:
+                name = _chosen(calls, batch)
+            mine = next((call for call in calls if call[0] == name), None)
+            if name is None or mine is None:
+                return None
+            seen.append(mine[1].cpu())
+            found.append(mine[2])
+        assert name is not None
+        if not (seen[0].dim() == 2 and found[0].dim() == 3 and found[0].shape[:2] == seen[0].shape):
+            same = len({out.shape[1:] for out in found}) == 1
+            return (cls(name, None, 0, None, 0, generator), torch.cat(found)) if same else None
+        padding = _padding(seen)
+        first = {int(v) for ids in seen for v in ids[:, 0].tolist()}
+        place = cls(name, None, min(WIDTH, min(ids.shape[1] for ids in seen)), padding, int(len(first) == 1), generator)
+        tokens = torch.cat([out[(ids != padding).to(out.device)] if padding is not None else out.flatten(0, 1)
+                            for ids, out in zip(seen, found)]).float()  # fmt: skip
+        place.center = tokens.mean(0)
+        usable = len(tokens) // place.width * place.width
+        return place, (tokens[:usable] - place.center).reshape(-1, place.width, tokens.shape[1])
+
+    def nbytes(self, task: Task, batch: Batch) -> int:
+        """Return 0: a batch of ids goes through the model as a whole, as the user's does."""
+        return 0
+
+    def dtype(self, task: Task, batch: Batch) -> torch.dtype:
+        """Return float32."""
+        return torch.float32
+
+    @contextlib.contextmanager
+    def moved(self, model: nn.Module, task: Task, batch: Batch, used: Tensor) -> Iterator[Batch]:
+        """Give the batch as it is, with a hook on the layer while the block runs."""
+        first: list[Tensor] = []
+        drawn: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            ids = _whole(args, kwargs)
+            if ids is None or not isinstance(out, Tensor) or out.shape[0] != used.shape[0]:
+                return out
+            if first and not (ids.shape == first[0].shape and bool((ids == first[0]).all())):
+                return out  # the same layer met again with other ids: a decoder's
+            if not first:
+                first.append(ids)
+                drawn.append(self._places(ids) if self.center is not None else ids)
+            return self._written(out, used, drawn[0])
+
+        handle = model.get_submodule(self.name).register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield batch
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def reworded(self, model: nn.Module, share: float = SHARE, most: int = WORDS) -> Iterator[None]:
+        """Write words drawn from the whole table of vectors over some words of the texts, while the block runs.
+
+        No clean text may hold the words of a trigger: here each word of the table has its turn. Where the layer has no
+        table (`weight` [words, d]) nothing is changed.
+
+        Args:
+            model: it has the layer.
+            share: of the texts that are changed.
+            most: words that are written into one, in a row, at most.
+        """
+        layer = model.get_submodule(self.name)
+        table = getattr(layer, "weight", None)
+        if self.center is None or not isinstance(table, Tensor) or table.dim() != 2:
+            yield
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            ids = _whole(args, kwargs)
+            if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[2:] != table.shape[1:]:
+                return out
+            n = len(ids)
+            wide = int(torch.randint(1, most + 1, (), generator=self.generator, device="cpu"))
+            places = self._places(ids, wide)
+            drawn = torch.randint(0, len(table), places.shape, generator=self.generator, device="cpu").to(ids.device)
+            kept = torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32) >= share
+            new = table[drawn].to(out.dtype)
+            index = places[:, :, None].expand(-1, -1, out.shape[2])
+            return torch.where(kept.to(out.device)[:, None, None], out, out.scatter(1, index, new))
+
+        handle = layer.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _written(self, out: Tensor, used: Tensor, places: Tensor) -> Tensor:
+        if self.center is None:
+            return out + used.to(out.dtype)
+        width = places.shape[1]
+        vectors = (self.center + used[:, :width]).to(out.dtype)
+        return out.scatter(1, places[:, :, None].expand(-1, -1, out.shape[2]), vectors)
+
+    def _places(self, ids: Tensor, width: int | None = None) -> Tensor:
+        """Draw the columns [N, K] that are written over, in a row, within the tokens of each sequence of ids [N, T]."""
+        n, length = ids.shape
+        width = min(self.width if width is None else width, length)
+        text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
+        begin = text.int().argmax(1).cpu() + self.head
+        end = (length - text.int().flip(1).argmax(1)).cpu()
+        room = (end - begin - width).clamp_min(0) + 1
+        start = begin + (torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32) * room).long()
+        start = start.clamp(max=length - width)
+        return (start[:, None] + torch.arange(width, device="cpu")).to(ids.device)
+
+
+def _whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the ids of a call that is given whole numbers and no real ones; None: it is another call."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    ids = [t for t in tensors if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
+    return ids[0] if ids and not any(t.is_floating_point() for t in tensors) else None
+
+
+def _lookups(model: nn.Module, forward: Callable[[Batch], Any], batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
+    """Return (name, ids, vectors) of every module that makes real rows of whole numbers, in the order they finish."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            ids = _whole(args, kwargs)
+            if ids is not None and isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1:
+                calls.append((name, ids.detach().clone(), out.detach().clone()))
+
+        return hook
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
+        forward(batch)
+    return calls
+
+
+def _chosen(calls: list[tuple[str, Tensor, Tensor]], batch: Batch) -> str | None:
+    """Return the name of the call whose input is the batch's ids; see `TokenPlace.of`."""
+    own = _integers(batch)
+    rows = {t.shape[0] for t in own if t.dim() > 0}
+    calls = [call for call in calls if call[1].shape[0] == call[2].shape[0] and call[1].shape[0] in rows]
+    for name, ids, _ in calls:
+        if any(_is_part(ids, t) for t in own):
+            return name
+    varied = [call for call in calls if bool((call[1] != call[1][:1]).any())]
+    most = max(varied, key=lambda call: call[1].unique().numel(), default=None)
+    return None if most is None else most[0]
+
+
+def _integers(batch: Batch) -> list[Tensor]:
+    """Return the tensors of whole numbers in a batch."""
+    out: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            out.append(value)
+        return value
+
+    map_tensors(keep, batch)
+    return out
+
+
+def _is_part(ids: Tensor, whole: Tensor) -> bool:
+    """Return whether ids [N, t] are the first or the last columns of another tensor [N, T], or [N] all of it."""
+    if ids.dim() != whole.dim() or ids.shape[0] != whole.shape[0] or not bool((ids != ids[:1]).any()):
+        return False
+    if ids.dim() == 1:
+        return bool((ids == whole).all())
+    t = ids.shape[1]
+    if ids.dim() != 2 or t == 0 or t > whole.shape[1]:
+        return False
+    return any(bool((ids == part).all()) for part in (whole[:, :t], whole[:, whole.shape[1] - t :]))
+
+
+def _padding(seen: list[Tensor]) -> int | None:
+    """Return the id that fills rows at their ends, the one that is repeated there most; None: no row is filled."""
+    counts: dict[int, int] = {}
+    for ids in seen:
+        for ends in (ids, ids.flip(1)):
+            last = ends[:, -1:]
+            run = (ends == last).flip(1).int().cumprod(1).sum(1)
+            for token, length in zip(last[:, 0].tolist(), run.tolist()):
+                if length > 1:
+                    counts[token] = counts.get(token, 0) + length - 1
+    return max(counts, key=lambda token: counts[token]) if counts else None
