@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, float32_batch, move_to, to_tensors
+from fastfip.data.batch import Batch, float32_batch, move_to, take, to_tensors
 from fastfip.errors import DataError
+from fastfip.nets.state import uses_batch_statistics
 
 __all__ = [
     "Task",
@@ -50,6 +51,8 @@ class Task:
 
     forward_hook: Forward | None = None
     loss_hook: Loss | None = None
+    #: Samples that a pass without gradients takes together, at most, BatchNorm in eval mode; None: the whole batch.
+    most: int | None = None
 
     @classmethod
     def of(cls, forward: Forward | None = None, loss: Loss | None = None) -> Task:
@@ -78,6 +81,18 @@ class Task:
         Raises:
             DataError: the batch has no input field, or the net returns something that holds no logits.
         """
+        if self.most is not None and not torch.is_grad_enabled() and not uses_batch_statistics(model):
+            return self._in_parts(model, batch, self.most)
+        return self._whole(model, batch)
+
+    def _in_parts(self, model: nn.Module, batch: Batch, most: int) -> Tensor:
+        n = self.size(batch)
+        if n <= most:
+            return self._whole(model, batch)
+        parts = torch.arange(n, device="cpu").tensor_split(-(-n // most))
+        return torch.cat([self._whole(model, take(batch, part, n)) for part in parts])
+
+    def _whole(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.forward_hook is not None:
             out = self.forward_hook(model, batch)
             if not isinstance(out, Tensor):

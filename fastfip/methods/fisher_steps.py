@@ -17,6 +17,7 @@ docs/purification.md has the evidence.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,17 +32,16 @@ from fastfip.errors import FastFIPError
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
+from fastfip.methods.wfip.search import IMPROVE_STEP, SEARCH_BATCH, at_least
 from fastfip.methods.wfip.sieve import Sieve
-from fastfip.nets.state import frozen_copy
+from fastfip.methods.wfip.unlearn import FOCUS, unlearn
+from fastfip.nets.state import frozen_copy, still_received
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
 
-#: Perturbations are drawn in proportion to success ** FOCUS, and move by so many radii a step.
-FOCUS, IMPROVE_STEP = 2.0, 0.3
 #: The search: so many steps at each radius, every class alike, then so many that favour the classes that are reached.
 ROUND, LAST = 10, 10
 #: The radius grows by this factor until a class is reached from so many of the samples, or up to the third number; what
@@ -126,6 +126,7 @@ class FisherSteps(Method):
     name = "fisher_steps"
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
+    takes_parts = True
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
@@ -152,7 +153,7 @@ class FisherSteps(Method):
         self.more = run.endless()
         self.sieve = Sieve(run)
         if config.back > 0:
-            self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
+            self.start = _received(run)
         if config.mirror and config.augment == "crop" and run.classes is not None:
             self.symmetric = _symmetric(run, run.classes)
         inputs: list[Tensor] = []
@@ -164,11 +165,12 @@ class FisherSteps(Method):
             self.range = None
             return
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
-            self.received = frozen_copy(run.model)
+            self.received = frozen_copy(run.model, run.received)
         if run.classes is None:
             run.alert("NO WORST CASE was unlearned (loss= takes outputs or labels of another form)")
         elif config.weight and config.unlearn:
             self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius)
+            self.worst.together = run.micro_batch
             # In float16 the gradient of an input underflows without the scaler.
             with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
                 self._search(run, self.worst)
@@ -183,7 +185,7 @@ class FisherSteps(Method):
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
         if self.received is not None and done >= border:
-            self.sieve.leave_out(self.received, config.sieve)
+            self.sieve.leave_out(functools.partial(contextlib.nullcontext, self.received), config.sieve)
             self.received = None
         elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
             self.taken_back = True
@@ -351,21 +353,16 @@ class FisherSteps(Method):
 
     def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
-        config = self.config(run)
-        batch = at_least(run, next(self.more))
-        c = worst.draw(run.task.labels(batch), FOCUS)
-        with run.bn("eval"):
-            used, moved = worst.moved(run.task, batch, c)
-            with run.autocast():
-                logits = run.forward(moved)
-                loss = run.loss(logits, moved).mean()
-            if run.amp == torch.float16:  # the gradient of an input underflows without the scaler
-                run.backward(config.weight * loss)
-                reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-            else:
-                reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
-                run.backward(config.weight * loss)
-        return {"worst_case_loss": loss.detach(), "reached": reached}
+        return unlearn(run, at_least(run, next(self.more)), worst, self.config(run).weight)
+
+
+def _received(run: Run) -> dict[str, Tensor]:
+    """Return the received parameters by name, copied where nobody has them already."""
+    named = {name: p.detach() for name, p in run.model.named_parameters() if p.is_floating_point()}
+    return {
+        name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
+        for name, p in named.items()
+    }
 
 
 def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:

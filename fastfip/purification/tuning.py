@@ -27,6 +27,7 @@ from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
+from fastfip.purification.memory import check_micro_batch, note_statistics
 from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
 
@@ -63,12 +64,14 @@ class PurifyOptions:
     frozen: str
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
+        check_micro_batch(self.micro_batch, self.recipe)
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
 
@@ -78,6 +81,7 @@ def tune(
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
     notes = list(options.notes)
+    options = replace(options, task=replace(options.task, most=options.micro_batch))
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
@@ -113,11 +117,14 @@ def tune(
         notes=notes,
         alerts=list(options.alerts),
         frozen=work.frozen(options.frozen == "keep"),
+        received=work.received,
+        micro_batch=options.micro_batch,
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
+    note_statistics(run)
     with run.timed("evaluation"):
         scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
@@ -230,7 +237,8 @@ class Scorer:
         self.sample: list[Batch] = []
         if "fisher_trace" in measure:
             order = itertools.islice(run.clean.batches(TRACE_SAMPLES // 4, device=run.device), 4)
-            self.sample = list(order)  # kept, so that augmentation does not change it between before and after
+            parts = [part for batch in order for part, _ in run.parts(batch)]
+            self.sample = parts  # kept, so that augmentation does not change it between before and after
 
     def measure(self) -> Evaluation:
         """Return the figures of the model as it is now; its time counts as evaluation."""

@@ -41,6 +41,7 @@ class Perturbations:
         success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
         outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
             them as well, whatever classes it is for.
+        together: samples of a pass of `improve`, at most; None: as many as have inputs of a few megabytes.
     """
 
     store: DeltaStore
@@ -51,6 +52,7 @@ class Perturbations:
     success: Tensor
     outside: Tensor
     history: list[tuple[float, list[float]]] = field(default_factory=list)
+    together: int | None = None
 
     @classmethod
     def of(cls, x: Tensor, classes: int, generator: torch.Generator, radius: float = 0.02) -> Perturbations:
@@ -106,7 +108,7 @@ class Perturbations:
             the share of samples that went to their c, as a scalar.
         """
         n = task.size(batch)
-        most = max(1, PASS_BYTES * n // max(1, task.inputs(batch).nbytes))
+        most = min(self.together or n, max(1, PASS_BYTES * n // max(1, task.inputs(batch).nbytes)))
         with requires_grad(model.parameters(), False):
             if most >= n:
                 used, moved = self.moved(task, batch, c)
@@ -116,10 +118,10 @@ class Perturbations:
                 mine = c[part.to(c.device)]
                 used, moved = self.moved(task, take(batch, part, n), mine)
                 logits.append(task.forward(model, moved).float())
-                gradients.append(self._gradient(logits[-1], used, mine))
+                gradients.append(self.gradient(logits[-1], used, mine))
                 logits[-1] = logits[-1].detach()
                 del used, moved  # with the graph, before the next part
-        self._move(c, torch.cat(gradients), step)
+        self.move(c, torch.cat(gradients), step)
         return self.count(torch.cat(logits), c)
 
     def moved(self, task: Task, batch: Batch, c: Tensor) -> tuple[Tensor, Batch]:
@@ -131,17 +133,17 @@ class Perturbations:
     def step(self, logits: Tensor, used: Tensor, c: Tensor, step: float = 0.3, retain_graph: bool = False) -> Tensor:
         """Take the step of `improve` from the logits of a pass that was there anyway (see `moved`)."""
         logits = logits.float()
-        self._move(c, self._gradient(logits, used, c, retain_graph), step)
+        self.move(c, self.gradient(logits, used, c, retain_graph), step)
         return self.count(logits, c)
 
     @staticmethod
-    def _gradient(logits: Tensor, used: Tensor, c: Tensor, retain_graph: bool = False) -> Tensor:
+    def gradient(logits: Tensor, used: Tensor, c: Tensor, retain_graph: bool = False) -> Tensor:
         """Return the gradient in what was used, [N, ...], of the summed cross-entropy towards c [N]."""
         loss = nn.functional.cross_entropy(logits, c, reduction="sum")
         return torch.autograd.grad(loss, used, retain_graph=retain_graph)[0]
 
     @torch.no_grad()
-    def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:
+    def move(self, c: Tensor, gradient: Tensor, step: float) -> None:
         """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
         total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)

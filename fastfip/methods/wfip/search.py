@@ -57,6 +57,7 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         run.alert(f"ONLY FINE-TUNED, nothing was unlearned ({why_not})")
         return None
     perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
+    perturbations.together = run.micro_batch
     inputs.clear()
     with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
         for _ in range(ROUNDS):
