@@ -64,6 +64,7 @@ def purify(
     frozen: str = "keep",
     input_shape: tuple[int, int, int] | None = None,
     micro_batch: int | None = None,
+    memory: int | str | None = None,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -111,6 +112,8 @@ def purify(
             same: that of the batch's parts, weighted by their sizes. Only BatchNorm in train mode takes its statistics
             from the parts (of two samples at least), and a note says so. Spectral methods then keep no second copy of
             the weights either. For methods whose step is a sum over samples.
+        memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
+            device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
@@ -161,6 +164,7 @@ def purify(
         notes=(FEW_SAMPLES,) if few else (),
         alerts=said,
         micro_batch=micro_batch,
+        memory=memory,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):

@@ -27,7 +27,7 @@ from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
-from fastfip.purification.memory import check_micro_batch, note_statistics
+from fastfip.purification.memory import check_micro_batch, choose, note_statistics, parse_memory
 from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
 
@@ -38,6 +38,8 @@ __all__ = ["MEASURES", "PurifyOptions", "coverage_of", "tune"]
 MEASURES = ("acc", "asr", "fisher_trace")
 #: Clean samples on which the Fisher trace before and after is taken, at most.
 TRACE_SAMPLES = 256
+#: Samples that go through the model together before it is known how many `memory=` has room for.
+FEW_TOGETHER = 2
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
 #: One that its first line is about.
@@ -65,13 +67,14 @@ class PurifyOptions:
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
     micro_batch: int | None = None
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
-        check_micro_batch(self.micro_batch, self.recipe)
+        check_micro_batch(self.micro_batch, self.memory, self.recipe)
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
 
@@ -81,7 +84,8 @@ def tune(
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
     notes = list(options.notes)
-    options = replace(options, task=replace(options.task, most=options.micro_batch))
+    few = FEW_TOGETHER if options.micro_batch is None and options.memory is not None else options.micro_batch
+    options = replace(options, task=replace(options.task, most=few))
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
@@ -124,6 +128,10 @@ def tune(
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
+    if options.memory is not None:
+        with seeded(seed, device):
+            run.micro_batch = choose(run, options.recipe, parse_memory(options.memory))
+        run.task = task = replace(task, most=run.micro_batch)
     note_statistics(run)
     with run.timed("evaluation"):
         scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)

@@ -71,7 +71,7 @@ class CleanTerms:
             total = of_loss * loss
             values["loss"] = loss.detach()
         if target is not None:
-            if share != 1 and of_loss:  # one graph at a time
+            if run.micro_batch is not None and of_loss:  # one graph at a time
                 run.backward(share * total)  # type: ignore[arg-type]
                 total = 0.0
             with run.autocast():
