@@ -165,13 +165,14 @@ def fixed_memory(
         frozen: ids of parameters that stay.
         classes: C, of the worst-case perturbations; 0: none are looked for.
         input_bytes: of one input.
-        clean_bytes: of all clean inputs that the search looks at together.
+        clean_bytes: of all clean inputs that the search looks at together, twice.
     """
     tuned = [p for p in model.parameters() if p.is_floating_point() and id(p) not in frozen]
     wide = sum(p.numel() * max(4, p.element_size()) for p in tuned)
     copies = wide - sum(p.nbytes for p in tuned)
     rows = classes * input_bytes
-    data = (rows // 2 if rows > 256 << 20 else rows) + 3 * clean_bytes + 4 * SEARCH_BATCH * input_bytes
+    step = min(classes, SEARCH_BATCH) * input_bytes  # of a step: sums, rows and their like
+    data = (rows // 2 if rows > 256 << 20 else rows) + 3 * step + 2 * clean_bytes + SEARCH_BATCH * input_bytes
     if not recipe.lends_weights:
         buffers = BUFFERS + MORE_BUFFERS.get(recipe.name, 0) + (optimizer == "adam")
         return MemoryModel(copies=copies, optimiser=buffers * wide, data=data if classes else 0)

@@ -29,6 +29,27 @@ PASS_BYTES = 5 << 20
 
 
 @dataclass
+class GradientSums:
+    """Gradients of samples in what was used of their classes, summed by class, part after part of a batch.
+
+    Attributes:
+        classes: [K] int64. place: [N], which of them each sample is for. total: [K, *input]. seen: samples so far.
+    """
+
+    classes: Tensor
+    place: Tensor
+    total: Tensor
+    seen: int = 0
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradients [n, *input] of the next n samples; what is not finite counts as zero."""
+        place = self.place[self.seen : self.seen + len(gradient)]
+        self.total.index_add_(0, place, gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        self.seen += len(gradient)
+
+
+@dataclass
 class Perturbations:
     """One universal perturbation for each class, of bounded L2 norm, improved by normalised gradient steps.
 
@@ -113,15 +134,15 @@ class Perturbations:
             if most >= n:
                 used, moved = self.moved(task, batch, c)
                 return self.step(task.forward(model, moved), used, c, step)
-            logits, gradients = [], []
+            logits, sums = [], self.sums(c)
             for part in torch.arange(n, device="cpu").tensor_split(math.ceil(n / most)):
                 mine = c[part.to(c.device)]
                 used, moved = self.moved(task, take(batch, part, n), mine)
                 logits.append(task.forward(model, moved).float())
-                gradients.append(self.gradient(logits[-1], used, mine))
+                sums.add(self.gradient(logits[-1], used, mine))
                 logits[-1] = logits[-1].detach()
                 del used, moved  # with the graph, before the next part
-        self.move(c, torch.cat(gradients), step)
+        self.move(sums, step)
         return self.count(torch.cat(logits), c)
 
     def moved(self, task: Task, batch: Batch, c: Tensor) -> tuple[Tensor, Batch]:
@@ -133,7 +154,9 @@ class Perturbations:
     def step(self, logits: Tensor, used: Tensor, c: Tensor, step: float = 0.3, retain_graph: bool = False) -> Tensor:
         """Take the step of `improve` from the logits of a pass that was there anyway (see `moved`)."""
         logits = logits.float()
-        self.move(c, self.gradient(logits, used, c, retain_graph), step)
+        sums = self.sums(c)
+        sums.add(self.gradient(logits, used, c, retain_graph))
+        self.move(sums, step)
         return self.count(logits, c)
 
     @staticmethod
@@ -142,12 +165,17 @@ class Perturbations:
         loss = nn.functional.cross_entropy(logits, c, reduction="sum")
         return torch.autograd.grad(loss, used, retain_graph=retain_graph)[0]
 
-    @torch.no_grad()
-    def move(self, c: Tensor, gradient: Tensor, step: float) -> None:
-        """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
+    def sums(self, c: Tensor) -> GradientSums:
+        """Return empty sums of gradients for a step of the perturbations of the classes `c` [N]."""
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
-        total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
-        total.index_add_(0, place[: len(c)], gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        like = self.store.values
+        total = torch.zeros(len(touched), *like.shape[1:], device=like.device, dtype=torch.float32)
+        return GradientSums(touched, place[: len(c)], total)
+
+    @torch.no_grad()
+    def move(self, sums: GradientSums, step: float) -> None:
+        """Move the perturbations of the classes of `sums` and bring them back into the ball; no others are touched."""
+        touched, total = sums.classes, sums.total
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))

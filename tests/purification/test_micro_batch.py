@@ -17,7 +17,14 @@ Y = torch.arange(24) % 4
 
 def small_net(norm: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 96), nn.GELU()]
+    layers = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 96),
+        nn.GELU(),
+    ]
     return nn.Sequential(*layers[: 1 if not norm else 2], *layers[2:], nn.Linear(96, 4)).eval()
 
 
@@ -77,7 +84,9 @@ def test_a_micro_batch_that_is_none_is_refused(wrong):
 @pytest.mark.parametrize("method", ["fast_wfip", "fast_fip"])
 def test_weights_that_are_shared_meanwhile_are_nobody_elses_afterwards(method, inplace):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.GELU(), nn.Linear(400, 400), nn.GELU(), nn.Linear(400, 4))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 400), nn.GELU(), nn.Linear(400, 400), nn.GELU(), nn.Linear(400, 4)
+    )
     model[3].requires_grad_(False)  # one that is not tuned: its memory is shared to the end
     before, places = copy.deepcopy(model.state_dict()), [p.data_ptr() for p in model.parameters()]
     result = purified(method, model, inplace=inplace)

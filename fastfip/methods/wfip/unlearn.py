@@ -40,7 +40,7 @@ def unlearn(
     c = worst.draw(run.task.labels(batch), FOCUS)
     total: float | Tensor = 0.0
     answers: list[Tensor] = []
-    gradients: list[Tensor] = []
+    sums = worst.sums(c) if improve else None
     with run.bn("eval"):
         places, start = run.parts(batch), 0
         for part, share in places:
@@ -50,9 +50,9 @@ def unlearn(
             with run.autocast():
                 logits = run.forward(moved)
                 loss = run.loss(logits, moved).mean()
-            if improve and run.amp != torch.float16:
+            if sums is not None and run.amp != torch.float16:
                 with inputs_only():
-                    gradients.append(worst.gradient(logits.float(), used, mine, retain_graph=True))
+                    sums.add(worst.gradient(logits.float(), used, mine, retain_graph=True))
             run.backward((weight if share == 1 else weight * share) * loss)
             total = total + (loss.detach() if share == 1 else share * loss.detach())
             answers.append(logits.detach())
@@ -61,7 +61,7 @@ def unlearn(
             # The gradient of an input underflows without the scaler: a pass of its own, in float32.
             reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
         else:
-            if improve:
-                worst.move(c, torch.cat(gradients), IMPROVE_STEP)
+            if sums is not None:
+                worst.move(sums, IMPROVE_STEP)
             reached = worst.count(torch.cat(answers), c)
     return {"worst_case_loss": total, "reached": reached}
