@@ -104,7 +104,7 @@ def memory(large: Large, method: str, rank: int | None, model: nn.Module) -> tup
     whole = MemoryModel(
         now=large.given * numbers, copies=copy, factors=terms.factors, optimiser=terms.optimiser,
         data=(WORST + 3) * large.input_bytes, decomposition=terms.decomposition, scratch=terms.scratch,
-        per_sample=sample,
+        per_sample=sample, least=terms.least,
     )  # fmt: skip
     return whole, numbers
 
@@ -159,11 +159,13 @@ def row(large: Large, method: str, rank: int | None) -> list[str]:
     fits = ", ".join(name for name, size in (("H100", H100), ("H200", H200)) if peak <= size) or "neither"
     sent = 4 * traffic(method, model, rank)
     ring = 2 * (GPUS - 1) / GPUS * sent
+    way = f"`{method}`" + (f", rank {rank}" if rank else "")
+    spectral = terms.factors > 0
     return [
-        large.name, f"`{method}`" + (f", rank {rank}" if rank else ""), f"{work / 1e15:,.0f}",
-        _time(work / cpu_rate()), _time(decomposition_time(model, rank)) if terms.factors else "-", _time(work / (SHARE * TF32)), _time(work / (SHARE * TF32 * GPUS)),
-        _bytes(terms.now + terms.copies), _bytes(terms.factors) if terms.factors else "-", _bytes(terms.optimiser), _bytes(peak), fits,
-        _bytes(sent), _time(ring / NVLINK), _time(ring / ETHERNET),
+        large.name, way, f"{work / 1e15:,.0f}", _time(work / cpu_rate()),
+        _time(decomposition_time(model, rank)) if spectral else "-", _time(work / (SHARE * TF32)),
+        _time(work / (SHARE * TF32 * GPUS)), _bytes(terms.now + terms.copies),
+        _bytes(terms.factors) if spectral else "-", _bytes(terms.optimiser), _bytes(peak), fits, _bytes(sent), _time(ring / NVLINK), _time(ring / ETHERNET),
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import readable
@@ -27,6 +27,9 @@ __all__ = ["Space", "SpaceMethod", "Spectral", "Weights"]
 
 #: Clean samples that the Fisher diagonal of the received net is taken over; more change it by less than its own spread.
 FISHER_SAMPLES = 512
+#: A sample whose gradients are read from the graph takes up to so many times the memory of one that is learned from:
+#: the gradient at each layer's output is kept, and attention is not fused.
+FISHER_SHARE = 3
 
 
 class Space(ABC):
@@ -208,6 +211,7 @@ class Spectral(Space):
                 for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
                     total += each.detach().pow(2).sum(0).to(total.dtype)
                 count += len(losses)
+                del record, logits, losses, each  # with the graph, before the next batch
         self.shifts.remove()
         squares = [total / count for total in sums]
         if self.affine:
@@ -267,8 +271,10 @@ def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batc
         if draw:
             with torch.no_grad():
                 batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
-        for part, _ in run.parts(batch):
-            yield part
+        n = run.task.size(batch)
+        few = max(1, (run.micro_batch or n) // FISHER_SHARE)
+        for place in torch.arange(n, device="cpu").tensor_split(-(-n // few)):
+            yield take(batch, place, n)
 
 
 def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:

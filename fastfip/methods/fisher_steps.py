@@ -17,7 +17,6 @@ docs/purification.md has the evidence.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,8 +184,8 @@ class FisherSteps(Method):
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
         if self.received is not None and done >= border:
-            self.sieve.leave_out(functools.partial(contextlib.nullcontext, self.received), config.sieve)
-            self.received = None
+            received, self.received = self.received, None
+            self.sieve.leave_out(lambda: contextlib.nullcontext(received), config.sieve)
         elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
             self.taken_back = True
             self.sieve.take_back()

@@ -150,7 +150,7 @@ def copied(model: nn.Module, remedy: str, lent: Mapping[nn.Parameter, Tensor] | 
     Args:
         model: it is left as it is.
         remedy: what the error advises where the model cannot be copied.
-        lent: parameters of the model -> values whose memory those of the copy share; all others get memory of their own.
+        lent: parameters of the model -> values whose memory those of the copy share; all others are copied.
 
     Raises:
         ModelError: copying it fails, with the reason.
@@ -186,7 +186,7 @@ def lendable(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def still_received(p: Tensor, value: Tensor | None) -> bool:
-    """Return whether a received value can stand for a tensor of the model: of its kind, its layout and its numbers."""
+    """Return whether a received value can stand for a tensor of the model: of its layout, and its numbers."""
     if value is None or (value.dtype, value.device, value.shape) != (p.dtype, p.device, p.shape):
         return False
     return value.stride() == p.stride() and torch.equal(value, p)

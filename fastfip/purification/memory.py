@@ -2,7 +2,9 @@
 
 The memory of a purification, in bytes above what the process has when the model was received:
 
-    copies + factors + optimiser + data + max(decomposition, scratch + constant + micro_batch * per_sample)
+    copies + factors + optimiser + data + max(decomposition, scratch + constant + m * per_sample)
+
+with m = micro_batch, or 3 where that is less and the Fisher diagonal is measured.
 
 The first four and the decomposition are arithmetic; `constant` and `per_sample` are measured, by passes of one sample
 and of two. docs/scale.md has the terms for large models, and what they are worth against measurement.
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfip.data.batch import take
 from fastfip.errors import ConfigError
 from fastfip.methods import Method
+from fastfip.methods._space import FISHER_SHARE
 from fastfip.methods.run import Run
 from fastfip.methods.wfip.search import SEARCH_BATCH
 from fastfip.nets.process import resident_memory
@@ -43,9 +46,9 @@ __all__ = [
     "tensor_peak",
 ]
 
-#: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and two states of the
-#: loop (the last good one, and the one that takes its place). `fisher_steps` has its step and the weights from before
-#: the measurement of its length as well.
+#: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and two states of
+#: the loop (the last good one, and the one that takes its place). `fisher_steps` has its step and the weights from
+#: before the measurement of its length as well.
 BUFFERS = 4
 MORE_BUFFERS = {"fisher_steps": 2}
 #: Copies of the largest matrix in float64 that its decomposition takes.
@@ -115,6 +118,7 @@ class MemoryModel:
         copies: weights in another dtype. data: perturbations and batches.
         decomposition: what the largest one takes for its time. scratch: memory that spectral layers share.
         constant, per_sample: what a pass forward and backward takes.
+        least: a single sample takes as much as so many, where the Fisher diagonal is measured.
     """
 
     now: int = 0
@@ -126,6 +130,7 @@ class MemoryModel:
     scratch: int = 0
     constant: int = 0
     per_sample: int = 0
+    least: int = 1
 
     @property
     def fixed(self) -> int:
@@ -134,7 +139,8 @@ class MemoryModel:
 
     def peak(self, micro_batch: int) -> int:
         """Return the peak with so many samples in a pass."""
-        return self.fixed + max(self.decomposition, self.scratch + self.constant + micro_batch * self.per_sample)
+        samples = max(micro_batch, self.least)
+        return self.fixed + max(self.decomposition, self.scratch + self.constant + samples * self.per_sample)
 
     def samples(self, budget: int) -> int:
         """Return how many samples a pass may have within a budget; 0: not even one."""
@@ -195,6 +201,7 @@ def fixed_memory(
         data=data if classes else 0,
         decomposition=8 * WIDE * largest,
         scratch=8 * largest,
+        least=FISHER_SHARE,
     )
 
 
@@ -215,14 +222,14 @@ def choose(run: Run, recipe: type[Method], budget: int) -> int:
     if fits < least:
         raise ConfigError(
             f"memory: {_size(budget)} are not enough for {recipe.name} on this model, which needs about "
-            f"{_size(model.peak(least))} with {least} sample{'s' * (least > 1)} in a pass ({_size(model.now)} are in use "
-            f"already, the model and its copy included): give more, or take a smaller rank or method"
+            f"{_size(model.peak(least))} with {least} sample{'s' * (least > 1)} in a pass ({_size(model.now)} are "
+            "in use already, the model and its copy included): give more, or take a smaller rank or another method"
         )
     batch = run.config.batch_size or run.clean.batch_size
     most = min(fits, max(batch, SEARCH_BATCH))
     run.note(
-        f"memory of {_size(budget)}: micro_batch={most}, since a sample in a pass takes {_size(model.per_sample)} and all "
-        f"else {_size(model.peak(1) - model.per_sample)} (measured by passes of one sample and of two)"
+        f"memory of {_size(budget)}: micro_batch={most}, since a sample in a pass takes {_size(model.per_sample)} "
+        f"(measured by passes of one and of two) and all else {_size(model.fixed + model.scratch + model.constant)}"
     )
     return most
 
@@ -257,6 +264,7 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         data=terms.data,
         decomposition=terms.decomposition,
         scratch=terms.scratch,
+        least=terms.least,
         constant=max(0, one - per_sample) * (1 + low),
         per_sample=per_sample * (1 + low),  # 16 bits are tuned in 32
     )
@@ -282,7 +290,7 @@ def trim() -> None:
 def _pass_peak(run: Run, batch: Any) -> int:
     """Return the bytes that a pass forward and backward takes above what is there, no weight's gradient counted."""
     model = run.model
-    small: list[Tensor] = [p for p in model.parameters() if p.dim() <= 1 and p.is_floating_point()]
+    small: list[nn.Parameter] = [p for p in model.parameters() if p.dim() <= 1 and p.is_floating_point()]
     small = small or list(model.parameters())[:1]
 
     def once() -> None:

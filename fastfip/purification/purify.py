@@ -171,7 +171,7 @@ def purify(
         work = WorkCopy(model, inplace, recipe.lends_weights)
         work_device = work.device if options.device is None else options.device
         try:
-            with PeakMemory(work_device) as memory, seeded(options.seed, work_device), ExitStack() as ends:
+            with PeakMemory(work_device) as used, seeded(options.seed, work_device), ExitStack() as ends:
                 ends.enter_context(without_caches(work.model))
                 run, history, before, after = tune(work, work_device, options, ends)
             moved = work.moved()
@@ -193,7 +193,7 @@ def purify(
         after=after,
         history=history,
         seconds=run.seconds,
-        peak_memory=memory.peak,
+        peak_memory=used.peak,
         settings={
             "config": options.config.to_dict(),
             "seed": seed,
@@ -204,7 +204,7 @@ def purify(
             "heldout_samples": 0 if run.heldout is None else run.heldout.n,
             "steps": run.step,
             "best_epoch": run.best_epoch,
-            "peak_memory_of": memory.what,
+            "peak_memory_of": used.what,
             "micro_batch": run.micro_batch,
         },
         versions={

@@ -48,7 +48,8 @@ class CleanTerms:
         for (part, share), (other, _) in zip(run.parts(batch), run.parts(mixed)):
             for name, value in self._part(part, other, share).items():
                 sums[name] = value if share == 1 else sums.get(name, 0.0) + share * value
-        self.latest = sums.get("loss", self.latest)
+        if "loss" in sums:
+            self.latest = torch.as_tensor(sums["loss"])
         if self.latest is not None:
             sums["loss"] = self.latest
         return sums
