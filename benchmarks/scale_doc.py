@@ -165,7 +165,8 @@ def row(large: Large, method: str, rank: int | None) -> list[str]:
         large.name, way, f"{work / 1e15:,.0f}", _time(work / cpu_rate()),
         _time(decomposition_time(model, rank)) if spectral else "-", _time(work / (SHARE * TF32)),
         _time(work / (SHARE * TF32 * GPUS)), _bytes(terms.now + terms.copies),
-        _bytes(terms.factors) if spectral else "-", _bytes(terms.optimiser), _bytes(peak), fits, _bytes(sent), _time(ring / NVLINK), _time(ring / ETHERNET),
+        _bytes(terms.factors) if spectral else "-", _bytes(terms.optimiser), _bytes(peak), fits,
+        _bytes(sent), _time(ring / NVLINK), _time(ring / ETHERNET),
     ]  # fmt: skip
 
 
