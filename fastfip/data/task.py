@@ -7,7 +7,7 @@ of them with :meth:`Task.of` and walks the data with :func:`iter_batches`; nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,17 +82,9 @@ class Task:
             DataError: the batch has no input field, or the net returns something that holds no logits.
         """
         if self.most is not None and not torch.is_grad_enabled() and not uses_batch_statistics(model):
-            return self._in_parts(model, batch, self.most)
-        return self._whole(model, batch)
-
-    def _in_parts(self, model: nn.Module, batch: Batch, most: int) -> Tensor:
-        n = self.size(batch)
-        if n <= most:
-            return self._whole(model, batch)
-        parts = torch.arange(n, device="cpu").tensor_split(-(-n // most))
-        return torch.cat([self._whole(model, take(batch, part, n)) for part in parts])
-
-    def _whole(self, model: nn.Module, batch: Batch) -> Tensor:
+            n, whole = self.size(batch), replace(self, most=None)
+            parts = torch.arange(n, device="cpu").tensor_split(max(1, -(-n // self.most)))
+            return torch.cat([whole.forward(model, take(batch, part, n)) for part in parts])
         if self.forward_hook is not None:
             out = self.forward_hook(model, batch)
             if not isinstance(out, Tensor):

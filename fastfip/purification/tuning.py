@@ -27,7 +27,6 @@ from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
-from fastfip.purification.memory import check_micro_batch, choose, note_statistics, parse_memory
 from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
 
@@ -69,14 +68,33 @@ class PurifyOptions:
     micro_batch: int | None = None
     memory: int | str | None = None
 
+    @property
+    def in_parts(self) -> bool:
+        """Return whether batches go through the model in parts."""
+        return self.micro_batch is not None or self.memory is not None
+
     def __post_init__(self) -> None:
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
-        check_micro_batch(self.micro_batch, self.memory, self.recipe)
+        if self.in_parts:
+            from fastfip.purification.memory import check_micro_batch
+
+            check_micro_batch(self.micro_batch, self.memory, self.recipe)
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
+
+
+def _in_parts(run: Run, options: PurifyOptions) -> None:
+    """Let batches go through the model in parts: of the size that was given, or that the memory has room for."""
+    from fastfip.purification.memory import choose, note_statistics, parse_memory
+
+    if options.memory is not None:
+        with seeded(options.seed, run.device):
+            run.micro_batch = choose(run, options.recipe, parse_memory(options.memory))
+        run.task = replace(run.task, most=run.micro_batch)
+    note_statistics(run)
 
 
 def tune(
@@ -128,11 +146,9 @@ def tune(
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
-    if options.memory is not None:
-        with seeded(seed, device):
-            run.micro_batch = choose(run, options.recipe, parse_memory(options.memory))
-        run.task = task = replace(task, most=run.micro_batch)
-    note_statistics(run)
+    if options.in_parts:
+        _in_parts(run, options)
+        task = run.task
     with run.timed("evaluation"):
         scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
