@@ -48,6 +48,14 @@ def purify(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="passes over the clean images")] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="steps, instead of epochs")] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option("--micro-batch", metavar="N", help="images that go through the network together, at most"),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="keep within it, e.g. 12GB: --micro-batch is chosen"),
+    ] = None,
     seed: o.Seed = 0,
     amp: o.Amp = "off",
     fisher_trace: Annotated[
@@ -112,6 +120,8 @@ def purify(
         inplace=True,
         force=ignore_fit,
         input_shape=shape,
+        micro_batch=micro_batch,
+        memory=memory,
     )
     result.notes += scores.unmeasured(opened.attack)
     if images is not None:

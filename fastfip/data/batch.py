@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastfip.nets.state import LOW_PRECISION
 
-__all__ = ["Batch", "float32_batch", "map_batch", "map_tensors", "move_to", "pick", "take", "to_tensors"]
+__all__ = [
+    "Batch", "describe", "dtype_name", "float32_batch", "map_batch", "map_tensors", "move_to", "pick", "take", "to_tensors",
+]  # fmt: skip
 
 Batch = Any
 
@@ -100,3 +102,18 @@ def move_to(batch: Batch, device: torch.device | str | None) -> Batch:
 def float32_batch(batch: Batch) -> Batch:
     """Return a (nested) batch with its float16 and bfloat16 tensors in float32; all else stays as it is."""
     return map_tensors(lambda t: t.float() if t.dtype in LOW_PRECISION else t, batch)
+
+
+def dtype_name(t: Tensor) -> str:
+    """Return the name of a tensor's dtype without torch."""
+    return str(t.dtype).removeprefix("torch.")
+
+
+def describe(value: Any) -> str:
+    """Return what a value is, in a few words for an error."""
+    if isinstance(value, Tensor):
+        return f"a {dtype_name(value)} tensor {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(describe(v) if isinstance(v, Tensor) else type(v).__name__ for v in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({inner}{', ...' if len(value) > 4 else ''})"
+    return f"a {type(value).__name__}"

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, float32_batch, move_to, to_tensors
+from fastfip.data.batch import Batch, describe, dtype_name, float32_batch, move_to, take, to_tensors
 from fastfip.errors import DataError
+from fastfip.nets.state import uses_batch_statistics
 
 __all__ = [
     "Task",
@@ -51,6 +52,8 @@ class Task:
 
     forward_hook: Forward | None = None
     loss_hook: Loss | None = None
+    #: Samples that a pass without gradients takes together, at most, BatchNorm in eval mode; None: the whole batch.
+    most: int | None = None
 
     @classmethod
     def of(cls, forward: Forward | None = None, loss: Loss | None = None) -> Task:
@@ -79,10 +82,14 @@ class Task:
         Raises:
             DataError: the batch has no input field, or the net returns something that holds no logits.
         """
+        if self.most is not None and not torch.is_grad_enabled() and not uses_batch_statistics(model):
+            n, whole = self.size(batch), replace(self, most=None)
+            parts = torch.arange(n, device="cpu").tensor_split(max(1, -(-n // self.most)))
+            return torch.cat([whole.forward(model, take(batch, part, n)) for part in parts])
         if self.forward_hook is not None:
             out = self.forward_hook(model, batch)
             if not isinstance(out, Tensor):
-                raise DataError(f"forward= must return the logits as one tensor, not {_describe(out)}")
+                raise DataError(f"forward= must return the logits as one tensor, not {describe(out)}")
             return out
         if isinstance(batch, Mapping) and not any(isinstance(batch.get(k), Tensor) for k in INPUT_KEYS):
             self.inputs(batch)
@@ -100,7 +107,7 @@ class Task:
             )
         if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
             return batch[0]
-        raise DataError(f"a batch must be (x, y) or a dict, not {_describe(batch)}: pass forward= (and loss=)")
+        raise DataError(f"a batch must be (x, y) or a dict, not {describe(batch)}: pass forward= (and loss=)")
 
     def replace_inputs(self, batch: Batch, x: Tensor) -> Batch:
         """Return the batch with its input replaced by `x`; the given batch is left as it is."""
@@ -123,7 +130,7 @@ class Task:
                 f"a dict batch with the keys {sorted(map(str, batch))} has no labels (one of {', '.join(LABEL_KEYS)})"
             )
         else:
-            where = f"a batch must be (x, y) with labels y, not {_describe(batch)}"
+            where = f"a batch must be (x, y) with labels y, not {describe(batch)}"
             if isinstance(batch, (tuple, list)) and len(batch) > 1:
                 y = batch[1]
         if y is None:
@@ -133,7 +140,7 @@ class Task:
                 "the data's items are single samples (one label each), not batches: pass batches, or a Dataset"
             )
         if not isinstance(y, Tensor):
-            raise DataError(f"labels must be a tensor, not {_describe(y)}")
+            raise DataError(f"labels must be a tensor, not {describe(y)}")
         if self.loss_hook is None:
             check_labels(y)
         return y.long() if y.dtype in _INTEGERS else y
@@ -156,7 +163,7 @@ class Task:
         if self.loss_hook is not None:
             out = self.loss_hook(logits, batch)
             if not isinstance(out, Tensor) or out.dim() != 1:
-                raise DataError(f"loss= must return one loss for each sample, shape [N], not {_describe(out)}")
+                raise DataError(f"loss= must return one loss for each sample, shape [N], not {describe(out)}")
             self.check_count(out, batch, times=True)
             return out
         y = self.labels(batch)
@@ -200,7 +207,7 @@ class Task:
         for value in fields:
             if isinstance(value, Tensor) and value.dim() > 0:
                 return value.shape[0]
-        raise DataError(f"cannot tell how many samples are in {_describe(batch)}")
+        raise DataError(f"cannot tell how many samples are in {describe(batch)}")
 
 
 def check_labels(y: Tensor, classes: int | None = None) -> None:
@@ -212,7 +219,7 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
     if y.dtype not in _INTEGERS:
         how = "y.argmax(1)" if _one_hot(y) else "y.flatten().long()" if y.dim() == 2 and y.shape[1] == 1 else "y.long()"
         how = f"give class indices, e.g. {how}, or " if y.dim() == 1 or _one_hot(y) or y.shape[1:] == (1,) else ""
-        raise DataError(f"labels are {_dtype(y)} {list(y.shape)}: {how}pass loss=")
+        raise DataError(f"labels are {dtype_name(y)} {list(y.shape)}: {how}pass loss=")
     if y.dim() != 1:
         shape = f"labels have the shape {list(y.shape)}, not [N]"
         if _one_hot(y) or y.shape[1:] == (1,):
@@ -343,7 +350,7 @@ def batches_of(data: Any) -> Iterable[Batch]:
     if isinstance(data, dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         return torch.utils.data.DataLoader(data, batch_size=_DATASET_BATCH)
     if not isinstance(data, Iterable):
-        raise DataError(f"data must be an iterable of batches, not {_describe(data)}")
+        raise DataError(f"data must be an iterable of batches, not {describe(data)}")
     return data
 
 
@@ -382,17 +389,4 @@ def _logits_of(out: Any) -> Tensor:
     logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    raise DataError(f"the model returned {_describe(out)}: pass forward=, e.g. lambda model, batch: model(batch[0])[0]")
-
-
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {_dtype(value)} tensor {list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        inner = ", ".join(_describe(v) if isinstance(v, Tensor) else type(v).__name__ for v in value[:4])
-        return f"a {type(value).__name__} of {len(value)} ({inner}{', ...' if len(value) > 4 else ''})"
-    return f"a {type(value).__name__}"
+    raise DataError(f"the model returned {describe(out)}: pass forward=, e.g. lambda model, batch: model(batch[0])[0]")

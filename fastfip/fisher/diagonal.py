@@ -104,6 +104,7 @@ def fisher_diagonal(
         for one in labels.passes(task, batch, logits, generator):
             samples = measure.add(logits, one)
         count += samples
+        del logits, one  # with the graph, before the next batch
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)

@@ -45,7 +45,7 @@ def inputs_of(run: Run, most_bytes: int) -> tuple[list[Tensor], str]:
 
 def worst_case(run: Run, inputs: list[Tensor], radius: float) -> Perturbations:
     """Return perturbations of the inputs, to be improved: one for each class, or a few where there are no classes."""
-    return Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius)
+    return _in_parts(run, Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius))
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
@@ -62,7 +62,13 @@ def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
     place, like = found
     if not _reaches(run, place, like, batches[0]):
         return None
-    return Perturbations.of(like, goal_of(run), run.generator, radius, place)
+    return _in_parts(run, Perturbations.of(like, goal_of(run), run.generator, radius, place))
+
+
+def _in_parts(run: Run, worst: Perturbations) -> Perturbations:
+    """Have batches go through the model in the run's parts."""
+    worst.together = run.micro_batch
+    return worst
 
 
 @torch.no_grad()

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import keeping_activations, readable
 from fastfip.methods.base import Groups, Method, Run
-from fastfip.nets.state import requires_grad
+from fastfip.nets.state import frozen_copy, requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
 from fastfip.spectral.places import may_be_map, seen_as_maps
@@ -27,6 +27,9 @@ __all__ = ["Space", "SpaceMethod", "Spectral", "Weights"]
 
 #: Clean samples that the Fisher diagonal of the received net is taken over; more change it by less than its own spread.
 FISHER_SAMPLES = 512
+#: A sample whose gradients are read from the graph takes up to so many times the memory of one that is learned from:
+#: the gradient at each layer's output is kept, and attention is not fused.
+FISHER_SHARE = 3
 
 
 class Space(ABC):
@@ -60,6 +63,14 @@ class Space(ABC):
         """Make the model's outputs differentiable functions of `tensors`, more than once, for a block."""
         return contextlib.nullcontext()
 
+    @abstractmethod
+    def keep_received(self, run: Run) -> None:
+        """Keep what `received` needs; nothing was tuned yet."""
+
+    @abstractmethod
+    def received(self, run: Run) -> contextlib.AbstractContextManager[nn.Module]:
+        """Give the model as it was received for a block, in eval mode, for passes without gradients."""
+
     def leave(self, fold: bool) -> None:  # noqa: B027
         """Give the model its own weights back: the tuned ones (`fold`) or those from before."""
 
@@ -71,6 +82,16 @@ class Weights(Space):
         tuned = {n: p for n, p in run.model.named_parameters() if p.is_floating_point() and id(p) not in run.frozen}
         self.names, self.tensors = list(tuned), list(tuned.values())
         self.penalty: FisherPenalty | None = None
+        self.twin: nn.Module | None = None
+
+    def keep_received(self, run: Run) -> None:
+        """Keep the model as it is now; the received weights are not copied where somebody has them."""
+        self.twin = frozen_copy(run.model, run.received)
+
+    def received(self, run: Run) -> contextlib.AbstractContextManager[nn.Module]:
+        """Give the model that was kept."""
+        assert self.twin is not None
+        return contextlib.nullcontext(self.twin)
 
     def groups(self, run: Run) -> Groups:
         """All of them at the same step size."""
@@ -109,6 +130,8 @@ class Spectral(Space):
                 run.forward(next(iter(run.clean.batches(2, device=run.device))))
         with run.timed("svd"):
             self.shifts = SpectralShifts.of(run.model, rank, run.frozen, seen, cache)
+        self.shifts.frugal = run.micro_batch is not None
+        self.old: list[tuple[Tensor, Tensor]] = []
         shifted = {id(w) for w in self.shifts.weights}
         named = dict(run.model.named_parameters())
         self.affine = [
@@ -144,6 +167,26 @@ class Spectral(Space):
         self.shifts.collect()
         self.shifts.remove()
 
+    def keep_received(self, run: Run) -> None:
+        """Keep the affine part and the buffers: the weights themselves do not move before the end."""
+        buffers = [b for b in run.model.buffers() if b.is_floating_point()]
+        self.old = [(t, t.detach().clone()) for t in (*self.affine_tensors, *buffers)]
+
+    @contextlib.contextmanager
+    def received(self, run: Run) -> Iterator[nn.Module]:
+        """Take the shifts out for a block, and put the old affine part and buffers in."""
+        with self.shifts.aside(), run.eval_mode():
+            self._swap()
+            try:
+                yield run.model
+            finally:
+                self._swap()
+
+    def _swap(self) -> None:
+        for place, (t, other) in enumerate(self.old):
+            self.old[place] = t, t.data
+            t.data = other
+
     def inputs_only(self) -> contextlib.AbstractContextManager[None]:
         """Say that the backward passes of a block are for gradients of inputs."""
         return self.shifts.inputs_only()
@@ -157,8 +200,9 @@ class Spectral(Space):
         sums = [torch.zeros_like(delta) for delta in self.shifts.deltas]
         count = 0
         self.shifts.refresh()
+        batches, kind = _samples(run, kind, run.generator)
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
-            for batch in _first(run):
+            for batch in batches:
                 # A checkpointed block that is computed again would be so without the record.
                 with recording(self.shifts) as record, readable(run.model), keeping_activations():
                     logits = run.task.forward(run.model, batch)
@@ -168,6 +212,7 @@ class Spectral(Space):
                 for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
                     total += each.detach().pow(2).sum(0).to(total.dtype)
                 count += len(losses)
+                del record, logits, losses, each  # with the graph, before the next batch
         self.shifts.remove()
         squares = [total / count for total in sums]
         if self.affine:
@@ -193,7 +238,7 @@ class Spectral(Space):
     def leave(self, fold: bool) -> None:
         """Fold W(delta) into the weights, or only take it out."""
         if fold:
-            self.shifts.fold()
+            self.shifts.fold_apart()
         else:
             self.shifts.remove()
 
@@ -212,11 +257,33 @@ def _first(run: Run) -> Iterator[Batch]:
             return
 
 
+def _samples(run: Run, kind: Kind, generator: torch.Generator) -> tuple[Iterable[Batch], Kind]:
+    """Return the samples of the Fisher diagonal, and where their labels are from.
+
+    Batches that go through the model in parts have their labels drawn as a whole before, so that they are the same.
+    """
+    if run.micro_batch is None:
+        return _first(run), kind
+    return _in_parts(run, kind == "mc", generator), "empirical" if kind == "mc" else kind
+
+
+def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batch]:
+    for batch in _first(run):
+        if draw:
+            with torch.no_grad():
+                batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
+        n = run.task.size(batch)
+        few = max(1, (run.micro_batch or n) // FISHER_SHARE)
+        for place in torch.arange(n, device="cpu").tensor_split(-(-n // few)):
+            yield take(batch, place, n)
+
+
 def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
+    data, kind = _samples(run, kind, torch.Generator().manual_seed(run.seed))  # the seed of `fisher_diagonal`'s own
     with run.eval_mode(), requires_grad(run.model.parameters(), True):
         return fisher_diagonal(
             run.model,
-            _first(run),
+            data,
             kind=kind,
             forward=run.task.forward_hook,
             loss=run.task.loss_hook,

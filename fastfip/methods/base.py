@@ -33,6 +33,11 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    #: Whether weight matrices stay as they are until `fold`, which gives those that move new memory: then they need not
+    #: be copied before.
+    lends_weights: ClassVar[bool] = False
+    #: Whether `backward`, where it is the method's own, takes its batch in parts (`Run.parts`).
+    takes_parts: ClassVar[bool] = False
 
     def setup(self, run: Run) -> None:  # noqa: B027 (most methods need none)
         """Prepare: the Fisher diagonal, the SVD. The model is in eval mode; `requires_grad` is as the user left it."""
@@ -58,10 +63,14 @@ class Method(ABC):
 
         The entry "loss" must be there: a loss that is not finite makes the loop skip the step.
         """
-        with run.autocast():
-            loss = self.loss(run, batch)
-        run.backward(loss)
-        return {"loss": loss.detach()}
+        total: Tensor | float = 0.0
+        for part, share in run.parts(batch):
+            with run.autocast():
+                loss = self.loss(run, part)
+            loss = loss if share == 1 else share * loss
+            run.backward(loss)
+            total = total + loss.detach()
+        return {"loss": total}
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the scalar that is minimised: by default the mean clean loss."""
@@ -84,7 +93,7 @@ class Method(ABC):
         total, right, count = 0.0, 0.0, 0
         with run.eval_mode():
             for batch in clean.batches(device=run.device):
-                logits = run.forward(batch)
+                logits = run.forward(batch)  # without gradients: in parts where the run has them
                 total += float(run.task.loss(logits, batch).sum())
                 count += run.task.size(batch)
                 if run.classes is not None:

@@ -34,7 +34,6 @@ from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length
 from fastfip.methods._search import (
-    IMPROVE_STEP,
     SEARCH_BATCH,
     at_least,
     grow,
@@ -47,7 +46,8 @@ from fastfip.methods._search import (
 from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
-from fastfip.nets.state import frozen_copy
+from fastfip.methods.wfip.unlearn import FOCUS, unlearn
+from fastfip.nets.state import frozen_copy, still_received
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.places import TokenPlace
@@ -56,8 +56,6 @@ from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
 
-#: Perturbations are drawn in proportion to success ** FOCUS.
-FOCUS = 2.0
 #: The search ends with so many steps that favour the classes that are reached.
 LAST = 10
 #: The radius grows up to the first number; what is unlearned has at least the second one.
@@ -141,6 +139,7 @@ class FisherSteps(Method):
     name = "fisher_steps"
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
+    takes_parts = True
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
@@ -168,7 +167,7 @@ class FisherSteps(Method):
         self.more = run.endless()
         self.sieve = Sieve(run)
         if config.back > 0:
-            self.start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.is_floating_point()}
+            self.start = _received(run)
         if config.mirror and config.augment == "crop" and run.classes is not None:
             self.symmetric = symmetric_classes(run, run.classes)
         inputs, why_not = inputs_of(run, MOST_BYTES)
@@ -185,7 +184,7 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
-            self.received = frozen_copy(run.model)
+            self.received = frozen_copy(run.model, run.received)
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
@@ -200,8 +199,8 @@ class FisherSteps(Method):
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
         if self.received is not None and done >= border:
-            self.sieve.leave_out(self.received, config.sieve)
-            self.received = None
+            received, self.received = self.received, None
+            self.sieve.leave_out(lambda: contextlib.nullcontext(received), config.sieve)
         elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
             self.taken_back = True
             self.sieve.take_back()
@@ -360,20 +359,16 @@ class FisherSteps(Method):
 
     def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
-        config = self.config(run)
-        batch = at_least(run, next(self.more))
-        c = worst.choose(run.task, batch, FOCUS)
-        with run.bn("eval"):
-            with worst.moved(run.model, run.task, batch, c) as (used, moved):
-                with run.autocast():
-                    logits = run.forward(moved)
-                    loss = run.loss(logits, moved).mean()
-                if run.amp != torch.float16:
-                    reached = worst.step(run.task, moved, logits, used, c, IMPROVE_STEP, retain_graph=True)
-                run.backward(config.weight * loss)
-            if run.amp == torch.float16:  # the gradient of an input underflows without the scaler
-                reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-        return {"worst_case_loss": loss.detach(), "reached": reached}
+        return unlearn(run, at_least(run, next(self.more)), worst, self.config(run).weight)
+
+
+def _received(run: Run) -> dict[str, Tensor]:
+    """Return the received parameters by name, copied where nobody has them already."""
+    named = {name: p.detach() for name, p in run.model.named_parameters() if p.is_floating_point()}
+    return {
+        name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
+        for name, p in named.items()
+    }
 
 
 def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:

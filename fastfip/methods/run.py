@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Task
 from fastfip.errors import ConfigError
@@ -46,6 +46,8 @@ class Run:
         epoch, epochs, step, total_steps: where the loop is; `epoch` counts from 1, `step` the steps done.
         frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
         left: name of a parameter -> why the method leaves it alone, where the method knows.
+        received: name -> value of the received model's parameters and buffers; nobody writes to them.
+        micro_batch: samples that go through the model together where a graph is kept (see `parts`); None: all.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         notes: what it should say as well. seconds: time by purpose, see `timed`.
         inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
@@ -71,6 +73,8 @@ class Run:
     interrupted: bool = False
     frozen: frozenset[int] = frozenset()
     left: dict[str, str] = field(default_factory=dict)
+    received: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    micro_batch: int | None = None
     diverged: bool = False
     alerts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -160,6 +164,27 @@ class Run:
         return F.cross_entropy(
             logits, self.task.labels(batch), reduction="none", label_smoothing=self.config.label_smoothing
         )
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """Yield a batch in parts of at most `micro_batch` samples, each with its share of the samples.
+
+        The mean loss of a batch, and its gradient, is the sum of its parts' mean losses times their shares. Where
+        BatchNorm takes its statistics from the part, none is of one sample alone.
+        """
+        places = None if self.micro_batch is None else self.places(self.task.size(batch))
+        if places is None or len(places) == 1:
+            yield batch, 1.0
+            return
+        n = self.task.size(batch)
+        for place in places:
+            yield take(batch, place, n), len(place) / n
+
+    def places(self, n: int) -> tuple[Tensor, ...]:
+        """Return which of n samples go through the model together, int64 on the CPU, as evenly as can be."""
+        count = 1 if self.micro_batch is None else -(-n // self.micro_batch)
+        if any(norm.training for norm in self.batchnorms):
+            count = min(count, max(1, n // 2))
+        return torch.arange(n, device="cpu").tensor_split(count)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""

@@ -55,6 +55,7 @@ class SuperFineTune(Method):
     name = "super_fine_tune"
     summary = "super-fine-tuning: fine-tuning with a step size in cycles, very large ones first"
     Config = SuperFineTuneConfig
+    takes_parts = True
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""

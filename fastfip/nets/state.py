@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfip.errors import ModelError, reason
 
@@ -27,17 +28,23 @@ __all__ = [
     "fresh_caches",
     "frozen_copy",
     "is_compiled",
+    "lendable",
     "refuse_parts",
     "refuse_sharded",
     "requires_grad",
+    "still_received",
     "to_float32",
     "training_flags",
     "unwrapped",
+    "uses_batch_statistics",
     "without_caches",
 ]
 
 #: Dtypes whose steps are too coarse to tune in.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+#: Numbers of a weight below which sharing its memory saves too little to look after.
+LEAST_LENT = 1 << 16
 
 
 @contextlib.contextmanager
@@ -133,7 +140,7 @@ def _named_by_train(kind: type) -> set[str]:
     return {name for code in codes for name in getattr(code, "co_names", ())}
 
 
-def copied(model: nn.Module, remedy: str) -> nn.Module:
+def copied(model: nn.Module, remedy: str, lent: Mapping[nn.Parameter, Tensor] | None = None) -> nn.Module:
     """Return a deep copy of a model.
 
     Tensors that a module computed and keeps beside its parameters (the weight of torch.nn.utils.weight_norm,
@@ -143,14 +150,16 @@ def copied(model: nn.Module, remedy: str) -> nn.Module:
     Args:
         model: it is left as it is.
         remedy: what the error advises where the model cannot be copied.
+        lent: parameters of the model -> values whose memory those of the copy share; all others are copied.
 
     Raises:
         ModelError: copying it fails, with the reason.
     """
+    shared = {id(p): nn.Parameter(t.detach(), p.requires_grad) for p, t in (lent or {}).items()}
     try:
         with torch.no_grad():
             computed = (t for m in model.modules() for t in _tensors_in(m.__dict__) if t.grad_fn is not None)
-            return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+            return copy.deepcopy(model, {**{id(t): t.detach().clone() for t in computed}, **shared})
     except Exception as error:  # what a user's module raises when it is copied can be anything
         refuse_sharded(model)
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {reason(error)}): {remedy}") from error
@@ -165,13 +174,41 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def lendable(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return the large weights of torch's own layers, each with itself: what no forward pass writes to."""
+    out: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.nn.") and getattr(module, "max_norm", None) is None:
+            for p in module._parameters.values():
+                if type(p) is nn.Parameter and p.dim() > 1 and p.numel() >= LEAST_LENT and not p.is_inference():
+                    out[p] = p
+    return out
+
+
+def still_received(p: Tensor, value: Tensor | None) -> bool:
+    """Return whether a received value can stand for a tensor of the model: of its layout, and its numbers."""
+    if value is None or (value.dtype, value.device, value.shape) != (p.dtype, p.device, p.shape):
+        return False
+    return value.stride() == p.stride() and torch.equal(value, p)
+
+
+def frozen_copy(model: nn.Module, received: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Return a copy in eval mode that requires no gradient: the model as it was received.
+
+    Args:
+        model: it is left as it is.
+        received: name -> value that somebody keeps: where it is the model's own, the copy shares its memory.
 
     Raises:
         ModelError: the model cannot be copied.
     """
-    twin = copied(model, "this method needs the received model beside the one that it tunes")
+    known = received or {}
+    lent = {
+        p: known[name]
+        for name, p in model.named_parameters()
+        if type(p) is nn.Parameter and still_received(p.detach(), known.get(name))
+    }
+    twin = copied(model, "this method needs the received model beside the one that it tunes", lent)
     for p in twin.parameters():
         p.requires_grad_(False)
     return twin.eval()
@@ -196,6 +233,11 @@ def as_written(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     if not isinstance(model, nn.Module) or not is_compiled(model):  # what is no model is refused by who looks at it
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Return whether a BatchNorm layer takes its statistics from the batch."""
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -209,7 +209,7 @@ def choose_layout(work: WorkCopy, clean: CleanSet, task: Task, device: torch.dev
         return
     if is_compiled(model):  # its code is for the layout that it met first
         return
-    batch = next(iter(clean.batches(min(LAYOUT_SAMPLES, clean.n), device=device)))
+    batch = next(iter(clean.batches(min(task.most or LAYOUT_SAMPLES, LAYOUT_SAMPLES, clean.n), device=device)))
 
     def outputs() -> Tensor:
         with torch.random.fork_rng(devices=[]):

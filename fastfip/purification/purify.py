@@ -63,6 +63,8 @@ def purify(
     force: bool = False,
     frozen: str = "keep",
     input_shape: tuple[int, int, int] | None = None,
+    micro_batch: int | None = None,
+    memory: int | str | None = None,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -106,6 +108,12 @@ def purify(
         frozen: "keep": parameters with `requires_grad=False` stay as they are, to the bit, where others have it True (a
             frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
             model for inference, that says nothing about purification, and all are tuned.
+        micro_batch: samples that go through the model together, at most; None: whole batches. A step's gradient is the
+            same: that of the batch's parts, weighted by their sizes. Only BatchNorm in train mode takes its statistics
+            from the parts (of two samples at least), and a note says so. Spectral methods then keep no second copy of
+            the weights either. For methods whose step is a sum over samples.
+        memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
+            device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
@@ -155,17 +163,19 @@ def purify(
         frozen=frozen,
         notes=(FEW_SAMPLES,) if few else (),
         alerts=said,
+        micro_batch=micro_batch,
+        memory=memory,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
-        work = WorkCopy(model, inplace)
+        work = WorkCopy(model, inplace, recipe.lends_weights)
         work_device = work.device if options.device is None else options.device
         try:
-            with PeakMemory(work_device) as memory, seeded(options.seed, work_device), ExitStack() as ends:
+            with PeakMemory(work_device) as used, seeded(options.seed, work_device), ExitStack() as ends:
                 ends.enter_context(without_caches(work.model))
                 run, history, before, after = tune(work, work_device, options, ends)
-            result = work.finish(recipe.name)
             moved = work.moved()
+            result = work.finish(recipe.name)
             coverage = coverage_of(work, run, recipe.name, moved)
         except BaseException as error:
             work.undo()
@@ -184,7 +194,7 @@ def purify(
         after=after,
         history=history,
         seconds=run.seconds,
-        peak_memory=memory.peak,
+        peak_memory=used.peak,
         settings={
             "config": options.config.to_dict(),
             "seed": seed,
@@ -195,7 +205,8 @@ def purify(
             "heldout_samples": 0 if run.heldout is None else run.heldout.n,
             "steps": run.step,
             "best_epoch": run.best_epoch,
-            "peak_memory_of": memory.what,
+            "peak_memory_of": used.what,
+            "micro_batch": run.micro_batch,
             "inputs": run.inputs,
             "classes": run.classes,
         },

@@ -37,6 +37,8 @@ __all__ = ["MEASURES", "PurifyOptions", "coverage_of", "tune"]
 MEASURES = ("acc", "asr", "fisher_trace")
 #: Clean samples on which the Fisher trace before and after is taken, at most.
 TRACE_SAMPLES = 256
+#: Samples that go through the model together before it is known how many `memory=` has room for.
+FEW_TOGETHER = 2
 #: A loss of clean accuracy that the result warns of.
 WORRYING_LOSS = 0.05
 #: One that its first line is about.
@@ -63,14 +65,36 @@ class PurifyOptions:
     frozen: str
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
+    micro_batch: int | None = None
+    memory: int | str | None = None
+
+    @property
+    def in_parts(self) -> bool:
+        """Return whether batches go through the model in parts."""
+        return self.micro_batch is not None or self.memory is not None
 
     def __post_init__(self) -> None:
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
         odd = [name for name in self.measure if name not in MEASURES]
+        if self.in_parts:
+            from fastfip.purification.memory import check_micro_batch
+
+            check_micro_batch(self.micro_batch, self.memory, self.recipe)
         if odd:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
+
+
+def _in_parts(run: Run, options: PurifyOptions) -> None:
+    """Let batches go through the model in parts: of the size that was given, or that the memory has room for."""
+    from fastfip.purification.memory import choose, note_statistics, parse_memory
+
+    if options.memory is not None:
+        with seeded(options.seed, run.device):
+            run.micro_batch = choose(run, options.recipe, parse_memory(options.memory))
+        run.task = replace(run.task, most=run.micro_batch)
+    note_statistics(run)
 
 
 def tune(
@@ -78,6 +102,8 @@ def tune(
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
     notes = list(options.notes)
+    few = FEW_TOGETHER if options.micro_batch is None and options.memory is not None else options.micro_batch
+    options = replace(options, task=replace(options.task, most=few))
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
@@ -114,12 +140,17 @@ def tune(
         notes=notes,
         alerts=list(options.alerts),
         frozen=work.frozen(options.frozen == "keep"),
+        received=work.received,
+        micro_batch=options.micro_batch,
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
         inputs=inputs,
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
+    if options.in_parts:
+        _in_parts(run, options)
+        task = run.task
     with run.timed("evaluation"):
         scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
@@ -251,7 +282,8 @@ class Scorer:
         self.sample: list[Batch] = []
         if "fisher_trace" in measure:
             order = itertools.islice(run.clean.batches(TRACE_SAMPLES // 4, device=run.device), 4)
-            self.sample = list(order)  # kept, so that augmentation does not change it between before and after
+            parts = [part for batch in order for part, _ in run.parts(batch)]
+            self.sample = parts  # kept, so that augmentation does not change it between before and after
 
     def measure(self) -> Evaluation:
         """Return the figures of the model as it is now; its time counts as evaluation."""

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from fastfip.errors import ModelError
 from fastfip.methods.run import Run
 from fastfip.nets.checks import check_net
-from fastfip.nets.state import LOW_PRECISION, cast, copied, empty_caches, refuse_sharded, to_float32, unwrapped
+from fastfip.nets.state import (
+    LOW_PRECISION,
+    cast,
+    copied,
+    empty_caches,
+    lendable,
+    refuse_sharded,
+    to_float32,
+    unwrapped,
+)
 
 __all__ = ["WorkCopy", "in_full_precision"]
 
@@ -24,25 +33,30 @@ class WorkCopy:
     Recorded are training flags, requires_grad, gradients, devices, dtypes, which weights are tied and the order of
     the state dict. `finish` brings them back around the new values; `undo` brings the old values back as well.
 
+    With `lend` the method leaves weight matrices as they are until it gives them new memory at its end: those of
+    torch's own layers are not copied then, nor, in place, kept a second time.
+
     Raises:
         ModelError: no module, no weights, weights without data, or a net that cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, inplace: bool) -> None:
+    def __init__(self, model: nn.Module, inplace: bool, lend: bool = False) -> None:
         _check(model)
+        lent = lendable(model) if lend else {}
         self.inplace, self.given = inplace, unwrapped(model)
         if inplace:
             if any(p.is_inference() for p in model.parameters()):
                 raise ModelError("the weights were made in inference_mode and cannot be changed: use inplace=False")
             self.whole = model
         else:
-            self.whole = copied(model, "pass inplace=True to tune it itself")
+            self.whole = copied(model, "pass inplace=True to tune it itself", lent)
         self.model = unwrapped(self.whole)
         self.twin_of: nn.Module | None = None
         if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
             # Hooks on its parameters average gradients, of backward passes that it did not see begin.
             self.twin_of = self.model
             self.model = copied(self.model, "take the module inside DistributedDataParallel")
+            lent = {}
         self.flags = {name: module.training for name, module in self.model.named_modules()}
         self.modules = {name: type(module) for name, module in self.model.named_modules()}
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -56,7 +70,8 @@ class WorkCopy:
         # In place: where the values are. Layout, device and dtype may change meanwhile, but an optimiser or a view of
         # the user's must find the values there again.
         self.memory = {name: t.detach() for name, t in self._tensors()} if inplace else {}
-        self.saved = {name: t.detach().clone() for name, t in self._tensors()} if inplace else {}
+        own = {id(p) for p in lent} if inplace else set()
+        self.saved = {n: t.detach() if id(t) in own else t.detach().clone() for n, t in self._tensors() if inplace}
         for p in self.parameters.values():
             p.grad = None
 
@@ -88,10 +103,21 @@ class WorkCopy:
             )
         return frozenset(id(self.parameters[name]) for name in still) if keep and still != floats else frozenset()
 
+    @property
+    def received(self) -> dict[str, Tensor]:
+        """Return the values that were received, which nobody may write to, until `finish`."""
+        if self.inplace:
+            return self.saved
+        named = [*self.given.named_parameters(), *self.given.named_buffers()]
+        return {name: t.detach() for name, t in named}
+
     @torch.no_grad()
     def moved(self) -> set[str]:
-        """Return the names of parameters and buffers whose values are not those that were received."""
-        old = self.saved if self.inplace else dict([*self.given.named_parameters(), *self.given.named_buffers()])
+        """Return the names of parameters and buffers whose values are not those that were received.
+
+        Before `finish`, which in place writes over these.
+        """
+        old = self.received
         new = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {name for name, t in new if name in old and not torch.equal(t, old[name].to(t.device))}
 
@@ -136,6 +162,7 @@ class WorkCopy:
             odd = [k for k in {**now, **self.keys} if now.get(k) != self.keys.get(k)] or [*({*types} ^ {*self.modules})]
             raise ModelError(f"the method {who} did not take back what it did to the model: {odd[:3]}")
         self._flags_and_homes()
+        self._apart()
         if self.twin_of is not None:
             with torch.no_grad():
                 for own, new in zip(_tensors_of(self.twin_of), _tensors_of(self.model)):
@@ -187,6 +214,14 @@ class WorkCopy:
             own = self.memory.get(name)
             if own is not None and own.shape == t.shape and own.data_ptr() != t.data_ptr():
                 t.data = own.copy_(t)
+
+    def _apart(self) -> None:
+        """Give every tensor of a copy memory of its own: what was not moved may still be the given model's."""
+        if not self.inplace:
+            theirs = {t.untyped_storage().data_ptr() for t in self.received.values() if t.numel()}
+            for _, t in self._named():
+                if t.numel() and t.untyped_storage().data_ptr() in theirs:
+                    t.data = t.data.clone()
 
     def _reorder(self) -> None:
         """A parametrisation that is taken off puts its weight last: the state dict keeps the user's order."""

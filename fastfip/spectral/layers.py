@@ -66,10 +66,11 @@ def replaced_forward(number: int, shift: SpectralShift, site: WeightSite, record
             y = _compiled(module, shift, x, *args, **kwargs)
             if y is not None:
                 return y
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.numel() or torchs_own:
+        without = not torch.is_grad_enabled() and not shift.saves_memory
+        if torch.compiler.is_compiling() or without or not x.numel() or torchs_own:
             return type(module).forward(module, x, *args, **kwargs)
         dtype = _product_dtype(x, shift.weight)
-        if recorder.current is None and _dense(module, shift, x, dtype):
+        if recorder.current is None and not shift.saves_memory and _dense(module, shift, x, dtype):
             return type(module).forward(module, x, *args, **kwargs)
         own = module._parameters.get("bias")
         bias = None if own is None else own.to(dtype)

@@ -55,6 +55,7 @@ class SpectralShifts:
         self.norms = FrozenNorms(modules)
         self.recorder = Recorder()
         self.verified: dict[object, frozenset[int]] = {}
+        self.frugal = False
         self.installed = False
 
     @classmethod
@@ -112,9 +113,14 @@ class SpectralShifts:
     @torch.no_grad()
     def refresh(self) -> None:
         """Put W(delta) of the present deltas in the weights' places."""
+        for shift in self.shifts:
+            shift.frugal = self.frugal
+            shift.refresh()
+        self._put()
+
+    def _put(self) -> None:
         self.installed = True  # first: what an interruption leaves half done is then taken out again
         for number, shift in enumerate(self.shifts):
-            shift.refresh()
             for site in shift.sites:
                 if replaced_forward(number, shift, site, self.recorder):
                     site.put_made(shift.read)
@@ -141,6 +147,17 @@ class SpectralShifts:
         finally:
             for shift in self.shifts:
                 shift.wanted.deltas = True
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let the model compute with its own weights for a block; what was made of W(delta) is kept meanwhile."""
+        before = self.installed
+        self.remove()
+        try:
+            yield
+        finally:
+            if before:
+                self._put()
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -176,6 +193,20 @@ class SpectralShifts:
         for shift in self.shifts:
             shift.weight.copy_(shift.recompose())
             shift.forget()
+
+    @torch.no_grad()
+    def fold_apart(self) -> None:
+        """Give the weights W(delta) in memory of their own: whoever holds their old memory finds the old values there.
+
+        The directions are given back weight by weight, so that this takes no more memory than was held before; nothing
+        else can be done with these shifts.
+        """
+        self.remove()
+        while self.shifts:
+            shift = self.shifts[-1]
+            shift.forget()
+            shift.weight.data = torch.empty_like(shift.weight).copy_(shift.recompose())
+            self.shifts.pop()
 
 
 def _shifts(

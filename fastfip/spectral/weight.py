@@ -35,6 +35,7 @@ class SpectralShift:
         value: W(delta) as a leaf for the gradients of uses that are no layer of their own, made when it is first read.
         factors: the directions at the present delta, for the layers' own op. held: W(delta) for its products, where it
             is kept: small, expensive to make, or in another dtype than the weight's.
+        frugal: whether memory matters more than time: of a large weight neither W(delta) nor its gradient is kept.
     """
 
     names: list[str]
@@ -47,6 +48,7 @@ class SpectralShift:
     scratch: Scratch = field(default_factory=Scratch, repr=False)
     value: Tensor | None = field(default=None, repr=False)
     wanted: WantedGradients = field(default_factory=WantedGradients, repr=False)
+    frugal: bool = False
     factors: dict[torch.dtype, SpectralFactors] = field(default_factory=dict, repr=False)
     held: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
     _even: dict[torch.dtype, bool] = field(default_factory=dict, repr=False)
@@ -56,6 +58,11 @@ class SpectralShift:
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as [G, O, I]."""
         return weight.reshape(*self.u.shape[:2], -1)
+
+    @property
+    def saves_memory(self) -> bool:
+        """Return whether layers make do without W(delta) and its gradient, whatever that costs."""
+        return self.frugal and self.weight.numel() > SMALL
 
     def shift(self) -> Tensor:
         """Return relu(sigma + delta) - sigma, [G, R]."""
@@ -104,7 +111,7 @@ class SpectralShift:
         if self._fresh and dtype == self.weight.dtype:
             assert self.value is not None
             return self.value.detach(), factors, None
-        cheap = self.sigma.shape[1] <= EXPENSIVE * max(positions, self.u.shape[1], self.v.shape[1])
+        cheap = self.saves_memory or self.sigma.shape[1] <= EXPENSIVE * max(positions, self.u.shape[1], self.v.shape[1])
         if dtype == self.weight.dtype and self.weight.numel() > SMALL and cheap:
             return self.weight, factors, self.scratch
         if dtype not in self.held:

@@ -36,6 +36,27 @@ PASS_BYTES = 5 << 20
 
 
 @dataclass
+class GradientSums:
+    """Gradients of samples in what was used of their classes, summed by class, part after part of a batch.
+
+    Attributes:
+        classes: [K] int64. place: [N], which of them each sample is for. total: [K, *input]. seen: samples so far.
+    """
+
+    classes: Tensor
+    place: Tensor
+    total: Tensor
+    seen: int = 0
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradients [n, *input] of the next n samples; what is not finite counts as zero."""
+        place = self.place[self.seen : self.seen + len(gradient)]
+        self.total.index_add_(0, place, gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        self.seen += len(gradient)
+
+
+@dataclass
 class Perturbations:
     """A few universal perturbations, one for each class where there are classes, improved by normalised gradient steps.
 
@@ -48,6 +69,7 @@ class Perturbations:
         success: [C] running share of samples (not of the class) that the perturbation of c reaches: sends to c.
         outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
             them as well, whatever classes it is for.
+        together: samples of a pass of `improve`, at most; None: as many as have inputs of a few megabytes.
     """
 
     store: DeltaStore
@@ -59,6 +81,7 @@ class Perturbations:
     success: Tensor
     outside: Tensor
     history: list[tuple[float, list[float]]] = field(default_factory=list)
+    together: int | None = None
 
     @classmethod
     def of(
@@ -136,8 +159,8 @@ class Perturbations:
             the share of samples that were reached (with classes: went to their c), as a scalar.
         """
         n = task.size(batch)
-        most = max(1, PASS_BYTES * n // max(1, self.place.nbytes(task, batch)))
-        hits, gradients = [], []
+        most = min(self.together or n, max(1, PASS_BYTES * n // max(1, self.place.nbytes(task, batch))))
+        hits, sums = [], self.sums(c)
         with requires_grad(model.parameters(), False):
             parts = torch.arange(n, device="cpu").tensor_split(math.ceil(n / most))
             for part in parts:
@@ -145,10 +168,10 @@ class Perturbations:
                 some = batch if len(parts) == 1 else take(batch, part, n)
                 with self.moved(model, task, some, mine) as (used, moved):
                     logits = task.forward(model, moved)
-                    gradients.append(self._gradient(task, logits, moved, used, mine))
+                    sums.add(self.gradient(task, logits, moved, used, mine))
                 hits.append(self.goal.hit(task, logits.detach(), moved, mine))
                 del used, moved, logits  # with the graph, before the next part
-        self._move(c, torch.cat(gradients), step)
+        self.move(sums, step)
         return self.count(torch.cat(hits), c)
 
     @contextlib.contextmanager
@@ -172,10 +195,12 @@ class Perturbations:
         retain_graph: bool = False,
     ) -> Tensor:
         """Take the step of `improve` from the logits of a pass over a moved batch that was there anyway."""
-        self._move(c, self._gradient(task, logits, batch, used, c, retain_graph), step)
+        sums = self.sums(c)
+        sums.add(self.gradient(task, logits, batch, used, c, retain_graph))
+        self.move(sums, step)
         return self.count(self.goal.hit(task, logits.detach(), batch, c), c)
 
-    def _gradient(
+    def gradient(
         self, task: Task, logits: Tensor, batch: Batch, used: Tensor, c: Tensor, retain_graph: bool = False
     ) -> Tensor:
         """Return the gradient of the goal's loss in what was used, [N, ...]."""
@@ -183,12 +208,17 @@ class Perturbations:
         gradient = torch.autograd.grad(loss, used, retain_graph=retain_graph, allow_unused=True)[0]
         return torch.zeros_like(used) if gradient is None else gradient  # None: a pass that did not meet them
 
-    @torch.no_grad()
-    def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:
-        """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
+    def sums(self, c: Tensor) -> GradientSums:
+        """Return empty sums of gradients for a step of the perturbations of the classes `c` [N]."""
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
-        total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
-        total.index_add_(0, place[: len(c)], gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        like = self.store.values
+        total = torch.zeros(len(touched), *like.shape[1:], device=like.device, dtype=torch.float32)
+        return GradientSums(touched, place[: len(c)], total)
+
+    @torch.no_grad()
+    def move(self, sums: GradientSums, step: float) -> None:
+        """Move the perturbations of the classes of `sums` and bring them back into the ball; no others are touched."""
+        touched, total = sums.classes, sums.total
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))

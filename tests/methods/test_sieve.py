@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -33,7 +34,7 @@ def sieved(x: Tensor, y: Tensor, share: float, batch: int = 8, step: int = 3) ->
         now, before = (F.cross_entropy(net(x), y, reduction="none") for net in (model, received))
     model.train()
     sieve = Sieve(run)
-    sieve.leave_out(received, share)
+    sieve.leave_out(lambda: contextlib.nullcontext(received), share)
     assert all(module.training for module in model.modules())
     return sieve, now - before
 

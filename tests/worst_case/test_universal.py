@@ -147,7 +147,10 @@ def test_the_bits_are_those_of_renormalising_every_class_in_every_step() -> None
         gradient = torch.randn(x.shape, generator=generator)
         as_before(delta, gradient, c, found.radius)
         left += len(found.outside)
-        found._move(c, gradient, 0.3)
+        sums = found.sums(c)
+        for part in gradient.split(5):  # as parts of a batch add to it
+            sums.add(part)
+        found.move(sums, 0.3)
         assert torch.equal(found.store.values, delta), step
         if step % 10 == 9:
             found.grow(1.1)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import fastfip
 from fastfip.errors import ConfigError, reason
 
-__all__ = ["Outcome", "Place", "Processes", "Said", "called", "outcomes"]
+__all__ = ["Executor", "Outcome", "Processes", "Said", "called", "outcomes"]
 
 #: What libraries ask how many threads they may start.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -61,7 +61,7 @@ class Said:
     error: str = ""
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Where attempts run. A handle is whatever `start` returns."""
 
     def start(self, function: Callable[[Any], Any], job: Any) -> Any:
@@ -77,7 +77,7 @@ class Place(Protocol):
 def outcomes(
     function: Callable[[Any], Any],
     jobs: Iterable[Any],
-    place: Place,
+    place: Executor,
     *,
     workers: int = 1,
     retries: int = 0,

@@ -15,7 +15,7 @@ from fastfip.cli.many.job import Job, run_row
 from fastfip.cli.many.keys import Digests
 from fastfip.cli.many.ledger import Ledger
 from fastfip.cli.many.on_ray import RayTasks
-from fastfip.cli.many.pool import Outcome, Place, Processes, outcomes
+from fastfip.cli.many.pool import Executor, Outcome, Processes, outcomes
 from fastfip.cli.many.report import write_report
 from fastfip.cli.many.rows import ManyRow, as_rows
 from fastfip.errors import ConfigError, FastFIPError, printable
@@ -185,7 +185,7 @@ def _default(row: ManyRow) -> str:
 @contextlib.contextmanager
 def _place(
     ray: bool, address: str | None, workers: int | None, threads: int, ledger: Ledger
-) -> Iterator[tuple[Place, int]]:
+) -> Iterator[tuple[Executor, int]]:
     if ray or address is not None:
         with RayTasks(address, workers, threads) as tasks:
             yield tasks, workers or tasks.room

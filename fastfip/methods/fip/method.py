@@ -122,6 +122,7 @@ class FastFIP(FIP):
 
     name = "fast_fip"
     summary = "Fast FIP as published: FIP on the singular values of each weight"
+    lends_weights = True
     Config: ClassVar[type[MethodConfig]] = FastFIPConfig
 
     def make_space(self, run: Run) -> Space:

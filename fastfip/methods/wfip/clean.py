@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from fastfip.data.batch import Batch
 from fastfip.methods.base import Run
 
 __all__ = ["CleanTerms", "divergence"]
+
+Received = Callable[[], AbstractContextManager[nn.Module]]
 
 
 def divergence(target: Tensor, answer: Tensor) -> Tensor:
@@ -27,23 +31,36 @@ class CleanTerms:
     retainer keeps the diagonal.
 
     Attributes:
-        received: a frozen copy of the received model; None: the loss alone.
+        received: gives the received model for a block (`Space.received`); None: the loss alone.
         mixable: whether inputs can be mixed.
     """
 
-    def __init__(self, run: Run, turns: bool, received: nn.Module | None, mixable: bool) -> None:
+    def __init__(self, run: Run, turns: bool, received: Received | None, mixable: bool) -> None:
         self.run, self.turns, self.received, self.mixable = run, turns, received, mixable
         self.latest: Tensor | None = None  # the clean loss of the last step that took it
 
     def backward(self, batch: Batch) -> dict[str, float | Tensor]:
         """Back-propagate the clean terms of this step; return what the history shows."""
-        run = self.run
-        values: dict[str, float | Tensor] = {}
-        target, mixed = None, batch
+        run, mixed = self.run, batch
         if self.weights()[1]:
             mixed = self.mix(batch, run.task.size(batch))
-            with torch.no_grad(), run.autocast():
-                target = run.task.forward(self.received, mixed)  # type: ignore[arg-type]
+        sums: dict[str, float | Tensor] = {}
+        for (part, share), (other, _) in zip(run.parts(batch), run.parts(mixed)):
+            for name, value in self._part(part, other, share).items():
+                sums[name] = value if share == 1 else sums.get(name, 0.0) + share * value
+        if "loss" in sums:
+            self.latest = torch.as_tensor(sums["loss"])
+        if self.latest is not None:
+            sums["loss"] = self.latest
+        return sums
+
+    def _part(self, batch: Batch, mixed: Batch, share: float) -> dict[str, Tensor]:
+        """Back-propagate the terms of a part of the batch, times its share; return their values."""
+        run, target = self.run, None
+        values: dict[str, Tensor] = {}
+        if self.weights()[1]:
+            with torch.no_grad(), run.autocast(), self.received() as received:  # type: ignore[misc]
+                target = run.task.forward(received, mixed)
             if target.dim() != 2 or target.shape[1] < 2:
                 run.note("the outputs are not logits [N, C]: they are not held to the received net's by a KL")
                 self.received = target = None
@@ -53,16 +70,17 @@ class CleanTerms:
             with run.autocast():
                 loss = run.loss(run.forward(batch), batch).mean()
             total = of_loss * loss
-            self.latest = loss.detach()
-        if self.latest is not None:
-            values["loss"] = self.latest
+            values["loss"] = loss.detach()
         if target is not None:
+            if run.micro_batch is not None and of_loss:  # one graph at a time
+                run.backward(share * total)  # type: ignore[arg-type]
+                total = 0.0
             with run.autocast():
                 answer = run.forward(mixed)
             kl = divergence(target, answer)
             total = total + of_kl * kl
             values["kl"] = kl.detach()
-        run.backward(total)  # type: ignore[arg-type]
+        run.backward(total if share == 1 else share * total)  # type: ignore[arg-type]
         return values
 
     def weights(self) -> tuple[float, float]:

@@ -17,6 +17,7 @@ docs/purification.md has the evidence, failures included.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.fisher.labels import Kind
-from fastfip.methods._search import IMPROVE_STEP, at_least
+from fastfip.methods._search import at_least
 from fastfip.methods._space import Space, SpaceMethod, Spectral
 from fastfip.methods.base import Groups, Run, register
 from fastfip.methods.wfip.clean import CleanTerms
@@ -32,14 +33,12 @@ from fastfip.methods.wfip.config import FastWFIPConfig, WFIPConfig
 from fastfip.methods.wfip.search import search
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
-from fastfip.nets.state import frozen_copy
+from fastfip.methods.wfip.unlearn import unlearn
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["WFIP", "FastWFIP"]
 
-#: Perturbations are drawn in proportion to success ** FOCUS.
-FOCUS = 2.0
 #: Share of the recovery whose states may be kept: earlier ones are still moving.
 SETTLE = 0.5
 
@@ -51,6 +50,7 @@ class WFIP(SpaceMethod):
     name = "wfip"
     summary = "worst-case FIP, our own: every weight, away from what small universal changes of the inputs reach"
     Config = WFIPConfig
+    takes_parts = True
 
     #: Whether the recovery takes the loss and the KL in turns, one pass a step instead of two.
     turns: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class WFIP(SpaceMethod):
     sieved = 0  # what the sieve has done: nothing, left out, taken back
 
     def setup(self, run: Run) -> None:
-        """Take the Fisher diagonal if steps are bounded by it, copy the received model, look for the perturbations."""
+        """Take the Fisher diagonal if steps are bounded by it, keep the received model, look for the perturbations."""
         super().setup(run)
         config: Any = run.config
         self.mean = StateMean(self.space.tensors, self.average)
@@ -74,7 +74,10 @@ class WFIP(SpaceMethod):
             with run.timed("fisher"):
                 diagonal = [d.detach() for d in self.space.diagonal(run, kind)]
             self.bound = StepBound(self.space.tensors, diagonal, config.trust)
-        received = frozen_copy(run.model) if config.kl > 0 or config.sieve > 0 else None
+        received = None
+        if config.kl > 0 or config.sieve > 0:
+            self.space.keep_received(run)
+            received = functools.partial(self.space.received, run)
         self.sieve = Sieve(run)
         batches = run.endless()
         first = next(batches)
@@ -101,23 +104,8 @@ class WFIP(SpaceMethod):
     def unlearn(self, run: Run, batch: Batch, worst: Perturbations, room: float) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
         config: Any = run.config
-        c = worst.choose(run.task, batch, FOCUS)
-        with run.bn("eval"), worst.moved(run.model, run.task, batch, c) as (used, moved):
-            with run.autocast():
-                logits = run.forward(moved)
-                loss = run.loss(logits, moved).mean()
-            pull, apart = config.weight * room, run.amp == torch.float16
-            if run.step % self.improve_every:
-                reached = worst.count(worst.goal.hit(run.task, logits.detach(), moved, c), c)
-            elif not apart:
-                with self.space.inputs_only():
-                    reached = worst.step(run.task, moved, logits, used, c, IMPROVE_STEP, retain_graph=True)
-            run.backward(pull * loss)
-        if apart and not run.step % self.improve_every:
-            # The gradient of an input underflows without the scaler: a pass of its own, in float32.
-            with run.bn("eval"):
-                reached = worst.improve(run.model, run.task, batch, c, IMPROVE_STEP)
-        return {"worst_case_loss": loss.detach(), "reached": reached}
+        improve = run.step % self.improve_every == 0
+        return unlearn(run, batch, worst, config.weight * room, improve, self.space.inputs_only)
 
     def room(self, run: Run, values: dict[str, float | Tensor]) -> float:
         """Return how much of the unlearning the clean answers leave room for: 1 within the budget, 0 at twice of it.
@@ -172,6 +160,7 @@ class FastWFIP(WFIP):
     name = "fast_wfip"
     summary = "worst-case FIP on the singular values of each weight, our own; the default for few samples"
     Config = FastWFIPConfig
+    lends_weights = True
 
     turns = True
     improve_every = 2

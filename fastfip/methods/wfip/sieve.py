@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -26,14 +29,14 @@ class Sieve:
         self.gone = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
-    def leave_out(self, received: nn.Module, share: float) -> None:
+    def leave_out(self, received: Callable[[], AbstractContextManager[nn.Module]], share: float) -> None:
         """Leave a share of the samples out: those whose loss rose most over the received net's.
 
         The last sample of a class stays. Of a large set only as many samples are ranked, and kept, as the steps that
         are left can draw: the cost stays below that of these steps.
 
         Args:
-            received: the net as it was received, in eval mode; `run.model` is the unlearned one.
+            received: gives the net as it was received, in eval mode, for a block; `run.model` is the unlearned one.
             share: in [0, 1), of the samples; rounded down.
         """
         run, clean = self.run, self.run.clean
@@ -46,7 +49,8 @@ class Sieve:
         rise = []
         with run.eval_mode(), run.autocast():
             for batch in clean.batches(device=run.device):
-                before = run.task.loss(run.task.forward(received, batch), batch)
+                with received() as net:
+                    before = run.task.loss(run.task.forward(net, batch), batch)
                 rise.append(run.task.loss(run.forward(batch), batch) - before)
         worst = torch.cat(rise).float().nan_to_num(nan=torch.inf).argsort(descending=True, stable=True).cpu()
         self.whole = clean

@@ -2,12 +2,13 @@
 
     W(delta) = W + U diag(s - sigma) V^T,    s = relu(sigma + delta)
 
-Three forms of the products with W(delta), by cost; the second and third need no second weight in memory:
+Four forms of the products with W(delta), by cost; all but the first need no second weight in memory:
 
     held        W(delta) is there.
     recomposed  W(delta) is put together in scratch memory for the length of a product: K O I products.
     factored    the product with W is corrected: y = (1 + U diag((s - sigma) / sigma) U^T) (W x), or the same with V on
                 the side of the input, K products a position and number of the narrower side.
+    added       y = W x + U diag(s - sigma) (V^T x), where singular values are too small to divide by.
 
 Along singular directions a product knows the projections already, x V = (W x) U / sigma = (W(delta) x) U / s and
 g U = (W^T g) V / sigma = (W(delta)^T g) V / s, so p = x V and q = g U are taken on the narrower side of the weight (a
@@ -119,10 +120,15 @@ class SpectralMap:
 
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return y = W(delta) x + bias and p = x V."""
+        change = self.f.s - self.f.sigma
+        if self._added(x, after=True):
+            p = self.right(x)
+            y = self.product(x, self.weight, bias)
+            y += self.left_adjoint(p * self._shaped(change.to(p.dtype)))
+            return y, p
         if not self._factored(x, after=True):
             y = self.product(x, self._moved(), bias)
             return y, self._right_from(x, y, bias)
-        change = self.f.s - self.f.sigma
         if self._output_is_narrow:
             early = None if _rounds(bias, x) else bias
             y = self.product(x, self.weight, early)
@@ -135,14 +141,19 @@ class SpectralMap:
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return y alone."""
-        return self.forward(x, bias)[0] if self._factored(x, after=True) else self.product(x, self._moved(), bias)
+        return self.forward(x, bias)[0] if self._corrected(x, after=True) else self.product(x, self._moved(), bias)
 
     def backward(self, g: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return x = W(delta)^T g, of that size, and q = g U."""
+        change = self.f.s - self.f.sigma
+        if self._added(g, after=False):
+            q = self.left(g)
+            x = self._adjoint_times(g, self.weight, size)
+            x += self.right_adjoint(q * self._shaped(change.to(q.dtype)), size)
+            return x, q
         if not self._factored(g, after=False):
             x = self._adjoint_times(g, self._moved(), size)
             return x, self.left_from(g, x)
-        change = self.f.s - self.f.sigma
         if self._output_is_narrow:
             q = self.left(g)
             moved = g + self.left_adjoint(q * self._shaped((change / self.f.sigma).to(q.dtype)))
@@ -154,11 +165,11 @@ class SpectralMap:
 
     def adjoint_alone(self, g: Tensor, size: tuple[int, ...]) -> Tensor | None:
         """Return x of `backward` without q; None where q is on the way to it."""
-        return None if self._factored(g, after=False) else self._adjoint_times(g, self._moved(), size)
+        return None if self._corrected(g, after=False) else self._adjoint_times(g, self._moved(), size)
 
     def adjoint(self, g: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return x alone."""
-        if self._factored(g, after=False):
+        if self._corrected(g, after=False):
             return self.backward(g, size)[0]
         return self._adjoint_times(g, self._moved(), size)
 
@@ -167,8 +178,14 @@ class SpectralMap:
         return self.conv is not None or self.o <= self.i
 
     def _factored(self, t: Tensor, after: bool) -> bool:
+        return self.f.even and self._corrected(t, after)
+
+    def _added(self, t: Tensor, after: bool) -> bool:
+        return not self.f.even and self._corrected(t, after)
+
+    def _corrected(self, t: Tensor, after: bool) -> bool:
         """Whether correcting costs less than recomposing; `t` is the map's input or (not `after`) its output."""
-        if self.scratch is None or not self.f.even:
+        if self.scratch is None:
             return False
         if self.conv is None:
             return t.numel() // max(1, t.shape[-1]) < max(self.o, self.i)

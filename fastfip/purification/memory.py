@@ -1,0 +1,358 @@
+"""How much of a batch goes through the model together, and how that is chosen for a budget of memory.
+
+The memory of a purification, in bytes above what the process has when the model was received:
+
+    copies + factors + optimiser + data + max(decomposition, scratch + constant + m * per_sample)
+
+with m = micro_batch, or 3 where that is less and the Fisher diagonal is measured.
+
+The first four and the decomposition are arithmetic; `constant` and `per_sample` are measured, by passes of one sample
+and of two. docs/scale.md has the terms for large models, and what they are worth against measurement.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastfip.data.batch import take
+from fastfip.errors import ConfigError
+from fastfip.methods import Method
+from fastfip.methods._search import SEARCH_BATCH
+from fastfip.methods._space import FISHER_SHARE
+from fastfip.methods.run import Run
+from fastfip.nets.process import resident_memory
+from fastfip.nets.state import LOW_PRECISION, eval_mode, requires_grad
+from fastfip.spectral.places import places_of
+
+__all__ = [
+    "MemoryModel",
+    "check_micro_batch",
+    "choose",
+    "fixed_memory",
+    "note_statistics",
+    "parse_memory",
+    "takes_parts",
+    "tensor_peak",
+]
+
+#: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and two states of
+#: the loop (the last good one, and the one that takes its place). `fisher_steps` has its step and the weights from
+#: before the measurement of its length as well.
+BUFFERS = 4
+MORE_BUFFERS = {"fisher_steps": 2}
+#: Copies of the largest matrix in float64 that its decomposition takes.
+WIDE = 4
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def takes_parts(recipe: type[Method]) -> bool:
+    """Return whether a method can take a step's batch in parts: with the base's `backward`, or one that says so."""
+    return recipe.takes_parts or recipe.backward is Method.backward
+
+
+def check_micro_batch(micro_batch: int | None, memory: int | str | None, recipe: type[Method]) -> None:
+    """Refuse a micro_batch or a budget that is none, or that the method has no use for.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if micro_batch is None and memory is None:
+        return
+    if micro_batch is not None and memory is not None:
+        raise ConfigError(f"micro_batch={micro_batch} and memory={memory!r}: the second chooses the first, give one")
+    whole = isinstance(micro_batch, int) and not isinstance(micro_batch, bool)
+    if micro_batch is not None and (not whole or micro_batch < 1):
+        raise ConfigError(f"micro_batch={micro_batch!r}: give a number of samples, 1 or more, or None")
+    given = f"memory={memory!r}" if micro_batch is None else f"micro_batch={micro_batch}"
+    if memory is not None:
+        parse_memory(memory)
+    if not takes_parts(recipe):
+        raise ConfigError(
+            f"{given}: a step of {recipe.name} is no sum over samples that could go through the model "
+            "in parts: leave it out and take a smaller batch_size, or take fisher_steps, fast_wfip or fine_tune"
+        )
+
+
+def note_statistics(run: Run) -> None:
+    """Say where parts are not the same as the whole batch."""
+    if run.micro_batch is not None and run.config.bn_mode == "train" and run.batchnorms:
+        run.note(
+            f"micro_batch={run.micro_batch}: BatchNorm is in train mode and takes its statistics from each part of a "
+            "batch, so steps are not those of whole batches (bn_mode='eval' makes them so)"
+        )
+
+
+def parse_memory(memory: int | str) -> int:
+    """Return bytes: of a whole number, or of text such as "12GB" (10^9) or "12GiB" (2^30).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", memory.lower()) if isinstance(memory, str) else None
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2] or ""])
+    if size <= 0:
+        raise ConfigError(f"memory={memory!r}: give a number of bytes, or a text such as '12GB' or '500MiB'")
+    return size
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The terms, in bytes; see the module.
+
+    Attributes:
+        now: what is there before a run, the given model and its copy included.
+        factors: U and V of the weights. optimiser: gradients, momentum and states of what is tuned.
+        copies: weights in another dtype. data: perturbations and batches.
+        decomposition: what the largest one takes for its time. scratch: memory that spectral layers share.
+        constant, per_sample: what a pass forward and backward takes.
+        least: a single sample takes as much as so many, where the Fisher diagonal is measured.
+    """
+
+    now: int = 0
+    copies: int = 0
+    factors: int = 0
+    optimiser: int = 0
+    data: int = 0
+    decomposition: int = 0
+    scratch: int = 0
+    constant: int = 0
+    per_sample: int = 0
+    least: int = 1
+
+    @property
+    def fixed(self) -> int:
+        """Return what does not depend on how many samples go through the model together."""
+        return self.now + self.copies + self.factors + self.optimiser + self.data
+
+    def peak(self, micro_batch: int) -> int:
+        """Return the peak with so many samples in a pass."""
+        samples = max(micro_batch, self.least)
+        return self.fixed + max(self.decomposition, self.scratch + self.constant + samples * self.per_sample)
+
+    def samples(self, budget: int) -> int:
+        """Return how many samples a pass may have within a budget; 0: not even one."""
+        if self.peak(1) > budget:
+            return 0
+        left = budget - self.fixed - self.scratch - self.constant
+        return max(1, left // max(1, self.per_sample))
+
+
+def fixed_memory(
+    model: nn.Module,
+    recipe: type[Method],
+    *,
+    optimizer: str = "sgd",
+    rank: int | float | None = None,
+    frozen: frozenset[int] = frozenset(),
+    classes: int = 0,
+    input_bytes: int = 0,
+    clean_bytes: int = 0,
+) -> MemoryModel:
+    """Return the terms that are arithmetic, for a run in parts (`micro_batch`).
+
+    Args:
+        model: the working copy; its numbers are not read, so it may be on the meta device.
+        recipe: the method.
+        optimizer: "sgd" or "adam".
+        rank: directions of each weight that a spectral method moves.
+        frozen: ids of parameters that stay.
+        classes: C, of the worst-case perturbations; 0: none are looked for.
+        input_bytes: of one input.
+        clean_bytes: of all clean inputs that the search looks at together, twice.
+    """
+    tuned = [p for p in model.parameters() if p.is_floating_point() and id(p) not in frozen]
+    wide = sum(p.numel() * max(4, p.element_size()) for p in tuned)
+    copies = wide - sum(p.nbytes for p in tuned)
+    rows = classes * input_bytes
+    step = min(classes, SEARCH_BATCH) * input_bytes  # of a step: sums, rows and their like
+    data = (rows // 2 if rows > 256 << 20 else rows) + 3 * step + 2 * clean_bytes + SEARCH_BATCH * input_bytes
+    if not recipe.lends_weights:
+        buffers = BUFFERS + MORE_BUFFERS.get(recipe.name, 0) + (optimizer == "adam")
+        return MemoryModel(copies=copies, optimiser=buffers * wide, data=data if classes else 0)
+    factors, largest, seen, deltas = 0, 0, set(), 0
+    for place in places_of(model, frozen, {}):
+        weight: Any = place.module._parameters[place.attribute]
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        columns = weight.numel() // (place.groups * place.rows)
+        k = min(place.rows, columns, rank if isinstance(rank, int) else columns)
+        factors += 4 * place.groups * k * (place.rows + columns)
+        deltas += 4 * place.groups * k
+        largest = max(largest, weight.numel())
+    few = deltas + sum(p.numel() * 4 for p in tuned if p.dim() <= 1)
+    return MemoryModel(
+        copies=copies,
+        factors=factors,
+        optimiser=8 * few,  # gradient, two moments, mean of states, Fisher, states of the loop
+        data=data if classes else 0,
+        decomposition=8 * WIDE * largest,
+        scratch=8 * largest,
+        least=FISHER_SHARE,
+    )
+
+
+def choose(run: Run, recipe: type[Method], budget: int) -> int:
+    """Return how many samples may go through the model together within a budget, and note it.
+
+    Args:
+        run: before its method is set up.
+        recipe: the method.
+        budget: bytes: of the process's resident memory on a CPU, of tensors on a CUDA device.
+
+    Raises:
+        ConfigError: not even one sample fits (two, where BatchNorm takes statistics from the part).
+    """
+    model = measured(run, recipe)
+    least = 2 if run.config.bn_mode == "train" and run.batchnorms else 1
+    fits = model.samples(budget)
+    if fits < least:
+        raise ConfigError(
+            f"memory: {_size(budget)} are not enough for {recipe.name} on this model, which needs about "
+            f"{_size(model.peak(least))} with {least} sample{'s' * (least > 1)} in a pass ({_size(model.now)} are "
+            "in use already, the model and its copy included): give more, or take a smaller rank or another method"
+        )
+    batch = run.config.batch_size or run.clean.batch_size
+    most = min(fits, max(batch, SEARCH_BATCH))
+    run.note(
+        f"memory of {_size(budget)}: micro_batch={most}, since a sample in a pass takes {_size(model.per_sample)} "
+        f"(measured by passes of one and of two) and all else {_size(model.fixed + model.scratch + model.constant)}"
+    )
+    return most
+
+
+def measured(run: Run, recipe: type[Method]) -> MemoryModel:
+    """Return the terms for a run, those of a pass measured by one of one sample and one of two."""
+    config: Any = run.config
+    batch = next(iter(run.clean.batches(min(2, run.clean.n), device=run.device)))
+    n = run.task.size(batch)
+    one, two = (_pass_peak(run, take(batch, torch.arange(m, device="cpu") % n, n)) for m in (1, 2))
+    per_sample, low = max(1, two - one), any(p.dtype in LOW_PRECISION for p in run.model.parameters())
+    try:
+        inputs = run.task.inputs(batch)
+        input_bytes = inputs.nbytes // n if run.classes is not None and inputs.is_floating_point() else 0
+    except Exception:  # batches of a form of the user's own: nothing is looked for in them
+        input_bytes = 0
+    terms = fixed_memory(
+        run.model,
+        recipe,
+        optimizer=config.optimizer,
+        rank=getattr(config, "rank", None),
+        frozen=run.frozen,
+        classes=(run.classes or 0) if hasattr(config, "unlearn") and input_bytes else 0,
+        input_bytes=input_bytes,
+        clean_bytes=min(128 << 20, run.clean.n * input_bytes),
+    )
+    return MemoryModel(
+        now=in_use(run.device),
+        copies=terms.copies,
+        factors=terms.factors,
+        optimiser=terms.optimiser,
+        data=terms.data,
+        decomposition=terms.decomposition,
+        scratch=terms.scratch,
+        least=terms.least,
+        constant=max(0, one - per_sample) * (1 + low),
+        per_sample=per_sample * (1 + low),  # 16 bits are tuned in 32
+    )
+
+
+def in_use(device: torch.device) -> int:
+    """Return the bytes in use: tensors on a CUDA device, or the process's resident memory without what is free."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    trim()
+    return resident_memory() or 0
+
+
+def trim() -> None:
+    """Give memory that is free back to the system, where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def _pass_peak(run: Run, batch: Any) -> int:
+    """Return the bytes that a pass forward and backward takes above what is there, no weight's gradient counted."""
+    model = run.model
+    small: list[nn.Parameter] = [p for p in model.parameters() if p.dim() <= 1 and p.is_floating_point()]
+    small = small or list(model.parameters())[:1]
+
+    def once() -> None:
+        losses = run.task.loss(run.task.forward(model, batch), batch)
+        torch.autograd.grad(losses.sum(), small, allow_unused=True)
+
+    with eval_mode(model), torch.enable_grad(), requires_grad(model.parameters(), True):
+        return tensor_peak(once, run.device)
+
+
+def tensor_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes of tensors that a call takes above what is there, at its peak."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Count() as count:
+        call()
+    return count.peak
+
+
+class _Count(TorchDispatchMode):
+    """Counts the memory of the tensors that operations of a block make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.present = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {_key(t) for t in _tensors((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for t in _tensors(out):
+            key = _key(t)
+            if key not in known and key not in self.live and t.device.type != "meta":
+                self.add(t, key)
+        return out
+
+    def add(self, t: Tensor, key: int) -> None:
+        storage = t.untyped_storage()
+        self.live[key] = storage.nbytes()
+        self.present += self.live[key]
+        self.peak = max(self.peak, self.present)
+        weakref.finalize(storage, self.gone, key)
+
+    def gone(self, key: int) -> None:
+        self.present -= self.live.pop(key, 0)
+
+
+def _key(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+
+
+def _size(count: int) -> str:
+    if count < 10**6:
+        return f"{count / 1e3:.0f} kB"
+    digits = 0 if count >= 10 ** (math.floor(math.log10(count) / 3) * 3 + 2) else 1
+    return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count / 1e6:.{digits}f} MB"

@@ -1,0 +1,98 @@
+"""The memory model, what a pass takes by count, and the budget that chooses how many samples go together."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastfip
+from fastfip.errors import ConfigError
+from fastfip.methods import get
+from fastfip.purification.memory import MemoryModel, fixed_memory, parse_memory, tensor_peak
+
+CPU = torch.device("cpu")
+
+
+def mlp(wide: int = 300) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(192, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, 4)
+    )
+
+
+def data(n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 4
+
+
+def test_a_size_is_read_as_it_is_meant():
+    assert parse_memory("12GB") == 12 * 10**9 and parse_memory("1.5 GiB") == 3 * 2**29
+    assert parse_memory("500m") == 5 * 10**8 and parse_memory(4096) == 4096
+    for wrong in ("much", "", "-1GB", "0", 0, -5, True, 1.5, None, "12 GBit"):
+        with pytest.raises(ConfigError, match="memory="):
+            parse_memory(wrong)  # type: ignore[arg-type]
+
+
+def test_the_peak_of_tensors_is_counted_with_what_is_freed_on_the_way():
+    def call():
+        a = torch.ones(1000)  # 4,000 bytes
+        b = a * 2  # 8,000
+        del a  # 4,000
+        c = b.repeat(3)  # 16,000
+        c.view(-1).add_(1)  # no memory of its own
+        return (c[:10] + 1).sum()  # 16,044
+
+    assert tensor_peak(call, CPU) == pytest.approx(16_044, abs=8)
+
+
+def test_what_a_pass_keeps_for_its_backward_pass_is_counted():
+    model, (x, y) = mlp(), data(8)
+    small = [model[1].bias]
+
+    def once(n):
+        return lambda: torch.autograd.grad(nn.functional.cross_entropy(model(x[:n]), y[:n]), small)
+
+    one, eight = tensor_peak(once(1), CPU), tensor_peak(once(8), CPU)
+    kept = 4 * 300 * 2  # the outputs of two ReLUs; those of the layers before them are freed
+    assert kept <= (eight - one) / 7 <= 4 * kept
+
+
+def test_factors_and_buffers_are_those_of_the_shapes():
+    model = mlp(300)
+    numbers = sum(p.numel() for p in model.parameters())
+    full = 4 * (192 * (192 + 300) + 300 * 600 + 4 * 304)
+    spectral = fixed_memory(model, get("fast_wfip"))
+    assert spectral.factors == full and spectral.copies == 0
+    few = fixed_memory(model, get("fast_wfip"), rank=8)
+    assert few.factors == 4 * (8 * 492 + 8 * 600 + 4 * 304)
+    assert fixed_memory(model, get("fine_tune")).optimiser == 4 * 4 * numbers
+    assert fixed_memory(model, get("wfip"), optimizer="adam").optimiser == 5 * 4 * numbers
+    half = fixed_memory(mlp(300).half(), get("fine_tune"))
+    assert half.copies == 2 * numbers and half.optimiser == 4 * 4 * numbers
+    frozen = frozenset(id(p) for p in model[3].parameters())
+    assert fixed_memory(model, get("fine_tune"), frozen=frozen).optimiser == 16 * (numbers - 300 * 301)
+    held = fixed_memory(model, get("fast_wfip"), classes=10, input_bytes=768, clean_bytes=1000)
+    assert held.data == 4 * 10 * 768 + 2000 + 64 * 768
+
+
+def test_a_model_without_numbers_has_the_same_terms():
+    with torch.device("meta"):
+        empty = mlp()
+    assert fixed_memory(empty, get("fast_wfip")) == fixed_memory(mlp(), get("fast_wfip"))
+
+
+def test_as_many_samples_are_chosen_as_the_budget_has_room_for():
+    terms = MemoryModel(now=100, factors=50, decomposition=30, scratch=5, constant=5, per_sample=10)
+    assert terms.fixed == 150 and terms.peak(1) == 180 and terms.peak(4) == 200
+    assert terms.samples(200) == 4 and terms.samples(209) == 4 and terms.samples(210) == 5
+    assert terms.samples(180) == 2 and terms.samples(179) == 0
+
+
+def test_a_budget_chooses_and_says_what_it_chose():
+    x, y = data()
+    options = {"steps": 3, "batch_size": 8, "force": True, "progress": False}
+    result = fastfip.purify(mlp(), (x, y), "fast_wfip", memory="100GB", **options)
+    assert result.settings["micro_batch"] == 64
+    assert any(note.startswith("memory of 100.00 GB: micro_batch=64") for note in result.notes)
+    with pytest.raises(ConfigError, match=r"1 sample in a pass .*give more"):
+        fastfip.purify(mlp(), (x, y), "fast_wfip", memory="10MB", **options)
+    with pytest.raises(ConfigError, match="give one"):
+        fastfip.purify(mlp(), (x, y), "fast_wfip", memory="1GB", micro_batch=2, **options)
