@@ -14,7 +14,8 @@ from torch import Tensor
 from fastfip.nets.state import LOW_PRECISION
 
 __all__ = [
-    "Batch", "describe", "dtype_name", "float32_batch", "map_batch", "map_tensors", "move_to", "pick", "take", "to_tensors",
+    "Batch", "describe", "dtype_name", "float32_batch", "map_batch", "map_tensors", "move_to", "pick", "take",
+    "to_tensors",
 ]  # fmt: skip
 
 Batch = Any
