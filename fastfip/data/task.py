@@ -171,6 +171,15 @@ class Task:
             check_labels(y, logits.shape[1])
         return F.cross_entropy(logits, y, reduction="none")
 
+    @property
+    def alone(self) -> Task:
+        """Return the task of this process alone, also where several share each batch."""
+        return self
+
+    def losses(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Tensor:
+        """Return the loss of each sample, [N], from a pass of the batch; `loss` in place of the task's own."""
+        return (self.loss if loss is None else loss)(self.forward(model, batch), batch)
+
     def check_count(self, losses: Tensor, batch: Batch, times: bool = False) -> None:
         """Refuse losses that are not one for each sample (`times`: as many for each as for the others, tokens say).
 

@@ -20,6 +20,9 @@ __all__ = ["RelativeSGD", "fisher_length"]
 SMALLEST_VECTOR, SMALLEST_WEIGHT = 0.1, 1e-3
 #: A norm below this has lost its digits in float32, squares and all, and so has the direction.
 VANISHED = 1e-15
+#: One below so many roundings of the largest has none either: a bias before BatchNorm, whose gradient is zero but for
+#: rounding. It would be moved at random, and differently by each number of processes.
+NOISE = 100.0
 
 
 @torch.no_grad()
@@ -77,7 +80,7 @@ class RelativeSGD(torch.optim.Optimizer):
     dependence on the gradient's size). One `lr` serves networks with and without normalisation layers, because a
     layer's output moves by a share of itself. A tensor of few or small entries counts as larger than it is: a vector
     as if the root mean square of its entries were 0.1 at least, a weight 0.001. One whose momentum has vanished in the
-    tensor's precision stays.
+    tensor's precision, or beside those of the others, stays.
 
     Args:
         params: tensors or groups.
@@ -102,6 +105,8 @@ class RelativeSGD(torch.optim.Optimizer):
         """Move every tensor that has a gradient."""
         tensors: list[Tensor] = []
         steps: list[Tensor] = []
+        sizes: list[float] = []
+        lengths: list[float] = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -112,12 +117,16 @@ class RelativeSGD(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
                 smallest = SMALLEST_VECTOR if p.dim() < 2 else SMALLEST_WEIGHT
-                size = max(float(p.norm()), smallest * math.sqrt(p.numel()))
+                sizes.append(max(float(p.norm()), smallest * math.sqrt(p.numel())))
                 tensors.append(p)
-                length = float(momentum.norm())
-                steps.append(momentum * (size / length if length > VANISHED else 0.0))
+                lengths.append(float(momentum.norm()))
+                steps.append(momentum)
         if not tensors:
             return
+        least = max(lengths) * NOISE
+        for i, (momentum, size, length) in enumerate(zip(steps, sizes, lengths)):
+            known = length > max(VANISHED, least * torch.finfo(momentum.dtype).eps)
+            steps[i] = momentum * (size / length if known else 0.0)
         most = math.inf if self.bound is None else self.bound(tensors, steps)
         rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, step, lr in zip(tensors, steps, rates):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
+from fastfip.errors import ConfigError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import readable
@@ -85,12 +86,17 @@ class Weights(Space):
         """Return the trace over all weights, its gradient by the way of the settings (`FisherPenalty`)."""
         if self.penalty is None:
             way: Any = getattr(run.config, "trace_way", "auto")
+            if run.ranks is not None:  # the other ways draw for a batch as a whole
+                if way not in ("auto", "exact"):
+                    raise ConfigError(f"trace_way={way!r} works in one process: take 'exact', or group=None")
+                way = "exact"
             task = run.task
             self.penalty = FisherPenalty(
                 run.model, way, self.names, forward=task.forward_hook, loss=task.loss_hook, seed=run.seed
             )
+        mine, weight = _mine(run, batch)
         with run.eval_mode():
-            trace = self.penalty(batch)
+            trace = run.total(self.penalty(mine) * weight)
         run.note(f"gradient of the Fisher trace: {self.penalty.way}, {self.penalty.reason}")
         return trace
 
@@ -159,15 +165,17 @@ class Spectral(Space):
         self.shifts.refresh()
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in _first(run):
+                batch, counts = _labelled(run, batch, kind, run.generator)
                 with recording(self.shifts) as record, readable(run.model):
-                    logits = run.task.forward(run.model, batch)
-                    if kind == "mc":
+                    logits = run.task.alone.forward(run.model, batch)
+                    if kind == "mc" and run.ranks is None:
                         batch = run.task.relabel(batch, draw_labels(logits, run.generator))
                     losses = run.task.loss(logits, batch)
                 for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
-                    total += each.detach().pow(2).sum(0).to(total.dtype)
-                count += len(losses)
+                    total += each.detach().pow(2).sum(0).to(total.dtype) * counts
+                count += len(losses) * counts
         self.shifts.remove()
+        count = run.sum_over_ranks(sums, count)
         squares = [total / count for total in sums]
         if self.affine:
             diagonal = _diagonal(run, kind, self.affine)
@@ -179,15 +187,15 @@ class Spectral(Space):
 
         Between `begin` and `end`, as its backward pass has to be.
         """
+        mine, weight = _mine(run, batch)
         with run.eval_mode(), recording(self.shifts) as record:
             with readable(run.model, second_order=True):
-                logits = run.task.forward(run.model, batch)
-            losses = run.task.loss(logits, batch)
+                losses = run.task.alone.losses(run.model, mine)
             each = delta_gradients(self.shifts, record, losses, create_graph=True)
             total = sum((d.pow(2).flatten(1).sum(1) for d in each), start=torch.zeros_like(losses))
             if self.affine_tensors:
                 total = total + squared_norms(losses, dict(zip(self.affine, self.affine_tensors)))
-        return total.mean()
+        return run.total(total.mean() * weight)
 
     def leave(self, fold: bool) -> None:
         """Fold W(delta) into the weights, or only take it out."""
@@ -213,6 +221,8 @@ def _first(run: Run) -> Iterator[Batch]:
 
 def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
     with run.eval_mode(), requires_grad(run.model.parameters(), True):
+        if run.ranks is not None:
+            return _diagonal_over_ranks(run, kind, names)
         return fisher_diagonal(
             run.model,
             _first(run),
@@ -222,6 +232,43 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
             params=names,
             seed=run.seed,
         )
+
+
+def _diagonal_over_ranks(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
+    task, generator = run.task, torch.Generator(device="cpu").manual_seed(run.seed)
+    labelled = [_labelled(run, batch, kind, generator) for batch in _first(run)]
+    own = [batch for batch, counts in labelled if counts]
+    count = sum(task.size(batch) for batch in own)
+    params = dict(run.model.named_parameters())
+    out = {name: torch.zeros_like(params[name]) for name in names}
+    if own:
+        mean = fisher_diagonal(run.model, own, forward=task.forward_hook, loss=task.loss_hook, params=names)
+        out = {name: mean[name] * count for name in names}
+    total = run.sum_over_ranks(list(out.values()), count)
+    return {name: value.div_(total) for name, value in out.items()}
+
+
+def _labelled(run: Run, batch: Batch, kind: Kind, generator: torch.Generator) -> tuple[Batch, int]:
+    """Return this rank's rows of a batch, and whether they count; one process alone has the batch as it is.
+
+    For "mc" labels are drawn for the whole batch, of which each rank takes its own, so that all draw alike. A batch of fewer samples than there are ranks is rank 0's.
+    """
+    ranks = run.ranks
+    if ranks is None:
+        return batch, 1
+    if kind == "mc":
+        with torch.no_grad():
+            batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
+    whole = ranks.rows(run.task.size(batch)) is None
+    return run.mine(batch), int(ranks.first or not whole)
+
+
+def _mine(run: Run, batch: Batch) -> tuple[Batch, float]:
+    """Return this rank's rows of a batch, and their share of it: the shares of all ranks add up to one."""
+    if run.ranks is None:
+        return batch, 1.0
+    mine, n = run.mine(batch), run.task.size(batch)
+    return mine, 1 / run.ranks.world if run.ranks.rows(n) is None else run.task.size(mine) / n
 
 
 class SpaceMethod(Method):

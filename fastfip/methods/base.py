@@ -33,6 +33,9 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    #: Whether several processes may share each batch: what it draws comes from `run.generator`, its passes go through
+    #: `run.task` and `run.backward`, and what else it makes of samples is summed over `run.ranks`.
+    over_ranks: ClassVar[bool] = False
 
     def setup(self, run: Run) -> None:  # noqa: B027 (most methods need none)
         """Prepare: the Fisher diagonal, the SVD. The model is in eval mode; `requires_grad` is as the user left it."""
@@ -65,7 +68,7 @@ class Method(ABC):
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the scalar that is minimised: by default the mean clean loss."""
-        return run.loss(run.forward(batch), batch).mean()
+        return run.losses(batch).mean()
 
     def after_step(self, run: Run) -> None:  # noqa: B027
         """Do what follows the optimiser's step: clipping, projections, a schedule of its own."""
@@ -84,10 +87,12 @@ class Method(ABC):
         total, right, count = 0.0, 0.0, 0
         with run.eval_mode():
             for batch in clean.batches(device=run.device):
-                logits = run.forward(batch)
-                total += float(run.task.loss(logits, batch).sum())
                 count += run.task.size(batch)
-                if run.classes is not None:
+                if run.classes is None:
+                    total += float(run.task.losses(run.model, batch).sum())
+                else:
+                    logits = run.forward(batch)
+                    total += float(run.task.loss(logits, batch).sum())
                     right += float((logits.argmax(1) == run.task.labels(batch)).sum())
         out = {"score": total / count}
         if run.classes is not None:

@@ -24,6 +24,7 @@ class FineTune(Method):
     name = "fine_tune"
     summary = "plain fine-tuning of every parameter on the clean samples"
     Config = FineTuneConfig
+    over_ranks = True
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""

@@ -126,6 +126,7 @@ class FisherSteps(Method):
     name = "fisher_steps"
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
+    over_ranks = True
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
@@ -168,7 +169,7 @@ class FisherSteps(Method):
         if run.classes is None:
             run.alert("NO WORST CASE was unlearned (loss= takes outputs or labels of another form)")
         elif config.weight and config.unlearn:
-            self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius)
+            self.worst = Perturbations.of(torch.cat(inputs), run.classes, run.generator, config.radius, run.ranks)
             # In float16 the gradient of an input underflows without the scaler.
             with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
                 self._search(run, self.worst)

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from fastfip.errors import ConfigError
 from fastfip.methods.config import MethodConfig
 from fastfip.nets.checks import check_amp
 from fastfip.nets.state import eval_mode, training_flags
+
+if TYPE_CHECKING:
+    from fastfip.nets.ranks import Ranks
 
 __all__ = ["Run", "autocast_dtype"]
 
@@ -46,6 +50,8 @@ class Run:
         frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
         left: name of a parameter -> why the method leaves it alone, where the method knows.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
+        ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
+            returns the outputs of all, and gradients have to be summed (`share`).
         notes: what it should say as well. seconds: time by purpose, see `timed`.
     """
 
@@ -74,6 +80,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
+    ranks: Ranks | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
     _inner: list[float] = field(default_factory=list, repr=False)
 
@@ -157,9 +164,39 @@ class Run:
             logits, self.task.labels(batch), reduction="none", label_smoothing=self.config.label_smoothing
         )
 
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the loss of each sample [N] as the model is set now, with the config's label smoothing."""
+        return self.task.losses(self.model, batch, self.loss)
+
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        # What a checkpoint computes anew in the backward pass needs BatchNorm as it was.
+        with contextlib.nullcontext() if self.ranks is None else self.ranks.norms():
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def share(self, tensors: list[Tensor]) -> None:
+        """Sum the gradients of tensors over the ranks, in one piece; one process alone has nothing to share."""
+        if self.ranks is not None:
+            self.ranks.sum_([t.grad for t in tensors if t.grad is not None], "gradients")
+
+    def mine(self, batch: Batch) -> Batch:
+        """Return this rank's rows of a batch: all of them in a process alone, and where there are fewer than ranks."""
+        return batch if self.ranks is None else self.task.mine(batch)  # type: ignore[attr-defined]
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return the sum over the ranks of a scalar made of each one's own rows, differentiable in these."""
+        return part if self.ranks is None else self.ranks.total(part)
+
+    def sum_over_ranks(self, sums: list[Tensor], count: int) -> int:
+        """Sum what each rank has added up of its own samples, in place; return how many samples there were in all."""
+        if self.ranks is None:
+            return count
+        self.ranks.sum_(sums, "fisher")
+        return round(self.ranks.number(count))
+
+    def once(self, term: Tensor) -> Tensor:
+        """Return a term of the loss that needs no sample, so that `share` counts its gradient once, not on each rank."""
+        return term if self.ranks is None else self.ranks.once(term)
 
     def endless(self) -> Iterator[Batch]:
         """Walk the clean samples again and again, shuffled, in batches of the config's size."""

@@ -69,6 +69,8 @@ def fit(
         try:
             method.setup(run)
         except KeyboardInterrupt:
+            if run.ranks is not None:  # the others know nothing of it: what they would keep is not this
+                raise
             run.interrupted = True
             run.note("interrupted before the first step: the model is as it was given")
             return history
@@ -195,6 +197,8 @@ class _Loop:
                     run.epoch += 1
                     self.epoch()
             except KeyboardInterrupt:
+                if run.ranks is not None:
+                    raise
                 run.interrupted = True
                 run.note(f"interrupted in epoch {run.epoch} of {run.epochs}: {self.kept()}")
                 self.tuned.restore(self.good)
@@ -256,7 +260,7 @@ class _Loop:
         self.history.append(record)
         for watcher in self.watchers:
             stop = bool(watcher.on_epoch(run, record)) or stop
-        if stop:
+        if self.agreed(stop):
             raise _Stop(f"stopped by a callback after epoch {run.epoch}")
         if config.patience is not None and self.since_best >= config.patience:
             raise _Stop(f"stopped after epoch {run.epoch}: no better held-out score in {self.since_best} scored epochs")
@@ -278,6 +282,7 @@ class _Loop:
             group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
         values = self.method.backward(run, batch)
+        run.share(self.dense())
         self.watch(values)
         if self.usable(values):
             if run.scaler is None:
@@ -292,7 +297,7 @@ class _Loop:
             self.bad()
         run.step += 1
         wishes = [bool(watcher.on_step(run, values)) for watcher in self.watchers]  # every one of them sees the step
-        return any(wishes)
+        return self.agreed(any(wishes))
 
     def usable(self, values: dict[str, float | Tensor]) -> bool:
         run, config = self.run, self.run.config
@@ -302,12 +307,21 @@ class _Loop:
             return True
         if run.scaler is not None:
             run.scaler.unscale_(self.optimizer)
-        for p in self.tuned.tensors:  # torch has no norm of sparse gradients
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
-        norm = nn.utils.clip_grad_norm_(self.tuned.tensors, config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.dense(), config.grad_clip)
         # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
         return run.scaler is not None or bool(torch.isfinite(norm))
+
+    def dense(self) -> list[Tensor]:
+        """Return what is tuned, its gradients no longer sparse: torch has no norm and no sum over ranks of such."""
+        if self.run.config.grad_clip is not None or self.run.ranks is not None:
+            for p in self.tuned.tensors:
+                if p.grad is not None and p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
+        return self.tuned.tensors
+
+    def agreed(self, stop: bool) -> bool:
+        """Return whether a callback wants to stop, on any rank."""
+        return stop if self.run.ranks is None else self.run.ranks.any(stop)
 
     def watch(self, values: dict[str, float | Tensor]) -> None:
         """End a run whose loss, finite yet, is beyond return."""

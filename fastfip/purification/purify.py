@@ -63,6 +63,7 @@ def purify(
     force: bool = False,
     frozen: str = "keep",
     input_shape: tuple[int, int, int] | None = None,
+    group: Any = "auto",
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -107,6 +108,9 @@ def purify(
             frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
             model for inference, that says nothing about purification, and all are tuned.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
+        group: the processes that share the work, see docs/distributed.md. "auto": those of the default group of
+            torch.distributed, if it is initialised: every one of them has to make the same call, and gets the same
+            result. None: this process alone. Or a process group.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -117,7 +121,7 @@ def purify(
             data and no BatchNorm.
         ModelError: a model that cannot be used, or a loss that is never finite.
         ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
-        BackendError: a device that is not here.
+        BackendError: a device that is not here; a process of the group that does not come, or fails: nothing is changed.
     """
     start = time.perf_counter()
     few, seed = False, check_seed(seed)
@@ -153,6 +157,7 @@ def purify(
         measure=(measure,) if isinstance(measure, str) else tuple(measure),
         force=force,
         frozen=frozen,
+        group=_group_of(group),
         notes=(FEW_SAMPLES,) if few else (),
         alerts=said,
     )
@@ -195,6 +200,7 @@ def purify(
             "steps": run.step,
             "best_epoch": run.best_epoch,
             "peak_memory_of": memory.what,
+            **_ranks_of(run),
         },
         versions={
             "fastfip": fastfip.__version__,
@@ -208,6 +214,27 @@ def purify(
         unchanged=not moved,
         coverage=coverage,
     )
+
+
+def _group_of(group: Any) -> Any:
+    alone = group is None or (isinstance(group, str) and group == "auto" and not _in_a_group())
+    if alone:
+        return None
+    from fastfip.nets.ranks import group_of
+
+    return group_of(group)
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _ranks_of(run: Run) -> dict[str, Any]:
+    if run.ranks is None:
+        return {}
+    from fastfip.purification.ranked import traffic
+
+    return {"ranks": traffic(run.ranks, run.step)}
 
 
 if TYPE_CHECKING:

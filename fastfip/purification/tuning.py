@@ -61,6 +61,7 @@ class PurifyOptions:
     measure: tuple[str, ...]
     force: bool
     frozen: str
+    group: Any = None
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
 
@@ -81,6 +82,12 @@ def tune(
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
+    ranks = None
+    if options.group is not None:
+        from fastfip.purification.ranked import begin, clean_of_all, over_ranks
+
+        given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp}
+        ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device))
     with seeded(seed, device):
         data, answered = with_answers(model, options.clean_loader, options.task, device)
         if answered:
@@ -88,7 +95,7 @@ def tune(
                 "no labels were given: the received model's own answers were taken for them, so that its accuracy on "
                 "these samples says nothing, nor whether they are scaled as it expects"
             )
-        clean = CleanSet.of(data, options.task)
+        clean = CleanSet.of(data, options.task) if ranks is None else clean_of_all(data, options.task, ranks, notes)
         ends.callback(clean.close)
         clean, task, classes = _probe(model, clean, options.task, device, notes)
         clean.check(classes)
@@ -100,7 +107,7 @@ def tune(
         notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
-        task=task,
+        task=task if ranks is None else over_ranks(task, ranks),
         clean=tuned,
         heldout=heldout,
         config=config,
@@ -112,6 +119,7 @@ def tune(
         seed=seed,
         notes=notes,
         alerts=list(options.alerts),
+        ranks=ranks,
         frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
     )
@@ -119,20 +127,25 @@ def tune(
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
     with run.timed("evaluation"):
-        scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
+        scorer = Scorer(run, task, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
         before = scorer.measure()
+    progress = options.progress if ranks is None or ranks.first else False
     # Seeded anew, so that the weights do not depend on whether anything was measured.
     with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
             in_full_precision(work, run)
-        history = fit(run, options.recipe(), options.progress, options.callbacks)
+        history = fit(run, options.recipe(), progress, options.callbacks)
         work.to_own_dtype()
+        if ranks is not None:
+            ranks.settle([*work.model.parameters(), *work.model.buffers()])
         run.task = task
     try:
         with seeded(seed, device):
             after = scorer.measure()
     except KeyboardInterrupt:  # what was tuned must not be lost with the figures
+        if ranks is not None:
+            raise
         run.interrupted = True
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
     run.notes += [note for note in after.notes if note not in run.notes]
@@ -206,12 +219,13 @@ class Scorer:
     def __init__(
         self,
         run: Run,
+        task: Task,
         work: WorkCopy,
         test_loader: Iterable[Batch] | None,
         asr_loader: Iterable[Batch] | None,
         measure: tuple[str, ...],
     ) -> None:
-        self.run, self.work, self.task, self.measured = run, work, run.task, measure
+        self.run, self.work, self.task, self.measured = run, work, task, measure
         self.test, self.asr = _walked_again(test_loader), _walked_again(asr_loader)
         if run.clean.binary and self.test is not None:
             self.test = [class_indices(batch) for batch in iter_batches(self.test, Task(loss_hook=run.task.loss))]
@@ -243,7 +257,8 @@ class Scorer:
                 forward=self.task.forward,
                 loss=self.task.loss_hook,
             )
-            return replace(measured, on=self.on, fisher_trace=self.trace() if self.sample else None)
+            measured = replace(measured, on=self.on, fisher_trace=self.trace() if self.sample else None)
+        return measured if run.ranks is None else run.ranks.from_first(measured)  # type: ignore[no-any-return]
 
     def trace(self) -> float | None:
         """Tr(F) of the empirical Fisher of all parameters, in eval mode; None and a note where it cannot be taken."""

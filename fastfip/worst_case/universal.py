@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from fastfip.data.task import Task
 from fastfip.nets.state import requires_grad
 from fastfip.worst_case.pixels import PixelRange, typical_norm
 from fastfip.worst_case.store import DeltaStore, row_norms
+
+if TYPE_CHECKING:
+    from fastfip.nets.ranks import Ranks
 
 __all__ = ["Perturbations"]
 
@@ -41,6 +45,7 @@ class Perturbations:
         success: [C] running share of samples (not of the class) that the perturbation of c sends to c.
         outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
             them as well, whatever classes it is for.
+        ranks: the processes that share each batch, if there are several: each has gradients for its own samples.
     """
 
     store: DeltaStore
@@ -51,9 +56,12 @@ class Perturbations:
     success: Tensor
     outside: Tensor
     history: list[tuple[float, list[float]]] = field(default_factory=list)
+    ranks: Ranks | None = None
 
     @classmethod
-    def of(cls, x: Tensor, classes: int, generator: torch.Generator, radius: float = 0.02) -> Perturbations:
+    def of(
+        cls, x: Tensor, classes: int, generator: torch.Generator, radius: float = 0.02, ranks: Ranks | None = None
+    ) -> Perturbations:
         """Start from tiny noise.
 
         Args:
@@ -61,6 +69,7 @@ class Perturbations:
             classes: C.
             generator: CPU generator; nothing else is drawn from.
             radius: of the first bound, in units of `unit`.
+            ranks: the processes that share each batch.
         """
         x = x.detach().float()
         unit = typical_norm(x)
@@ -72,6 +81,7 @@ class Perturbations:
             generator,
             torch.zeros(classes, device=x.device, dtype=torch.float32),
             torch.zeros(0, dtype=torch.int64, device=x.device),
+            ranks=ranks,
         )
 
     @property
@@ -146,6 +156,8 @@ class Perturbations:
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
         total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
         total.index_add_(0, place[: len(c)], gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        if self.ranks is not None:
+            self.ranks.sum_([total], "perturbations")
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))

@@ -58,6 +58,7 @@ class FIP(SpaceMethod):
     name = "fip"
     summary = "FIP as published: every weight, towards a minimum with a small Fisher trace"
     Config: ClassVar[type[MethodConfig]] = FIPConfig
+    over_ranks = True
 
     def setup(self, run: Run) -> None:
         """Take the Fisher diagonal of the received model, if the retainer needs it."""
@@ -75,7 +76,7 @@ class FIP(SpaceMethod):
         config: Any = run.config
         self.space.begin()
         with run.autocast():
-            loss = run.loss(run.forward(batch), batch).mean()
+            loss = run.losses(batch).mean()
         run.backward(loss)
         values: dict[str, float | Tensor] = {"loss": loss.detach()}
         self.space.end()
@@ -88,7 +89,7 @@ class FIP(SpaceMethod):
             values["fisher_trace"] = trace.detach()
         if self.anchor:
             term = retainer(self.space.tensors, self.anchor, self.diagonal)
-            run.backward(config.eta_r * term)
+            run.backward(run.once(config.eta_r * term))
             values["retainer"] = term.detach()
         return values
 

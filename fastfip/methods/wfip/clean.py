@@ -51,7 +51,7 @@ class CleanTerms:
         total: Tensor | float = 0.0
         if of_loss:
             with run.autocast():
-                loss = run.loss(run.forward(batch), batch).mean()
+                loss = run.losses(batch).mean()
             total = of_loss * loss
             self.latest = loss.detach()
         if self.latest is not None:

@@ -50,6 +50,7 @@ class WFIP(SpaceMethod):
     name = "wfip"
     summary = "worst-case FIP, our own: every weight, away from what small universal changes of the inputs reach"
     Config = WFIPConfig
+    over_ranks = True
 
     #: Whether the recovery takes the loss and the KL in turns, one pass a step instead of two.
     turns: ClassVar[bool] = False

@@ -56,7 +56,7 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
         run.note(f"no worst-case inputs were looked for ({why_not}): only the clean terms of the objective are left")
         run.alert(f"ONLY FINE-TUNED, nothing was unlearned ({why_not})")
         return None
-    perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator)
+    perturbations = Perturbations.of(torch.cat(inputs), run.classes, run.generator, ranks=run.ranks)
     inputs.clear()
     with run.timed("search"), run.autocast() if run.amp != torch.float16 else contextlib.nullcontext():
         for _ in range(ROUNDS):
