@@ -280,6 +280,10 @@ class SpaceMethod(Method):
         """Make the space."""
         self.space = self.make_space(run)
 
+    def reenter(self, run: Run) -> None:
+        """Make the space anew."""
+        self.space = self.make_space(run)
+
     def make_space(self, run: Run) -> Space:
         """Return what is tuned."""
         return Weights(run)

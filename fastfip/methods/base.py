@@ -36,9 +36,18 @@ class Method(ABC):
     #: Whether several processes may share each batch: what it draws comes from `run.generator`, its passes go through
     #: `run.task` and `run.backward`, and what else it makes of samples is summed over `run.ranks`.
     over_ranks: ClassVar[bool] = False
+    #: Names of the attributes that a broken run needs to go on, beside what the loop keeps and what `reenter` makes
+    #: anew; None: such a run cannot go on.
+    keeps: ClassVar[tuple[str, ...] | None] = None
 
     def setup(self, run: Run) -> None:  # noqa: B027 (most methods need none)
         """Prepare: the Fisher diagonal, the SVD. The model is in eval mode; `requires_grad` is as the user left it."""
+
+    def reenter(self, run: Run) -> None:  # noqa: B027
+        """Do the part of `setup` that follows from the received model alone, where a broken run goes on.
+
+        The attributes in `keeps` are set afterwards.
+        """
 
     @abstractmethod
     def parameter_groups(self, run: Run) -> Groups:

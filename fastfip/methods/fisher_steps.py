@@ -10,8 +10,7 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
-these kept backdoors and saved no accuracy.
-docs/purification.md has the evidence.
+these kept backdoors and saved no accuracy. docs/purification.md has the evidence.
 """
 
 from __future__ import annotations
@@ -127,6 +126,8 @@ class FisherSteps(Method):
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
     over_ranks = True
+    keeps = ("sparse", "more", "sieve", "start", "symmetric", "range", "received", "worst", "measured", "latest",
+             "mean_loss", "taken_back")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None

@@ -71,6 +71,7 @@ class FTSAM(Method):
     summary = "FT-SAM: fine-tuning of every parameter with adaptive sharpness-aware minimisation"
     Config = FTSAMConfig
     over_ranks = True
+    keeps = ("rho",)
 
     rho: float
 

@@ -28,7 +28,7 @@ from fastfip.nets.state import eval_mode, training_flags
 if TYPE_CHECKING:
     from fastfip.nets.ranks import Ranks
 
-__all__ = ["Run", "autocast_dtype"]
+__all__ = ["Endless", "Run", "autocast_dtype"]
 
 
 @dataclass
@@ -195,15 +195,12 @@ class Run:
         return round(self.ranks.number(count))
 
     def once(self, term: Tensor) -> Tensor:
-        """Return a term of the loss that needs no sample, so that `share` counts its gradient once, not on each rank."""
+        """Return a term of the loss that needs no sample, so that `share` counts its gradient once."""
         return term if self.ranks is None else self.ranks.once(term)
 
-    def endless(self) -> Iterator[Batch]:
+    def endless(self) -> Endless:
         """Walk the clean samples again and again, shuffled, in batches of the config's size."""
-        while True:
-            yield from self.clean.batches(
-                self.config.batch_size, shuffle=True, generator=self.generator, device=self.device
-            )
+        return Endless(self)
 
     # -------------------- train and eval
 
@@ -240,6 +237,31 @@ class Run:
     def eval_mode(self) -> contextlib.AbstractContextManager[nn.Module]:
         """Set the whole model to eval mode for a block."""
         return eval_mode(self.model)
+
+
+class Endless:
+    """A walk over the clean samples without an end.
+
+    Attributes:
+        clean: the set of the present pass. rest: its batches that are still to come, as `CleanSet.order` names them.
+    """
+
+    def __init__(self, run: Run, clean: CleanSet | None = None, rest: list[list[int]] | None = None) -> None:
+        self.run, self.clean, self.rest = run, run.clean if clean is None else clean, rest or []
+        self._batches = self.clean.walk(self.rest, run.device) if self.rest else iter(())
+
+    def __iter__(self) -> Endless:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self.rest:
+            run = self.run
+            self.clean = run.clean
+            self.rest = self.clean.order(run.config.batch_size, shuffle=True, generator=run.generator)
+            self._batches = self.clean.walk(self.rest, run.device)
+        batch = next(self._batches)
+        self.rest = self.rest[1:]
+        return batch
 
 
 def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fastfip.methods.base import Groups, Method
 from fastfip.methods.run import Run
 from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
+
+if TYPE_CHECKING:
+    from fastfip.purification.resume import Resume
 
 __all__ = ["Run", "fit", "learning_rate"]
 
@@ -38,6 +41,7 @@ def fit(
     method: Method,
     progress: bool | Callable[[str], None] | None = None,
     callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] | None = (),
+    resume: Resume | None = None,
 ) -> list[Record]:
     """Tune `run.model` by a method; afterwards it holds the state that was kept, folded back to plain weights.
 
@@ -55,6 +59,7 @@ def fit(
         method: an instance made for this run.
         progress: whether a bar is shown, or a function that gets lines; None: a bar where stderr is a terminal.
         callbacks: `Callback` objects or functions `f(run, record)` called after each epoch.
+        resume: where the state is kept now and then, and taken from at the start if it is there.
 
     Returns:
         The history: one dict for each epoch (epoch, step, lr, seconds, the means of what the method logged, the score).
@@ -67,7 +72,9 @@ def fit(
     run.model.eval()
     try:
         try:
-            method.setup(run)
+            broken = None if resume is None else resume.begin(run, method)
+            if broken is None:
+                method.setup(run)
         except KeyboardInterrupt:
             if run.ranks is not None:  # the others know nothing of it: what they would keep is not this
                 raise
@@ -75,7 +82,10 @@ def fit(
             run.note("interrupted before the first step: the model is as it was given")
             return history
         with _Tuned(run, method) as tuned:
-            _Loop(run, method, tuned, watchers, history).go()
+            loop = _Loop(run, method, tuned, watchers, history, resume)
+            if resume is not None and broken is not None:
+                resume.restore(loop, broken)
+            loop.go()
     finally:
         method.fold(run)
     return history
@@ -165,9 +175,17 @@ class _Diverged(_Stop):
 
 class _Loop:
     def __init__(
-        self, run: Run, method: Method, tuned: _Tuned, watchers: list[Callback], history: list[Record]
+        self,
+        run: Run,
+        method: Method,
+        tuned: _Tuned,
+        watchers: list[Callback],
+        history: list[Record],
+        resume: Resume | None,
     ) -> None:
         self.run, self.method, self.tuned, self.watchers, self.history = run, method, tuned, watchers, history
+        self.resume = resume
+        self.rest: list[list[int]] | None = None  # batches of this pass that are still to come
         self.optimizer = method.make_optimizer(run, tuned.groups)
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.best: list[Tensor] | None = None
@@ -193,8 +211,7 @@ class _Loop:
             try:
                 for watcher in self.watchers:
                     watcher.on_start(run)
-                while run.step < run.total_steps:
-                    run.epoch += 1
+                while run.step < run.total_steps or self.rest is not None:
                     self.epoch()
             except KeyboardInterrupt:
                 if run.ranks is not None:
@@ -224,24 +241,10 @@ class _Loop:
 
     def epoch(self) -> None:
         run, config, start = self.run, self.run.config, time.perf_counter()
-        stop = False
         run.train_mode()
         with run.timed("train"):
-            batches = run.clean.batches(
-                config.batch_size,
-                shuffle=True,
-                generator=run.generator,
-                device=run.device,
-                smallest=self.smallest,
-            )
-            with contextlib.closing(batches):  # type: ignore[type-var]
-                clean = run.clean
-                for batch in batches:
-                    stop = self.step(self.augmented(batch)) or stop
-                    if stop or run.step >= run.total_steps or run.clean is not clean:
-                        break
-            if run.clean is not clean:  # the method left samples out: a pass over the others begins at once
-                run.epochs = run.epoch + math.ceil((run.total_steps - run.step) / self.steps_of_a_pass())
+            stop = self.walk()
+        self.rest = None
         record: Record = {
             **run.take_log(),
             "epoch": run.epoch,
@@ -264,6 +267,32 @@ class _Loop:
             raise _Stop(f"stopped by a callback after epoch {run.epoch}")
         if config.patience is not None and self.since_best >= config.patience:
             raise _Stop(f"stopped after epoch {run.epoch}: no better held-out score in {self.since_best} scored epochs")
+
+    def walk(self) -> bool:
+        """Go through the samples once, or through the rest of a broken pass; whether a callback wants to stop."""
+        run, stop = self.run, False
+        if self.rest is None:
+            run.epoch += 1
+            self.rest = run.clean.order(
+                run.config.batch_size, shuffle=True, generator=run.generator, smallest=self.smallest
+            )
+        clean, batches = run.clean, run.clean.walk(self.rest, run.device)
+        if self.resume is not None:
+            self.resume.settle()
+        with contextlib.closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                stop = self.step(self.augmented(batch)) or stop
+                self.rest = self.rest[1:]
+                if run.clean is not clean:  # the method left samples out: a pass over the others begins at once
+                    run.epochs = run.epoch + math.ceil((run.total_steps - run.step) / self.steps_of_a_pass())
+                    self.rest = []
+                if stop or run.step >= run.total_steps:
+                    break
+                if self.resume is not None:
+                    self.resume.step(self)
+                if not self.rest:
+                    break
+        return stop
 
     def augmented(self, batch: Any) -> Any:
         run, how = self.run, self.run.config.augment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastfip.methods.overrides import Overrides
+    from fastfip.purification.resume import Resume
 
 __all__ = ["purify", "purify_"]
 
@@ -64,6 +66,8 @@ def purify(
     frozen: str = "keep",
     input_shape: tuple[int, int, int] | None = None,
     group: Any = "auto",
+    resume: str | os.PathLike[str] | Resume | None = None,
+    resume_every: float = 60.0,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -111,6 +115,11 @@ def purify(
         group: the processes that share the work, see docs/distributed.md. "auto": those of the default group of
             torch.distributed, if it is initialised: every one of them has to make the same call, and gets the same
             result. None: this process alone. Or a process group.
+        resume: a file, such as "run.resume". What a killed run needs to go on is written there now and then; where the
+            file exists, the run goes on from it and ends with the weights that it would have ended with. It belongs to
+            this model, clean set, method, settings and seed, and is removed at the end. For the methods
+            `fisher_steps`, `fast_wfip`, `wfip`, `fast_fip`, `fip`, `fine_tune` and `ft_sam`.
+        resume_every: seconds between two writings of that file, at least.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -158,6 +167,7 @@ def purify(
         force=force,
         frozen=frozen,
         group=_group_of(group),
+        resume=None if resume is None else _resume_of(resume, resume_every),
         notes=(FEW_SAMPLES,) if few else (),
         alerts=said,
     )
@@ -172,6 +182,8 @@ def purify(
             result = work.finish(recipe.name)
             moved = work.moved()
             coverage = coverage_of(work, run, recipe.name, moved)
+            if options.resume is not None:
+                options.resume.finish(run)
         except BaseException as error:
             work.undo()
             if of_checkpointing(error):
@@ -223,6 +235,12 @@ def _group_of(group: Any) -> Any:
     from fastfip.nets.ranks import group_of
 
     return group_of(group)
+
+
+def _resume_of(resume: Any, every: float) -> Resume:
+    from fastfip.purification.resume import Resume
+
+    return resume if isinstance(resume, Resume) else Resume(resume, every)
 
 
 def _in_a_group() -> bool:

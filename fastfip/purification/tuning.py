@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
 from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
+
+if TYPE_CHECKING:
+    from fastfip.purification.resume import Resume
 
 __all__ = ["MEASURES", "PurifyOptions", "coverage_of", "tune"]
 
@@ -62,6 +65,7 @@ class PurifyOptions:
     force: bool
     frozen: str
     group: Any = None
+    resume: Resume | None = None
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
 
@@ -135,7 +139,7 @@ def tune(
     with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
             in_full_precision(work, run)
-        history = fit(run, options.recipe(), progress, options.callbacks)
+        history = fit(run, options.recipe(), progress, options.callbacks, options.resume)
         work.to_own_dtype()
         if ranks is not None:
             ranks.settle([*work.model.parameters(), *work.model.buffers()])

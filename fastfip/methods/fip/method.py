@@ -59,6 +59,7 @@ class FIP(SpaceMethod):
     summary = "FIP as published: every weight, towards a minimum with a small Fisher trace"
     Config: ClassVar[type[MethodConfig]] = FIPConfig
     over_ranks = True
+    keeps = ("anchor", "diagonal")
 
     def setup(self, run: Run) -> None:
         """Take the Fisher diagonal of the received model, if the retainer needs it."""
