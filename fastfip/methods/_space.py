@@ -72,6 +72,7 @@ class Weights(Space):
         tuned = {n: p for n, p in run.model.named_parameters() if p.is_floating_point() and id(p) not in run.frozen}
         self.names, self.tensors = list(tuned), list(tuned.values())
         self.penalty: FisherPenalty | None = None
+        self.signs: Tensor | None = None  # state of the penalty's generator, where a broken run goes on
 
     def groups(self, run: Run) -> Groups:
         """All of them at the same step size."""
@@ -94,6 +95,8 @@ class Weights(Space):
             self.penalty = FisherPenalty(
                 run.model, way, self.names, forward=task.forward_hook, loss=task.loss_hook, seed=run.seed
             )
+            if self.signs is not None:
+                self.penalty._generator.set_state(self.signs.cpu())
         mine, weight = _mine(run, batch)
         with run.eval_mode():
             trace = run.total(self.penalty(mine) * weight)
@@ -251,7 +254,8 @@ def _diagonal_over_ranks(run: Run, kind: Kind, names: list[str]) -> dict[str, Te
 def _labelled(run: Run, batch: Batch, kind: Kind, generator: torch.Generator) -> tuple[Batch, int]:
     """Return this rank's rows of a batch, and whether they count; one process alone has the batch as it is.
 
-    For "mc" labels are drawn for the whole batch, of which each rank takes its own, so that all draw alike. A batch of fewer samples than there are ranks is rank 0's.
+    For "mc" labels are drawn for the whole batch, of which each rank takes its own, so that all draw alike. A batch of
+    fewer samples than there are ranks is rank 0's.
     """
     ranks = run.ranks
     if ranks is None:

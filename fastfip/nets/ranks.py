@@ -11,7 +11,7 @@ import contextlib
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -79,7 +79,10 @@ class Ranks:
         self.store = c10d._get_default_store()
         self._meet(what)
         # A group of their own: a rank that fails closes it, which wakes the others; the user's group goes on.
-        self._group: Any = self._own_group(group)
+        try:
+            self._group: Any = self._own_group(group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
 
     def _own_group(self, group: Any) -> Any:
         if group is dist.group.WORLD:
@@ -98,7 +101,10 @@ class Ranks:
             self.store.set(keys[self.rank], "here")
             self.store.wait(keys, timedelta(seconds=START))
         except (RuntimeError, ValueError) as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._there(key)]
+            missing = [rank for rank, one in enumerate(keys) if not self._there(one)]
+            _begun[key] -= 1
+            with contextlib.suppress(RuntimeError):
+                self.store.delete_key(keys[self.rank])
             raise BackendError(
                 f"{what} was begun on rank {self.rank}, and rank {', '.join(map(str, missing))} of the process group "
                 f"did not come within {START:.0f} s: call it on every rank, or with group=None for this process alone"
@@ -109,11 +115,17 @@ class Ranks:
             return bool(self.store.check([key]))
         return False
 
+    @classmethod
+    def of(cls, group: Any, tensors: Iterable[Tensor], what: str) -> contextlib.AbstractContextManager[Ranks | None]:
+        """Return the ranks of a group for a block, None where `group=` means this process alone; see `group_of`."""
+        known = group_of(group)
+        return contextlib.nullcontext() if known is None else cls(known, next(iter(tensors)).device, what)
+
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and not isinstance(error, _Lost):
+        if error is not None and not isinstance(error, LostRank):
             said = f"rank {self.rank} failed ({type(error).__name__}: {reason(error)})".replace(": )", ")")
             with contextlib.suppress(RuntimeError):
                 self.store.set(self._key, said)
@@ -154,7 +166,7 @@ class Ranks:
         except RuntimeError as error:  # a closed connection, a timeout
             raise self._lost(error) from error
 
-    def _lost(self, error: BaseException) -> _Lost:
+    def _lost(self, error: BaseException) -> LostRank:
         said = ""
         with contextlib.suppress(RuntimeError):
             if self._there(self._key):
@@ -162,7 +174,7 @@ class Ranks:
         if not said and "imed out" in str(error):
             said = "a process of the group did not answer in time"
         said = said or "a process of the group is gone"
-        return _Lost(f"{said}: the work of all {self.world} processes has ended, and nothing was changed or written")
+        return LostRank(f"{said}: the work of all {self.world} processes has ended, and nothing was changed or written")
 
     def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Add up tensors over the ranks, in place: those of one dtype together, 16 bits in float32."""
@@ -183,6 +195,14 @@ class Ranks:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
         self.sum_([total], what)
         return float(total)
+
+    def mean_(self, sums: Sequence[Tensor], count: int, what: str) -> int:
+        """Make the mean over all ranks' samples of sums over the own ones, in place; return how many samples."""
+        self.sum_(sums, what)
+        total = round(self.number(count))
+        for value in sums:
+            value.div_(total)
+        return total
 
     def any(self, wish: bool) -> bool:
         """Return whether some rank wishes it."""
@@ -209,7 +229,16 @@ class Ranks:
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks of a scalar that each has its part of; a gradient reaches the own part."""
-        result: Tensor = _Total.apply(x, self)
+        result: Tensor = _Total.apply(x, self, 1)
+        return result
+
+    def mean_of(self, mean: Tensor, count: int) -> Tensor:
+        """Return the mean over all ranks' samples of what is the mean over `count` own ones.
+
+        Its gradient is the own part times the number of ranks: the mean of these over the ranks is that of the whole.
+        """
+        share = mean * (count / self.number(count))
+        result: Tensor = _Total.apply(share, self, self.world)
         return result
 
     def once(self, x: Tensor) -> Tensor:
@@ -271,7 +300,7 @@ class Ranks:
             yield
 
 
-class _Lost(BackendError):
+class LostRank(BackendError):
     """Another rank is gone; this one has nothing to say of its own."""
 
 
@@ -289,14 +318,15 @@ class _Gathered(torch.autograd.Function):
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, times: int) -> Tensor:
+        ctx.times = times
         out = x.detach().clone()
         ranks.sum_([out], "values")
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        return gradient * ctx.times, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -313,5 +343,5 @@ class _Once(torch.autograd.Function):
 def _timeout(group: Any) -> timedelta | None:
     """Return the timeout that the user's group has; None: torch's."""
     with contextlib.suppress(Exception):
-        return group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[no-any-return]
+        return group._get_backend(torch.device("cpu")).options._timeout
     return None

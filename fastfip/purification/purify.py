@@ -130,7 +130,8 @@ def purify(
             data and no BatchNorm.
         ModelError: a model that cannot be used, or a loss that is never finite.
         ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
-        BackendError: a device that is not here; a process of the group that does not come, or fails: nothing is changed.
+        BackendError: a device that is not here; a process of the group that does not come, or that fails (nothing is
+            changed then).
     """
     start = time.perf_counter()
     few, seed = False, check_seed(seed)

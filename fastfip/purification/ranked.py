@@ -17,7 +17,9 @@ from fastfip.nets.ranks import Ranks
 __all__ = ["begin", "clean_of_all", "over_ranks", "traffic"]
 
 
-def begin(recipe: type[Method], group: Any, model: torch.nn.Module, given: dict[str, Any], device: torch.device) -> Ranks:
+def begin(
+    recipe: type[Method], group: Any, model: torch.nn.Module, given: dict[str, Any], device: torch.device
+) -> Ranks:
     """Meet the other ranks of a group.
 
     Args:
@@ -71,4 +73,3 @@ def traffic(ranks: Ranks, steps: int) -> dict[str, Any]:
         "bytes_a_step": tuning / max(1, steps),
         "gradient_bytes_a_step": sent.get("gradients", 0) / max(1, steps),
     }
-

@@ -172,7 +172,7 @@ class Resume:
 def _key(run: Run, method: Method) -> dict[str, str]:
     """Return what has to be the same, by the words that an error has for it."""
     clean = run.clean
-    samples = [clean.n, clean.labels, 0 if run.heldout is None else run.heldout.n]
+    samples: list[Any] = [clean.n, clean.labels, 0 if run.heldout is None else run.heldout.n]
     if not clean.live:  # a loader may augment: its samples are others in each pass
         samples.append(of_batches(clean.batches()))
     return {

@@ -262,7 +262,7 @@ class Scorer:
                 loss=self.task.loss_hook,
             )
             measured = replace(measured, on=self.on, fisher_trace=self.trace() if self.sample else None)
-        return measured if run.ranks is None else run.ranks.from_first(measured)  # type: ignore[no-any-return]
+        return measured if run.ranks is None else run.ranks.from_first(measured)
 
     def trace(self) -> float | None:
         """Tr(F) of the empirical Fisher of all parameters, in eval mode; None and a note where it cannot be taken."""

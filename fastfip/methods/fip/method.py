@@ -59,7 +59,17 @@ class FIP(SpaceMethod):
     summary = "FIP as published: every weight, towards a minimum with a small Fisher trace"
     Config: ClassVar[type[MethodConfig]] = FIPConfig
     over_ranks = True
-    keeps = ("anchor", "diagonal")
+    keeps = ("anchor", "diagonal", "signs")
+
+    @property
+    def signs(self) -> Tensor | None:
+        """State of the generator of the trace's random signs, if there is one."""
+        penalty = getattr(self.space, "penalty", None)
+        return None if penalty is None else penalty._generator.get_state()
+
+    @signs.setter
+    def signs(self, state: Tensor | None) -> None:
+        self.space.signs = state  # type: ignore[attr-defined]
 
     def setup(self, run: Run) -> None:
         """Take the Fisher diagonal of the received model, if the retainer needs it."""
