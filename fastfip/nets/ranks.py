@@ -308,12 +308,17 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, n: int, what: str) -> Tensor:
         slices = [slice(n * r // ranks.world, n * (r + 1) // ranks.world) for r in range(ranks.world)]
-        ctx.mine = slices[ranks.rank]
-        return torch.cat(ranks.parts(rows.detach(), [s.stop - s.start for s in slices], what))
+        ctx.mine, ctx.sizes = slices[ranks.rank], [s.stop - s.start for s in slices]
+        ctx.ranks, ctx.what = ranks, what
+        return torch.cat(ranks.parts(rows.detach(), ctx.sizes, what))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient[ctx.mine], None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return torch.cat(ctx.ranks.parts(tangent, ctx.sizes, ctx.what))
 
 
 class _Total(torch.autograd.Function):
@@ -338,6 +343,10 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient / ctx.world, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone()
 
 
 def _timeout(group: Any) -> timedelta | None:

@@ -79,9 +79,30 @@ class _Normalised(torch.autograd.Function):
         y = torch.nn.functional.batch_norm(wide, mean, var, weight, bias, False, 0.0, eps).to(x.dtype)
         ctx.ranks, ctx.axes, ctx.eps = ranks, axes, eps
         ctx.save_for_backward(x, weight, bias, mean, var, count)
+        ctx.save_for_forward(x, weight, bias, mean, var, count)
         samples = count.to(wide.dtype)
         ctx.mark_non_differentiable(mean, var, samples)
         return y, mean, var, samples
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, *_: None) -> Any:
+        x, weight, _bias, mean, var, count = ctx.saved_tensors
+        shape = [1, -1, *([1] * (x.dim() - 2))]
+        scale = (var + ctx.eps).rsqrt().view(shape)
+        unit = (x.to(mean.dtype) - mean.view(shape)) * scale
+        dy = torch.zeros_like(unit)
+        if dx is not None:
+            dx = dx.to(mean.dtype)
+            sums = torch.stack([dx.sum(ctx.axes), (dx * unit).sum(ctx.axes)]).to(torch.float64, copy=True)
+            ctx.ranks.sum_([sums], "batchnorm")
+            of_mean, of_unit = (sums / count).to(mean.dtype)
+            dy = (dx - of_mean.view(shape) - unit * of_unit.view(shape)) * scale
+            dy = dy if weight is None else dy * weight.to(dy.dtype).view(shape)
+        if d_weight is not None:
+            dy = dy + unit * d_weight.to(dy.dtype).view(shape)
+        if d_bias is not None:
+            dy = dy + d_bias.to(dy.dtype).view(shape)
+        return dy.to(x.dtype), None, None, None
 
     @staticmethod
     @once_differentiable
