@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,17 +46,17 @@ class RankTask(Task):
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of the whole batch, of which this rank has computed its rows."""
         n = self.size(batch)
-        with self.ranks.norms():
-            logits = self.alone.forward(model, self.mine(batch, n))
-        return self._of_all(logits, n)
+        return self._of_all(self._pass(model, self.mine(batch, n), n), n)
 
     def losses(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Tensor:
         """Return the loss of each sample of the whole batch, [N]: only losses cross the wire."""
         n, loss = self.size(batch), self.alone.loss if loss is None else loss
         mine = self.mine(batch, n)
-        with self.ranks.norms():
-            logits = self.alone.forward(model, mine)
-        return self._of_all(loss(logits, mine), n)
+        return self._of_all(loss(self._pass(model, mine, n), mine), n)
+
+    def _pass(self, model: nn.Module, mine: Batch, n: int) -> Tensor:
+        with contextlib.nullcontext() if self.ranks.rows(n) is None else self.ranks.norms():
+            return self.alone.forward(model, mine)
 
     def _of_all(self, values: Tensor, n: int) -> Tensor:
         """Return what the ranks have of their rows, one or (tokens, say) several values for each, for all n rows."""

@@ -154,10 +154,12 @@ class Perturbations:
     def _move(self, c: Tensor, gradient: Tensor, step: float) -> None:
         """Move the perturbations of the classes `c` [N] and bring them back into the ball; no others are touched."""
         touched, place = torch.unique(torch.cat([c, self.outside]), return_inverse=True)
-        total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=torch.float32)
-        total.index_add_(0, place[: len(c)], gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(len(touched), *gradient.shape[1:], dtype=wide)
+        total.index_add_(0, place[: len(c)], gradient.to(wide).nan_to_num(0.0, 0.0, 0.0))
         if self.ranks is not None:
             self.ranks.sum_([total], "perturbations")
+        total = total.float()
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))
