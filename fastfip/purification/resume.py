@@ -91,7 +91,7 @@ class Resume:
         odd = [name for name, value in self.key.items() if state["key"].get(name) != value]
         if odd:
             raise CheckpointError(
-                f"{shown} is of a run with another {' and '.join(odd)}: give the file of this run, or remove it"
+                f"{shown} is of another run ({' and '.join(odd)} differ): give the file of this run, or remove it"
             )
         return state
 

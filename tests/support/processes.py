@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-__all__ = ["in_processes", "environment"]
+__all__ = ["environment", "in_processes"]
 
 
 def in_processes(world, folder, work, group=True):
