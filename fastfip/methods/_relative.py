@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,7 +89,8 @@ def _forward_mode(
     moved = {id(t): (t, d) for t, d in zip(tensors, step)}
     named = {name: moved[id(p)] for name, p in model.named_parameters() if id(p) in moved}
     try:
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of how it has written some derivatives
             duals = {name: forward_ad.make_dual(t.detach(), d.to(t.dtype)) for name, (t, d) in named.items()}
             with _reparametrize_module(model, duals, tie_weights=True):
                 out = forward_ad.unpack_dual(outputs())
