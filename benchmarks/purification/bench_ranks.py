@@ -2,7 +2,7 @@
 
     python -m benchmarks.purification.bench_ranks [--nets resnet20 vit preact_resnet18] [--worlds 2 4] [--table]
 
-Bytes are what one process hands to collectives in a step of the tuning (64 samples), counted by `fastfip.nets.ranks`;
+Bytes are what one process hands to collectives in a step of the tuning (32 samples), counted by `fastfip.nets.ranks`;
 those of DistributedDataParallel are the buckets of gradients that its communication hook sees in a step of the same
 model, without the buffers that it broadcasts. `gradients` are sums of what is tuned; `perturbations` are sums for the
 worst case, in the steps that unlearn; `others` are outputs, BatchNorm's statistics and the Fisher trace. `apart` is the
@@ -42,7 +42,7 @@ NETS: dict[str, Any] = {
     "preact_resnet18": nets.preact_resnet18,
 }
 METHODS = ("fine_tune", "fisher_steps", "wfip", "fast_wfip", "fast_fip")
-STEPS, BATCH, CLASSES = 4, 64, 10
+STEPS, BATCH, CLASSES = 4, 32, 10
 
 
 def made(net: str) -> nn.Module:
