@@ -5,9 +5,10 @@
 Bytes are what one process hands to collectives in a step of the tuning (32 samples), counted by `fastfip.nets.ranks`;
 those of DistributedDataParallel are the buckets of gradients that its communication hook sees in a step of the same
 model, without the buffers that it broadcasts. `gradients` are sums of what is tuned; `perturbations` are sums for the
-worst case, in the steps that unlearn; `others` are outputs, BatchNorm's statistics and the Fisher trace. `apart` is the
-largest difference of a weight from the run of one process, in float32, after STEPS steps of a fresh model. Inputs are
-noise: bytes do not depend on what they show. The search before the first step is cut to two steps.
+worst case, in the steps that unlearn; `others` are outputs, BatchNorm's statistics and the Fisher trace. `weights` and
+`answers` say how far the weights, and the outputs for all samples, are from those of one process: the norm of the
+difference over the norm, in float32, after STEPS steps of a fresh model. Inputs are noise: bytes do not depend on what
+they show. The search before the first step is cut to two steps.
 Rows go to benchmarks/results/ranks.csv, the table to docs/distributed.md.
 """
 
@@ -33,7 +34,7 @@ from fastfip.testing import nets
 
 RESULTS = harness.Results(
     "ranks",
-    "net parameters method world gradients perturbations others ddp ratio apart commit torch cpu",
+    "net parameters method world gradients perturbations others ddp ratio weights answers commit torch cpu",
     run="net method world",
 )
 NETS: dict[str, Any] = {
@@ -93,7 +94,7 @@ def one(rank: int, world: int, port: int, wanted: list[str], folder: str) -> Non
         found[net] = bytes_of_ddp(net)
         for method in METHODS:
             result = purified(net, method, "auto")
-            found[net, method] = result.settings["ranks"]["bytes"], dict(result.state_dict())
+            found[net, method] = result.settings["ranks"]["bytes"], ends(result)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     dist.destroy_process_group()
@@ -101,7 +102,7 @@ def one(rank: int, world: int, port: int, wanted: list[str], folder: str) -> Non
 
 def rows(wanted: list[str], worlds: list[int]) -> list[dict[str, object]]:
     torch.set_num_threads(1)
-    alone = {(net, method): dict(purified(net, method, None).state_dict()) for net in wanted for method in METHODS}
+    alone = {(net, method): ends(purified(net, method, None)) for net in wanted for method in METHODS}
     out = []
     for world in worlds:
         with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -113,12 +114,14 @@ def rows(wanted: list[str], worlds: list[int]) -> list[dict[str, object]]:
         for net in wanted:
             for method in METHODS:
                 sent, state = found[net, method]
-                out.append(row(net, method, world, sent, found[net], apart(alone[net, method], state)))
+                out.append(
+                    row(net, method, world, sent, found[net], [apart(a, b) for a, b in zip(alone[net, method], state)])
+                )
                 harness.show(out[-1], net=-16, method=-13)
     return out
 
 
-def row(net: str, method: str, world: int, sent: dict[str, int], ddp: int, far: float) -> dict[str, object]:
+def row(net: str, method: str, world: int, sent: dict[str, int], ddp: int, far: list[float]) -> dict[str, object]:
     config = fastfip.methods.get(method).Config()
     # Two of the search's steps, or what its first radius takes, are in the sum of the perturbations.
     unlearning = max(1, round(STEPS * getattr(config, "unlearn", 0.0) + 0.49))
@@ -127,23 +130,30 @@ def row(net: str, method: str, world: int, sent: dict[str, int], ddp: int, far: 
         "net": net, "parameters": nets.parameter_count(made(net)), "method": method, "world": world,
         "gradients": round(gradients), "perturbations": round(sent.get("perturbations", 0) / (unlearning + 2)),
         "others": round(sum(sent.get(what, 0) for what in ("outputs", "batchnorm", "values")) / STEPS),
-        "ddp": ddp, "ratio": f"{ddp / gradients:.3g}", "apart": f"{far:.1e}",
+        "ddp": ddp, "ratio": f"{ddp / gradients:.3g}", 
+        "weights": f"{far[0]:.1e}", "answers": f"{far[1]:.1e}",
     }  # fmt: skip
 
 
-def apart(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((value.double() - other[name].double()).abs().max()) for name, value in state.items())
+@torch.no_grad()
+def ends(result: fastfip.PurifyResult) -> tuple[Tensor, Tensor]:
+    """All weights of the purified model in a row, and its outputs."""
+    return torch.cat([p.flatten() for p in result.model.parameters()]), result.model(samples()[0])
+
+
+def apart(mine: Tensor, other: Tensor) -> float:
+    return float((mine.double() - other.double()).norm() / mine.double().norm())
 
 
 def show() -> str:
     head = ["model", "parameters", "method", "processes", "gradients", "worst case", "others", "DDP's gradients",
-            "DDP's over ours", "apart"]  # fmt: skip
+            "DDP's over ours", "weights apart", "answers apart"]  # fmt: skip
     return harness.table(
         head,
         [
             [r["net"], f"{int(r['parameters']):,}", f"`{r['method']}`", r["world"],
              *(f"{int(r[name]) / 1000:,.1f} kB" for name in ("gradients", "perturbations", "others", "ddp")),
-             r["ratio"], r["apart"]]
+             r["ratio"], r["weights"], r["answers"]]
             for r in RESULTS.read()
         ],
     )  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from fastfip.cli.errors import Interrupted
 from fastfip.cli.options import Net
 
 __all__ = ["together"]
@@ -31,5 +32,10 @@ def together(net: Net) -> Iterator[bool]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank() == 0
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted, or ended by torchrun because another process failed: nothing written (with --resume FILE the "
+            "same command goes on)"
+        ) from None
     finally:
         dist.destroy_process_group()

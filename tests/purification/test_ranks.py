@@ -209,6 +209,9 @@ def _attempt(model, **options):
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failures")
+    burning = {"callbacks": [_At(_burn)], "resume": folder / "broken.resume", "resume_every": 0}
+
     def work(rank):
         import fastfip.nets.ranks
 
@@ -221,6 +224,7 @@ def failures(tmp_path_factory):
             "method": _attempt(trained(), method="fst"),
             "empty": _attempt(trained(), data=iter([samples()] if rank else [])),
             "alone": _attempt(trained(), group=None),
+            "broken": _attempt(trained(), **burning),
         }
         if rank == 0:
             found["nobody else"] = _attempt(trained())
@@ -228,7 +232,7 @@ def failures(tmp_path_factory):
         dist.barrier()
         return found
 
-    return in_processes(2, tmp_path_factory.mktemp("failures"), work)
+    return [*in_processes(2, folder, work), folder / "broken.resume"]
 
 
 def _shift(module):
@@ -245,7 +249,7 @@ def test_a_rank_that_raises_ends_the_others_with_its_words(failures):
 
 
 def test_ranks_that_were_given_different_things_all_refuse(failures):
-    for answer in failures:
+    for answer in failures[:2]:
         assert "different seeds" in answer["seeds"] and "different models" in answer["models"]
         assert "fst works in one process" in answer["method"] and "fisher_steps" in answer["method"]
 
@@ -262,3 +266,12 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
 
     left, gone = in_processes(2, tmp_path, work)
     assert gone is None and "a process of the group is gone" in left and "nothing was changed" in left
+
+
+def test_a_broken_run_goes_on_in_another_number_of_processes(failures):
+    path = failures[2]
+    assert path.exists()
+    whole = fastfip.purify(trained(), samples(), "fine_tune", steps=5, progress=False)
+    went_on = fastfip.purify(trained(), samples(), "fine_tune", steps=5, progress=False, resume=path)
+    assert "went on from step 1 of a broken run" in went_on.notes and not path.exists()
+    assert furthest(dict(whole.state_dict()), dict(went_on.state_dict())) <= 1e-5
