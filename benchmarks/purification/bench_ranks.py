@@ -130,7 +130,7 @@ def row(net: str, method: str, world: int, sent: dict[str, int], ddp: int, far: 
         "net": net, "parameters": nets.parameter_count(made(net)), "method": method, "world": world,
         "gradients": round(gradients), "perturbations": round(sent.get("perturbations", 0) / (unlearning + 2)),
         "others": round(sum(sent.get(what, 0) for what in ("outputs", "batchnorm", "values")) / STEPS),
-        "ddp": ddp, "ratio": f"{ddp / gradients:.3g}", 
+        "ddp": ddp, "ratio": f"{ddp / gradients:.3g}",
         "weights": f"{far[0]:.1e}", "answers": f"{far[1]:.1e}",
     }  # fmt: skip
 
