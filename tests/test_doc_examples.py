@@ -1,5 +1,6 @@
 """What the documents show runs as it is: the Python of docs/fisher.md, examples of the README and of CONTRIBUTING."""
 
+import dataclasses
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import torch
 
 from fastfip import purify
 from fastfip.cli import main
+from fastfip.cli.many.rows import ManyRow, read_manifest
 from fastfip.testing import nets
 from tests.support.backdoorbench_files import CLASSES, attack_result, some_pictures
 
@@ -122,6 +124,44 @@ def test_attacks(capsys):
     assert len(blocks) == 3 and "wanet" in printed and "badnets" in printed
     assert scope["triggered"].shape == (150, 32) and len(scope["places"]) == 4
     assert all(len(scope["changed"][i]["boxes"]) == 2 for i in scope["places"].tolist())
+
+
+def test_report(tmp_path, monkeypatch):
+    """The lines of docs/report.md, on a small model of a test; every name of a field that its table has is one."""
+    import json
+
+    import fastfip
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    clean = [(torch.rand(12, 3, 8, 8), torch.arange(12) % 3)]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    (block,) = blocks_of("python", "docs/report.md")
+    block = block.replace("test_loader)", 'test_loader, method="fine_tune", steps=2, force=True)')
+    scope = {"fastfip": fastfip, "model": model, "clean_loader": clean, "test_loader": clean}
+    exec(compile(block, "docs/report.md", "exec"), scope)
+    document = json.loads(Path("report.json").read_text())
+    assert "<h1>Purification report</h1>" in Path("report.html").read_text()
+    table = (DOCS / "report.md").read_text().partition("| section |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])]
+    assert len(named) > 12 and set(named) - {"model"} <= set(document)
+
+
+def test_data(capsys):
+    (block,) = blocks_of("python", "docs/data.md")
+    exec(compile(block, "docs/data.md", "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out == "48 48\n"
+
+
+def test_many(tmp_path):
+    """The manifest of docs/many.md is one, and its table has every column."""
+    (manifest,) = blocks_of("csv", "docs/many.md")
+    (tmp_path / "m.csv").write_text(manifest)
+    rows = read_manifest(tmp_path / "m.csv")
+    assert len(rows) == 4 and rows[0].arch_args == '{"classes": 43}' and rows[3].method == "auto"
+    table = (DOCS / "many.md").read_text().partition("| column |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == {field.name for field in dataclasses.fields(ManyRow)}
 
 
 def test_contributing():

@@ -28,9 +28,9 @@ LAYER = {
     "purification": 7,
     "auditing": 8,
     "comparison": 8,
+    "integrations": 8,
     "testing": 9,
     "cli": 9,
-    "__main__": 10,
 }
 LEAVES = {
     "attacks": {"cli", "testing"},
@@ -40,7 +40,8 @@ LEAVES = {
 
 def part(module: str) -> str:
     pieces = module.split(".")
-    return pieces[1] if len(pieces) > 1 else ""
+    name = pieces[1] if len(pieces) > 1 else ""
+    return "cli" if name == "__main__" else name  # `python -m fastfip` is the command line
 
 
 def module_name(path: Path) -> str:

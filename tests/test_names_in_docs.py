@@ -1,5 +1,6 @@
 """Every name of the package that a document or a docstring gives is there, the folders from `import fastfip` alone."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -18,12 +19,26 @@ def resolve(name):
     """Follow a dotted name by attributes; below the package's folders modules are imported as a user would."""
     head, *rest = name.split(".")
     value, path = importlib.import_module(head), head
+    rest = rest[1:] if rest[:1] == ["integrations"] and rest[1:] else rest
+    if rest and rest[0] in value._EXTRAS:  # importing it asks for a package that need not be here
+        return defined(ROOT / "fastfip" / "integrations" / f"{rest[0]}.py", rest[1:])
     for part in rest:
         path = f"{path}.{part}"
         if path.count(".") > 1 and not hasattr(value, part):
             importlib.import_module(path)
         value = getattr(value, part)
     return value
+
+
+def defined(path, names):
+    """The statement that defines a name in a file, which is not imported, or one in that; the file itself for none."""
+    found = ast.parse(path.read_text(encoding="utf-8"))
+    for name in names:
+        inner = [node for node in found.body if getattr(node, "name", None) == name]
+        if not inner:
+            raise AttributeError(f"{path.name} defines no {'.'.join(names)}")
+        found = inner[0]
+    return found
 
 
 def names_in(text):
@@ -54,4 +69,6 @@ def test_a_name_that_is_not_there_is_seen():
         resolve("fastfip.nowhere.at_all")
     with pytest.raises(ImportError):
         resolve("fastfip.fisher.nowhere")
+    with pytest.raises(AttributeError, match="hf.py defines no FIPTrainer.nothing"):
+        resolve("fastfip.hf.FIPTrainer.nothing")
     assert resolve("fastfip.purification.callbacks.Callback").__name__ == "Callback"

@@ -62,7 +62,7 @@ def test_a_type_checker_sees_every_public_name_where_it_is():
     tree = ast.parse((ROOT / "fastfip" / "__init__.py").read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
     seen = {a.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
-    assert seen == {**dict.fromkeys(fastfip._MODULES, "fastfip"), **fastfip._WHERE}
+    assert seen == {**dict.fromkeys(fastfip._MODULES, "fastfip"), **fastfip._WHERE, **fastfip._EXTRAS}
 
 
 def test_the_settings_that_a_type_checker_knows_are_those_of_the_methods():

@@ -200,7 +200,7 @@ def main() -> None:
         print(*peaks_here(options.workloads, options.peak))
         return
     if options.plot:
-        plot(RESULTS.path.with_suffix(".png"))
+        plot(harness.DOCS / "pictures" / "fisher_diagonal.png")
         harness.splice(DOCUMENT, "fisher", table())
         return
     for key in options.workloads:

@@ -17,12 +17,8 @@ Several of these may run at a time: each row is added to what the CSV then holds
 
 from __future__ import annotations
 
-import argparse
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +29,11 @@ import fastfip
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.purification import real_data, real_tables
+from fastfip.cli.many.pool import Outcome, Processes, outcomes
 from fastfip.metrics import Evaluation, der
 
+#: Net, method, share of clean images, seed and setting of a run.
+Item = tuple[str, str, float, int, str]
 #: bfloat16 autocast of the clean and worst-case losses; the weights stay float32.
 AMP = "bf16"
 SETTINGS = ("plain", "hidden", "missing")
@@ -112,24 +111,16 @@ def run(
     return RESULTS.stamped(row)
 
 
-def one(item: tuple[str, str, float, int, str], threads: int, limit: float | None) -> None:
-    """Run one purification in a process of its own, so that its peak memory is its own, and add its row."""
-    name, method, fraction, seed, setting = item
-    row: Row = {"net": name, "method": method, "fraction": fraction, "seed": seed, "setting": setting}
-    row["threads"] = threads
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.purification.real_models", "--one", *map(str, item)],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=limit,
-        )  # fmt: skip
-        line = next((line for line in done.stdout.splitlines() if line.startswith("ROW\t")), None)
-        if line is not None:
-            row = dict(part.split("=", 1) for part in line.split("\t")[1:])
-        else:
-            said = done.stderr.strip().splitlines()[-1:] or ["no word"]
-            row["error"] = f"exit code {done.returncode}: {' '.join(said[0].split())[:200]}"
-    except subprocess.TimeoutExpired:
-        row["error"] = f"over the time limit of {limit:.0f} s"
+def measured(item: Item) -> Row:
+    """Return the row of one purification; a worker does this, so that its peak memory is its own."""
+    first = next((r for r in RESULTS.read() if r["net"] == item[0] and not r["error"]), None)
+    return run(*item, first)
+
+
+def keep(outcome: Outcome, threads: int) -> None:
+    """Add the row of a purification that has ended, or one that says why there is none."""
+    named: Row = dict(zip(("net", "method", "fraction", "seed", "setting"), outcome.job))
+    row: Row = {**(outcome.value or {**named, "error": outcome.error}), "threads": threads}
     RESULTS.add([row])
     print({k: row[k] for k in ("net", "method", "fraction", "setting", "seed", "acc", "asr", "der", "seconds", "error")
            if row.get(k) not in (None, "")}, flush=True)  # fmt: skip
@@ -173,9 +164,6 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=None, metavar="S", help="seconds for one run, scoring too")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
     parser.add_argument("--table", action="store_true", help="only write and print the tables of what the CSV holds")
-    parser.add_argument(
-        "--one", nargs=5, metavar=("NET", "METHOD", "FRACTION", "SEED", "SETTING"), help=argparse.SUPPRESS
-    )
     args = parser.parse()
     if args.table:
         rows = RESULTS.read()
@@ -183,12 +171,6 @@ def main() -> None:
         write_documents()
         return
     real_data.require()
-    if args.one:
-        name, method, fraction, seed, setting = args.one
-        first = next((r for r in RESULTS.read() if r["net"] == name and not r["error"]), None)
-        row = run(name, method, float(fraction), int(seed), setting, first)
-        print("ROW", *(f"{k}={v}" for k, v in row.items()), sep="\t")
-        return
     todo = [
         (net, method, fraction / 100 if fraction >= 1 else fraction, seed, setting)
         for setting in args.settings
@@ -204,8 +186,8 @@ def main() -> None:
     # Two threads that are held to one core wait for each other: a run took ten times as long.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // args.jobs)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda item: one(item, threads, args.time_limit), todo))
+    for outcome in outcomes(measured, todo, Processes(threads), workers=args.jobs, timeout=args.time_limit):
+        keep(outcome, threads)
     print(real_tables.by_method(RESULTS.read()))
     write_documents()
 

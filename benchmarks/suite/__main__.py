@@ -10,10 +10,9 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,25 +20,29 @@ import torch
 from benchmarks import harness
 from benchmarks.purification import real_data
 from benchmarks.suite import tables
-from benchmarks.suite.cells import SETTINGS, Cell, kept, results, rows_of, run, run_apart
-from benchmarks.suite.networks import NETWORKS, folder, prepare
+from benchmarks.suite.cells import SETTINGS, Cell, kept, measured, results, rows_of, said
+from benchmarks.suite.networks import NETWORKS, folder
 from benchmarks.suite.slices import SLICES, cells
+from fastfip.cli.many.pool import Outcome, Processes, outcomes
 
 LOOKS = harness.ROOT / "benchmarks" / "results" / "looks.csv"
 
 
-def _train(name: str, threads: int, end: float) -> str:
-    """Train a network in a process of its own unless it is there; return what went wrong."""
-    if (folder() / f"{NETWORKS[name].key()}.pth").exists():
-        return ""
-    if time.monotonic() > end:
-        return "not trained: the time is over"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.suite", "--train", name], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
-    print(done.stdout.strip(), flush=True)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+def _train_all(names: list[str], jobs: int, threads: int, end: float) -> dict[str, str]:
+    """Train those of the networks that are not there, each in a process of its own; return what went wrong, by name."""
+    late = dict[str, str]()
+
+    def missing() -> Iterator[str]:
+        for name in names:
+            if (folder() / f"{NETWORKS[name].key()}.pth").exists():
+                continue
+            if time.monotonic() > end:
+                late[name] = "not trained: the time is over"
+            else:
+                yield name
+
+    ended = outcomes(said, missing(), Processes(threads), workers=jobs)
+    return {**{outcome.job: outcome.error for outcome in ended if outcome.error}, **late}
 
 
 def _log_look(todo: list[Cell]) -> None:
@@ -74,35 +77,39 @@ def _run_all(args: Any) -> None:
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     wanted = {cell.network for cell in todo}
     order = [*dict.fromkeys(f"{NETWORKS[n].base}-clean" for n in sorted(wanted)), *sorted(wanted)]
-    broken: set[str] = set()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        first, rest = [n for n in order if n.endswith("-clean")], [n for n in order if not n.endswith("-clean")]
-        for group in (first, rest):  # the clean network of a base is what the others are made of
-            for name, error in zip(group, pool.map(lambda name: _train(name, threads, end), group)):
-                if error:
-                    broken.add(name)
-                    print(f"{name}: {error}", flush=True)
+    broken: dict[str, str] = {}
+    first, rest = [n for n in order if n.endswith("-clean")], [n for n in order if not n.endswith("-clean")]
+    for group in (first, rest):  # the clean network of a base is what the others are made of
+        found = _train_all(group, args.jobs, threads, end)
+        broken |= found
+        for name, error in found.items():
+            print(f"{name}: {error}", flush=True)
 
-    def one(cell: Cell) -> None:
-        if time.monotonic() > end or {cell.network, f"{NETWORKS[cell.network].base}-clean"} & broken:
-            return
-        found, error = run_apart(cell, threads, args.time_limit)
-        if error:
-            network = NETWORKS[cell.network]
-            found = [{
-                "network": cell.network, "made": network.key(), "base": network.base,
-                "method": cell.method, "fraction": cell.fraction,
-                "setting": cell.setting, "seed": cell.seed, "attack": "", "target": "", "error": error,
-            }]  # fmt: skip
-        rows.add([{**row, "threads": threads} for row in found])
-        for row in found:
-            shown = ("network", "attack", "method", "fraction", "setting", "seed", "acc", "asr", "der", "cpu_seconds")
-            print({k: row[k] for k in (*shown, "error") if row.get(k) not in (None, "")}, flush=True)
+    def possible() -> Iterator[Cell]:
+        for cell in todo:
+            if time.monotonic() > end:
+                return
+            if not {cell.network, f"{NETWORKS[cell.network].base}-clean"} & set(broken):
+                yield cell
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, todo))
+    for outcome in outcomes(measured, possible(), Processes(threads), workers=args.jobs, timeout=args.time_limit):
+        _keep(rows, outcome, threads)
     left = [cell for cell in asked if cell not in {_of(row) for row in rows.read() if _current(row)}]
     print(f"{len(asked) - len(left)} of {len(asked)} cells are there")
+
+
+def _keep(rows: harness.Results, outcome: Outcome, threads: int) -> None:
+    """Add the rows of a cell that has ended, or one that says why there are none."""
+    cell, network = outcome.job, NETWORKS[outcome.job.network]
+    found = outcome.value or [{
+        "network": cell.network, "made": network.key(), "base": network.base,
+        "method": cell.method, "fraction": cell.fraction,
+        "setting": cell.setting, "seed": cell.seed, "attack": "", "target": "", "error": outcome.error,
+    }]  # fmt: skip
+    rows.add([{**row, "threads": threads} for row in found])
+    for row in found:
+        shown = ("network", "attack", "method", "fraction", "setting", "seed", "acc", "asr", "der", "cpu_seconds")
+        print({k: row[k] for k in (*shown, "error") if row.get(k) not in (None, "")}, flush=True)
 
 
 def _current(row: dict[str, str]) -> bool:
@@ -128,36 +135,22 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for one cell")
     parser.add_argument("--retry", action="store_true", help="run again what ended in an error")
     parser.add_argument("--train", metavar="NETWORK", help="train one network")
-    parser.add_argument("--cell", nargs=5, metavar=("NETWORK", "METHOD", "FRACTION", "SEED", "SETTING"))
     args = parser.parse()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if args.slice == "table":
         tables.write()
         return
     real_data.require()
-    if args.cell:
-        of = "validation" if NETWORKS[args.cell[0]].set == "validation" else "development"
-        for row in run(Cell.of(args.cell)):
-            print("ROW", *(f"{k}={v}" for k, v in results(of).stamped(row).items()), sep="\t")
-    elif args.train:
-        _said(args.train)
+    if args.train:
+        said(args.train)
     elif args.slice == "networks":
         for name in args.networks or [n for n in NETWORKS if (folder() / f"{NETWORKS[n].key()}.pth").exists()]:
-            _said(name)
+            said(name)
             kept().add(rows_of(name))
         tables.write()
     else:
         _run_all(args)
         tables.write()
-
-
-def _said(name: str) -> None:
-    prepared = prepare(NETWORKS[name])
-    parts = [
-        f"{backdoor.label} -> {backdoor.target}: ASR {found.shown('asr')}"
-        for backdoor, found in zip(prepared.network.backdoors, prepared.attacked)
-    ]
-    print(f"{name}: ACC {prepared.clean.shown('acc')} {'; '.join(parts)} ({prepared.seconds:.0f} CPU s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import dataclass
@@ -22,10 +19,11 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.purification import real_data
 from benchmarks.suite.networks import NETWORKS, Base, Network, Prepared, prepare, score
+from fastfip.cli.many.pool import Processes, outcomes
 from fastfip.methods import MethodConfig
 from fastfip.metrics import Evaluation, der
 
-__all__ = ["FLOOR", "SETTINGS", "Cell", "kept", "results", "rows_of", "run", "run_apart"]
+__all__ = ["FLOOR", "SETTINGS", "Cell", "kept", "measured", "results", "rows_of", "run", "run_apart", "said"]
 
 #: Doing nothing is the third of the floor: its DER is 50.
 FLOOR = ("fine_tune", "large_step")
@@ -83,6 +81,19 @@ def rows_of(name: str) -> list[Row]:
     return rows or [common]
 
 
+def said(name: str) -> None:
+    """Train a network, or take it as it is, and print how accurate it is and how well its backdoors work.
+
+    Not in `__main__`: workers do not import that of a package.
+    """
+    prepared = prepare(NETWORKS[name])
+    parts = [
+        f"{backdoor.label} -> {backdoor.target}: ASR {found.shown('asr')}"
+        for backdoor, found in zip(prepared.network.backdoors, prepared.attacked)
+    ]
+    print(f"{name}: ACC {prepared.clean.shown('acc')} {'; '.join(parts)} ({prepared.seconds:.0f} CPU s)", flush=True)
+
+
 def results(of: str) -> harness.Results:
     """Return the rows of a set: benchmarks/results/suite_development.csv or suite_validation.csv."""
     names = list(NETWORKS)
@@ -104,10 +115,6 @@ class Cell:
     fraction: float
     seed: int
     setting: str = "plain"
-
-    def words(self) -> list[str]:
-        """Return the cell as words of a command line."""
-        return [self.network, self.method, str(self.fraction), str(self.seed), self.setting]
 
     @classmethod
     def of(cls, words: list[str]) -> Cell:
@@ -249,20 +256,13 @@ def _few(prepared: Prepared) -> tuple[Tensor, Tensor]:
     return x[:10], y[:10]
 
 
+def measured(cell: Cell) -> list[Row]:
+    """Return the rows of a cell, with machine, versions and commit; a worker does this, so that its peak is its own."""
+    of = "validation" if NETWORKS[cell.network].set == "validation" else "development"
+    return [results(of).stamped(row) for row in run(cell)]
+
+
 def run_apart(cell: Cell, threads: int, limit: float | None) -> tuple[list[Row], str]:
-    """Run a cell in a process of its own, so that its peak memory is its own; return its rows, or none and an error."""
-    command = [sys.executable, "-m", "benchmarks.suite", "--cell", *cell.words()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return [], f"over the time limit of {limit:.0f} s"
-    rows: list[Row] = [
-        dict(part.split("=", 1) for part in line.split("\t")[1:])
-        for line in done.stdout.splitlines()
-        if line.startswith("ROW\t")
-    ]
-    if rows:
-        return rows, ""
-    said = done.stderr.strip().splitlines()[-1:] or ["no word"]
-    return [], f"exit code {done.returncode}: {' '.join(said[0].split())[:200]}"
+    """Run one cell in a process of its own; return its rows, or none and an error."""
+    (outcome,) = outcomes(measured, [cell], Processes(threads), timeout=limit)
+    return outcome.value or [], outcome.error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.purification import real_data, real_models, real_tables
+from fastfip.cli.many.pool import Outcome
 
 
 def net(target=1):
@@ -81,27 +81,24 @@ def test_rows_are_added_one_by_one_and_old_files_are_read(tmp_path, monkeypatch)
     ]  # fmt: skip
 
 
+NAMES = ("net", "method", "fraction", "seed", "setting")
+
+
 def test_a_run_that_breaks_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(real_models.RESULTS, "path", tmp_path / "r.csv")
     monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
     monkeypatch.setattr(harness, "here", dict)  # it runs git
     item = ("badnets_mnist", "wfip", 0.05, 0, "plain")
+    monkeypatch.setattr(real_models, "run", lambda *given: {"der": 98, **dict(zip(NAMES, given))})
 
-    def late(command, timeout, **options):
-        assert command[-5:] == ["badnets_mnist", "wfip", "0.05", "0", "plain"]
-        raise subprocess.TimeoutExpired(command, timeout)
+    def ended(error):
+        value = None if error else real_models.measured(item)
+        real_models.keep(Outcome(item, value, error, 1, 2.0), 3)
+        return [(r["method"], r["fraction"], r["error"], r["der"], r["threads"]) for r in real_models.RESULTS.read()]
 
-    monkeypatch.setattr(real_models.subprocess, "run", late)
-    real_models.one(item, 1, 7.0)
-    assert real_models.RESULTS.read()[0]["error"] == "over the time limit of 7 s"
-    broken = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: no\n")
-    monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: broken)
-    real_models.one(item, 1, None)
-    assert [r["error"] for r in real_models.RESULTS.read()] == ["exit code 1: ValueError: no"]
-    good = "\t".join(["ROW", *(f"{k}={v}" for k, v in row().items())])
-    monkeypatch.setattr(real_models.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, good, ""))
-    real_models.one(item, 1, None)
-    assert [(r["error"], r["der"]) for r in real_models.RESULTS.read()] == [("", "98")]
+    assert ended("over the time limit of 7 s") == [("wfip", "0.05", "over the time limit of 7 s", "", "3")]
+    assert ended("ValueError: no") == [("wfip", "0.05", "ValueError: no", "", "3")]
+    assert ended("") == [("wfip", "0.05", "", "98", "3")]
 
 
 def test_tables():

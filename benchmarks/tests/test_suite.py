@@ -16,6 +16,7 @@ from benchmarks.suite import __main__ as program
 from benchmarks.suite import cells, networks, slices, tables
 from benchmarks.suite.cells import Cell
 from benchmarks.suite.networks import BASES, NETWORKS, VALIDATION_ONLY, Backdoor, Network
+from fastfip.cli.many.pool import Outcome
 
 
 def test_families_of_the_validation_set_are_in_no_development_network():
@@ -159,6 +160,31 @@ def test_looks_at_the_validation_set_are_logged(tmp_path, monkeypatch):
         first, second = csv.DictReader(file)
     assert (first["cells"], first["methods"], first["networks"]) == ("2", "fine_tune wfip", "2")
     assert second["cells"] == "1" and first["commit"]
+
+
+def test_networks_that_are_not_there_are_trained_by_workers_while_there_is_time(tmp_path, monkeypatch):
+    names = ["digits-clean", "digits-lira", "digits-dynamic"]
+    monkeypatch.setattr(program, "folder", lambda: tmp_path)
+    (tmp_path / f"{NETWORKS[names[0]].key()}.pth").touch()
+
+    def outcomes(function, jobs, place, workers):
+        assert function.__module__ != program.__name__  # workers do not import the `__main__` of a package
+        return [Outcome(name, None, "no" if name == names[1] else "", 1, 1.0) for name in jobs]
+
+    monkeypatch.setattr(program, "outcomes", outcomes)
+    assert program._train_all(names, 2, 1, float("inf")) == {names[1]: "no"}
+    assert program._train_all(names, 2, 1, 0.0) == dict.fromkeys(names[1:], "not trained: the time is over")
+
+
+def test_a_cell_that_ended_without_rows_is_a_row(tmp_path, monkeypatch):
+    rows = cells.results("development")
+    monkeypatch.setattr(rows, "path", tmp_path / "r.csv")
+    monkeypatch.setenv("FASTFIP_CACHE", str(tmp_path))
+    cell = Cell("digits-badnets-all", "fine_tune", 0.05, 0)
+    program._keep(rows, Outcome(cell, None, "ended by SIGKILL", 1, 1.0), 1)
+    (row,) = rows.read()
+    assert (row["error"], row["network"], row["threads"]) == ("ended by SIGKILL", cell.network, "1")
+    assert program._of(row) == cell and cells.measured.__module__ != program.__name__
 
 
 def test_validation_networks_are_no_part_of_the_day_slice():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.zoo import measure
+from benchmarks.zoo import measure, ways
 from benchmarks.zoo.checks import CHECKS, judged
 from benchmarks.zoo.nets import CLASSES, NETS, SAMPLES
 from fastfip.errors import ModelError
@@ -18,6 +18,32 @@ def test_the_document_is_made_of_the_rows_and_none_is_wrong():
     assert text == harness.spliced(text, "zoo", measure.table(rows))
     assert {(row["net"], row["function"]) for row in rows} == {(net.name, f) for net in NETS for f in CHECKS}
     assert not [row for row in rows if row["verdict"] == "wrong"]
+
+
+def test_the_table_of_states_is_made_of_its_rows_and_no_cell_is_wrong():
+    rows = ways.RESULTS.read()
+    text = measure.DOCUMENT.read_text(encoding="utf-8")
+    assert text == harness.spliced(text, "ways", ways.table(rows))
+    cells = [(row["net"], row["way"], row["method"]) for row in rows]
+    nets = [net for net in ways.UNCHANGED if any(row["net"] == net for row in rows)]
+    assert cells == [(net, way, method) for net in nets for way in ways.WAYS for method in ways.METHODS]
+    assert not [row for row in rows if row["verdict"] == "wrong"]
+
+
+def test_a_result_in_another_state_is_wrong(monkeypatch):
+    model, batch = small()
+    assert judged(ways.check(ways.WAYS["bf16"], "fine_tune"), model, batch).verdict == "right"
+    lost = ways.Way("lost", ways.WAYS["bf16"].put, lambda *_: None)
+    assert "no longer in that state" in judged(ways.check(lost, "fine_tune"), model, batch).detail
+    real = ways.fastfip.purify
+
+    def trains(*args, **options):
+        result = real(*args, **options)
+        result.model.train()
+        return result
+
+    monkeypatch.setattr(ways.fastfip, "purify", trains)
+    assert "other training flags" in judged(ways.check(ways.WAYS["bf16"], "fine_tune"), model, batch).detail
 
 
 def small() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -319,6 +319,18 @@ HF = (
         num_labels=CLASSES,
     ),
     _hf(
+        "clip",
+        "CLIPForImageClassification",
+        "CLIPConfig",
+        "CLIP's vision tower",
+        vision_config={
+            "image_size": 32,
+            "patch_size": 8,
+            **_PICTURE,
+        },
+        num_labels=CLASSES,
+    ),
+    _hf(
         "wav2vec2",
         "Wav2Vec2ForSequenceClassification",
         "Wav2Vec2Config",

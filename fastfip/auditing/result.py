@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fastfip.auditing.anomaly import LEVEL, SMALLER, Anomaly
-from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet
+from fastfip.reporting.document import Documented, Origin
+from fastfip.reporting.pictures import as_image
+from fastfip.reporting.plots import diverging, new_figure, saved
+from fastfip.reporting.table import Sheet
 from fastfip.worst_case.inversion import Inverted
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
 
 CAVEAT = "This is evidence, not a certificate: a trigger of a form that was not looked for leaves no trace here."
 _UNIT = {"patch": "pixels", "additive": "of an input's norm"}
+_SHORT = {"patch": "pixels", "additive": "norms"}
+_KEY = (
+    "sizes: pixels covered, or L2 norm over that of a typical input; colours: what is added to a pixel, in the units "
+    "of the inputs\n(one channel: blue lowers, orange raises; three channels: grey is no change, ± the largest)"
+)
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,13 @@ class NetAudit:
 
 
 @dataclass
-class Audit(Report):
-    """The evidence on a net, and on its purified copy where that was given; `interrupted`: by Ctrl-C."""
+class Audit(Documented):
+    """The evidence on a net, and on its purified copy where that was given; `interrupted`: by Ctrl-C.
+
+    `origin` has files, data and command for the report; the command line fills it in.
+    """
+
+    kind = "audit"
 
     received: NetAudit
     purified: NetAudit | None
@@ -133,6 +143,7 @@ class Audit(Report):
     seconds: float
     notes: list[str]
     interrupted: bool = False
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def nets(self) -> list[NetAudit]:
@@ -190,6 +201,12 @@ class Audit(Report):
             "caveat": CAVEAT,
         }
 
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: `to_dict()` and more, pictures included."""
+        from fastfip.auditing.document import document_of
+
+        return document_of(self)
+
     def plot(self, path: str | Path | None = None, most: int = 4) -> Any:
         """Draw the changes of the classes that stand out most on the received net, there and on the purified net.
 
@@ -198,7 +215,7 @@ class Audit(Report):
         """
         lines = [(net, form) for form in self.received.anomaly for net in self.nets]
         wide = min(most, max([len(ranking.classes) for ranking in self.received.anomaly.values()], default=1))
-        figure = new_figure(2 * wide + 1, 2.3 * max(1, len(lines)) + 0.5)
+        figure = new_figure(2.1 * wide + 1.4, 2.5 * max(1, len(lines)) + 0.9)
         grid = figure.subplots(max(1, len(lines)), wide, squeeze=False)
         for axes in grid.flat:
             axes.set_xticks([])
@@ -206,29 +223,27 @@ class Audit(Report):
         for row, (net, form) in zip(grid, lines):
             one = net.inverted[form]
             labels = one.classes.tolist()
-            row[0].set_ylabel(f"{net.name}\n{form}", fontsize=8)
+            row[0].set_ylabel(f"{net.name} model\n{form}", fontsize=9)
             for axes, c in zip(row, self.received.anomaly[form].classes):
                 k = labels.index(c)
-                axes.imshow(_picture(one, k), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                _draw_change(figure, axes, one, k)
                 bound = "" if bool(one.reached[k]) else "> "
-                axes.set_title(f"class {c}: {bound}{float(one.size[k]):.3g}", fontsize=8)
-                axes.set_xlabel(f"success {100 * float(one.success[k]):.0f} %", fontsize=7)
+                axes.set_title(f"class {c}: {bound}{float(one.size[k]):.3g} {_SHORT[form]}", fontsize=8)
+                axes.set_xlabel(f"sends {100 * float(one.success[k]):.0f} % there", fontsize=8)
         figure.suptitle("Smallest changes that send clean inputs to a class", fontsize=10)
+        figure.supxlabel(_KEY, fontsize=8)
         return saved(figure, path)
 
 
-def _picture(one: Inverted, k: int) -> Any:
-    """What the change adds to the mean input, as [H, W] or [H, W, 3] in [0, 1]: no change is grey."""
-    change: Tensor = (one.moved[k] - one.base).float()
-    largest = float(change.abs().max()) or 1.0
-    shown = 0.5 + 0.5 * change / largest
-    if shown.dim() == 3 and shown.shape[0] == 3:
-        return shown.permute(1, 2, 0).numpy()
-    if shown.dim() == 3:
-        return shown.mean(0).numpy()
-    if shown.dim() == 2:
-        return shown.numpy()
-    side = math.ceil(math.sqrt(shown.numel()))
-    padded = torch.full((side * side,), 0.5)
-    padded[: shown.numel()] = shown.flatten()
-    return padded.reshape(side, side).numpy()
+def _draw_change(figure: Any, axes: Any, one: Inverted, k: int) -> None:
+    """Draw what the change adds to the mean input, with the key of its colours in the inputs' own units."""
+    change = as_image((one.moved[k] - one.base).float().cpu().numpy())
+    bound = float(np.nanmax(np.abs(change))) or 1.0
+    if change.ndim == 3:  # in three colours: grey is no change
+        axes.imshow(0.5 + 0.5 * change / bound, interpolation="nearest")
+        axes.text(0.98, 0.02, f"± {bound:.2g}", transform=axes.transAxes, ha="right", va="bottom", fontsize=7,
+                  bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})  # fmt: skip
+        return
+    drawn = axes.imshow(change, cmap=diverging(), vmin=-bound, vmax=bound, interpolation="nearest")
+    key = figure.colorbar(drawn, ax=axes, shrink=0.8, ticks=[-bound, 0, bound], pad=0.02, format="%.2g")
+    key.ax.tick_params(labelsize=7)

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `fastfip --help` is
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from fastfip.cli.info import attacks, demo, env, methods
 from fastfip.cli.inspect_file import inspect
 from fastfip.cli.options import grouped
 from fastfip.cli.purify import purify
+from fastfip.cli.purify_many import purify_many
 from fastfip.cli.train_backdoor import train_backdoor
 
 __all__ = ["app", "main"]
@@ -27,21 +29,61 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command, summary in (
-    (purify, "Clean a backdoored network with a few clean images"),
-    (compare, "Run several methods on a network, side by side"),
-    (audit, "Look for signs of a backdoor without knowing the trigger"),
-    (inspect, "Say what a checkpoint holds, what model and scaling it fits, what to do next"),
-    (evaluate, "Measure ACC, ASR and RA of a checkpoint"),
-    (sharpness, "Measure lambda_max, Tr(H) and Tr(F) of a checkpoint"),
-    (fisher, "Write the diagonal of a checkpoint's Fisher information to a file"),
-    (train_backdoor, "Train a network with backdoors in it, for tests of defences"),
-    (methods, "List the methods, or the settings of one"),
-    (attacks, "List the attacks, or the settings of one"),
-    (env, "Show versions, processor, backends; for bug reports"),
-    (demo, "Show all of it on handwritten digits"),
+for command, summary, example in (
+    (
+        purify,
+        "Clean a backdoored network with a few clean images",
+        "purify in.pth out.pth --arch nets:resnet18 --data clean/ --mean imagenet --report report.json",
+    ),
+    (
+        purify_many,
+        "Purify every checkpoint of a manifest, several at a time",
+        "purify-many manifest.csv --out results --workers 2",
+    ),
+    (
+        compare,
+        "Run several methods on a network, side by side",
+        "compare in.pth --arch nets:resnet18 --data clean/ --test-data test/ "
+        "--methods fisher_steps,fine_tune --seeds 0,1",
+    ),
+    (
+        audit,
+        "Look for signs of a backdoor without knowing the trigger",
+        "audit in.pth --arch nets:resnet18 --data clean/ --picture found.png",
+    ),
+    (
+        inspect,
+        "Say what a checkpoint holds, what model and scaling it fits, what to do next",
+        "inspect in.pth --arch nets:resnet18 --data clean/",
+    ),
+    (
+        evaluate,
+        "Measure ACC, ASR and RA of a checkpoint",
+        "evaluate in.pth --arch nets:resnet18 --test-data test/ --attack badnets:size=3 --target 0",
+    ),
+    (
+        sharpness,
+        "Measure lambda_max, Tr(H) and Tr(F) of a checkpoint",
+        "sharpness in.pth --arch nets:resnet18 --data clean/",
+    ),
+    (
+        fisher,
+        "Write the diagonal of a checkpoint's Fisher information to a file",
+        "fisher in.pth fisher.safetensors --arch nets:resnet18 --data clean/ --kind exact",
+    ),
+    (
+        train_backdoor,
+        "Train a network with backdoors in it, for tests of defences",
+        "train-backdoor out.pth --arch nets:resnet18 --data train/ --attack badnets:size=3 --target 0",
+    ),
+    (methods, "List the methods, or the settings of one", "methods fisher_steps"),
+    (attacks, "List the attacks, or the settings of one", "attacks badnets"),
+    (env, "Show versions, processor, backends; for bug reports", "env --json"),
+    (demo, "Show all of it on handwritten digits", "demo --out here"),
 ):
-    app.command(short_help=summary)(guarded(grouped(command)))
+    shown = textwrap.wrap(f"fastfip {example}", 74, subsequent_indent="    ", break_on_hyphens=False)
+    epilog = "Example:\n\n\b\n" + " \\\n".join(f"  {line}" for line in shown)
+    app.command(short_help=summary, epilog=epilog)(guarded(grouped(command)))
 
 
 def _version(wanted: bool) -> None:

@@ -13,7 +13,8 @@ import typer
 from fastfip.cli import options as o
 from fastfip.cli import triggers
 from fastfip.cli.errors import Interrupted, fail, say
-from fastfip.cli.outputs import check_drawing, inputs_of, kept
+from fastfip.cli.outputs import check_distinct, check_drawing, check_report, inputs_of, kept
+from fastfip.cli.reports import origin_of
 from fastfip.reporting.progress import SHORTEST
 
 
@@ -35,6 +36,7 @@ def audit(
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="draw the changes found, .png, .svg or .pdf")
     ] = None,
+    report: o.ReportFile = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="steps of each search")] = 100,
     reach: Annotated[
         float, typer.Option("--reach", metavar="SHARE", help="share of the images that a change must send to a class")
@@ -48,7 +50,7 @@ def audit(
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="use at most N clean images")] = 1000,
     seed: o.Seed = 0,
     amp: o.Amp = "off",
-    force: Annotated[bool, typer.Option("--force", help="replace --picture if it exists")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace --picture and --report if they exist")] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -63,6 +65,8 @@ def audit(
         raise fail("--asr-data and --target belong to the re-tuning test: give --poisoned")
     inputs = inputs_of(source, purified, data, poisoned, asr_data)
     check_drawing("--picture", picture, force, inputs)
+    check_report(report, force, inputs)
+    check_distinct(("--picture", picture), ("--report", report))
     searched = _labels(classes)
 
     from fastfip.auditing.audit import audit as look
@@ -93,13 +97,15 @@ def audit(
     )
     evidence.notes += clean.words()
     evidence.settings["images"] = clean.to_dict()
+    evidence.origin = origin_of(source, opened, net.arch, report, clean=data, poisoned=poisoned, triggered=asr_data)
     if as_json:
         print(evidence.to_json())
     else:
         show(evidence)
-    lost = None if picture is None else kept(picture, evidence.plot)
-    if lost:
-        raise CheckpointError(lost)
+    written = ((picture, evidence.plot), (report, evidence.report))
+    lost = [kept(path, write) for path, write in written if path is not None]
+    if any(lost):
+        raise CheckpointError("; ".join(text for text in lost if text))
     if evidence.interrupted:
         raise Interrupted("interrupted: what was complete is shown")
 

@@ -9,7 +9,8 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, fail
-from fastfip.cli.outputs import check_drawing, check_file, inputs_of, kept
+from fastfip.cli.outputs import check_distinct, check_drawing, check_file, check_report, inputs_of, kept
+from fastfip.cli.reports import data_of, origin_of
 
 
 def compare(
@@ -32,8 +33,9 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR, .png, .svg or .pdf")
     ] = None,
+    report: o.ReportFile = None,
     amp: o.Amp = "off",
-    force: Annotated[bool, typer.Option("--force", help="replace --out and --plot if they exist")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace --out, --plot and --report if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
@@ -48,6 +50,8 @@ def compare(
     scores.check()
     inputs = inputs_of(source, clean.data, scores.test_data, scores.asr_data)
     _check_outputs(out, plot, resume, force, inputs)
+    check_report(report, force, inputs)
+    check_distinct(("--out", out), ("--plot", plot), ("--report", report))
 
     from fastfip.comparison.compare import compare as side_by_side
     from fastfip.errors import CheckpointError
@@ -72,11 +76,14 @@ def compare(
         force=ignore_fit,
     )
     comparison.notes += [*scores.unmeasured(opened.attack), *images.words()]
+    comparison.images = images.to_dict()
+    comparison.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if as_json:
-        print(to_json({**comparison.to_dict(), "images": images.to_dict()}))
+        print(to_json({**comparison.to_dict(), "images": comparison.images}))
     else:
         show(comparison)
-    lost = [comparison.unsaved, None if plot is None else kept(plot, comparison.plot)]
+    written = ((plot, comparison.plot), (report, comparison.report))
+    lost = [comparison.unsaved, *(kept(path, write) for path, write in written if path is not None)]
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if comparison.interrupted:

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.attacks.badnets import BadNets
+from fastfip.cli.reports import typed
 from fastfip.nets.process import seeded
 from fastfip.purification.door import FEW
 from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
+from fastfip.reporting.plots import COLOURS, new_figure
 from fastfip.reporting.table import Report, Sheet
 
 __all__ = ["Demo", "digit_net", "run_demo", "train_backdoored"]
@@ -109,7 +111,8 @@ def run_demo(
     """Train a backdoored net, purify it with 5 % clean data, and show what that did.
 
     Args:
-        out_dir: gets `demo.png` (triggered digits with the answers before and after; the history) and `demo.json`.
+        out_dir: gets `demo.png` (triggered digits with the answers before and after; the history), `demo.json` and
+            `report.html`, the report of the purification.
         seed: of everything random.
         progress: whether bars are shown; None: where stderr is a terminal.
         method: what purifies.
@@ -157,12 +160,14 @@ def _run(out: Path, seed: int, progress: bool, method: str, options: dict[str, A
     sample = (x[:CLEAN], y[:CLEAN])
     lambda_max = (_lambda_max(model, sample), _lambda_max(result.model, sample))
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / "demo.png", out / "demo.json"]
+    files = [out / "demo.png", out / "demo.json", out / "report.html"]
     with torch.no_grad():
         answers = [net.eval()(triggered[0]).argmax(1) for net in (model, result.model)]
     _picture(files[0], result, triggered[0], triggered[2], answers[0], answers[1])
     shown = Demo(result, lambda_max, files)
     shown.to_json(files[1])
+    result.origin.command = typed() or "fastfip demo"
+    result.report(files[2])
     return shown
 
 
@@ -183,9 +188,7 @@ def _track(steps: range, title: str, progress: bool) -> Any:
 
 def _picture(path: Path, result: PurifyResult, x: Tensor, true: Tensor, before: Tensor, after: Tensor) -> None:
     """Draw one triggered image of each class with both answers, and the course of the purification."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = new_figure(10, 5.4)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2, 3))
     top, bottom = parts
     shown = [int(torch.nonzero(true == c)[0]) for c in true.unique().tolist()]
@@ -193,11 +196,11 @@ def _picture(path: Path, result: PurifyResult, x: Tensor, true: Tensor, before: 
         axes.imshow(x[i, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(
-            f"before: {int(before[i])}", fontsize=9, color="tab:red" if before[i] != true[i] else "tab:green"
-        )
-        axes.set_xlabel(f"after: {int(after[i])}", fontsize=9, color="tab:red" if after[i] != true[i] else "tab:green")
-    top.suptitle("Digits with the trigger (bottom right): what the net says before and after", fontsize=10)
+        for put, word, answer in ((axes.set_title, "before", before), (axes.set_xlabel, "after", after)):
+            wrong = answer[i] != true[i]  # the mark says it as well: colour alone would not do
+            mark = "\N{BALLOT X}" if wrong else "\N{CHECK MARK}"
+            put(f"{word}: {int(answer[i])} {mark}", fontsize=9, color=COLOURS[1 if wrong else 0])
+    top.suptitle("Digits with the trigger (bottom right): what the model says before and after", fontsize=10)
     course, bars = bottom.subplots(1, 2, width_ratios=(3, 2))
     result.draw_history(course)
     result.draw_bars(bars)

@@ -10,11 +10,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import typer
 
-__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed"]
+__all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say", "undisturbed", "usage"]
 
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
@@ -26,10 +27,13 @@ CODES = {
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
     7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
+    8: "some rows of a manifest failed; the others are done",
     130: "interrupted; where purification had completed an epoch, its last good state was written",
 }
 
 # typer carries its own click or uses the installed one, by its version; both have these classes as ancestors.
+#: What was typed, for reports.
+TYPED: ContextVar[list[str]] = ContextVar("TYPED")
 _USAGE: Any = typer.BadParameter.__mro__[1]
 
 
@@ -57,6 +61,13 @@ def _code(error: BaseException) -> int:
 def fail(text: str) -> Any:
     """Return the exception for wrong usage."""
     return typer.BadParameter(text)
+
+
+def usage(error: BaseException) -> str | None:
+    """Return what an error says of wrong usage, in one line; None: it is another one."""
+    if not isinstance(error, _USAGE):
+        return None
+    return " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,12 +134,16 @@ def _nobody_reads() -> None:
 
 def run(command: Any, arguments: list[str] | None) -> int:
     """Run the command line; return its exit code. Every error is one line on stderr."""
-    with _terminable():
-        return _run(command, arguments)
+    typed = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+    token = TYPED.set(typed)
+    try:
+        with _terminable():
+            return _run(command, typed)
+    finally:
+        TYPED.reset(token)
 
 
-def _run(command: Any, arguments: list[str] | None) -> int:
-    arguments = (list(sys.argv[1:]) if arguments is None else list(arguments)) or ["--help"]
+def _run(command: Any, arguments: list[str]) -> int:
     debug = bool(os.environ.get("FASTFIP_DEBUG")) or "--debug" in arguments
     try:
         result = command.main(args=arguments, prog_name="fastfip", standalone_mode=False)
@@ -150,8 +165,7 @@ def _run(command: Any, arguments: list[str] | None) -> int:
         return 0
     except _USAGE as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "fastfip")
-        text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").removesuffix(".")
-        say(f"{text} (see {path} --help)")
+        say(f"{usage(error)} (see {path} --help)")
         return 2
     except Exception as error:
         if debug:

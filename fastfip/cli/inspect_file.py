@@ -12,13 +12,14 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail, say
-from fastfip.cli.opening import attack_in, build
+from fastfip.cli.opening import as_made_for, attack_in, build
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fastfip.checkpoint.inspection import FileContents
+    from fastfip.data.scaling import Pixels
     from fastfip.metrics.scalings import Scalings
 
 #: Sizes that are tried where a model fails on the images as they are.
@@ -63,6 +64,7 @@ def inspect(
     why, tried, used = "", None, how
     if arch is not None:
         model = build(arch, arch_args).eval()
+        how = used = as_made_for(inputs, how, arch, model, arch_args)
         try:
             found = fitting(source, model, contents, key)
             key, fits = (found if found != contents.key or key is not None else None), True
@@ -125,7 +127,8 @@ def _tried(
 def _other_ways(how: ImageReader, channels: int | None) -> Iterator[ImageReader]:
     for wanted in dict.fromkeys((how.pixels.channels, channels)):
         for size in dict.fromkeys((how.pixels.size, None, *((side, side) for side in SIZES))):
-            yield replace(how, pixels=replace(how.pixels, channels=wanted, size=size))
+            resize = how.pixels.resize if size == how.pixels.size else None
+            yield replace(how, pixels=replace(how.pixels, channels=wanted, size=size, resize=resize))
 
 
 def _commands(
@@ -156,7 +159,7 @@ def _commands(
     if tried is None:
         return [_line("inspect", source, *words)]
     best = tried.best
-    words += _as_options(replace(how, pixels=replace(best.pixels, size=how.pixels.size, channels=how.pixels.channels)))
+    words += _as_options(best.pixels, how.pixels)
     if best.order not in ("as given", how.order or tried.given.order):
         words = [*words, "--class-order", best.order]
     elif how.order is not None:
@@ -188,19 +191,27 @@ def _purified(source: Path) -> Path:
     return source.with_name(f"{source.name.removesuffix(ending)}-purified{ending}")
 
 
-def _as_options(how: ImageReader) -> list[str]:
+def _as_options(best: Pixels, given: Pixels) -> list[str]:
+    """Return the options for this scaling and the given size and channels, without what a library says by itself."""
+    same = (best.mean, best.std, best.scale) == (given.mean, given.std, given.scale)
+    out = [] if given.of is not None and same else _scaling_options(best, given.of is not None)
+    if given.size is not None and (given.of is None or given.resize is None):
+        out += ["--size", ",".join(map(str, given.size))]
+    return out + (["--channels", str(given.channels)] if given.channels is not None and given.of is None else [])
+
+
+def _scaling_options(pixels: Pixels, plain: bool) -> list[str]:
+    """Return scale, mean and std; for pixels that are only scaled to [0, 1] nothing, or if `plain` that in words."""
     from fastfip.data.scaling import STATISTICS
 
-    pixels = how.pixels
+    if pixels.scale is None and not pixels.mean and not pixels.std:
+        return ["--scale", "01"] if plain else []
     out = [] if pixels.scale is None else ["--scale", pixels.scale]
     name = next((name for name, both in STATISTICS.items() if both == (pixels.mean, pixels.std)), None)
     if name is not None:
-        out += ["--mean", name]
-    else:
-        out += ["--mean", ",".join(f"{v:g}" for v in pixels.mean)] if pixels.mean else []
-        out += ["--std", ",".join(f"{v:g}" for v in pixels.std)] if pixels.std else []
-    out += ["--size", ",".join(map(str, pixels.size))] if pixels.size is not None else []
-    return out + (["--channels", str(pixels.channels)] if pixels.channels is not None else [])
+        return [*out, "--mean", name]
+    out += ["--mean", ",".join(f"{v:g}" for v in pixels.mean)] if pixels.mean else []
+    return out + (["--std", ",".join(f"{v:g}" for v in pixels.std)] if pixels.std else [])
 
 
 def _line(command: str, *words: Any) -> str:

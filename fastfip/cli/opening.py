@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastfip.backdoorbench import AttackResult
     from fastfip.checkpoint import Checkpoint
 
-__all__ = ["Opened", "attack_in", "build", "restored"]
+__all__ = ["Opened", "as_made_for", "attack_in", "build", "restored"]
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,48 @@ class Opened:
     attack: AttackResult | None
 
 
+def arguments_of(arch_args: str | None) -> dict[str, Any]:
+    """Return what `--arch-args` says; nothing for None."""
+    if arch_args is None:
+        return {}
+    try:
+        arguments = json.loads(arch_args)
+    except json.JSONDecodeError as error:
+        raise fail(f"--arch-args is no JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise fail("--arch-args must be a JSON object, e.g. '{\"num_classes\": 43}'")
+    return arguments
+
+
 def build(arch: str, arch_args: str | None) -> nn.Module:
     """Return the model of `--arch` and `--arch-args`."""
     from fastfip.checkpoint import load_arch
 
-    arguments: Any = {}
-    if arch_args is not None:
-        try:
-            arguments = json.loads(arch_args)
-        except json.JSONDecodeError as error:
-            raise fail(f"--arch-args is no JSON: {error}") from None
-        if not isinstance(arguments, dict):
-            raise fail("--arch-args must be a JSON object, e.g. '{\"num_classes\": 43}'")
-    return load_arch(arch, arguments)
+    return load_arch(arch, arguments_of(arch_args))
+
+
+def as_made_for(
+    options: Any, how: ImageReader, arch: str | None, model: nn.Module, arch_args: str | None = None
+) -> ImageReader:
+    """Return how images become inputs where options leave it open: as the library says that the model is from.
+
+    `options` has what the user gave as `size`, `mean`, `std` and `scale`. One of the last three stands for all of them.
+    """
+    scaled = (options.mean, options.std, options.scale) != (None, None, None)
+    if arch is None or (scaled and options.size is not None):
+        return how
+    from fastfip.checkpoint.preprocessing import own_pixels
+
+    own = own_pixels(arch, model, arguments_of(arch_args))
+    if own is None:
+        return how
+    given = how.pixels
+    own = replace(own, channels=given.channels or own.channels)
+    if scaled:
+        own = replace(own, mean=given.mean, std=given.std, scale=given.scale)
+    if options.size is not None:
+        own = replace(own, size=given.size, resize=None)
+    return replace(how, pixels=own)
 
 
 def attack_in(path: Path) -> AttackResult | None:

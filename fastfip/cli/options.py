@@ -15,7 +15,8 @@ import typer
 
 from fastfip.cli import triggers
 from fastfip.cli.errors import fail, say
-from fastfip.cli.opening import Opened, attack_in, restored
+from fastfip.cli.image_options import class_order, pixels
+from fastfip.cli.opening import Opened, as_made_for, attack_in, restored
 from fastfip.cli.triggers import ImageReader
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fastfip.backdoorbench import AttackResult
     from fastfip.checkpoint import Checkpoint
     from fastfip.data.images import ImageSet
-    from fastfip.data.scaling import Pixels
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
 #: What `--arch` takes.
@@ -121,6 +121,13 @@ ClassOrder = Annotated[
         show_default="number if all names are numbers, else text",
     ),
 ]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="leave out image files that cannot be read, and say how many they are")
+]
+DataWorkers = Annotated[
+    int,
+    typer.Option("--data-workers", metavar="N", help="processes that decode images in each pass; 0: once, into memory"),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images a batch")]
 Limit = Annotated[
     int | None,
@@ -135,6 +142,9 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to 
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="say nothing on stderr but errors: no bar, no lines")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="write a report: a page (.html), or the same as JSON")
+]
 IgnoreFit = Annotated[
     bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
 ]
@@ -188,6 +198,8 @@ class Inputs(Group):
     size: Size = None
     channels: Channels = None
     class_order: ClassOrder = None
+    skip_broken: SkipBroken = False
+    data_workers: DataWorkers = 0
     batch_size: BatchSize = 128
     device: Device = "cpu"
 
@@ -198,13 +210,13 @@ class Inputs(Group):
             how = replace(how, size=how.size or attack.img_size[:2], channels=how.channels or attack.img_size[2])
         if attack is not None and (self.mean, self.std, self.scale) == (None, None, None) and attack.clean_data:
             how = replace(how, mean=attack.pixels.mean, std=attack.pixels.std)
-        return device(self.device), ImageReader(how, class_order(self.class_order))
+        return device(self.device), ImageReader(how, class_order(self.class_order), self.skip_broken)
 
     def batches(self, images: ImageSet | None) -> Any:
         """Return a loader of images, None for none."""
         from fastfip.data.images import loader
 
-        return None if images is None else loader(images, self.batch_size)
+        return None if images is None else loader(images, self.batch_size, self.data_workers)
 
 
 @dataclass(kw_only=True)
@@ -220,7 +232,9 @@ class Net(Inputs):
         """Return the model of a checkpoint, in eval mode, and all that the file says of its images."""
         attack = attack_in(path)
         where, how = self.where_and_how(attack)
-        return Opened(*self.restore(path, attack), where, how, attack)
+        model, checkpoint = self.restore(path, attack)
+        how = how if attack is not None else as_made_for(self, how, self.arch, model, self.arch_args)
+        return Opened(model, checkpoint, where, how, attack)
 
     def restore(self, path: Path, attack: AttackResult | None = None) -> tuple[nn.Module, Checkpoint]:
         """Return the model with the weights of a checkpoint, in eval mode, and the checkpoint."""
@@ -305,57 +319,6 @@ def precision(amp: str) -> bool | str:
     if amp not in ("off", "bf16", "fp16"):
         raise fail(f"--amp={amp}: must be off, bf16 or fp16")
     return False if amp == "off" else amp
-
-
-def pixels(
-    mean: str | None, std: str | None, size: str | None, channels: int | None, scale: str | None = None
-) -> Pixels:
-    """Return how images become inputs. A name for mean or std stands for both, unless the other one is given."""
-    from fastfip.data.scaling import SCALES, STATISTICS, Pixels
-
-    if scale is not None and scale not in SCALES:
-        raise fail(f"--scale={scale}: must be {', '.join(SCALES)}")
-    sides = _numbers("--size", size)
-    if len(sides) > 2 or any(side != int(side) for side in sides):
-        raise fail("--size is H or H,W")
-    both = None if not sides else (int(sides[0]), int(sides[-1]))
-    numbers = []
-    for name, given, other, which in (("--mean", mean, std, 0), ("--std", std, mean, 1)):
-        stem = next((text for text in (given, other) if text is not None), None)
-        known = None if stem is None else _statistics(stem)
-        numbers.append(
-            _numbers(name, given, f", or a name: {', '.join(STATISTICS)}") if known is None else known[which]
-        )
-        if known is not None and scale not in (None, "01"):
-            raise fail(f"{name}={stem} is for pixels from 0 to 1: leave out --scale {scale}")
-    return Pixels(numbers[0], numbers[1], both, channels, scale)
-
-
-def _statistics(text: str) -> Any:
-    """Return mean and std of a name; None for numbers."""
-    from fastfip.data.scaling import statistics
-    from fastfip.errors import ConfigError
-
-    try:
-        return statistics(text)
-    except ConfigError:
-        return None
-
-
-def class_order(order: str | None) -> str | None:
-    """Check `--class-order`."""
-    if order not in (None, "number", "text"):
-        raise fail(f"--class-order={order}: must be number or text")
-    return order
-
-
-def _numbers(name: str, text: str | None, also: str = "") -> tuple[float, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise fail(f"{name}={text}: give numbers with commas between them{also}") from None
 
 
 def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:

@@ -11,7 +11,16 @@ from typing import Any
 from fastfip.cli.errors import fail
 from fastfip.errors import reason
 
-__all__ = ["check_distinct", "check_drawing", "check_file", "check_outputs", "check_state", "inputs_of", "kept"]
+__all__ = [
+    "check_distinct",
+    "check_drawing",
+    "check_file",
+    "check_outputs",
+    "check_report",
+    "check_state",
+    "inputs_of",
+    "kept",
+]
 
 
 def inputs_of(*given: Any) -> list[Path]:
@@ -54,6 +63,12 @@ def check_state(name: str, path: Path | None, inputs: Iterable[Path] = ()) -> No
     """Find out before the work whether a file that it may go on from could be written during it."""
     if path is not None:
         _check(name, path, True, inputs, "")
+
+
+def check_report(path: Path | None, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Find out before the work whether a report could be written after it."""
+    if path is not None:
+        _check("--report", path, force, inputs, "")
 
 
 def check_distinct(*named: tuple[str, Path | None]) -> None:

@@ -12,6 +12,7 @@ from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
 from fastfip.cli.maybe_clean import MaybeClean
 from fastfip.cli.opening import Opened, attack_in
 from fastfip.cli.outputs import check_distinct, check_file, check_outputs, check_state, inputs_of, kept
+from fastfip.cli.reports import data_of, origin_of
 from fastfip.cli.together import together
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def purify(
     fisher_trace: Annotated[
         bool, typer.Option("--fisher-trace", help="measure the trace of the Fisher information before and after too")
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="write figures, history and settings as JSON")
-    ] = None,
+    report: o.ReportFile = None,
     leaderboard: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +104,7 @@ def purify(
     from fastfip.purification.resume import Resume
     from fastfip.reporting.table import show
 
-    chosen = _config(method, config, settings or [])
+    chosen = settings_of(method, config, settings or [])
     state = None if resume is None else Resume(resume, resume_every, keep=True)
     with together(net) as first:
         opened = net.opened(source)
@@ -138,6 +137,7 @@ def purify(
     if images is not None:
         result.notes += images.words()
         result.settings["images"] = images.to_dict()
+    result.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if result.interrupted and not result.history:
         raise Interrupted("interrupted before the first epoch was complete: nothing written")
     if opened.checkpoint.left_out:
@@ -148,7 +148,7 @@ def purify(
         if not result.unchanged:
             lost.append(kept(out, lambda path: _write(opened, result, path)))
         if report is not None:
-            lost.append(kept(report, lambda path: _write_report(path, result)))
+            lost.append(kept(report, result.report))
         if leaderboard is not None and opened.attack is not None and not (result.unchanged or result.interrupted):
             rows = leaderboard_rows(opened.attack, result.before, result.after, result.method)
             lost.append(kept(leaderboard, lambda path: write_leaderboard(path, rows)))
@@ -168,13 +168,14 @@ def purify(
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
-def _config(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
+def settings_of(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
+    """Return the settings of `--method`, `--config` and `--set`; None: what is taken depends on the images."""
     from fastfip.methods import get
     from fastfip.purification.door import MANY
 
     if method == "auto":
         if path is None and not settings:
-            return None  # what is taken depends on the images
+            return None
         method = MANY
 
     kind: Any = get(method).Config
@@ -217,10 +218,3 @@ def _write(opened: Opened, result: Any, path: Path) -> None:
         write_defense_result(result.model, path, form)
     else:
         save_checkpoint(result.model, path, like=form)
-
-
-def _write_report(path: Path, result: Any) -> None:
-    from fastfip.checkpoint import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(result.to_json() + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 
 from fastfip.cli import options as o
 from fastfip.cli.errors import fail
-from fastfip.cli.opening import build
+from fastfip.cli.opening import as_made_for, build
 from fastfip.cli.outputs import check_distinct, check_file, check_outputs, check_state, inputs_of, kept
 from fastfip.cli.triggers import make_attack, number_of_classes
 
@@ -93,6 +93,7 @@ def train_backdoor(
 
         with seeded(seed, _cpu()):
             model, checkpoint = build(net.arch, net.arch_args), None
+    how = as_made_for(net, how, net.arch, model, net.arch_args)
     plain = dataclasses.replace(how, pixels=dataclasses.replace(how.pixels, mean=(), std=(), scale=None))
     images = clean.load(plain, seed)
     test = None if test_data is None else plain.load(test_data, "test")

@@ -23,12 +23,14 @@ class ImageReader:
 
     pixels: Pixels
     order: str | None
+    skip_broken: bool = False
 
     def load(self, spec: str, role: str) -> ImageSet:
         """Return the images of an option, see `fastfip.data.images.load`."""
         from fastfip.data.images import load
 
-        return load(spec, role, self.pixels, self.order)
+        images = load(spec, role, self.pixels, self.order)
+        return images.without_broken() if self.skip_broken else images
 
 
 def check(asr_data: str | None, attack: str | None, target: str | None, test_data: str | None) -> None:

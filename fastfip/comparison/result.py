@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fastfip.comparison.paper import PairedTest, as_frame, as_latex, as_markdown, paired_tests
 from fastfip.errors import DataError, reason
 from fastfip.metrics.evaluation import Evaluation
-from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet, write_text
+from fastfip.reporting.document import Documented, Origin
+from fastfip.reporting.plots import COLOURS, MARKERS, labelled, new_figure, saved, styled
+from fastfip.reporting.table import Sheet, write_text
 
 __all__ = ["BASELINE", "Comparison", "Row", "Summary"]
 
@@ -100,16 +103,21 @@ class Summary:
 
 
 @dataclass
-class Comparison(Report):
+class Comparison(Documented):
     """Rows of `compare`; `interrupted`: whether Ctrl-C ended it before all were there; `notes` are printed below.
 
-    `unsaved`: why the file `out=` does not hold the rows, "" if it does.
+    `unsaved`: why the file `out=` does not hold the rows, "" if it does. `origin` has files, data and command, and
+    `images` how images became inputs, for the report; the command line fills them in.
     """
+
+    kind = "compare"
 
     rows: list[Row]
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     unsaved: str = ""
+    origin: Origin = field(default_factory=Origin)
+    images: dict[str, Any] | None = None
 
     def summary(self) -> list[Summary]:
         """Return the methods, in the order of the rows."""
@@ -162,6 +170,12 @@ class Comparison(Report):
         """Return everything as plain values."""
         return {"rows": [asdict(row) for row in self.rows], "interrupted": self.interrupted, "notes": list(self.notes)}
 
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: the rows, their means, and what could not be known."""
+        from fastfip.comparison.document import document_of
+
+        return document_of(self)
+
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the rows as CSV text, and write it if `path` is given. `config` is JSON in its cell."""
         names = [item.name for item in fields(Row) if item.name != "interrupted"]
@@ -175,6 +189,47 @@ class Comparison(Report):
         if path is not None:
             write_text(path, stream.getvalue())
         return stream.getvalue()
+
+    def to_pandas(self) -> Any:
+        """Return the runs as a pandas data frame, a row each; figures are shares, seconds and bytes.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return as_frame(self)
+
+    def to_markdown(self, figures: Sequence[str] | None = None) -> str:
+        """Return a Markdown table of the means over the runs, with their standard deviations.
+
+        Args:
+            figures: columns, some of "test_acc", "test_asr", "test_ra", "der", "rir", "seconds", "peak_memory"; None:
+                all that were measured.
+
+        Raises:
+            ConfigError: an unknown figure.
+        """
+        return as_markdown(self, figures)
+
+    def to_latex(self, figures: Sequence[str] | None = None) -> str:
+        """Return a LaTeX tabular of the same, with the rules of the package booktabs; arguments as `to_markdown`."""
+        return as_latex(self, figures)
+
+    def paired(self, method: str, figure: str = "test_asr", others: Iterable[str] | None = None) -> list[PairedTest]:
+        """Compare a method with others over the runs that both have: the same model, clean set and seed.
+
+        Args:
+            method: label of its rows.
+            figure: what is compared; see `to_markdown`.
+            others: labels; None: every other one.
+
+        Returns:
+            one `PairedTest` for each: mean difference, its spread and the p value of a sign-flip permutation test.
+
+        Raises:
+            ConfigError: an unknown figure.
+            DataError: a label without a run that has the figure.
+        """
+        return paired_tests(self, method, figure, others)
 
     @classmethod
     def read(cls, path: str | Path) -> Comparison:
@@ -208,23 +263,26 @@ class Comparison(Report):
         figure = new_figure(7, 5)
         axes = figure.subplots()
         factor = 100 if across == "test_asr" else 1
+        places: list[tuple[float, float]] = []
+        words: list[str] = []
         for place, s in enumerate(s for s in summaries if across in s.mean):
             x, y = factor * s.mean[across], 100 * s.mean["test_acc"]
-            colour = "black" if s.label == BASELINE else f"C{place}"
+            colour = "black" if s.label == BASELINE else COLOURS[place % (len(COLOURS) - 1)]
             if s.label == BASELINE:
                 axes.plot([x], [y], "x", color=colour)
             else:
-                axes.scatter([x], [y], s=20 + 900 * s.mean["seconds"] / longest, color=colour, alpha=0.5)
+                marker = MARKERS[place % len(MARKERS)]
+                axes.scatter([x], [y], s=20 + 600 * s.mean["seconds"] / longest, color=colour, alpha=0.5, marker=marker)
             axes.errorbar(
                 [x], [y], xerr=factor * s.spread.get(across, 0.0), yerr=100 * s.spread.get("test_acc", 0.0),
                 color=colour, linewidth=0.8,
             )  # fmt: skip
-            word = "as received" if s.label == BASELINE else f"{s.label}, {s.mean['seconds']:.1f} s"
-            axes.annotate(word, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
-        axes.set_xlabel("ASR (%)" if across == "test_asr" else "seconds")
-        axes.set_ylabel("ACC (%)")
+            places.append((x, y))
+            words.append("as received" if s.label == BASELINE else f"{s.label}, {s.mean['seconds']:.1f} s")
         axes.margins(0.15)
-        axes.set_title("top left is better; area: seconds", fontsize=9)
+        styled(axes, "ASR (%)" if across == "test_asr" else "seconds", "ACC (%)", grid="both")
+        axes.set_title("top left is better; area: seconds", fontsize=9, loc="left")
+        labelled(axes, places, words)
         return saved(figure, path)
 
 

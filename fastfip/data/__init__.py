@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastfip.data.batch import Batch, move_to, pick, take, to_tensors
+from fastfip.data.outputs import looks_like_probabilities
+from fastfip.data.streams import reservoir, scaled
 from fastfip.data.task import (
     Forward,
     Loss,
@@ -10,7 +12,6 @@ from fastfip.data.task import (
     batches_of,
     check_labels,
     iter_batches,
-    looks_like_probabilities,
 )
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "looks_like_probabilities",
     "move_to",
     "pick",
+    "reservoir",
+    "scaled",
     "take",
     "to_tensors",
 ]

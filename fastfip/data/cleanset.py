@@ -10,7 +10,17 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.outputs import binary_labels
-from fastfip.data.stores import DEFAULT_BATCH, Live, Memory, Store, kept, live_loader, tensors_of
+from fastfip.data.stores import (
+    DEFAULT_BATCH,
+    Live,
+    Memory,
+    Store,
+    bytes_of,
+    half_of_memory,
+    kept,
+    live_loader,
+    tensors_of,
+)
 from fastfip.data.task import Task, check_labels, iter_batches
 from fastfip.errors import DataError
 
@@ -252,10 +262,20 @@ class CleanSet:
         return chunks
 
     def in_memory(self) -> CleanSet:
-        """Return the set with its samples drawn once and kept: augmentation no longer changes them."""
+        """Return the set with its samples drawn once and kept: augmentation no longer changes them.
+
+        Of samples that would fill an eighth of the machine's memory it is a part that does not, spread evenly.
+        """
         if isinstance(self._store, Memory):
             return self
-        batches = [self._given(batch) for batch in self._store.loader(self.order())]
+        batches: list[Batch] = []
+        for batch in self._store.loader(self.order()):
+            batches.append(self._given(batch))
+            if len(batches) == 1 and self.n > 1:
+                most = int(half_of_memory() / 4 / max(1, bytes_of(batch) / self.task.size(batches[0])))
+                if most < self.n:
+                    spread = torch.linspace(0, self.n - 1, max(1, most), dtype=torch.float64, device="cpu").long()
+                    return self.subset(spread).in_memory()
         store = Memory(batches, [self.task.size(batch) for batch in batches])
         out = CleanSet(store, torch.arange(self.n, device="cpu"), self.labels, self.batch_size, self.task)
         out.notes = self.notes

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -50,12 +49,10 @@ class _Arrays:
             raw = self.in_channels(raw, self.pixels.channels)
         x = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
         x = x / self.largest if self.largest != 1 else x
-        size = self.pixels.size
-        if size is None or tuple(x.shape[-2:]) == size:
+        fit = self.pixels.fit
+        if fit is None or (fit.resize is None and tuple(x.shape[-2:]) == fit.size):
             return x
-        if x.dim() != 4:
-            raise DataError(f"--size is for images [N, C, H, W], not {list(x.shape)}")
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
+        return fit.batch(x)
 
     def in_channels(self, raw: Tensor, channels: int) -> Tensor:
         if raw.dim() != 4 or raw.shape[1] not in (1, 3):
@@ -71,7 +68,7 @@ class _Files:
     pixels: Pixels
 
     def batch(self, index: Sequence[int]) -> Tensor:
-        images = [read_image(self.paths[i], self.pixels.channels or 3, self.pixels.size) for i in index]
+        images = [read_image(self.paths[i], self.pixels.channels or 3, self.pixels.fit) for i in index]
         for i, image in zip(index, images):
             if image.shape != images[0].shape:
                 sizes = "{2}x{1} and {5}x{4}".format(*images[0].shape, *image.shape)
@@ -102,6 +99,7 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         self.classes, self.order = classes, order
         self.trigger: Callable[[Tensor], Tensor] | None = None
         self.attack: Tensor | None = None
+        self.broken: list[str] = []
 
     def __len__(self) -> int:
         return len(self.index)
@@ -124,6 +122,28 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         """Return some of the set."""
         out = ImageSet(self.source, self.index[places], self.labels[places], self.pixels, self.classes, self.order)
         out.trigger, out.attack = self.trigger, None if self.attack is None else self.attack[places]
+        out.broken = self.broken
+        return out
+
+    def without_broken(self) -> ImageSet:
+        """Return the set without files that cannot be read as images, which `words` then counts; each is decoded once.
+
+        Raises:
+            DataError: none can be read.
+        """
+        if isinstance(self.source, _Arrays):
+            return self
+        keep, broken = [], []
+        for place, where in enumerate(self.index.tolist()):
+            try:
+                self.source.batch([where])
+                keep.append(place)
+            except DataError as error:
+                broken.append(str(error))
+        if not keep:
+            raise DataError(f"none of {len(broken)} images can be read: {broken[0]}")
+        out = self.subset(torch.tensor(keep)) if broken else self
+        out.broken = [*self.broken, *broken]
         return out
 
     def sample(self, limit: int | None = None, per_class: int | None = None, seed: int = 0) -> ImageSet:
@@ -159,12 +179,23 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         return out
 
     def words(self) -> list[str]:
-        """Return what a result should say about the numbers of the classes; nothing where the labels were given."""
-        return [] if self.classes is None or self.order is None else order_words(self.classes, self.order)
+        """Return what a result should say about how images are made, where the user did not, and of the classes."""
+        words = self.pixels.words()
+        words += [] if self.classes is None or self.order is None else order_words(self.classes, self.order)
+        if self.broken:
+            shown = "; ".join(self.broken[:3]) + "; ..." * (len(self.broken) > 3)
+            words.append(f"{len(self.broken)} images were left out: {shown}")
+        return words
 
     def to_dict(self) -> dict[str, Any]:
         """Return how images became inputs and labels, as plain values."""
-        return {**self.pixels.to_dict(), "class_order": self.order, "classes": self.classes}
+        return {
+            "formula": str(self.pixels),
+            **self.pixels.to_dict(),
+            "class_order": self.order,
+            "classes": self.classes,
+            **({"broken": len(self.broken)} if self.broken else {}),
+        }
 
     def in_memory(self) -> Dataset[tuple[Tensor, ...]]:
         """Return the set as tensors if they are not too large, else itself."""
@@ -175,10 +206,21 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         return TensorDataset(*(torch.cat(part) for part in zip(*parts)))
 
 
-def loader(images: ImageSet, batch_size: int = 128) -> DataLoader[tuple[Tensor, ...]]:
-    """Return batches of a set, in its order."""
-    if batch_size < 1:
-        raise ConfigError(f"batch-size={batch_size}: must be at least 1")
+def loader(images: ImageSet, batch_size: int = 128, workers: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    """Return batches of a set, in its order.
+
+    Args:
+        images: kept in memory where that takes no more than a gigabyte, else read anew in each pass.
+        batch_size: images a batch.
+        workers: processes that decode images in each pass, and live on between passes; nothing is kept in memory then.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ConfigError(f"batch-size={batch_size}, workers={workers}: must be at least 1 and 0")
+    if workers:
+        return DataLoader(images, batch_size=batch_size, num_workers=workers, persistent_workers=True)
     return DataLoader(images.in_memory(), batch_size=batch_size)
 
 
@@ -253,6 +295,11 @@ def _largest(x: np.ndarray, pixels: Pixels) -> float:
         return 1.0
     low, high = float(x.min()), float(x.max())
     picture = x.ndim == 4 and x.shape[1] in (1, 3)
+    if pixels.of is not None and any(pixels.mean) and picture and (low < 0 or high > 255):
+        raise DataError(
+            f"float images run from {low:g} to {high:g}, so they are normalised already: give --mean 0, as "
+            f"{pixels.of} would do it again"
+        )
     if pixels.scale is None:
         if picture and low >= 0 and high > 10:  # what was normalised has values below 0, or few above 3
             raise DataError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfip.data.batch import Batch
-from fastfip.data.task import Task, looks_like_probabilities
+from fastfip.data.task import Task
 from fastfip.errors import DataError, FastFIPError, ModelError, reason
 from fastfip.nets.state import is_compiled
 
@@ -31,6 +31,7 @@ __all__ = [
     "first_outputs",
     "is_one_logit",
     "logits_task",
+    "looks_like_probabilities",
     "multi_label",
     "reading",
     "two_columns",
@@ -242,3 +243,15 @@ def _finite(logits: Tensor) -> Tensor:
     """Return logits with classes that are masked by -inf at a finite distance, where a loss has a gradient."""
     floor = logits.detach().amax(-1, keepdim=True) - LOWEST
     return torch.where(logits.detach() == -math.inf, floor, logits)
+
+
+def looks_like_probabilities(outputs: Tensor) -> bool:
+    """Return whether outputs [N, C] are probabilities (a softmax inside the net) rather than logits.
+
+    Every row is non-negative and sums to one within 1e-3. Cross-entropy would apply a second softmax to such outputs;
+    `forward=lambda model, batch: model(batch[0]).clamp_min(1e-30).log()` gives log-probabilities, which are logits.
+    """
+    if outputs.dim() != 2 or outputs.shape[0] == 0 or outputs.shape[1] < 2:
+        return False
+    out = outputs.detach().float()
+    return bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfip.data.resize import Fit
 from fastfip.errors import ConfigError, DataError, printable, reason
 
 __all__ = ["ORDERS", "class_order", "decoded", "find_pictures", "grey", "order_words", "read_image", "tensor_of"]
@@ -92,7 +93,7 @@ def find_pictures(path: Path, order: str | None = None) -> tuple[list[Path], lis
     return paths, labels, names, order
 
 
-def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:
+def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int, int] | Fit | None = None) -> Tensor:
     """Read an image file as floats [C, H, W] in [0, 1], turned as its EXIF data say, resized if `size` is given.
 
     Raises:
@@ -104,7 +105,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
 
 
 def decoded(
-    file: str | os.PathLike[str] | IO[bytes], stored: int, name: str, channels: int, size: tuple[int, int] | None
+    file: str | os.PathLike[str] | IO[bytes], stored: int, name: str, channels: int, size: tuple[int, int] | Fit | None
 ) -> Tensor:
     """Read an image as `read_image` does, from a path or an open file.
 
@@ -113,7 +114,7 @@ def decoded(
         stored: its size in bytes.
         name: what errors call it.
         channels: 1 or 3.
-        size: (height, width); None: as the image is.
+        size: (height, width), or also how it is reached; None: as the image is.
 
     Raises:
         DataError: see `read_image`.
@@ -134,25 +135,23 @@ def decoded(
         raise DataError(f"{name}: cannot be read as an image: {reason(error)}") from None
 
 
-def tensor_of(image: Any, channels: int = 3, size: tuple[int, int] | None = None) -> Tensor:
+def tensor_of(image: Any, channels: int = 3, size: tuple[int, int] | Fit | None = None) -> Tensor:
     """Return a picture of pillow as floats [C, H, W] in [0, 1], resized if `size` is given.
 
     Raises:
         DataError: its range is unknown (floats outside [0, 1]).
     """
-    from PIL import Image
-
+    fit = size if size is None or isinstance(size, Fit) else Fit(size)
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        return _deep(image, channels, size)
+        return _deep(image, channels, fit)
     image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None and image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    image = image if fit is None else fit.picture(image)
     array = np.array(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array).permute(2, 0, 1).float() / 255
 
 
-def _deep(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
+def _deep(image: Any, channels: int, fit: Fit | None) -> Tensor:
     """Return a grey image of more than 8 bits; pillow's own conversion would cut all of it off at 255."""
     from PIL import Image
 
@@ -165,8 +164,7 @@ def _deep(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
     else:
         array = array / 65535
     array = np.ascontiguousarray(array, dtype=np.float32)
-    if size is not None and array.shape != size:
-        array = np.array(Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    array = array if fit is None else np.array(fit.picture(Image.fromarray(array)))
     return torch.from_numpy(array)[None].expand(channels, -1, -1).clone()
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfip.errors import ConfigError, DataError, choices
+from fastfip.data.resize import INTERPOLATIONS, Fit
+from fastfip.errors import ConfigError, DataError, choices, printable
 
 __all__ = ["SCALES", "STATISTICS", "Pixels", "statistics"]
 
@@ -47,6 +48,8 @@ class Pixels:
         size: (height, width); None: as the images are.
         channels: 1 or 3; None: image files as colour, arrays as they are.
         scale: "01", "-11" or "255", the range that pixels are brought to; None: uint8 images to [0, 1], floats stay.
+        resize, interpolation: how images are brought to `size`, see `fastfip.data.resize.Fit`.
+        of: what said all this, where it was not the user: "timm:resnet18"; None: the user.
     """
 
     mean: tuple[float, ...] = ()
@@ -54,6 +57,9 @@ class Pixels:
     size: tuple[int, int] | None = None
     channels: int | None = None
     scale: str | None = None
+    resize: int | tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+    of: str | None = None
 
     def __post_init__(self) -> None:
         if any(value == 0 for value in self.std):
@@ -64,6 +70,21 @@ class Pixels:
             raise ConfigError(f"size={self.size}: must be at least 1")
         if self.scale is not None and self.scale not in SCALES:
             raise ConfigError(f"scale={self.scale!r}: must be one of {', '.join(SCALES)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation={self.interpolation!r}: must be one of {', '.join(INTERPOLATIONS)}")
+
+    @property
+    def fit(self) -> Fit | None:
+        """Return how images are brought to their size; None: they keep the size that they have."""
+        return None if self.size is None else Fit(self.size, self.resize, self.interpolation)
+
+    def words(self) -> list[str]:
+        """Return what a result should say of images that are made as somebody else than the user has said."""
+        if self.of is None:
+            return []
+        size = "" if self.fit is None else f"{self.fit}, "
+        remedy = "--size, --mean, --std or --scale if the model was trained otherwise"
+        return [f"images are made as {printable(self.of)} says: {size}{self}; give {remedy}"]
 
     def normalise(self, x: Tensor) -> Tensor:
         """Return images [N, C, H, W] in [0, 1] (or anything, with one number and no scale) as the model takes them."""
@@ -82,12 +103,14 @@ class Pixels:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
+        own = {"resize": self.resize, "interpolation": self.interpolation, "of": self.of}
         return {
             "scale": self.scale or "01",
             "mean": list(self.mean),
             "std": list(self.std),
             "size": None if self.size is None else list(self.size),
             "channels": self.channels,
+            **(own if self.of is not None or self.resize is not None else {}),
         }
 
     def __str__(self) -> str:

@@ -23,7 +23,18 @@ from torch.utils.data import (
 from fastfip.data.batch import Batch, map_batch, map_tensors
 from fastfip.errors import DataError
 
-__all__ = ["DEFAULT_BATCH", "Live", "Memory", "Store", "count_of", "kept", "live_loader", "tensors_of"]
+__all__ = [
+    "DEFAULT_BATCH",
+    "Live",
+    "Memory",
+    "Store",
+    "bytes_of",
+    "count_of",
+    "half_of_memory",
+    "kept",
+    "live_loader",
+    "tensors_of",
+]
 
 #: Batches of an iterable that are kept, at most: one that has no end must not fill the memory.
 MOST_BATCHES = 1_000_000
@@ -38,25 +49,29 @@ def kept(batches: Iterable[Batch]) -> list[Batch]:
     Raises:
         DataError: they fill half of the machine's memory, or are a million.
     """
-    most, held, out = _half_of_memory(), 0, list[Batch]()
-
-    def weigh(t: Tensor) -> Tensor:
-        nonlocal held
-        held += t.nbytes
-        return t
+    most, held, out = half_of_memory(), 0, list[Batch]()
 
     for batch in batches:
-        map_tensors(weigh, batch)
+        held += bytes_of(batch)
         out.append(batch)
         if held > most or len(out) > MOST_BATCHES:
             raise DataError(
                 f"{len(out):,} batches ({held / 1e9:.1f} GB) were read and there was no end: pass fewer samples, a "
-                "generator that ends, or a Dataset, which is read batch by batch"
+                "generator that ends (fastfip.data.reservoir keeps a random part of a long one), or a Dataset, which "
+                "is read batch by batch"
             )
     return out
 
 
-def _half_of_memory() -> int:
+def bytes_of(batch: Batch) -> int:
+    """Return how many bytes the tensors of a batch take."""
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(t.nbytes) or t, batch)  # type: ignore[func-returns-value]
+    return sum(sizes)
+
+
+def half_of_memory() -> int:
+    """Return half of the machine's memory in bytes."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, ValueError, OSError):  # Windows
@@ -107,8 +122,26 @@ class Live:
         return next(iter(self.loader([index])))
 
     def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
-        """Return a loader with the user's settings and this order."""
-        return self._fresh(order) if self.user.num_workers == 0 else self._by_workers(order)
+        """Return the batches of this order, loaded with the user's settings; damaged files are named."""
+        order = list(order)
+        # Begun at once: a loader draws from the global generator to begin (`CleanSet.walk`).
+        return self._told(iter(self._fresh(order)) if self.user.num_workers == 0 else self._by_workers(order), order)
+
+    def _told(self, walk: Iterator[Batch], order: list[list[int]]) -> Iterator[Batch]:
+        for number, places in enumerate(order, 1):
+            try:
+                batch = next(walk)
+            except StopIteration:
+                return
+            except Exception as error:
+                from fastfip.data.streams import reading_error
+
+                clear = reading_error(error, self.user, number, places)
+                if clear is None:
+                    raise
+                raise clear from error
+            yield batch
+        next(walk, None)  # so that workers know that the pass is over
 
     def close(self) -> None:
         """End the worker processes."""

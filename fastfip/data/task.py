@@ -6,6 +6,7 @@ of them with :meth:`Task.of` and walks the data with :func:`iter_batches`; nothi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +23,17 @@ __all__ = [
     "batches_of",
     "check_labels",
     "iter_batches",
-    "looks_like_probabilities",
+    "read_batches",
 ]
 
 Forward = Callable[[nn.Module, Batch], Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
 
 #: Fields of a dict batch that are given to the model by position ...
-INPUT_KEYS = ("x", "input", "inputs", "image", "images")
+INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "jpg", "jpeg", "png", "webp")
 #: ... and those that mean "Hugging Face style": every field but the labels is given by name.
 NAMED_INPUT_KEYS = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features")
-LABEL_KEYS = ("labels", "label", "y", "target", "targets")
+LABEL_KEYS = ("labels", "label", "y", "target", "targets", "cls")
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _DATASET_BATCH = 128
@@ -171,15 +172,6 @@ class Task:
             check_labels(y, logits.shape[1])
         return F.cross_entropy(logits, y, reduction="none")
 
-    @property
-    def alone(self) -> Task:
-        """Return the task of this process alone, also where several share each batch."""
-        return self
-
-    def losses(self, model: nn.Module, batch: Batch, loss: Loss | None = None) -> Tensor:
-        """Return the loss of each sample, [N], from a pass of the batch; `loss` in place of the task's own."""
-        return (self.loss if loss is None else loss)(self.forward(model, batch), batch)
-
     def check_count(self, losses: Tensor, batch: Batch, times: bool = False) -> None:
         """Refuse losses that are not one for each sample (`times`: as many for each as for the others, tokens say).
 
@@ -244,18 +236,6 @@ def _one_hot(y: Tensor) -> bool:
     return bool((y >= 0).all()) and bool(((y.double().sum(1) - 1).abs() < 1e-3).all())
 
 
-def looks_like_probabilities(outputs: Tensor) -> bool:
-    """Return whether outputs [N, C] are probabilities (a softmax inside the net) rather than logits.
-
-    Every row is non-negative and sums to one within 1e-3. Cross-entropy would apply a second softmax to such outputs;
-    `forward=lambda model, batch: model(batch[0]).clamp_min(1e-30).log()` gives log-probabilities, which are logits.
-    """
-    if outputs.dim() != 2 or outputs.shape[0] == 0 or outputs.shape[1] < 2:
-        return False
-    out = outputs.detach().float()
-    return bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())
-
-
 def iter_batches(
     data: Iterable[Batch],
     task: Task | None = None,
@@ -265,8 +245,8 @@ def iter_batches(
     """Walk `data` once: yield its batches, checked, on `device`.
 
     Args:
-        data: any iterable of batches; a `torch.utils.data.Dataset` (read in order, 128 at a time); or one batch: a
-            tuple of tensors `(x, y)` or a dict of tensors.
+        data: any iterable of batches; a `torch.utils.data.Dataset`, or an iterable of samples, whose labels are single
+            numbers (both read in order, 128 at a time); or one batch: a tuple of tensors `(x, y)` or a dict of tensors.
         task: what a batch means; None: `Task()`.
         device: where the tensors go; None: they stay.
         classes: C where it is known; labels are then checked against it.
@@ -276,11 +256,12 @@ def iter_batches(
 
     Raises:
         DataError: no batches at all, labels that are no class indices or out of range, uint8 images, NaN or Inf in
-            inputs, no end. From the second batch on the error gives the number of the batch.
+            inputs, no end, fewer batches than a loader of a stream has by its length, files that cannot be read. From
+            the second batch on the error gives the number of the batch.
     """
     task = Task() if task is None else task
     seen, endless = 0, not _has_length(data)
-    for number, raw in enumerate(batches_of(data), 1):
+    for number, raw in enumerate(read_batches(data), 1):
         batch = to_tensors(raw)
         try:
             n = _check_batch(batch, task, classes)
@@ -296,6 +277,50 @@ def iter_batches(
         raise DataError(
             "the data gave no samples: an empty loader, or a generator that is used up (pass a list or a DataLoader)"
         )
+
+
+def read_batches(data: Any) -> Iterator[Batch]:
+    """Yield the batches of the data, unchecked: samples are put together, and errors of files say which."""
+    walk, number = iter(batches_of(data)), 0
+    while True:
+        try:
+            raw = next(walk)
+        except StopIteration:
+            break
+        except Exception as error:
+            from fastfip.data.streams import reading_error
+
+            clear = reading_error(error, data, number + 1)
+            if clear is None:
+                raise
+            raise clear from error
+        number += 1
+        if number == 1 and is_sample(raw):
+            from fastfip.data.streams import collated
+
+            yield from collated(itertools.chain([raw], walk))
+            return
+        yield raw
+    if _is_stream(data) and _has_length(data) and number < len(data):
+        raise DataError(
+            f"the data ended after {number} of {len(data)} batches: a stream that broke off, or whose length is wrong"
+        )
+
+
+def _is_stream(data: Any) -> bool:
+    loader = torch.utils.data.DataLoader
+    return isinstance(data, loader) and isinstance(data.dataset, torch.utils.data.IterableDataset)
+
+
+def is_sample(item: Any) -> bool:
+    """Return whether an item of the data is one sample, not a batch: its label is a single number."""
+    if isinstance(item, Mapping):
+        if isinstance(item.get("__key__"), str):  # webdataset's
+            return True
+        y = next((item[key] for key in LABEL_KEYS if key in item), None)
+    else:
+        y = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+    return isinstance(y, (int, float)) or (hasattr(y, "__array__") and getattr(y, "ndim", 1) == 0)
 
 
 def _has_length(data: object) -> bool:
@@ -332,7 +357,8 @@ def check_inputs(batch: Batch, task: Task) -> None:
         return
     x = task.inputs(batch)
     if x.dtype == torch.uint8 and x.dim() > 2:
-        raise DataError(f"images are uint8 {list(x.shape)}: scale them as the model expects, e.g. x.float() / 255")
+        how = "scale them as the model expects, e.g. x.float() / 255, or pass fastfip.data.scaled(data, '01')"
+        raise DataError(f"images are uint8 {list(x.shape)}: {how}")
     if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
         raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -79,16 +80,16 @@ class ZippedPictures:
             raise DataError(f"{self._name(entry)}: expands from {entry.compress_size} to {entry.file_size} bytes")
         try:
             with self._archive().open(entry) as file:
-                return decoded(file, entry.file_size, self._name(entry), self.pixels.channels or 3, self.pixels.size)
+                return decoded(file, entry.file_size, self._name(entry), self.pixels.channels or 3, self.pixels.fit)
         except DataError:
             raise
         except Exception as error:  # zlib and zipfile have errors of their own, and passwords are one
             raise DataError(f"{self._name(entry)}: cannot be read: {reason(error)}") from None
 
     def _archive(self) -> zipfile.ZipFile:
-        """Return the open zip of this thread: one handle has one place in the file."""
-        if not hasattr(self._local, "archive"):
-            self._local.archive = zipfile.ZipFile(self.path)
+        """Return the open zip of this thread: one handle has one place in the file, also after a fork."""
+        if getattr(self._local, "process", None) != os.getpid():
+            self._local.archive, self._local.process = zipfile.ZipFile(self.path), os.getpid()
         return self._local.archive
 
     def __getstate__(self) -> dict[str, object]:

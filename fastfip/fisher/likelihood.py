@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfip.data.task import looks_like_probabilities
+from fastfip.data.outputs import looks_like_probabilities
 from fastfip.errors import ConfigError, DataError, choices
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "as_logits", "draw_labels", "likelihood_of"]

@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import kept_statistics
+from fastfip.methods.config import MethodConfig
 from fastfip.methods.run import Run
 
-__all__ = ["RelativeSGD", "fisher_length"]
+__all__ = ["RelativeSGD", "fisher_length", "gentle"]
+
+C = TypeVar("C", bound=MethodConfig)
 
 #: What a bias or a norm layer's parameter counts as, at least, and what a weight does: root mean square of its entries.
 SMALLEST_VECTOR, SMALLEST_WEIGHT = 0.1, 1e-3
@@ -169,3 +172,9 @@ class RelativeSGD(torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, step, lr in zip(tensors, steps, rates):
             p.sub_(step, alpha=min(lr, most))
+
+
+def gentle(config: C, **less: Any) -> C:
+    """Return settings with these, for very few clean samples a class, in the place of those that are the defaults."""
+    usual = type(config)()
+    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})

@@ -17,7 +17,7 @@ from fastfip.data.batch import Batch
 from fastfip.errors import ConfigError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
-from fastfip.fisher.modes import readable
+from fastfip.fisher.modes import keeping_activations, readable
 from fastfip.methods.base import Groups, Method, Run
 from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
@@ -169,8 +169,9 @@ class Spectral(Space):
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in _first(run):
                 batch, counts = _labelled(run, batch, kind, run.generator)
-                with recording(self.shifts) as record, readable(run.model):
-                    logits = run.task.alone.forward(run.model, batch)
+                # A checkpointed block that is computed again would be so without the record.
+                with recording(self.shifts) as record, readable(run.model), keeping_activations():
+                    logits = run.alone.forward(run.model, batch)
                     if kind == "mc" and run.ranks is None:
                         batch = run.task.relabel(batch, draw_labels(logits, run.generator))
                     losses = run.task.loss(logits, batch)
@@ -193,7 +194,7 @@ class Spectral(Space):
         mine, weight = _mine(run, batch)
         with run.eval_mode(), recording(self.shifts) as record:
             with readable(run.model, second_order=True):
-                losses = run.task.alone.losses(run.model, mine)
+                losses = run.task.loss(run.alone.forward(run.model, mine), mine)
             each = delta_gradients(self.shifts, record, losses, create_graph=True)
             total = sum((d.pow(2).flatten(1).sum(1) for d in each), start=torch.zeros_like(losses))
             if self.affine_tensors:

@@ -97,11 +97,9 @@ class Method(ABC):
         with run.eval_mode():
             for batch in clean.batches(device=run.device):
                 count += run.task.size(batch)
-                if run.classes is None:
-                    total += float(run.task.losses(run.model, batch).sum())
-                else:
-                    logits = run.forward(batch)
-                    total += float(run.task.loss(logits, batch).sum())
+                logits = run.forward(batch)
+                total += float(run.task.loss(logits, batch).sum())
+                if run.classes is not None:
                     right += float((logits.argmax(1) == run.task.labels(batch)).sum())
         out = {"score": total / count}
         if run.classes is not None:

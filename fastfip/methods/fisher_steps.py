@@ -28,7 +28,8 @@ from fastfip.data.augment import augmented, mirrored
 from fastfip.data.batch import Batch, take
 from fastfip.errors import FastFIPError
 from fastfip.methods._batchnorm import taken_anew
-from fastfip.methods._relative import RelativeSGD, fisher_length
+from fastfip.methods._found import keep_changes
+from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.search import SEARCH_BATCH, at_least
 from fastfip.methods.wfip.sieve import Sieve
@@ -146,7 +147,7 @@ class FisherSteps(Method):
         config = self.config(run)
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
         if self.sparse and config.length is not None:
-            config = run.config = _gentle(config)
+            config = run.config = gentle(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
             run.alert(
                 f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
                 "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
@@ -268,6 +269,7 @@ class FisherSteps(Method):
         worst.grow(max(1.0, NARROWEST / worst.relative_radius))
         improve(LAST, FOCUS)
         run.log(radius=worst.relative_radius)
+        keep_changes(run, worst)
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""
@@ -368,12 +370,6 @@ class FisherSteps(Method):
                 reached = worst.step(logits, used, c, IMPROVE_STEP, retain_graph=True)
                 run.backward(config.weight * loss)
         return {"worst_case_loss": loss.detach(), "reached": reached}
-
-
-def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:
-    """Return settings for very few clean samples a class, in the place of those that are the defaults."""
-    usual, less = type(config)(), {"length": SPARSE_LENGTH, "steps": SPARSE_STEPS, "bn_mode": "eval"}
-    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Run:
         ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
             returns the outputs of all, and gradients have to be summed (`share`).
         notes: what it should say as well. seconds: time by purpose, see `timed`.
+        inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
     """
 
     model: nn.Module
@@ -79,6 +80,8 @@ class Run:
     alerts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
     ranks: Ranks | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
@@ -166,7 +169,14 @@ class Run:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample [N] as the model is set now, with the config's label smoothing."""
-        return self.task.losses(self.model, batch, self.loss)
+        if self.ranks is None:
+            return self.loss(self.forward(batch), batch)
+        return self.task.losses(self.model, batch, self.loss)  # type: ignore[attr-defined]
+
+    @property
+    def alone(self) -> Task:
+        """Return the task of this process alone, also where several share each batch."""
+        return self.task if self.ranks is None else Task(self.task.forward_hook, self.task.loss_hook)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""

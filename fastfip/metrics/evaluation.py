@@ -49,6 +49,7 @@ class Evaluation:
         acc: clean accuracy. loss: mean clean loss. n: clean samples. on: what they were.
         asr: attack success rate, never over images of the target class. ra: robust accuracy, the share of the same
             triggered images that get their true label. n_triggered: how many they are.
+        per_class: (label, clean samples answered rightly, clean samples) of each class that has some.
         fisher_trace: Tr(F) on clean samples in eval mode. notes: what could not be known.
     """
 
@@ -61,10 +62,11 @@ class Evaluation:
     n_triggered: int = 0
     on: str = "test_loader"
     notes: tuple[str, ...] = ()
+    per_class: tuple[tuple[int, int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
-        return {**self.__dict__, "notes": list(self.notes)}
+        return {**self.__dict__, "notes": list(self.notes), "per_class": [list(row) for row in self.per_class]}
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the interval of 95 % confidence of "acc", "asr" or "ra" (see `wilson`); None: not measured."""
@@ -189,22 +191,25 @@ def evaluate(
     notes: list[str] = []
     acc = mean = asr = ra = None
     n = triggered = 0
+    tally: list[Tensor] = []
     with _evaluating(model, device) as run_device:
         if test_loader is not None:
-            acc, mean, n = _clean(model, test_loader, task, run_device, notes)
+            acc, mean, n = _clean(model, test_loader, task, run_device, notes, tally)
             if acc is None:
                 notes.append("labels or outputs are no class indices: ACC not measured, only the loss")
         if asr_loader is not None:
             asr, ra, triggered = _triggered(model, asr_loader, task, target, run_device, notes)
         else:
             notes.append("no trigger given: ASR not measured")
-    return Evaluation(acc=acc, asr=asr, ra=ra, loss=mean, n=n, n_triggered=triggered, notes=tuple(notes))
+    right, samples = tally[0].tolist() if tally else ((), ())
+    classes = tuple((label, *pair) for label, pair in enumerate(zip(right, samples)) if pair[1])
+    return Evaluation(acc, asr, ra, mean, None, n, triggered, notes=tuple(notes), per_class=classes)
 
 
 def accuracy(model: nn.Module, test_loader: Iterable[Batch], *, forward: Forward | None = None) -> float:
     """Return the share of clean samples that get their label; see :func:`evaluate`."""
     with _evaluating(model, None) as where:
-        return float(_clean(model, test_loader, Task.of(forward), where, [])[0] or 0.0)
+        return float(_clean(model, test_loader, Task.of(forward), where, [], [])[0] or 0.0)
 
 
 def attack_success_rate(
@@ -251,8 +256,16 @@ def _logits_shape(logits: Tensor) -> Tensor:
     return logits
 
 
+def _count(tally: list[Tensor], right: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Add to the tally, [2, C], what is right and all there is of each class; return how many are right."""
+    new = torch.zeros(2, classes, dtype=torch.int64, device=y.device)
+    new.index_add_(1, y, torch.stack([right.long(), torch.ones_like(y)]))
+    tally[:] = [new + old for old in tally] or [new]
+    return right.sum()
+
+
 def _clean(
-    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device, notes: list[str]
+    model: nn.Module, loader: Iterable[Batch], task: Task, device: torch.device, notes: list[str], tally: list[Tensor]
 ) -> tuple[float | None, float, int]:
     right: Tensor | float = 0.0
     total: Tensor | float = 0.0
@@ -262,7 +275,7 @@ def _clean(
         with reading(f"test_loader= (batch {number})"):
             logits = task.forward(model, batch)
         size = task.size(given)
-        hits, losses = _answers(logits, batch, size, task, notes)
+        hits, losses = _answers(logits, batch, size, task, notes, tally)
         right = float("nan") if hits is None else right + hits
         total = total + losses.double().sum()
         n += size
@@ -270,17 +283,20 @@ def _clean(
     return None if math.isnan(acc) else acc, float(total) / n, n
 
 
-def _answers(logits: Tensor, batch: Batch, n: int, task: Task, notes: list[str]) -> tuple[Tensor | None, Tensor]:
+def _answers(
+    logits: Tensor, batch: Batch, n: int, task: Task, notes: list[str], tally: list[Tensor]
+) -> tuple[Tensor | None, Tensor]:
     """Return how many of n samples are answered rightly (None: it cannot be told) and the losses [n]."""
     two = binary_task(task, logits, batch) if is_one_logit(logits, n) else None
     if two is not None:
         columns = two.forward_hook(lambda _: logits, batch)  # type: ignore[misc, arg-type]  # of outputs that are known
         y = task.labels(batch).reshape(n).long().to(logits.device)
-        return (columns.argmax(1) == y).sum(), F.cross_entropy(columns, y, reduction="none")
+        return _count(tally, columns.argmax(1) == y, y, 2), F.cross_entropy(columns, y, reduction="none")
     y_or_none = _class_labels(batch, logits, task)
     losses = task.loss(logits, batch)
     if y_or_none is not None:
-        return (logits.argmax(1) == y_or_none.to(logits.device)).sum(), losses
+        y = y_or_none.to(logits.device).long()
+        return _count(tally, logits.argmax(1) == y, y, logits.shape[1]), losses
     each = multi_label(task, logits, batch)
     if each is not None and (said := "several labels a sample: ACC is the share of labels that are right") not in notes:
         notes.append(said)

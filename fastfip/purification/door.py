@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, live_loader
-from fastfip.data.task import LABEL_KEYS, Task, check_inputs
+from fastfip.data.task import LABEL_KEYS, Task, check_inputs, read_batches
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.metrics.evaluation import binomial_tail, wilson
@@ -145,11 +145,9 @@ def _batches(data: Any) -> tuple[Iterable[Batch] | None, bool]:
         return store.loader(chunk.tolist() for chunk in index.split(size)), False
     if not isinstance(data, Iterable):
         return None, True
-    # What gives its batches once goes on from the first one; a loader gives them anew.
-    walk = iter(data)
+    walk = read_batches(data)  # which may give its batches only once: it goes on from the first one
     first = list(itertools.islice(walk, 1))
-    known = not (first and _lacks_labels(first[0]))
-    return (_resumed(first, walk) if isinstance(data, Iterator) else data), known
+    return _resumed(first, walk), not (first and _lacks_labels(first[0]))
 
 
 def _resumed(first: list[Batch], walk: Iterator[Batch]) -> Iterator[Batch]:

@@ -190,7 +190,8 @@ def purify(
             if of_checkpointing(error):
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
-                    "off, e.g. model.gradient_checkpointing_disable(), or take fine_tune"
+                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), "
+                    "give it use_reentrant=False, or take fine_tune"
                 ) from error
             raise
     run.seconds["total"] = time.perf_counter() - start
@@ -213,6 +214,8 @@ def purify(
             "steps": run.step,
             "best_epoch": run.best_epoch,
             "peak_memory_of": memory.what,
+            "inputs": run.inputs,
+            "classes": run.classes,
             **_ranks_of(run),
         },
         versions={
@@ -226,6 +229,7 @@ def purify(
         diverged=run.diverged,
         unchanged=not moved,
         coverage=coverage,
+        found=run.found,
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastfip.metrics import evaluation as metrics
 from fastfip.metrics.evaluation import Evaluation
-from fastfip.reporting.plots import new_figure, saved
-from fastfip.reporting.table import Report, Sheet
+from fastfip.reporting.document import Documented, Origin
+from fastfip.reporting.plots import COLOURS, MARKERS, legend_above, new_figure, saved, styled
+from fastfip.reporting.table import Sheet
 
 __all__ = ["PurifyResult"]
 
@@ -48,7 +49,7 @@ class Coverage:
 
 
 @dataclass(repr=False)
-class PurifyResult(Report):
+class PurifyResult(Documented):
     """A purified net, what was done to it and what that did.
 
     Attributes:
@@ -66,7 +67,12 @@ class PurifyResult(Report):
             the model as it was given. diverged: whether it was stopped because the loss ran away; the model is then the
             last good state. unchanged: whether no parameter moved.
         coverage: which parameters were moved, and why the others were not.
+        found: small pictures of what the method found, as arrays of bytes of a few hundred KB at most: "changes" has
+            the worst-case changes of the classes that are reached best, "left_out" samples that the sieve kept out.
+        origin: files, data and command, for the report; the command line fills it in.
     """
+
+    kind = "purify"
 
     model: nn.Module
     method: str
@@ -83,10 +89,24 @@ class PurifyResult(Report):
     diverged: bool = False
     unchanged: bool = False
     coverage: Coverage = field(default_factory=Coverage)
+    found: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, with the keys, shapes and dtypes of the model that was given."""
         return dict(self.model.state_dict())
+
+    def save_for_hub(self, folder: str | Path, **options: Any) -> Path:
+        """Write weights, config and a model card to a new folder; options of `fastfip.checkpoint.hub.save_for_hub`."""
+        from fastfip.checkpoint.hub import save_for_hub
+
+        return save_for_hub(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload that folder to Hugging Face's hub; options of `fastfip.checkpoint.hub.push_to_hub`."""
+        from fastfip.checkpoint.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     @property
     def der(self) -> float | None:
@@ -141,7 +161,7 @@ class PurifyResult(Report):
         return f"<PurifyResult {first}: before {self.before}; after {self.after}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the model as plain values."""
+        """Return everything but the model and the pictures as plain values."""
         return {
             "method": self.method,
             "before": self.before.to_dict(),
@@ -161,6 +181,12 @@ class PurifyResult(Report):
             "coverage": self.coverage.to_dict(),
         }
 
+    def document(self) -> dict[str, Any]:
+        """Return what the report says, as plain values: `to_dict()` and more, pictures included."""
+        from fastfip.purification.document import document_of
+
+        return document_of(self)
+
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the history and the figures before and after (needs matplotlib), to a file if `path` is given."""
         figure = new_figure(9, 3.5)
@@ -172,28 +198,33 @@ class PurifyResult(Report):
 
     def draw_history(self, axes: Any) -> None:
         """Draw loss and held-out score by epoch on matplotlib axes."""
-        for name, word in (("loss", "loss while tuning"), ("score", "held-out clean score")):
+        shown = (("loss", "loss while tuning"), ("score", "held-out clean score"))
+        for (name, word), colour, marker in zip(shown, COLOURS, MARKERS):
             points = [(record["epoch"], record[name]) for record in self.history if name in record]
             if points:
-                axes.plot(*zip(*points), marker=".", label=word)
+                axes.plot(*zip(*points), color=colour, marker=marker, markersize=3, linewidth=1.2, label=word)
         best = self.settings.get("best_epoch")
         if best is not None:
             axes.axvline(best, color="grey", linestyle=":", label=f"kept: epoch {best}")
-        axes.set_xlabel("epoch")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        styled(axes, "epoch", "loss")
+        legend_above(axes)
 
     def draw_bars(self, axes: Any) -> None:
         """Draw ACC, ASR and RA before and after on matplotlib axes."""
         shown = [name for name in ("acc", "asr", "ra") if getattr(self.after, name) is not None]
-        for shift, side, word in ((-0.2, self.before, "before"), (0.2, self.after, "after")):
+        for shift, side, word, colour in (
+            (-0.2, self.before, "before", COLOURS[0]),
+            (0.2, self.after, "after", COLOURS[1]),
+        ):
             heights = [100 * getattr(side, name) for name in shown]
-            drawn = axes.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word)
+            drawn = axes.bar([i + shift for i in range(len(shown))], heights, 0.38, label=word, color=colour)
             axes.bar_label(drawn, fmt="%.1f", fontsize=8)
         axes.set_xticks(range(len(shown)), [name.upper() for name in shown])
         axes.set_ylim(0, 110)
-        axes.set_ylabel("%")
-        axes.legend(fontsize=8)
+        axes.set_yticks(range(0, 101, 25))
+        styled(axes, "", "share of samples (%)")
+        legend_above(axes)
 
 
 def _show(value: float | None) -> str:

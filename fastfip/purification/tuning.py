@@ -17,7 +17,7 @@ from fastfip.data.cleanset import CleanSet, class_indices
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.stores import kept
 from fastfip.data.task import Task, iter_batches
-from fastfip.errors import ConfigError, FastFIPError, reason
+from fastfip.errors import ConfigError, DataError, FastFIPError, reason
 from fastfip.methods import Method, MethodConfig
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
@@ -101,7 +101,8 @@ def tune(
             )
         clean = CleanSet.of(data, options.task) if ranks is None else clean_of_all(data, options.task, ranks, notes)
         ends.callback(clean.close)
-        clean, task, classes = _probe(model, clean, options.task, device, notes)
+        inputs: dict[str, Any] = {}
+        clean, task, classes = _probe(model, clean, options.task, device, notes, inputs)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
@@ -126,6 +127,7 @@ def tune(
         ranks=ranks,
         frozen=work.frozen(options.frozen == "keep"),
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
+        inputs=inputs,
     )
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
@@ -152,6 +154,9 @@ def tune(
             raise
         run.interrupted = True
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
+    except (DataError, OSError) as error:  # nor with a stream that gives its samples once, or a file that is gone
+        run.alert(f"THE PURIFIED MODEL WAS NOT MEASURED: {reason(error)}")
+        after = Evaluation(on=scorer.on)
     run.notes += [note for note in after.notes if note not in run.notes]
     _say_loss(run, before, after)
     return run, history, before, after
@@ -195,10 +200,14 @@ def _say_loss(run: Run, before: Evaluation, after: Evaluation) -> None:
 
 
 def _probe(
-    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str]
+    model: nn.Module, clean: CleanSet, task: Task, device: torch.device, notes: list[str], inputs: dict[str, Any]
 ) -> tuple[CleanSet, Task, int | None]:
-    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs."""
+    """Run the net once; return the clean set, the task (of logits) and C, None where `loss=` takes other outputs.
+
+    `inputs` gets the shape and the range of the first batch, for the report.
+    """
     batch = next(iter(clean.batches(min(clean.batch_size, clean.n), device=device)))
+    inputs.update(_facts(task, batch))
     logits = first_outputs(model, task.forward, batch)
     for number, odd in clean.forms:
         first_outputs(model, task.forward, move_to(odd, device), f"the clean data (batch {number})")
@@ -215,6 +224,18 @@ def _probe(
         notes.append(said)
     task.loss(logits.detach(), batch)  # says what is wrong where logits and labels do not fit
     return clean, task, logits.shape[1]
+
+
+def _facts(task: Task, batch: Batch) -> dict[str, Any]:
+    """Say what inputs are like; nothing where it is not known which part of a batch they are."""
+    try:
+        x = task.inputs(batch)
+    except FastFIPError:
+        return {}
+    facts: dict[str, Any] = {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch."), "of": len(x)}
+    if x.is_floating_point() and x.numel():
+        facts.update(low=float(x.min()), high=float(x.max()), mean=float(x.mean()), std=float(x.std(unbiased=False)))
+    return facts
 
 
 class Scorer:
@@ -238,7 +259,7 @@ class Scorer:
             own = run.clean if run.heldout is None else run.heldout
             what = "clean samples tuned on" if run.heldout is None else "held-out clean samples"
             self.clean = own.in_memory()
-            self.on = f"{own.n} {what}"
+            self.on = f"{self.clean.n} {what}"
             run.note(f"no test_loader: ACC and loss are of the {self.on}")
         given = [name for name, data in (("test_loader", test_loader), ("asr_loader", asr_loader)) if data is not None]
         if given:

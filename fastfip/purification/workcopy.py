@@ -50,7 +50,7 @@ class WorkCopy:
         self.requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self.grads = {name: p.grad for name, p in self.parameters.items()}
         self.homes = {name: (t.device, t.dtype) for name, t in self._tensors()}
-        self.contiguous = {name: t.is_contiguous() for name, t in self._tensors()}
+        self.contiguous = {name: t.stride() for name, t in self._tensors() if t.is_contiguous()}
         self.order = {name: (list(m._parameters), list(m._buffers)) for name, m in self.model.named_modules()}
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
         # In place: where the values are. Layout, device and dtype may change meanwhile, but an optimiser or a view of
@@ -168,8 +168,9 @@ class WorkCopy:
             p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
             p.grad = self.grads.get(name)
         for name, t in self._named():
-            if self.contiguous.get(name):
-                t.data = t.data.contiguous()
+            strides = self.contiguous.get(name, t.stride())
+            if strides != t.stride():  # those of a side of length 1 say nothing of the memory, and choose kernels
+                t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.data)
         self._to_own_memory()
         empty_caches(self.model.modules())
 

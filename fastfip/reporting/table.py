@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from fastfip.errors import printable
 from fastfip.reporting.files import replacing
 
 _LONGEST_LINE = 10_000
+#: Columns of a terminal that nobody has widened.
+COLUMNS = 80
 
 __all__ = [
     "Report",
@@ -22,6 +25,7 @@ __all__ = [
     "evaluation_sheet",
     "mapping_sheet",
     "methods_sheet",
+    "plain",
     "settings_sheet",
     "show",
     "to_json",
@@ -31,25 +35,35 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with a title above it and lines below. Columns whose name ends in ">" are aligned to the right."""
+    """A table with a title above it and lines below. Columns whose name ends in ">" are aligned to the right.
+
+    `width`: as plain text the table is at most so wide, if its last column, of words, can be broken; None: as it comes.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     lines: Sequence[str] = field(default=())
+    width: int | None = None
 
     def __str__(self) -> str:
         names = [name.rstrip(">") for name in self.columns]
         shown = [names, *self.rows] if any(names) else list(self.rows)
         widths = [max([len(row[i]) for row in shown], default=0) for i in range(len(names))]
         out = [self.title] if self.title else []
-        for row in shown:
+        for line in (line for row in shown for line in self._broken(row, widths)):
             cells = [
                 cell.rjust(width) if name.endswith(">") else cell.ljust(width)
-                for cell, width, name in zip(row, widths, self.columns)
+                for cell, width, name in zip(line, widths, self.columns)
             ]
             out.append("  ".join(cells).rstrip())
         return "\n".join([*map(_safe, out), *map(_safe, self.lines)])
+
+    def _broken(self, row: Sequence[str], widths: Sequence[int]) -> list[Sequence[str]]:
+        """Return a row as the lines that its last cell takes."""
+        room = 0 if self.width is None else self.width - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        parts = textwrap.wrap(row[-1], room) if room > 0 else []
+        return [row] if len(parts) < 2 else [[*row[:-1], parts[0]], *([*[""] * (len(row) - 1), p] for p in parts[1:])]
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -123,11 +137,11 @@ def mapping_sheet(values: Mapping[str, Any], title: str = "", lines: Sequence[st
 def methods_sheet(methods: Sequence[Any], kind: str = "method") -> Sheet:
     """Return the table of methods, or of another kind that has names and summaries, given their classes."""
     rows = [(method.name, method.summary) for method in methods]
-    return Sheet("", (kind, "what it does"), rows, [f"fastfip {kind}s NAME shows the settings of one"])
+    return Sheet("", (kind, "what it does"), rows, [f"fastfip {kind}s NAME shows the settings of one"], COLUMNS)
 
 
 def settings_sheet(method: Any) -> Sheet:
-    """Return the table of a method's settings: name, default, type and range, meaning."""
+    """Return the table of a method's settings: name, default, meaning with type and range; 80 columns wide."""
     import dataclasses
 
     rows = []
@@ -136,10 +150,10 @@ def settings_sheet(method: Any) -> Sheet:
         default = getattr(values, item.name)
         default = "none" if default is None else str(default)
         rule = item.metadata
-        bounds = [f"{sign} {rule[name]:g}" for name, sign in _BOUNDS if rule.get(name) is not None]
+        bounds = [f"{sign}{rule[name]:g}" for name, sign in _BOUNDS if rule.get(name) is not None]
         kind = str(item.type).replace("Literal[", "").replace("]", "").replace(" | None", "")
-        rows.append((item.name, default, ", ".join([kind, *bounds]), str(rule.get("help", ""))))
-    return Sheet(f"{method.name}: {method.summary}", ("setting", "default", "values", "meaning"), rows)
+        rows.append((item.name, default, f"{rule.get('help', '')} ({', '.join([kind, *bounds])})"))
+    return Sheet(f"{method.name}: {method.summary}", ("setting", "default", "meaning (values)"), rows, width=COLUMNS)
 
 
 _BOUNDS = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
@@ -158,7 +172,7 @@ def show(what: Any, stream: TextIO | None = None) -> None:
 
 def to_json(values: Any, indent: int | None = 2) -> str:
     """Return JSON text; numbers that are not finite become null, what JSON does not know becomes text."""
-    return json.dumps(_plain(values), indent=indent, allow_nan=False)
+    return json.dumps(plain(values), indent=indent, allow_nan=False)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -167,11 +181,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as what JSON knows: numbers that are not finite are None, what it does not know is text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -115,10 +115,24 @@ def test_figures_and_picture(audited, tmp_path):
     pytest.importorskip("matplotlib")
     figure = audited.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    titles = [axes.get_title() for axes in figure.axes]
-    assert len(figure.axes) == 16 and titles[0].startswith("class 0: ")
-    shown = figure.axes[0].images[0].get_array()
-    assert shown.shape == (16, 16) and float(shown[14:, 14:].mean()) > 0.6 > float(shown[:8, :8].mean())  # the trigger
+    pictures = [axes for axes in figure.axes if axes.get_title()]
+    assert len(pictures) == 16 and pictures[0].get_title().startswith("class 0: ")
+    assert pictures[0].get_title().endswith(" pixels") and pictures[0].get_xlabel().startswith("sends 9")
+    (drawn,) = pictures[0].images
+    shown, bound = drawn.get_array(), drawn.norm.vmax
+    assert shown.shape == (16, 16) and float(abs(shown).max()) == pytest.approx(bound) == -drawn.norm.vmin
+    assert float(shown[14:, 14:].mean()) > 0.2 * bound > float(shown[:8, :8].mean())  # the trigger
+    assert len(figure.axes) == 32  # a key beside each of them
+    assert "in the units of the inputs" in figure.get_supxlabel()
+
+
+def test_the_report_has_the_changes_as_pictures(audited, tmp_path):
+    audited.report(tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert text.count("<img ") == 20 and "Smallest patch change towards class 0 on the received model" in text
+    assert "class 0 flagged" in text and "Re-tuning test" in text and "positions covered" in text
+    found = audited.document()["received"]["pictures"][0]
+    assert found["label"] == TARGET and found["size"] == float(audited.received.inverted[found["form"]].size[TARGET])
 
 
 def test_nothing_is_changed_and_a_seed_is_a_result():

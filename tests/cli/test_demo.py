@@ -30,8 +30,10 @@ def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "train_backdoored", lambda *args: demo.digit_net())
     found = demo.run_demo(tmp_path / "out", method="fine_tune", epochs=1, progress=False)
-    assert [path.name for path in found.files] == ["demo.png", "demo.json"]
+    assert [path.name for path in found.files] == ["demo.png", "demo.json", "report.html"]
     assert found.files[0].stat().st_size > 20_000
+    page = found.files[2].read_text()
+    assert "<h1>Purification report</h1>" in page and "fastfip demo" in page
     values = json.loads(found.files[1].read_text())
     assert values["settings"]["clean_samples"] == 70 and values["after"]["asr"] is not None
     assert all(value > 0 for value in found.lambda_max) and values["lambda_max"] == list(found.lambda_max)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fastfip.cli import app, main, options
+from fastfip.cli import app, image_options, main, options
 from fastfip.data.scaling import STATISTICS
 from tests.support.command_line import NET, PURIFY, TRIGGER, fails, work
 
@@ -49,9 +49,12 @@ def test_the_mapping_of_classes_is_printed_and_written_to_the_report(folders, ca
 
 def test_a_name_stands_for_mean_and_std_unless_the_other_is_given():
     mean, std = STATISTICS["imagenet"]
-    made = [options.pixels(*pair, None, None) for pair in (("imagenet", None), (None, "ImageNet"), ("imagenet", "0.5"))]
+    made = [
+        image_options.pixels(*pair, None, None)
+        for pair in (("imagenet", None), (None, "ImageNet"), ("imagenet", "0.5"))
+    ]
     assert [(p.mean, p.std) for p in made] == [(mean, std), (mean, std), (mean, (0.5,))]
-    assert options.pixels("0.5", None, None, None).std == ()
+    assert image_options.pixels("0.5", None, None, None).std == ()
 
 
 def test_options_that_make_no_sense(work, capsys):

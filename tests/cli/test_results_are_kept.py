@@ -77,7 +77,7 @@ def test_a_limit_of_the_system_on_the_size_of_files(work):
 
 def test_a_report_that_cannot_be_written_is_an_error(work, capsys, monkeypatch):
     real = fastfip.checkpoint.save.replacing
-    monkeypatch.setattr("fastfip.checkpoint.replacing", lambda path: real(Path("gone") / path))
+    monkeypatch.setattr("fastfip.reporting.table.replacing", lambda path: real(Path("gone") / path))
     monkeypatch.setattr(tempfile, "tempdir", str(work / "gone too"))
     assert main([*PURIFY, *STEP, "--report", "r.json"]) == 4
     assert "r.json: cannot be written" in capsys.readouterr().err

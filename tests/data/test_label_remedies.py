@@ -44,6 +44,6 @@ def test_labels_of_tokens_and_pixels_name_the_loss(shape, dtype):
         (torch.rand(3, 8, 8), 1),
     ],
 )
-def test_a_list_of_samples_is_no_list_of_batches(sample):
-    with pytest.raises(DataError, match="pass batches, or a Dataset"):
-        next(iter_batches([sample] * 3, Task()))
+def test_a_list_of_samples_is_put_into_batches(sample):
+    (batch,) = iter_batches([sample] * 3, Task())
+    assert Task().labels(batch).shape == (3,) and Task().inputs(batch).shape[0] == 3

@@ -74,3 +74,11 @@ def test_entries_that_lie_are_refused_by_their_names(tmp_path):
     assert "\x1b" not in str(error.value)
     with pytest.raises(DataError, match=r"a\.zip:dog/text\.png: cannot be read as an image"):
         images.batch([1])
+
+
+def test_a_forked_process_opens_the_zip_anew(tmp_path, monkeypatch):
+    source = load(packed(folders(tmp_path / "images"), tmp_path / "images.zip")).source
+    mine = source._archive()
+    assert source._archive() is mine
+    monkeypatch.setattr("os.getpid", lambda: -1)  # its place in the file would be shared with the other process
+    assert source._archive() is not mine

@@ -94,6 +94,36 @@ def test_purification_works_or_is_one_line(setting):
         fastfip.purify(model, (x, y), "fast_wfip", steps=2, progress=False, force=True)
 
 
+class Checkpointed(Net):
+    """As models of libraries do it, where `reentrant` is not None."""
+
+    reentrant = None
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return super().forward(x)
+        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("method", ["fast_wfip", "fisher_steps"])
+def test_plain_gradient_checkpointing_changes_no_purification(method):
+    torch.manual_seed(0)
+    net, data = Checkpointed().double(), (torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3)
+    plain = fastfip.purify(net, data, method, steps=2, progress=False, force=True).state_dict()
+    net.reentrant = False
+    result = fastfip.purify(net, data, method, steps=2, progress=False, force=True)
+    torch.testing.assert_close(result.state_dict(), plain)
+    assert not torch.equal(plain["head.weight"], net.head.weight) and result.model.reentrant is False
+
+
+def test_checkpoints_that_are_reentrant_are_one_line_that_says_so():
+    net, data = Checkpointed(), (torch.randn(N, 4), torch.arange(N) % 3)
+    net.reentrant = True
+    with pytest.raises(ModelError, match="give it use_reentrant=False, or take fine_tune"):
+        fastfip.purify(net, data, "fisher_steps", steps=2, progress=False, force=True)
+    assert fastfip.purify(net, data, "fine_tune", steps=2, progress=False, force=True).history
+
+
 def test_a_fault_of_the_models_own_is_not_taken_for_one_of_checkpointing():
     def broken(h):
         raise ValueError("mine")

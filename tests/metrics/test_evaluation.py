@@ -24,6 +24,17 @@ def saying(answers):
     return torch.tensor(answers, dtype=torch.float32).view(-1, 1, 1, 1)
 
 
+def test_right_answers_are_counted_by_class():
+    """Over batches, and only of classes that have samples; nothing where there are no classes."""
+
+    x, y = torch.tensor([0, 0, 1, 3, 3, 3])[:, None].float(), torch.tensor([0, 1, 1, 3, 3, 0])
+    found = evaluate(Says(), [(x[:4], y[:4]), (x[4:], y[4:])])
+    assert found.per_class == ((0, 1, 2), (1, 1, 2), (3, 2, 2)) and found.acc == pytest.approx(4 / 6)
+    assert found.to_dict()["per_class"] == [[0, 1, 2], [1, 1, 2], [3, 2, 2]]
+    other = evaluate(nn.Linear(1, 5), [(x, torch.rand(6, 5))], loss=lambda out, batch: (out - batch[1]).square().sum(1))
+    assert other.per_class == ()
+
+
 def test_accuracy_and_loss_over_batches_of_any_size():
     x, y = saying([0, 1, 2, 3, 4, 0, 1]), torch.tensor([0, 1, 2, 3, 0, 1, 1])
     model = Says()

@@ -60,3 +60,14 @@ def test_it_is_audited(kind):
     model = net(kind)
     before = values(model)
     assert len(fastfip.audit(model, data(24), steps=2).table().rows) > 0 and same(values(model), before)
+
+
+def test_strides_of_sides_of_length_one_are_kept():
+    """They are contiguous in both layouts, and yet tell a convolution which of them its output has."""
+    convolutions = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    strides = [p.stride() for p in model.parameters()]
+    data = torch.rand(12, 3, 12, 12), torch.arange(12) % 3
+    for inplace in (False, True):
+        result = fastfip.purify(model, data, "fine_tune", steps=1, progress=False, inplace=inplace)
+        assert [p.stride() for p in result.model.parameters()] == strides

@@ -100,7 +100,7 @@ def test_a_generator_without_an_end_is_one_line(monkeypatch):
         fastfip.purify(net(), endless(), steps=2, progress=False)
     with pytest.raises(DataError, match="there was no end"):
         fastfip.purify(net(), (X, Y), steps=2, test_loader=endless(), progress=False)
-    monkeypatch.setattr(stores, "_half_of_memory", lambda: 10 * X.nbytes)
+    monkeypatch.setattr(stores, "half_of_memory", lambda: 10 * X.nbytes)
     with pytest.raises(DataError, match="10 batches"):
         fastfip.purify(net(), endless(), steps=2, progress=False)
     monkeypatch.setattr("fastfip.data.task.MOST_SAMPLES", 100)

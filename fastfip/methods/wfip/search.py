@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from fastfip.data.batch import Batch, take
+from fastfip.methods._found import keep_changes
 from fastfip.methods.base import Run
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.universal import Perturbations
@@ -69,6 +70,7 @@ def search(run: Run, batches: Iterator[Batch], first: Batch, radius_factor: floa
             perturbations.grow(GROWTH)
         perturbations.grow(radius_factor)
         run.log(radius=perturbations.relative_radius)
+        keep_changes(run, perturbations)
     return perturbations
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.cleanset import CleanSet
+from fastfip.methods._found import Thumbnails
 from fastfip.methods.base import Run
 
 __all__ = ["Sieve"]
@@ -59,9 +60,12 @@ class Sieve:
             return
         out = clean.subset(self.gone)
         right = []
+        pictures = Thumbnails(run)
         with run.eval_mode(), run.autocast():
             for batch in out.batches(device=run.device):
                 right.append((run.forward(batch).argmax(1) == run.task.labels(batch)).cpu())
+                pictures.add(batch, ~right[-1])
+        pictures.keep()
         self._set(self.gone[out.places()[~torch.cat(right)]])
 
     def say(self) -> None:

@@ -1,0 +1,1 @@
+"""Many purifications: a manifest of rows, a process for each, one file of results."""
