@@ -70,4 +70,5 @@ def test_a_killed_command_goes_on(work, capsys, monkeypatch):
     assert main(command) == 0 and not (work / "a.resume").exists()
     whole, out = load_checkpoint("whole.pth"), load_checkpoint("out.pth")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+    capsys.readouterr()
     assert "OUT and --resume are both" in fails(capsys, 2, *command[:-3], "out.pth", "--force")
