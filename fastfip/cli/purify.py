@@ -11,8 +11,9 @@ from fastfip.cli import options as o
 from fastfip.cli.errors import Interrupted, NotPurified, fail, undisturbed
 from fastfip.cli.maybe_clean import MaybeClean
 from fastfip.cli.opening import Opened, attack_in
-from fastfip.cli.outputs import check_file, check_outputs, inputs_of, kept
+from fastfip.cli.outputs import check_distinct, check_file, check_outputs, check_state, inputs_of, kept
 from fastfip.cli.reports import data_of, origin_of
+from fastfip.cli.together import together
 
 if TYPE_CHECKING:
     from fastfip.methods import MethodConfig
@@ -70,6 +71,17 @@ def purify(
             help="add the figures to a table of BackdoorBench's leaderboard, which is made if there is none",
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="FILE",
+            help="keep what a killed run needs to go on, and go on from it if it is there; removed at the end",
+        ),
+    ] = None,
+    resume_every: Annotated[
+        float, typer.Option("--resume-every", metavar="SECONDS", help="how often that file is written, at most")
+    ] = 60.0,
     force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
@@ -79,13 +91,15 @@ def purify(
     """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN.
 
     Without images (no --data) channels are pruned by their weights alone, or a method named runs on drawn images: it
-    removes less.
+    removes less. Under torchrun several processes share the work; the first of them speaks and writes.
     """
     out = default_out(source) if out is None else out
     inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config)
     check_outputs(source, out, report, force, inputs)
     if leaderboard is not None:
         _check_leaderboard(leaderboard, [source, *inputs])
+    check_state("--resume", resume, [source, *inputs])
+    check_distinct(("OUT", out), ("--report", report), ("--resume", resume))
     mixed = o.precision(amp)
     scores.check()
     shape = clean.check()
@@ -95,34 +109,40 @@ def purify(
     from fastfip.backdoorbench import leaderboard_rows, write_leaderboard
     from fastfip.errors import CheckpointError
     from fastfip.purification.purify import purify as clean_up
+    from fastfip.purification.resume import Resume
     from fastfip.reporting.table import show
 
     chosen = settings_of(method, config, settings or [])
-    opened = net.opened(source)
-    if leaderboard is not None and opened.attack is None:
-        raise fail("--leaderboard is for results of BackdoorBench: IN is none")
-    images = clean.load(opened.how, seed)
-    test, asr = scores.load(opened.how, opened.model, images, opened.attack)
-    result = clean_up(
-        opened.model,
-        net.batches(images),
-        method,
-        config=chosen,
-        epochs=epochs,
-        steps=steps,
-        seed=seed,
-        device=opened.where,
-        amp=mixed,
-        progress=o.progress(quiet),
-        test_loader=net.batches(test),
-        asr_loader=net.batches(asr),
-        measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
-        inplace=True,
-        force=ignore_fit,
-        input_shape=shape,
-        micro_batch=micro_batch,
-        memory=memory,
-    )
+    state = None if resume is None else Resume(resume, resume_every, keep=True)
+    with together(net) as first:
+        opened = net.opened(source)
+        if leaderboard is not None and opened.attack is None:
+            raise fail("--leaderboard is for results of BackdoorBench: IN is none")
+        images = clean.load(opened.how, seed)
+        test, asr = scores.load(opened.how, opened.model, images, opened.attack)
+        result = clean_up(
+            opened.model,
+            net.batches(images),
+            method,
+            config=chosen,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+            device=opened.where,
+            amp=mixed,
+            progress=o.progress(quiet),
+            test_loader=net.batches(test),
+            asr_loader=net.batches(asr),
+            measure=("acc", "asr", "fisher_trace") if fisher_trace else ("acc", "asr"),
+            inplace=True,
+            force=ignore_fit,
+            input_shape=shape,
+            micro_batch=micro_batch,
+            memory=memory,
+            resume=state,
+        )
+    if not first:
+        return
     result.notes += scores.unmeasured(opened.attack)
     if images is not None:
         result.notes += images.words()
@@ -142,6 +162,8 @@ def purify(
         if leaderboard is not None and opened.attack is not None and not (result.unchanged or result.interrupted):
             rows = leaderboard_rows(opened.attack, result.before, result.after, result.method)
             lost.append(kept(leaderboard, lambda path: write_leaderboard(path, rows)))
+        if state is not None and not (result.interrupted or any(lost)):
+            state.remove()
     if as_json:
         print(result.to_json())
     else:

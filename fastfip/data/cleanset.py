@@ -132,6 +132,22 @@ class CleanSet:
         out.binary = self.binary
         return out
 
+    @property
+    def index(self) -> Tensor:
+        """Return which of the samples that were given these are, [n]."""
+        return self._index
+
+    def chosen(self, index: Tensor) -> CleanSet:
+        """Return the subset whose `index` is this one.
+
+        Raises:
+            DataError: a sample is not in this set.
+        """
+        places = {number: place for place, number in enumerate(self._index.tolist())}
+        if not set(index.tolist()) <= set(places):
+            raise DataError("the clean samples are not those of the broken run")
+        return self.subset(torch.tensor([places[number] for number in index.tolist()], dtype=torch.int64, device="cpu"))
+
     def of_two_classes(self) -> CleanSet:
         """Return the set with labels 0 and 1 of whatever dtype, [N] or [N, 1], as class indices.
 
@@ -209,8 +225,14 @@ class CleanSet:
             smallest: samples that a batch has at least, if there are so many: a last batch of fewer is joined to the
                 one before it (BatchNorm in train mode needs 2).
         """
-        order = self.order(batch_size, shuffle=shuffle, generator=generator, smallest=smallest)
-        for batch in self._store.loader(order):
+        yield from self.walk(self.order(batch_size, shuffle=shuffle, generator=generator, smallest=smallest), device)
+
+    def walk(self, order: list[list[int]], device: torch.device | str | None = None) -> Iterator[Batch]:
+        """Return the batches that an order names, which `order` made; what a loader draws to begin is drawn at once."""
+        return self._walked(iter(self._store.loader(order)), device)
+
+    def _walked(self, batches: Iterator[Batch], device: torch.device | str | None) -> Iterator[Batch]:
+        for batch in batches:
             yield move_to(self._given(batch), device)
 
     def order(

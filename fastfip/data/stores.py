@@ -124,10 +124,10 @@ class Live:
     def loader(self, order: Iterable[list[int]]) -> Iterable[Batch]:
         """Return the batches of this order, loaded with the user's settings; damaged files are named."""
         order = list(order)
-        return self._told(self._fresh(order) if self.user.num_workers == 0 else self._by_workers(order), order)
+        # Begun at once: a loader draws from the global generator to begin (`CleanSet.walk`).
+        return self._told(iter(self._fresh(order)) if self.user.num_workers == 0 else self._by_workers(order), order)
 
-    def _told(self, batches: Iterable[Batch], order: list[list[int]]) -> Iterator[Batch]:
-        walk = iter(batches)
+    def _told(self, walk: Iterator[Batch], order: list[list[int]]) -> Iterator[Batch]:
         for number, places in enumerate(order, 1):
             try:
                 batch = next(walk)

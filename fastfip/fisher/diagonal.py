@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ def fisher_diagonal(
     device: torch.device | str | None = None,
     progress: bool | Callable[[str], None] = False,
     backend: str = "auto",
+    group: Any = None,
 ) -> FisherDiagonal:
     """Return the diagonal of the Fisher information, exact for every parameter: mean_n (d log p(y_n|x_n) / d theta)^2.
 
@@ -71,13 +73,16 @@ def fisher_diagonal(
         device: where the batches go; None: where the model is.
         progress: show a bar on stderr; a function gets lines instead (every tenth, or 30 seconds).
         backend: of the products (`fastfip.ops`): "auto", or the name of one.
+        group: processes that each give a part of the data, such as a DistributedSampler's: a torch.distributed group,
+            or "auto" for the default one. Every process gets the mean over the samples of all of them, whatever the
+            lengths of the parts. With kind="mc" each draws labels of its own. None: this process alone.
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
             buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters.
         DataError: data that cannot be used, labels that do not fit the outputs.
         ConfigError: an unknown kind or likelihood, or options that exclude each other.
-        BackendError: the backend asked for cannot run here.
+        BackendError: the backend asked for cannot run here; a process of the group failed.
 
     Source: the retainer of FIP (arXiv 2409.00863) and NGF (arXiv 2306.17441); the Fisher by labels drawn from the
     model: Kunstner et al. 2019 (arXiv 1905.12558).
@@ -95,19 +100,33 @@ def fisher_diagonal(
     device = next(iter(chosen.values())).device if device is None else device
     generator = torch.Generator().manual_seed(seed)
     measure = BatchMeasure(model, temperature, chosen, total)
-    for batch in _bar(iter_batches(data, task, device), data, progress):
-        with naming_precision(chosen.values(), batch):
-            if first:
-                task, first = fit_for_fisher(model, task, batch, takes_logits), False
-            logits = measure.forward(task, batch)
-        samples = logits.shape[0]
-        for one in labels.passes(task, batch, logits, generator):
-            samples = measure.add(logits, one)
-        count += samples
-        del logits, one  # with the graph, before the next batch
+    with _together(group, chosen) as ranks:
+        if ranks is not None and ranks.rank:
+            generator.manual_seed(seed + ranks.rank * 1_000_003)
+        for batch in _bar(iter_batches(data, task, device), data, progress):
+            with naming_precision(chosen.values(), batch):
+                if first:
+                    task, first = fit_for_fisher(model, task, batch, takes_logits), False
+                logits = measure.forward(task, batch)
+            samples = logits.shape[0]
+            for one in labels.passes(task, batch, logits, generator):
+                samples = measure.add(logits, one)
+            count += samples
+            del logits, one  # with the graph, before the next batch
+        if ranks is not None:
+            count = ranks.mean_(list(total.out.values()), count, "fisher")
+            return FisherDiagonal(total.out, total.coverage, count, kind)
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)
+
+
+def _together(group: Any, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+    if group is None:
+        return contextlib.nullcontext()
+    from fastfip.nets.ranks import Ranks
+
+    return Ranks.of(group, params.values(), "fisher_diagonal")
 
 
 def smoothed(task: Task, label_smoothing: float) -> Task:

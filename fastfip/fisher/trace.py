@@ -195,6 +195,7 @@ def fisher_trace(
     forward: Callable[[nn.Module, Batch], Tensor] | None = None,
     params: Params = None,
     create_graph: bool | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Return Tr(F) of a batch, mean_n ||grad log p(y_n|x_n)||^2 over the parameters: a differentiable scalar.
 
@@ -212,6 +213,10 @@ def fisher_trace(
         forward: `forward(model, batch) -> logits`, with batch = (x, y).
         params: names of parameters (or name -> leaf tensor); None: all that require a gradient.
         create_graph: whether the result is to be differentiated; None: if gradients are enabled.
+        group: processes that each give a batch of their own, of any length: a torch.distributed group, or "auto" for
+            the default one. Every process gets the trace over all of these samples; the mean over the processes of the
+            gradients that it has there, which DistributedDataParallel and FSDP take, is the gradient of that trace.
+            None: this process alone.
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
@@ -223,4 +228,11 @@ def fisher_trace(
     Source: the trace term of FIP (arXiv 2409.00863); docs/trace.md for the three ways to its gradient.
     """
     batch = x if y is None else (x, y)
-    return trace_and_logits(model, batch, Task.of(forward, loss), params=params, create_graph=create_graph).trace
+    task = Task.of(forward, loss)
+    if group is None:
+        return trace_and_logits(model, batch, task, params=params, create_graph=create_graph).trace
+    from fastfip.nets.ranks import Ranks
+
+    with Ranks.of(group, model.parameters(), "fisher_trace") as ranks:
+        out = trace_and_logits(model, batch, task, params=params, create_graph=create_graph)
+        return out.trace if ranks is None else ranks.mean_of(out.trace, len(out.losses))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, take
+from fastfip.errors import ConfigError
 from fastfip.methods.base import Run
 from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
 from fastfip.worst_case.pixels import perturbable
@@ -45,7 +46,7 @@ def inputs_of(run: Run, most_bytes: int) -> tuple[list[Tensor], str]:
 
 def worst_case(run: Run, inputs: list[Tensor], radius: float) -> Perturbations:
     """Return perturbations of the inputs, to be improved: one for each class, or a few where there are no classes."""
-    return _in_parts(run, Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius))
+    return _in_parts(run, Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius, ranks=run.ranks))
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
@@ -53,7 +54,14 @@ def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
 
     Returns:
         None where it looks up none, or where what is written there does not reach its outputs (compiled code).
+
+    Raises:
+        ConfigError: several processes share each batch, of which each sees a part of the tokens only.
     """
+    if run.ranks is not None:
+        raise ConfigError(
+            "the worst case of token ids is looked for by one process: pass group=None, or weight=0 to do without it"
+        )
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
     with run.eval_mode():
         found = TokenPlace.of(run.model, run.forward, batches, run.generator)
@@ -74,6 +82,7 @@ def _in_parts(run: Run, worst: Perturbations) -> Perturbations:
 @torch.no_grad()
 def _reaches(run: Run, place: TokenPlace, like: Tensor, batch: Batch) -> bool:
     """Return whether vectors of other tokens in their place change the answers."""
+    batch, _ = next(run.parts(batch))  # what is written over goes through the model in one pass
     with run.eval_mode():
         plain = run.forward(batch)
         used = like[torch.arange(run.task.size(batch), device=like.device) % len(like)]

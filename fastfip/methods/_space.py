@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, take
+from fastfip.errors import ConfigError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import keeping_activations, readable
@@ -83,6 +84,7 @@ class Weights(Space):
         self.names, self.tensors = list(tuned), list(tuned.values())
         self.penalty: FisherPenalty | None = None
         self.twin: nn.Module | None = None
+        self.signs: Tensor | None = None  # state of the penalty's generator, where a broken run goes on
 
     def keep_received(self, run: Run) -> None:
         """Keep the model as it is now; the received weights are not copied where somebody has them."""
@@ -106,12 +108,19 @@ class Weights(Space):
         """Return the trace over all weights, its gradient by the way of the settings (`FisherPenalty`)."""
         if self.penalty is None:
             way: Any = getattr(run.config, "trace_way", "auto")
+            if run.ranks is not None:  # the other ways draw for a batch as a whole
+                if way not in ("auto", "exact"):
+                    raise ConfigError(f"trace_way={way!r} works in one process: take 'exact', or group=None")
+                way = "exact"
             task = run.task
             self.penalty = FisherPenalty(
                 run.model, way, self.names, forward=task.forward_hook, loss=task.loss_hook, seed=run.seed
             )
+            if self.signs is not None:
+                self.penalty._generator.set_state(self.signs.cpu())
+        mine, weight = _mine(run, batch)
         with run.eval_mode():
-            trace = self.penalty(batch)
+            trace = run.total(self.penalty(mine) * weight)
         run.note(f"gradient of the Fisher trace: {self.penalty.way}, {self.penalty.reason}")
         return trace
 
@@ -203,17 +212,19 @@ class Spectral(Space):
         batches, kind = _samples(run, kind, run.generator)
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in batches:
+                batch, counts = _labelled(run, batch, kind, run.generator)
                 # A checkpointed block that is computed again would be so without the record.
                 with recording(self.shifts) as record, readable(run.model), keeping_activations():
-                    logits = run.task.forward(run.model, batch)
-                    if kind == "mc":
+                    logits = run.alone.forward(run.model, batch)
+                    if kind == "mc" and run.ranks is None:
                         batch = run.task.relabel(batch, draw_labels(logits, run.generator))
                     losses = run.task.loss(logits, batch)
                 for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
-                    total += each.detach().pow(2).sum(0).to(total.dtype)
-                count += len(losses)
+                    total += each.detach().pow(2).sum(0).to(total.dtype) * counts
+                count += len(losses) * counts
                 del record, logits, losses, each  # with the graph, before the next batch
         self.shifts.remove()
+        count = run.sum_over_ranks(sums, count)
         squares = [total / count for total in sums]
         if self.affine:
             diagonal = _diagonal(run, kind, self.affine)
@@ -225,15 +236,15 @@ class Spectral(Space):
 
         Between `begin` and `end`, as its backward pass has to be.
         """
+        mine, weight = _mine(run, batch)
         with run.eval_mode(), recording(self.shifts) as record:
             with readable(run.model, second_order=True):
-                logits = run.task.forward(run.model, batch)
-            losses = run.task.loss(logits, batch)
+                losses = run.task.loss(run.alone.forward(run.model, mine), mine)
             each = delta_gradients(self.shifts, record, losses, create_graph=True)
             total = sum((d.pow(2).flatten(1).sum(1) for d in each), start=torch.zeros_like(losses))
             if self.affine_tensors:
                 total = total + squared_norms(losses, dict(zip(self.affine, self.affine_tensors)))
-        return total.mean()
+        return run.total(total.mean() * weight)
 
     def leave(self, fold: bool) -> None:
         """Fold W(delta) into the weights, or only take it out."""
@@ -281,6 +292,8 @@ def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batc
 def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
     data, kind = _samples(run, kind, torch.Generator().manual_seed(run.seed))  # the seed of `fisher_diagonal`'s own
     with run.eval_mode(), requires_grad(run.model.parameters(), True):
+        if run.ranks is not None:
+            return _diagonal_over_ranks(run, kind, names)
         return fisher_diagonal(
             run.model,
             data,
@@ -292,6 +305,44 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
         )
 
 
+def _diagonal_over_ranks(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
+    task, generator = run.task, torch.Generator(device="cpu").manual_seed(run.seed)
+    labelled = [_labelled(run, batch, kind, generator) for batch in _first(run)]
+    own = [batch for batch, counts in labelled if counts]
+    count = sum(task.size(batch) for batch in own)
+    params = dict(run.model.named_parameters())
+    out = {name: torch.zeros_like(params[name]) for name in names}
+    if own:
+        mean = fisher_diagonal(run.model, own, forward=task.forward_hook, loss=task.loss_hook, params=names)
+        out = {name: mean[name] * count for name in names}
+    total = run.sum_over_ranks(list(out.values()), count)
+    return {name: value.div_(total) for name, value in out.items()}
+
+
+def _labelled(run: Run, batch: Batch, kind: Kind, generator: torch.Generator) -> tuple[Batch, int]:
+    """Return this rank's rows of a batch, and whether they count; one process alone has the batch as it is.
+
+    For "mc" labels are drawn for the whole batch, of which each rank takes its own, so that all draw alike. A batch of
+    fewer samples than there are ranks is rank 0's.
+    """
+    ranks = run.ranks
+    if ranks is None:
+        return batch, 1
+    if kind == "mc":
+        with torch.no_grad():
+            batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
+    whole = ranks.rows(run.task.size(batch)) is None
+    return run.mine(batch), int(ranks.first or not whole)
+
+
+def _mine(run: Run, batch: Batch) -> tuple[Batch, float]:
+    """Return this rank's rows of a batch, and their share of it: the shares of all ranks add up to one."""
+    if run.ranks is None:
+        return batch, 1.0
+    mine, n = run.mine(batch), run.task.size(batch)
+    return mine, 1 / run.ranks.world if run.ranks.rows(n) is None else run.task.size(mine) / n
+
+
 class SpaceMethod(Method):
     """A method that moves in a space; every parameter, unless `make_space` says otherwise."""
 
@@ -299,6 +350,10 @@ class SpaceMethod(Method):
 
     def setup(self, run: Run) -> None:
         """Make the space."""
+        self.space = self.make_space(run)
+
+    def reenter(self, run: Run) -> None:
+        """Make the space anew."""
         self.space = self.make_space(run)
 
     def make_space(self, run: Run) -> Space:

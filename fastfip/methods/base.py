@@ -38,9 +38,21 @@ class Method(ABC):
     lends_weights: ClassVar[bool] = False
     #: Whether `backward`, where it is the method's own, takes its batch in parts (`Run.parts`).
     takes_parts: ClassVar[bool] = False
+    #: Whether several processes may share each batch: what it draws comes from `run.generator`, its passes go through
+    #: `run.task` and `run.backward`, and what else it makes of samples is summed over `run.ranks`.
+    over_ranks: ClassVar[bool] = False
+    #: Names of the attributes that a broken run needs to go on, beside what the loop keeps and what `reenter` makes
+    #: anew; None: such a run cannot go on.
+    keeps: ClassVar[tuple[str, ...] | None] = None
 
     def setup(self, run: Run) -> None:  # noqa: B027 (most methods need none)
         """Prepare: the Fisher diagonal, the SVD. The model is in eval mode; `requires_grad` is as the user left it."""
+
+    def reenter(self, run: Run) -> None:  # noqa: B027
+        """Do the part of `setup` that follows from the received model alone, where a broken run goes on.
+
+        The attributes in `keeps` are set afterwards.
+        """
 
     @abstractmethod
     def parameter_groups(self, run: Run) -> Groups:
@@ -74,7 +86,7 @@ class Method(ABC):
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """Return the scalar that is minimised: by default the mean clean loss."""
-        return run.loss(run.forward(batch), batch).mean()
+        return run.losses(batch).mean()
 
     def after_step(self, run: Run) -> None:  # noqa: B027
         """Do what follows the optimiser's step: clipping, projections, a schedule of its own."""
@@ -93,9 +105,9 @@ class Method(ABC):
         total, right, count = 0.0, 0.0, 0
         with run.eval_mode():
             for batch in clean.batches(device=run.device):
+                count += run.task.size(batch)
                 logits = run.forward(batch)  # without gradients: in parts where the run has them
                 total += float(run.task.loss(logits, batch).sum())
-                count += run.task.size(batch)
                 if run.classes is not None:
                     right += float((logits.argmax(1) == run.task.labels(batch)).sum())
         out = {"score": total / count}

@@ -24,6 +24,8 @@ class FineTune(Method):
     name = "fine_tune"
     summary = "plain fine-tuning of every parameter on the clean samples"
     Config = FineTuneConfig
+    over_ranks = True
+    keeps = ()
 
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""

@@ -12,8 +12,7 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
-these kept backdoors and saved no accuracy.
-docs/purification.md has the evidence.
+these kept backdoors and saved no accuracy. docs/purification.md has the evidence.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
-from fastfip.methods._relative import RelativeSGD, fisher_length
+from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
 from fastfip.methods._search import (
     SEARCH_BATCH,
     at_least,
@@ -140,6 +139,9 @@ class FisherSteps(Method):
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
     takes_parts = True
+    over_ranks = True
+    keeps = ("sparse", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
+             "latest", "mean_loss", "taken_back")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
@@ -159,7 +161,7 @@ class FisherSteps(Method):
         config = self.config(run)
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
         if self.sparse and config.length is not None:
-            config = run.config = _gentle(config)
+            config = run.config = gentle(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
             run.alert(
                 f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
                 "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
@@ -369,9 +371,3 @@ def _received(run: Run) -> dict[str, Tensor]:
         name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
         for name, p in named.items()
     }
-
-
-def _gentle(config: FisherStepsConfig) -> FisherStepsConfig:
-    """Return settings for very few clean samples a class, in the place of those that are the defaults."""
-    usual, less = type(config)(), {"length": SPARSE_LENGTH, "steps": SPARSE_STEPS, "bn_mode": "eval"}
-    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})

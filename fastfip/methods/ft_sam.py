@@ -70,6 +70,8 @@ class FTSAM(Method):
     name = "ft_sam"
     summary = "FT-SAM: fine-tuning of every parameter with adaptive sharpness-aware minimisation"
     Config = FTSAMConfig
+    over_ranks = True
+    keeps = ("rho",)
 
     rho: float
 
@@ -92,6 +94,7 @@ class FTSAM(Method):
         """Take the gradient at w + eps; the weights themselves are bit by bit as they were afterwards."""
         values = super().backward(run, batch)
         tuned: list[Tensor] = [p for p in self.tensors if p.grad is not None]
+        run.share(tuned)
         gradients = [p.grad for p in tuned if p.grad is not None]
         steps = adaptive_perturbation(tuned, gradients, self.rho, run.config.eta)  # type: ignore[attr-defined]
         if steps is None:

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ from fastfip.methods.config import MethodConfig
 from fastfip.nets.checks import check_amp
 from fastfip.nets.state import eval_mode, training_flags
 
-__all__ = ["Run", "autocast_dtype"]
+if TYPE_CHECKING:
+    from fastfip.nets.ranks import Ranks
+
+__all__ = ["Endless", "Run", "autocast_dtype"]
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Run:
         received: name -> value of the received model's parameters and buffers; nobody writes to them.
         micro_batch: samples that go through the model together where a graph is kept (see `parts`); None: all.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
+        ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
+            returns the outputs of all, and gradients have to be summed (`share`).
         notes: what it should say as well. seconds: time by purpose, see `timed`.
         inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
     """
@@ -82,6 +87,7 @@ class Run:
     inputs: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
+    ranks: Ranks | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
     _inner: list[float] = field(default_factory=list, repr=False)
 
@@ -186,16 +192,50 @@ class Run:
             count = min(count, max(1, n // 2))
         return torch.arange(n, device="cpu").tensor_split(count)
 
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the loss of each sample [N] as the model is set now, with the config's label smoothing."""
+        if self.ranks is None:
+            return self.loss(self.forward(batch), batch)
+        return self.task.losses(self.model, batch, self.loss)  # type: ignore[attr-defined]
+
+    @property
+    def alone(self) -> Task:
+        """Return the task of this process alone, also where several share each batch."""
+        return self.task if self.ranks is None else Task(self.task.forward_hook, self.task.loss_hook)
+
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        # What a checkpoint computes anew in the backward pass needs BatchNorm as it was.
+        with contextlib.nullcontext() if self.ranks is None else self.ranks.norms():
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def endless(self) -> Iterator[Batch]:
+    def share(self, tensors: list[Tensor]) -> None:
+        """Sum the gradients of tensors over the ranks, in one piece; one process alone has nothing to share."""
+        if self.ranks is not None:
+            self.ranks.sum_([t.grad for t in tensors if t.grad is not None], "gradients")
+
+    def mine(self, batch: Batch) -> Batch:
+        """Return this rank's rows of a batch: all of them in a process alone, and where there are fewer than ranks."""
+        return batch if self.ranks is None else self.task.mine(batch)  # type: ignore[attr-defined]
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return the sum over the ranks of a scalar made of each one's own rows, differentiable in these."""
+        return part if self.ranks is None else self.ranks.total(part)
+
+    def sum_over_ranks(self, sums: list[Tensor], count: int) -> int:
+        """Sum what each rank has added up of its own samples, in place; return how many samples there were in all."""
+        if self.ranks is None:
+            return count
+        self.ranks.sum_(sums, "fisher")
+        return round(self.ranks.number(count))
+
+    def once(self, term: Tensor) -> Tensor:
+        """Return a term of the loss that needs no sample, so that `share` counts its gradient once."""
+        return term if self.ranks is None else self.ranks.once(term)
+
+    def endless(self) -> Endless:
         """Walk the clean samples again and again, shuffled, in batches of the config's size."""
-        while True:
-            yield from self.clean.batches(
-                self.config.batch_size, shuffle=True, generator=self.generator, device=self.device
-            )
+        return Endless(self)
 
     # -------------------- train and eval
 
@@ -232,6 +272,31 @@ class Run:
     def eval_mode(self) -> contextlib.AbstractContextManager[nn.Module]:
         """Set the whole model to eval mode for a block."""
         return eval_mode(self.model)
+
+
+class Endless:
+    """A walk over the clean samples without an end.
+
+    Attributes:
+        clean: the set of the present pass. rest: its batches that are still to come, as `CleanSet.order` names them.
+    """
+
+    def __init__(self, run: Run, clean: CleanSet | None = None, rest: list[list[int]] | None = None) -> None:
+        self.run, self.clean, self.rest = run, run.clean if clean is None else clean, rest or []
+        self._batches = self.clean.walk(self.rest, run.device) if self.rest else iter(())
+
+    def __iter__(self) -> Endless:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self.rest:
+            run = self.run
+            self.clean = run.clean
+            self.rest = self.clean.order(run.config.batch_size, shuffle=True, generator=run.generator)
+            self._batches = self.clean.walk(self.rest, run.device)
+        batch = next(self._batches)
+        self.rest = self.rest[1:]
+        return batch
 
 
 def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:

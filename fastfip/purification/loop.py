@@ -1,7 +1,7 @@
 """The one loop that every method runs in.
 
-It owns what no method should decide for itself: the order of the batches, the schedule of the step size, clipping,
-mixed precision, which epoch is kept, stopping early, Ctrl-C and losses that are not finite.
+It owns what no method decides for itself: order of batches, schedule of the step size, clipping, mixed precision, which
+epoch is kept, stopping early, Ctrl-C and losses that are not finite.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fastfip.methods.base import Groups, Method
 from fastfip.methods.run import Run
 from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
+
+if TYPE_CHECKING:
+    from fastfip.purification.resume import Resume
 
 __all__ = ["Run", "fit", "learning_rate"]
 
@@ -38,6 +41,7 @@ def fit(
     method: Method,
     progress: bool | Callable[[str], None] | None = None,
     callbacks: Iterable[Callback | Callable[[Run, Record], bool | None]] | None = (),
+    resume: Resume | None = None,
 ) -> list[Record]:
     """Tune `run.model` by a method; afterwards it holds the state that was kept, folded back to plain weights.
 
@@ -55,6 +59,7 @@ def fit(
         method: an instance made for this run.
         progress: whether a bar is shown, or a function that gets lines; None: a bar where stderr is a terminal.
         callbacks: `Callback` objects or functions `f(run, record)` called after each epoch.
+        resume: where the state is kept now and then, and taken from at the start if it is there.
 
     Returns:
         The history: one dict for each epoch (epoch, step, lr, seconds, the means of what the method logged, the score).
@@ -67,13 +72,20 @@ def fit(
     run.model.eval()
     try:
         try:
-            method.setup(run)
+            broken = None if resume is None else resume.begin(run, method)
+            if broken is None:
+                method.setup(run)
         except KeyboardInterrupt:
+            if run.ranks is not None:  # the others know nothing of it: what they would keep is not this
+                raise
             run.interrupted = True
             run.note("interrupted before the first step: the model is as it was given")
             return history
         with _Tuned(run, method) as tuned:
-            _Loop(run, method, tuned, watchers, history).go()
+            loop = _Loop(run, method, tuned, watchers, history, resume)
+            if resume is not None and broken is not None:
+                resume.restore(loop, broken)
+            loop.go()
     finally:
         method.fold(run)
     return history
@@ -162,10 +174,11 @@ class _Diverged(_Stop):
 
 
 class _Loop:
-    def __init__(
-        self, run: Run, method: Method, tuned: _Tuned, watchers: list[Callback], history: list[Record]
-    ) -> None:
+    def __init__(self, run: Run, method: Method, tuned: _Tuned, watchers: list[Callback], history: list[Record],
+                 resume: Resume | None) -> None:  # fmt: skip
         self.run, self.method, self.tuned, self.watchers, self.history = run, method, tuned, watchers, history
+        self.resume = resume
+        self.rest: list[list[int]] | None = None  # batches of this pass that are still to come
         self.optimizer = method.make_optimizer(run, tuned.groups)
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.best: list[Tensor] | None = None
@@ -191,10 +204,11 @@ class _Loop:
             try:
                 for watcher in self.watchers:
                     watcher.on_start(run)
-                while run.step < run.total_steps:
-                    run.epoch += 1
+                while run.step < run.total_steps or self.rest is not None:
                     self.epoch()
             except KeyboardInterrupt:
+                if run.ranks is not None:
+                    raise
                 run.interrupted = True
                 run.note(f"interrupted in epoch {run.epoch} of {run.epochs}: {self.kept()}")
                 self.tuned.restore(self.good)
@@ -220,24 +234,10 @@ class _Loop:
 
     def epoch(self) -> None:
         run, config, start = self.run, self.run.config, time.perf_counter()
-        stop = False
         run.train_mode()
         with run.timed("train"):
-            batches = run.clean.batches(
-                config.batch_size,
-                shuffle=True,
-                generator=run.generator,
-                device=run.device,
-                smallest=self.smallest,
-            )
-            with contextlib.closing(batches):  # type: ignore[type-var]
-                clean = run.clean
-                for batch in batches:
-                    stop = self.step(self.augmented(batch)) or stop
-                    if stop or run.step >= run.total_steps or run.clean is not clean:
-                        break
-            if run.clean is not clean:  # the method left samples out: a pass over the others begins at once
-                run.epochs = run.epoch + math.ceil((run.total_steps - run.step) / self.steps_of_a_pass())
+            stop = self.walk()
+        self.rest = None
         record: Record = {
             **run.take_log(),
             "epoch": run.epoch,
@@ -256,10 +256,36 @@ class _Loop:
         self.history.append(record)
         for watcher in self.watchers:
             stop = bool(watcher.on_epoch(run, record)) or stop
-        if stop:
+        if self.agreed(stop):
             raise _Stop(f"stopped by a callback after epoch {run.epoch}")
         if config.patience is not None and self.since_best >= config.patience:
             raise _Stop(f"stopped after epoch {run.epoch}: no better held-out score in {self.since_best} scored epochs")
+
+    def walk(self) -> bool:
+        """Go through the samples once, or through the rest of a broken pass; whether a callback wants to stop."""
+        run, stop = self.run, False
+        if self.rest is None:
+            run.epoch += 1
+            self.rest = run.clean.order(
+                run.config.batch_size, shuffle=True, generator=run.generator, smallest=self.smallest
+            )
+        clean, batches = run.clean, run.clean.walk(self.rest, run.device)
+        if self.resume is not None:
+            self.resume.settle()
+        with contextlib.closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                stop = self.step(self.augmented(batch)) or stop
+                self.rest = self.rest[1:]
+                if run.clean is not clean:  # the method left samples out: a pass over the others begins at once
+                    run.epochs = run.epoch + math.ceil((run.total_steps - run.step) / self.steps_of_a_pass())
+                    self.rest = []
+                if stop or run.step >= run.total_steps:
+                    break
+                if self.resume is not None:
+                    self.resume.step(self)
+                if not self.rest:
+                    break
+        return stop
 
     def augmented(self, batch: Any) -> Any:
         run, how = self.run, self.run.config.augment
@@ -281,6 +307,7 @@ class _Loop:
             group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
         values = self.method.backward(run, batch)
+        run.share(self.dense())
         self.watch(values)
         if self.usable(values):
             if run.scaler is None:
@@ -295,7 +322,7 @@ class _Loop:
             self.bad()
         run.step += 1
         wishes = [bool(watcher.on_step(run, values)) for watcher in self.watchers]  # every one of them sees the step
-        return any(wishes)
+        return self.agreed(any(wishes))
 
     def usable(self, values: dict[str, float | Tensor]) -> bool:
         run, config = self.run, self.run.config
@@ -305,12 +332,21 @@ class _Loop:
             return True
         if run.scaler is not None:
             run.scaler.unscale_(self.optimizer)
-        for p in self.tuned.tensors:  # torch has no norm of sparse gradients
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
-        norm = nn.utils.clip_grad_norm_(self.tuned.tensors, config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.dense(), config.grad_clip)
         # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
         return run.scaler is not None or bool(torch.isfinite(norm))
+
+    def dense(self) -> list[Tensor]:
+        """Return what is tuned, its gradients no longer sparse: torch has no norm and no sum over ranks of such."""
+        if self.run.config.grad_clip is not None or self.run.ranks is not None:
+            for p in self.tuned.tensors:
+                if p.grad is not None and p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
+        return self.tuned.tensors
+
+    def agreed(self, stop: bool) -> bool:
+        """Return whether a callback wants to stop, on any rank."""
+        return stop if self.run.ranks is None else self.run.ranks.any(stop)
 
     def watch(self, values: dict[str, float | Tensor]) -> None:
         """End a run whose loss, finite yet, is beyond return."""

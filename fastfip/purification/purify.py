@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastfip.methods.overrides import Overrides
+    from fastfip.purification.resume import Resume
 
 __all__ = ["purify", "purify_"]
 
@@ -65,6 +67,9 @@ def purify(
     input_shape: tuple[int, int, int] | None = None,
     micro_batch: int | None = None,
     memory: int | str | None = None,
+    group: Any = "auto",
+    resume: str | os.PathLike[str] | Resume | None = None,
+    resume_every: float = 60.0,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -115,6 +120,14 @@ def purify(
         memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
             device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
+        group: the processes that share the work, see docs/distributed.md. "auto": those of the default group of
+            torch.distributed, if it is initialised: every one of them has to make the same call, and gets the same
+            result. None: this process alone. Or a process group.
+        resume: a file, such as "run.resume". What a killed run needs to go on is written there now and then; where the
+            file exists, the run goes on from it and ends with the weights that it would have ended with. It belongs to
+            this model, clean set, method, settings and seed, and is removed at the end. For the methods
+            `fisher_steps`, `fast_wfip`, `wfip`, `fast_fip`, `fip`, `fine_tune` and `ft_sam`.
+        resume_every: seconds between two writings of that file, at least.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -125,7 +138,8 @@ def purify(
             data and no BatchNorm.
         ModelError: a model that cannot be used, or a loss that is never finite.
         ConfigError: an unknown method or setting (the nearest is named), or a value out of its range.
-        BackendError: a device that is not here.
+        BackendError: a device that is not here; a process of the group that does not come, or that fails (nothing is
+            changed then).
     """
     start = time.perf_counter()
     few, seed = False, check_seed(seed)
@@ -161,6 +175,8 @@ def purify(
         measure=(measure,) if isinstance(measure, str) else tuple(measure),
         force=force,
         frozen=frozen,
+        group=_group_of(group),
+        resume=None if resume is None else _resume_of(resume, resume_every),
         notes=(FEW_SAMPLES,) if few else (),
         alerts=said,
         micro_batch=micro_batch,
@@ -177,6 +193,8 @@ def purify(
             moved = work.moved()
             result = work.finish(recipe.name)
             coverage = coverage_of(work, run, recipe.name, moved)
+            if options.resume is not None:
+                options.resume.finish(run)
         except BaseException as error:
             work.undo()
             if of_checkpointing(error):
@@ -209,6 +227,7 @@ def purify(
             "micro_batch": run.micro_batch,
             "inputs": run.inputs,
             "classes": run.classes,
+            **_ranks_of(run),
         },
         versions={
             "fastfip": fastfip.__version__,
@@ -223,6 +242,33 @@ def purify(
         coverage=coverage,
         found=run.found,
     )
+
+
+def _group_of(group: Any) -> Any:
+    alone = group is None or (isinstance(group, str) and group == "auto" and not _in_a_group())
+    if alone:
+        return None
+    from fastfip.nets.ranks import group_of
+
+    return group_of(group)
+
+
+def _resume_of(resume: Any, every: float) -> Resume:
+    from fastfip.purification.resume import Resume
+
+    return resume if isinstance(resume, Resume) else Resume(resume, every)
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _ranks_of(run: Run) -> dict[str, Any]:
+    if run.ranks is None:
+        return {}
+    from fastfip.purification.ranked import traffic
+
+    return {"ranks": traffic(run.ranks, run.step)}
 
 
 if TYPE_CHECKING:

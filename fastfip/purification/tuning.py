@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
 from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
+
+if TYPE_CHECKING:
+    from fastfip.purification.resume import Resume
 
 __all__ = ["MEASURES", "PurifyOptions", "coverage_of", "tune"]
 
@@ -63,6 +66,8 @@ class PurifyOptions:
     measure: tuple[str, ...]
     force: bool
     frozen: str
+    group: Any = None
+    resume: Resume | None = None
     notes: tuple[str, ...] = ()
     alerts: tuple[str, ...] = ()
     micro_batch: int | None = None
@@ -107,6 +112,14 @@ def tune(
     seed, config = options.seed, options.config
     work.to(device)
     model = work.model.eval()
+    ranks = None
+    if options.group is not None:
+        if options.in_parts:
+            raise ConfigError("micro_batch= and memory= are for one process: of several each has its rows of a batch")
+        from fastfip.purification.ranked import begin, clean_of_all, over_ranks
+
+        given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp}
+        ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device))
     with seeded(seed, device):
         data, answered = with_answers(model, options.clean_loader, options.task, device)
         if answered:
@@ -114,7 +127,7 @@ def tune(
                 "no labels were given: the received model's own answers were taken for them, so that its accuracy on "
                 "these samples says nothing, nor whether they are scaled as it expects"
             )
-        clean = CleanSet.of(data, options.task)
+        clean = CleanSet.of(data, options.task) if ranks is None else clean_of_all(data, options.task, ranks, notes)
         ends.callback(clean.close)
         inputs: dict[str, Any] = {}
         clean, task, classes = _probe(model, clean, options.task, device, notes, inputs)
@@ -127,7 +140,7 @@ def tune(
         notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
-        task=task,
+        task=task if ranks is None else over_ranks(task, ranks),
         clean=tuned,
         heldout=heldout,
         config=config,
@@ -139,6 +152,7 @@ def tune(
         seed=seed,
         notes=notes,
         alerts=list(options.alerts),
+        ranks=ranks,
         frozen=work.frozen(options.frozen == "keep"),
         received=work.received,
         micro_batch=options.micro_batch,
@@ -152,20 +166,25 @@ def tune(
         _in_parts(run, options)
         task = run.task
     with run.timed("evaluation"):
-        scorer = Scorer(run, work, options.test_loader, options.asr_loader, options.measure)
+        scorer = Scorer(run, task, work, options.test_loader, options.asr_loader, options.measure)
     with seeded(seed, device):
         before = scorer.measure()
+    progress = options.progress if ranks is None or ranks.first else False
     # Seeded anew, so that the weights do not depend on whether anything was measured.
     with seeded(seed, device), torch.autocast(device.type, enabled=False), _recurrent(model):
         if work.is_low_precision:
             in_full_precision(work, run)
-        history = fit(run, options.recipe(), options.progress, options.callbacks)
+        history = fit(run, options.recipe(), progress, options.callbacks, options.resume)
         work.to_own_dtype()
+        if ranks is not None:
+            ranks.settle([*work.model.parameters(), *work.model.buffers()])
         run.task = task
     try:
         with seeded(seed, device):
             after = scorer.measure()
     except KeyboardInterrupt:  # what was tuned must not be lost with the figures
+        if ranks is not None:
+            raise
         run.interrupted = True
         after = Evaluation(on=scorer.on, notes=("interrupted while measuring the purified model",))
     except (DataError, OSError) as error:  # nor with a stream that gives its samples once, or a file that is gone
@@ -258,12 +277,13 @@ class Scorer:
     def __init__(
         self,
         run: Run,
+        task: Task,
         work: WorkCopy,
         test_loader: Iterable[Batch] | None,
         asr_loader: Iterable[Batch] | None,
         measure: tuple[str, ...],
     ) -> None:
-        self.run, self.work, self.task, self.measured = run, work, run.task, measure
+        self.run, self.work, self.task, self.measured = run, work, task, measure
         self.test, self.asr = _walked_again(test_loader), _walked_again(asr_loader)
         if run.clean.binary and self.test is not None:
             self.test = [class_indices(batch) for batch in iter_batches(self.test, Task(loss_hook=run.task.loss))]
@@ -296,7 +316,8 @@ class Scorer:
                 forward=self.task.forward,
                 loss=self.task.loss_hook,
             )
-            return replace(measured, on=self.on, fisher_trace=self.trace() if self.sample else None)
+            measured = replace(measured, on=self.on, fisher_trace=self.trace() if self.sample else None)
+        return measured if run.ranks is None else run.ranks.from_first(measured)
 
     def trace(self) -> float | None:
         """Tr(F) of the empirical Fisher of all parameters, in eval mode; None and a note where it cannot be taken."""

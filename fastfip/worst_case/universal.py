@@ -17,6 +17,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from fastfip.worst_case.goals import Goal, TowardsClass
 from fastfip.worst_case.pixels import PixelRange, typical_norm
 from fastfip.worst_case.places import InputPlace, Place, TokenPlace
 from fastfip.worst_case.store import DeltaStore, row_norms
+
+if TYPE_CHECKING:
+    from fastfip.nets.ranks import Ranks
 
 __all__ = ["Perturbations"]
 
@@ -51,8 +55,9 @@ class GradientSums:
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
         """Add the gradients [n, *input] of the next n samples; what is not finite counts as zero."""
+        wide = torch.promote_types(gradient.dtype, torch.float32)
         place = self.place[self.seen : self.seen + len(gradient)]
-        self.total.index_add_(0, place, gradient.float().nan_to_num(0.0, 0.0, 0.0))
+        self.total = self.total.to(wide).index_add_(0, place, gradient.to(wide).nan_to_num(0.0, 0.0, 0.0))
         self.seen += len(gradient)
 
 
@@ -70,6 +75,7 @@ class Perturbations:
         outside: [K] classes whose perturbation rounding left a little longer than the bound: the next step shortens
             them as well, whatever classes it is for.
         together: samples of a pass of `improve`, at most; None: as many as have inputs of a few megabytes.
+        ranks: the processes that share each batch, if there are several: each has gradients for its own samples.
     """
 
     store: DeltaStore
@@ -82,6 +88,7 @@ class Perturbations:
     outside: Tensor
     history: list[tuple[float, list[float]]] = field(default_factory=list)
     together: int | None = None
+    ranks: Ranks | None = None
 
     @classmethod
     def of(
@@ -91,6 +98,7 @@ class Perturbations:
         generator: torch.Generator,
         radius: float = 0.02,
         place: Place | None = None,
+        ranks: Ranks | None = None,
     ) -> Perturbations:
         """Start from tiny noise.
 
@@ -100,6 +108,7 @@ class Perturbations:
             generator: CPU generator; nothing else is drawn from.
             radius: of the first bound, in units of `unit`.
             place: where; None: the input, within the range of `x`.
+            ranks: the processes that share each batch.
         """
         x = x.detach().float()
         unit = typical_norm(x)
@@ -113,6 +122,7 @@ class Perturbations:
             generator,
             torch.zeros(goal.rows, device=x.device, dtype=torch.float32),
             torch.zeros(0, dtype=torch.int64, device=x.device),
+            ranks=ranks,
         )
 
     @property
@@ -219,6 +229,9 @@ class Perturbations:
     def move(self, sums: GradientSums, step: float) -> None:
         """Move the perturbations of the classes of `sums` and bring them back into the ball; no others are touched."""
         touched, total = sums.classes, sums.total
+        if self.ranks is not None:
+            self.ranks.sum_([total], "perturbations")
+        total = total.float()
         size = row_norms(total)
         rows = self.store.rows(touched)
         rows -= total.mul_(step * self.radius).div_(size.clamp_min(1e-20))

@@ -184,6 +184,6 @@ def test_the_search_holds_no_more_clean_inputs_than_its_budget(monkeypatch: Any)
     of = Perturbations.of
     monkeypatch.setattr(searching, "MOST_BYTES", 3)
     monkeypatch.setattr(searching, "ROUNDS", 0)
-    monkeypatch.setattr(Perturbations, "of", lambda x, *args: looked.append(len(x)) or of(x, *args))
+    monkeypatch.setattr(Perturbations, "of", lambda x, *args, **more: looked.append(len(x)) or of(x, *args, **more))
     searching.search(run, run.endless(), 1.0)
     assert looked == [2]

@@ -58,6 +58,18 @@ class FIP(SpaceMethod):
     name = "fip"
     summary = "FIP as published: every weight, towards a minimum with a small Fisher trace"
     Config: ClassVar[type[MethodConfig]] = FIPConfig
+    over_ranks = True
+    keeps = ("anchor", "diagonal", "signs")
+
+    @property
+    def signs(self) -> Tensor | None:
+        """State of the generator of the trace's random signs, if there is one."""
+        penalty = getattr(self.space, "penalty", None)
+        return None if penalty is None else penalty._generator.get_state()
+
+    @signs.setter
+    def signs(self, state: Tensor | None) -> None:
+        self.space.signs = state  # type: ignore[attr-defined]
 
     def setup(self, run: Run) -> None:
         """Take the Fisher diagonal of the received model, if the retainer needs it."""
@@ -75,7 +87,7 @@ class FIP(SpaceMethod):
         config: Any = run.config
         self.space.begin()
         with run.autocast():
-            loss = run.loss(run.forward(batch), batch).mean()
+            loss = run.losses(batch).mean()
         run.backward(loss)
         values: dict[str, float | Tensor] = {"loss": loss.detach()}
         self.space.end()
@@ -88,7 +100,7 @@ class FIP(SpaceMethod):
             values["fisher_trace"] = trace.detach()
         if self.anchor:
             term = retainer(self.space.tensors, self.anchor, self.diagonal)
-            run.backward(config.eta_r * term)
+            run.backward(run.once(config.eta_r * term))
             values["retainer"] = term.detach()
         return values
 

@@ -68,7 +68,7 @@ class CleanTerms:
         total: Tensor | float = 0.0
         if of_loss:
             with run.autocast():
-                loss = run.loss(run.forward(batch), batch).mean()
+                loss = run.losses(batch).mean()
             total = of_loss * loss
             values["loss"] = loss.detach()
         if target is not None:

@@ -51,6 +51,8 @@ class WFIP(SpaceMethod):
     summary = "worst-case FIP, our own: every weight, away from what small universal changes of the inputs reach"
     Config = WFIPConfig
     takes_parts = True
+    over_ranks = True
+    keeps = ("bound", "mean", "sieve", "sieved", "clean", "perturbations")
 
     #: Whether the recovery takes the loss and the KL in turns, one pass a step instead of two.
     turns: ClassVar[bool] = False
