@@ -33,4 +33,5 @@ def make(attack: str, seed: int) -> Case:
         model = example.backdoored(attack, texts, weights, seed)
         torch.save(model.state_dict(), kept)
     said = f"MiniLM-L6, SST-2: {len(texts.train[1])} sentences trained on, {len(texts.clean[1])} others clean"
-    return Case(model, texts.clean, lambda net: example.rates(net, texts, attack), "accuracy", said)
+    measure = lambda net: example.rates(net, texts, attack)  # noqa: E731
+    return Case(model, texts.clean, measure, "accuracy", said, own={"fisher_steps": example.SETTINGS})

@@ -60,7 +60,7 @@ LAST = 10
 #: The radius grows up to the first number; what is unlearned has at least the second one.
 WIDEST, NARROWEST = 0.4, 0.15
 #: The same at the vectors of tokens, which are written over and not moved: 1 is the size of a typical token.
-TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.7
+TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.5
 #: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
 EVERY, SAMPLES, NEW = 4, 32, 0.25
 #: It is measured over this share of the largest one.

@@ -23,8 +23,8 @@ from fastfip.worst_case.pixels import PixelRange
 
 __all__ = ["InputPlace", "Place", "TokenPlace"]
 
-#: Vectors of a soft trigger: long enough for the tokens of a short sentence.
-WIDTH = 5
+#: Vectors of a soft trigger. Several in a row turn over any short text, backdoor or not: docs/notes/trials.md.
+WIDTH = 1
 #: Share of the texts that are reworded, and words that are written into one at most.
 SHARE, WORDS = 0.75, 3
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fastfip.data import Task
+from fastfip.worst_case import places
 from fastfip.worst_case.places import WIDTH, TokenPlace
 from fastfip.worst_case.universal import Perturbations
 
@@ -138,7 +140,8 @@ def test_a_bag_of_words_is_moved_by_adding() -> None:
     torch.testing.assert_close(moved, model[1](model[0](ids) + used))
 
 
-def test_a_word_that_is_in_no_clean_sentence_is_found_as_a_vector() -> None:
+def test_a_word_that_is_in_no_clean_sentence_is_found_as_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "WIDTH", 5)
     torch.manual_seed(0)
     model, ids = Reader(), tokens(120)
     with torch.no_grad():
