@@ -14,9 +14,9 @@ from tests.support.processes import in_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork")
 
-#: Method, settings and dtype, with the largest difference from one process. The default method divides by sizes: of
-#: gradients that are nothing but rounding (a bias before BatchNorm), of differences, of perturbations. So it is compared
-#: in float64 (its perturbations are in float32).
+#: Method, settings and dtype, with the largest difference from one process. The default method divides by sizes:
+#: of gradients that are nothing but rounding (a bias before BatchNorm), of differences, of perturbations. So it is
+#: compared in float64 (its perturbations are in float32).
 RUNS = {
     "fine_tune": ({"steps": 6}, torch.float32, 1e-5),
     "ft_sam": ({"steps": 3}, torch.float32, 1e-5),
