@@ -29,6 +29,7 @@ from benchmarks import harness
 from benchmarks.purification import real_data
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Task
+from fastfip.methods import _search
 from fastfip.methods.base import Run
 from fastfip.methods.wfip import search as searching
 from fastfip.methods.wfip.config import WFIPConfig
@@ -129,10 +130,10 @@ def peak_here() -> tuple[int, int]:
     first = next(iter(run.clean.batches()))
     with torch.no_grad():
         run.model(run.task.inputs(first)[:1])  # what the libraries take when they are first used is nobody's
-    searching.ROUNDS, searching.STEPS = 1, 3
+    searching.ROUNDS, _search.STEPS = 1, 3
     harness.release()
     before = harness.resident()
-    peak = harness.peak(lambda: searching.search(run, searching.endless(run), first, 1.0))
+    peak = harness.peak(lambda: searching.search(run, run.endless(), 1.0))
     return peak - before, peak
 
 
