@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.purification import real_data
+from benchmarks.suite.vit import SmallViT
 from fastfip.attacks import Injection, attack_labels, get, poison_and_train
 from fastfip.attacks.base import in_range
 from fastfip.data.scaling import Pixels
@@ -50,7 +51,8 @@ class Base:
         dataset: name in `real_data`. size: of the set that shares of clean images refer to.
         make: the network, untrained. state: its clean weights; None: it is trained from scratch first.
         pixels: how images become inputs. images: of the training set. scratch: epochs from scratch.
-        epochs, lr: of the training with backdoors.
+        epochs, lr: of the training with backdoors. adamw: whether AdamW trains it (`lr` from scratch too, images in
+            batches of 64, weight decay 0.05), not SGD.
         crop: whether images are moved in training. flip: whether they may be mirrored as well.
     """
 
@@ -66,6 +68,12 @@ class Base:
     flip: bool = True
     state: Callable[[], dict[str, Tensor]] | None = None
     scratch: int = 0
+    adamw: bool = False
+
+    def training(self) -> dict[str, Any]:
+        """Return what `poison_and_train` is called with, but for epochs and learning rate."""
+        how: dict[str, Any] = {"pixels": self.pixels, "crop": self.crop, "flip": self.flip}
+        return {**how, "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 64} if self.adamw else how
 
 
 class DigitNet(nn.Module):
@@ -97,6 +105,8 @@ BASES = {
              scratch=30),
         Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
+        Base("vit", "gtsrb32", 39209, lambda: SmallViT(43), Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=10, lr=1e-3,
+             flip=False, scratch=30, adamw=True),
     )
 }  # fmt: skip
 
@@ -153,6 +163,7 @@ class Network:
             base.scratch,
             self.seed,
             self.effort,
+            *(["adamw"] if base.adamw else []),
         ]
         said = json.dumps([made, [[b.attack, b.target, b.rate, b.settings, b.sources] for b in self.backdoors]])
         return f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
@@ -241,10 +252,8 @@ def _clean_state(base: Base) -> dict[str, Tensor]:
         data = _data(base.name)
         x, y = _first(data["train_x"]), torch.from_numpy(data["train_y"])
         torch.manual_seed(0)
-        trained = poison_and_train(
-            base.make(), (x, y), [], pixels=base.pixels, epochs=base.scratch, lr=0.1 if base.scratch > 5 else base.lr,
-            crop=base.crop, flip=base.flip,
-        )  # fmt: skip
+        lr = base.lr if base.adamw or base.scratch <= 5 else 0.1
+        trained = poison_and_train(base.make(), (x, y), [], epochs=base.scratch, lr=lr, **base.training())
         return trained.model.state_dict()
 
     return _kept(folder() / f"base-{base.name}-{base.images}-{base.scratch}.pth", make)
@@ -264,8 +273,7 @@ def _make(network: Network) -> dict[str, Any]:
     classes = int(y.max()) + 1
     out = poison_and_train(
         clean_model(network.base), (x, y), [backdoor.injection() for backdoor in network.backdoors], classes=classes,
-        pixels=base.pixels, epochs=network.epochs or base.epochs, lr=base.lr, crop=base.crop, flip=base.flip,
-        seed=network.seed, effort=network.effort,
+        epochs=network.epochs or base.epochs, lr=base.lr, seed=network.seed, effort=network.effort, **base.training(),
     )  # fmt: skip
     test_x, test_y = _first(data["test_x"]), torch.from_numpy(data["test_y"])
     triggered, leaked = [], []
@@ -337,6 +345,7 @@ NETWORKS: dict[str, Network] = {
                "development"),
         *_each("gtsrb", [Backdoor("badnets"), Backdoor("blend")], "development"),
         *_each("vgg", [Backdoor("badnets"), Backdoor("blend")], "development"),
+        *_each("vit", [Backdoor("badnets"), Backdoor("blend")], "development"),
         # Patterns that are optimised, generators, clean labels, composites: in no development network.
         *_each("resnet20", [
             Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("dynamic", 5),
