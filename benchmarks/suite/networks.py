@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.purification import real_data
-from benchmarks.suite.vit import SmallViT
 from fastfip.attacks import Injection, attack_labels, get, poison_and_train
 from fastfip.attacks.base import in_range
 from fastfip.data.scaling import Pixels
@@ -95,6 +94,18 @@ def _resnet20() -> nn.Module:
     return nets.ResNet20().to(memory_format=torch.channels_last)
 
 
+def _vit() -> nn.Module:
+    """Six pre-norm attention blocks over 16 patches of 8x8 and a class token; no BatchNorm, no dropout.
+
+    Patches are embedded by three strided convolutions in the place of one (Xiao et al., arXiv 2106.14881), because a few
+    thousand images teach a transformer alone too little.
+    """
+    net = nets.ViT(43, patch=8, dim=128, depth=6, heads=4, ratio=2)
+    layers = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 32), (32, 64), (64, 128))]
+    net.patch = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return net
+
+
 BASES = {
     base.name: base
     for base in (
@@ -105,8 +116,8 @@ BASES = {
              scratch=30),
         Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
-        Base("vit", "gtsrb32", 39209, lambda: SmallViT(43), Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=10, lr=1e-3,
-             flip=False, scratch=30, adamw=True),
+        Base("vit", "gtsrb32", 39209, _vit, Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=10, lr=1e-3,
+             flip=False, scratch=26, adamw=True),
     )
 }  # fmt: skip
 
