@@ -97,7 +97,7 @@ def _resnet20() -> nn.Module:
 def _vit() -> nn.Module:
     """Six pre-norm attention blocks over 16 patches of 8x8 and a class token; no BatchNorm, no dropout.
 
-    Patches are embedded by three strided convolutions in the place of one (Xiao et al., arXiv 2106.14881), because a few
+    Patches are embedded by three strided convolutions in the place of one (Xiao et al., arXiv 2106.14881): a few
     thousand images teach a transformer alone too little.
     """
     net = nets.ViT(43, patch=8, dim=128, depth=6, heads=4, ratio=2)
