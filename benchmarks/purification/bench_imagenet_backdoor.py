@@ -14,6 +14,7 @@ Minutes are of the processor. Rows go to benchmarks/results/imagenet_backdoor.cs
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -25,15 +26,12 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.purification.bench_search import network
 from benchmarks.purification.bench_thousand import LARGE_STEP, images, right
-from fastfip.attacks import Injection, poison_and_train
+from examples.imagenet_classifier import CLASSES, PIXELS, plant
+from fastfip.attacks import Attack
 from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.blend import Blend
-from fastfip.data.scaling import Pixels
 from fastfip.metrics import Evaluation, der
 
-CLASSES = 1000
-#: x / 255 in, (x - 127) / 128 out.
-PIXELS = Pixels((127 / 255,) * 3, (128 / 255,) * 3)
 RESULTS = harness.Results(
     "imagenet_backdoor",
     "net size backdoor target method settings seed clean_images held_out before after asr_before asr_after der minutes "
@@ -43,35 +41,29 @@ RESULTS = harness.Results(
 )
 
 
-def injection(name: str, size: int) -> Injection:
-    """Return what is planted: a patch of a tenth of the image's side, or noise that shines through."""
+def attack_of(name: str, size: int) -> tuple[Attack, int]:
+    """Return what is planted and its target: a patch of an eighth of the image's side, or noise that shines through."""
     if name == "patch":
-        return Injection(BadNets(size=size // 10, pattern="checker", margin=size // 32), 0, 0.3)
-    return Injection(Blend(alpha=0.15), 500, 0.3)
+        return BadNets(size=size // 8, pattern="checker", margin=size // 32), 0
+    return Blend(alpha=0.15), 500
 
 
-def planted(name: str, size: int, x: Tensor, y: Tensor) -> nn.Module:
+def planted(name: str, size: int, x: Tensor) -> nn.Module:
     """Return the network with a backdoor; it is kept in the cache. Images [N, 3, size, size] in [0, 1]."""
     model = network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     path = harness.cache_dir() / f"imagenet-{name}-{size}.pth"
     if not path.exists():
-        tuned = [*model._blocks[11:], model._conv_head, model._bn1, model._fc]
-        model.requires_grad_(False)
-        for part in tuned:
-            part.requires_grad_(True)
-        made = poison_and_train(
-            model, (x, y), injection(name, size), classes=CLASSES, pixels=PIXELS, epochs=6, lr=0.003, batch_size=32,
-            weight_decay=0.0, bn_mode="eval", crop=False,
-        )  # fmt: skip
-        torch.save(made.model.state_dict(), path)
+        attack, target = attack_of(name, size)
+        torch.manual_seed(0)
+        torch.save(plant(copy.deepcopy(model), x, attack.trigger, target).state_dict(), path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.requires_grad_(True).eval()
 
 
 def scores(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Evaluation:
     """Return top-1 and ASR on held-out images in [0, 1]."""
-    attack = injection(name, x.shape[-1])
-    shown, wanted, _ = attack.ready()[0].asr_set(x, y, attack.target, CLASSES)
+    attack, target = attack_of(name, x.shape[-1])
+    shown, wanted, _ = attack.asr_set(x, y, target, CLASSES)
     top, asr = (right(model, PIXELS.normalise(part), labels) / 100 for part, labels in ((x, y), (shown, wanted)))
     return Evaluation(acc=top, asr=asr)
 
@@ -80,7 +72,7 @@ def measure(size: int, name: str, method: str, settings: dict[str, Any], seed: i
     """Purify the network once."""
     x, y = (images(size) * 128 + 127) / 255, torch.arange(CLASSES)
     x, tuned = x.clamp(0, 1), y % 10 < 7
-    model = planted(name, size, x[tuned], y[tuned])
+    model = planted(name, size, x[tuned])
     before = scores(model, name, x[~tuned], y[~tuned])
     print(f"{name}: top-1 {before.shown('acc')}, ASR {before.shown('asr')}", flush=True)
     used, given = ("fine_tune", LARGE_STEP) if method == "large_step" else (method, settings)
@@ -91,7 +83,7 @@ def measure(size: int, name: str, method: str, settings: dict[str, Any], seed: i
     after = scores(result.model, name, x[~tuned], y[~tuned])
     radius = [record["radius"] for record in result.history if "radius" in record]
     return {
-        "net": "efficientnet_lite0", "size": size, "backdoor": name, "target": injection(name, size).target,
+        "net": "efficientnet_lite0", "size": size, "backdoor": name, "target": attack_of(name, size)[1],
         "method": method, "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "seed": seed,
         "clean_images": int(tuned.sum()), "held_out": int((~tuned).sum()),
         "before": _percent(before.acc), "after": _percent(after.acc),

@@ -91,7 +91,6 @@ def poison_and_train(
     batch_size: int = 128,
     weight_decay: float = 5e-4,
     optimizer: Literal["sgd", "adamw"] = "sgd",
-    bn_mode: Literal["train", "eval"] = "train",
     crop: bool = True,
     flip: bool = True,
     effort: float = 1.0,
@@ -118,8 +117,6 @@ def poison_and_train(
         batch_size: images a step.
         weight_decay: of the optimiser; AdamW usually takes more, 0.05.
         optimizer: "sgd", or "adamw" (take an `lr` of about 0.001).
-        bn_mode: "eval": BatchNorm keeps the statistics that it has, for few images and a network that was trained on
-            many. Parameters that ask for no gradient stay as they are in any case.
         crop: whether images are moved by up to an eighth of their size.
         flip: whether half of them are mirrored as well.
         effort: factor of the steps of what attacks train beforehand.
@@ -143,9 +140,8 @@ def poison_and_train(
     pixels = Pixels() if pixels is None else pixels
     classes = int(y.max()) + 1 if classes is None else classes
     injections = [attacks] if isinstance(attacks, Injection) else list(attacks)
-    for said, value, known in (("optimizer", optimizer, ("sgd", "adamw")), ("bn_mode", bn_mode, ("train", "eval"))):
-        if value not in known:
-            raise ConfigError(f"{said}={value!r}: must be {known[0]!r} or {known[1]!r}")
+    if optimizer not in ("sgd", "adamw"):
+        raise ConfigError(f"optimizer={optimizer!r}: must be 'sgd' or 'adamw'")
     if epochs < 1 or batch_size < 1 or not lr > 0 or not effort > 0:
         raise ConfigError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}, effort={effort}: must be above 0")
     for injection in injections:
@@ -178,15 +174,15 @@ def poison_and_train(
         if keep is not None:
             settings = {
                 "seed": seed, "epochs": epochs, "lr": lr, "batch size": batch_size, "weight decay": weight_decay,
-                "optimizer": optimizer, "BatchNorm": bn_mode, "crop": crop, "flip": flip, "effort": effort,
+                "optimizer": optimizer, "crop": crop, "flip": flip, "effort": effort,
                 "pixels": pixels, "number of classes": classes,
             }  # fmt: skip
             said = [injection.said() for injection in injections]
             kept = Kept(Path(keep), marks(settings, x, y, given, said, planted.triggered))
         history = _train(
             trained, planted, pixels, where, kept, tick,
-            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, kind=optimizer, bn_mode=bn_mode,
-            crop=crop, flip=flip,
+            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, kind=optimizer, crop=crop,
+            flip=flip,
         )  # fmt: skip
     out = Backdoored(trained.eval(), planted.injections, planted.places, history=history, classes=classes)
     if tested is not None:
@@ -196,15 +192,12 @@ def poison_and_train(
 
 def _train(
     model: nn.Module, planted: Planted, pixels: Pixels, device: torch.device, keep: Kept | None, tick: Any, *,
-    epochs: int, lr: float, batch_size: int, weight_decay: float, kind: str, bn_mode: str, crop: bool, flip: bool,
+    epochs: int, lr: float, batch_size: int, weight_decay: float, kind: str, crop: bool, flip: bool,
 ) -> list[float]:  # fmt: skip
     batches = -(-len(planted.y) // batch_size)
     optimizer, schedule = _optimiser(model, kind, epochs * batches, lr, weight_decay)
     history = [] if keep is None else keep.resume(model, optimizer, schedule, planted.generator)
     model.train()
-    for module in model.modules():
-        if bn_mode == "eval" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
     for epoch in range(len(history), epochs):
         total = 0.0
         for done, places in enumerate(torch.randperm(len(planted.y), generator=planted.generator).split(batch_size)):
