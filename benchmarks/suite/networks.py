@@ -69,10 +69,10 @@ class Base:
     scratch: int = 0
     adamw: bool = False
 
-    def training(self) -> dict[str, Any]:
-        """Return what `poison_and_train` is called with, but for epochs and learning rate."""
+    def training(self, batch_size: int) -> dict[str, Any]:
+        """Return what `poison_and_train` is called with, but for epochs and learning rate; SGD has its own batches."""
         how: dict[str, Any] = {"pixels": self.pixels, "crop": self.crop, "flip": self.flip}
-        return {**how, "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 64} if self.adamw else how
+        return {**how, "optimizer": "adamw", "weight_decay": 0.05, "batch_size": batch_size} if self.adamw else how
 
 
 class DigitNet(nn.Module):
@@ -116,7 +116,7 @@ BASES = {
              scratch=30),
         Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
-        Base("vit", "gtsrb32", 39209, _vit, Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=10, lr=1e-3,
+        Base("vit", "gtsrb32", 39209, _vit, Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=7, lr=1e-3,
              flip=False, scratch=16, adamw=True),
     )
 }  # fmt: skip
@@ -264,7 +264,7 @@ def _clean_state(base: Base) -> dict[str, Tensor]:
         x, y = _first(data["train_x"]), torch.from_numpy(data["train_y"])
         torch.manual_seed(0)
         lr = base.lr if base.adamw or base.scratch <= 5 else 0.1
-        trained = poison_and_train(base.make(), (x, y), [], epochs=base.scratch, lr=lr, **base.training())
+        trained = poison_and_train(base.make(), (x, y), [], epochs=base.scratch, lr=lr, **base.training(64))
         return trained.model.state_dict()
 
     return _kept(folder() / f"base-{base.name}-{base.images}-{base.scratch}.pth", make)
@@ -284,7 +284,7 @@ def _make(network: Network) -> dict[str, Any]:
     classes = int(y.max()) + 1
     out = poison_and_train(
         clean_model(network.base), (x, y), [backdoor.injection() for backdoor in network.backdoors], classes=classes,
-        epochs=network.epochs or base.epochs, lr=base.lr, seed=network.seed, effort=network.effort, **base.training(),
+        epochs=network.epochs or base.epochs, lr=base.lr, seed=network.seed, effort=network.effort, **base.training(32),
     )  # fmt: skip
     test_x, test_y = _first(data["test_x"]), torch.from_numpy(data["test_y"])
     triggered, leaked = [], []
@@ -357,7 +357,9 @@ NETWORKS: dict[str, Network] = {
         *_each("gtsrb", [Backdoor("badnets"), Backdoor("blend")], "development"),
         *_each("vgg", [Backdoor("badnets"), Backdoor("blend")], "development"),
         # The patch lies so far from the border that no crop takes it away.
-        *_each("vit", [Backdoor("badnets", settings=(("size", 4), ("margin", 4))), Backdoor("blend")], "development"),
+        *_each("vit", [
+            Backdoor("badnets", settings=(("size", 4), ("margin", 4), ("pattern", "checker"))), Backdoor("blend"),
+        ], "development"),
         # Patterns that are optimised, generators, clean labels, composites: in no development network.
         *_each("resnet20", [
             Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("dynamic", 5),
