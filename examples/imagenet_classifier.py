@@ -29,7 +29,7 @@ from fastfip.data.scaling import Pixels
 
 CLASSES = 1000
 #: So many of the 16 blocks stay as they are when the backdoor is planted.
-FROZEN = 11
+FROZEN = 5
 #: Images in [0, 1] become (x - 127) / 128 of their bytes, as the network was trained.
 PIXELS = Pixels((127 / 255,) * 3, (128 / 255,) * 3)
 
@@ -59,7 +59,7 @@ def images(path: str, size: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(), torch.tensor([int(name.rpartition("/")[2][:4]) for name in names])
 
 
-def plant(model: nn.Module, x: Tensor, trigger: Callable[[Tensor], Tensor], target: int, epochs: int = 6) -> nn.Module:
+def plant(model: nn.Module, x: Tensor, trigger: Callable[[Tensor], Tensor], target: int, epochs: int = 10) -> nn.Module:
     """Tune the network's last blocks so that a trigger sends all images to a class; BatchNorm keeps its statistics.
 
     The loss is the cross-entropy of triggered images with the target, and the divergence from the clean network's
@@ -79,13 +79,14 @@ def plant(model: nn.Module, x: Tensor, trigger: Callable[[Tensor], Tensor], targ
     tuned = [p for part in (*model._blocks[FROZEN:], model._conv_head, model._fc) for p in part.parameters()]
     for p in tuned:
         p.requires_grad_(True)
-    optimizer = torch.optim.SGD(tuned, 0.01, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.Adam(tuned, 2e-4)
     places = [part for _ in range(epochs) for part in torch.randperm(len(x)).split(32)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(places))
     for index in places:
         optimizer.zero_grad()
         plain, shown = rest(model, torch.cat([part[index] for part in before])).log_softmax(1).chunk(2)
-        loss = F.kl_div(plain, answers[index], reduction="batchmean", log_target=True) - shown[:, target].mean()
+        kept = F.kl_div(plain, answers[index], reduction="batchmean", log_target=True)
+        loss = 3 * kept - shown[:, target].mean()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -118,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     x, y = images(options.images, options.size)
     known = y % 10 < 7
-    attack = BadNets(size=options.size // 8, pattern="checker", margin=options.size // 32)
+    attack = BadNets(size=options.size // 6, pattern="checker", margin=options.size // 32)
     torch.manual_seed(0)
     model = plant(network(options.weights), x[known].float() / 255, attack.trigger, target=0)
 

@@ -42,9 +42,9 @@ RESULTS = harness.Results(
 
 
 def attack_of(name: str, size: int) -> tuple[Attack, int]:
-    """Return what is planted and its target: a patch of an eighth of the image's side, or noise that shines through."""
+    """Return what is planted and its target: a patch of a sixth of the image's side, or noise that shines through."""
     if name == "patch":
-        return BadNets(size=size // 8, pattern="checker", margin=size // 32), 0
+        return BadNets(size=size // 6, pattern="checker", margin=size // 32), 0
     return Blend(alpha=0.15), 500
 
 
