@@ -105,7 +105,7 @@ def show() -> str:
         for r in RESULTS.read()
     ]  # fmt: skip
     head = ["backdoor", "pixels", "method", "top-1, 300 held-out classes", "ASR", "DER", "CPU minutes"]
-    return harness.table(head, rows)
+    return harness.table(head, rows) if rows else "Nothing was measured yet."
 
 
 def main() -> None:

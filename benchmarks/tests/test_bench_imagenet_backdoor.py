@@ -13,7 +13,7 @@ def test_the_trigger_of_validation_is_another_one_with_another_target():
     x = torch.rand(4, 3, 128, 128)
     one, two = (bench.attack_of(name, 128) for name in ("patch", "blend"))
     shown = [each[0].trigger(x) - x for each in (one, two)]
-    assert one[1] != two[1] and 0 < (shown[0] != 0).float().mean() < 0.02 < (shown[1] != 0).float().mean()
+    assert one[1] != two[1] and 0 < (shown[0] != 0).float().mean() < 0.03 < (shown[1] != 0).float().mean()
 
 
 def test_images_become_what_the_network_was_trained_on():
