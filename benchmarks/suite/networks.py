@@ -50,7 +50,8 @@ class Base:
         dataset: name in `real_data`. size: of the set that shares of clean images refer to.
         make: the network, untrained. state: its clean weights; None: it is trained from scratch first.
         pixels: how images become inputs. images: of the training set. scratch: epochs from scratch.
-        epochs, lr: of the training with backdoors.
+        epochs, lr: of the training with backdoors. adamw: whether AdamW trains it (`lr` from scratch too, images in
+            batches of 64, weight decay 0.05), not SGD.
         crop: whether images are moved in training. flip: whether they may be mirrored as well.
     """
 
@@ -66,6 +67,12 @@ class Base:
     flip: bool = True
     state: Callable[[], dict[str, Tensor]] | None = None
     scratch: int = 0
+    adamw: bool = False
+
+    def training(self, batch_size: int) -> dict[str, Any]:
+        """Return what `poison_and_train` is called with, but for epochs and learning rate; SGD has its own batches."""
+        how: dict[str, Any] = {"pixels": self.pixels, "crop": self.crop, "flip": self.flip}
+        return {**how, "optimizer": "adamw", "weight_decay": 0.05, "batch_size": batch_size} if self.adamw else how
 
 
 class DigitNet(nn.Module):
@@ -87,6 +94,18 @@ def _resnet20() -> nn.Module:
     return nets.ResNet20().to(memory_format=torch.channels_last)
 
 
+def _vit() -> nn.Module:
+    """Six pre-norm attention blocks over 16 patches of 8x8 and a class token; no BatchNorm, no dropout.
+
+    Patches are embedded by three strided convolutions in the place of one (Xiao et al., arXiv 2106.14881): a few
+    thousand images teach a transformer alone too little.
+    """
+    net = nets.ViT(43, patch=8, dim=128, depth=6, heads=4, ratio=2)
+    layers = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 32), (32, 64), (64, 128))]
+    net.patch = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return net
+
+
 BASES = {
     base.name: base
     for base in (
@@ -97,6 +116,8 @@ BASES = {
              scratch=30),
         Base("digits", "mnist", 60000, DigitNet, Pixels((0.5,), (0.5,)), 10000, epochs=20, lr=0.05, crop=False,
              scratch=5),
+        Base("vit", "gtsrb32", 39209, _vit, Pixels((0.5,) * 3, (0.5,) * 3), 4300, epochs=7, lr=1e-3,
+             flip=False, scratch=16, adamw=True),
     )
 }  # fmt: skip
 
@@ -153,6 +174,7 @@ class Network:
             base.scratch,
             self.seed,
             self.effort,
+            *(["adamw"] if base.adamw else []),
         ]
         said = json.dumps([made, [[b.attack, b.target, b.rate, b.settings, b.sources] for b in self.backdoors]])
         return f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
@@ -241,10 +263,8 @@ def _clean_state(base: Base) -> dict[str, Tensor]:
         data = _data(base.name)
         x, y = _first(data["train_x"]), torch.from_numpy(data["train_y"])
         torch.manual_seed(0)
-        trained = poison_and_train(
-            base.make(), (x, y), [], pixels=base.pixels, epochs=base.scratch, lr=0.1 if base.scratch > 5 else base.lr,
-            crop=base.crop, flip=base.flip,
-        )  # fmt: skip
+        lr = base.lr if base.adamw or base.scratch <= 5 else 0.1
+        trained = poison_and_train(base.make(), (x, y), [], epochs=base.scratch, lr=lr, **base.training(64))
         return trained.model.state_dict()
 
     return _kept(folder() / f"base-{base.name}-{base.images}-{base.scratch}.pth", make)
@@ -264,8 +284,7 @@ def _make(network: Network) -> dict[str, Any]:
     classes = int(y.max()) + 1
     out = poison_and_train(
         clean_model(network.base), (x, y), [backdoor.injection() for backdoor in network.backdoors], classes=classes,
-        pixels=base.pixels, epochs=network.epochs or base.epochs, lr=base.lr, crop=base.crop, flip=base.flip,
-        seed=network.seed, effort=network.effort,
+        epochs=network.epochs or base.epochs, lr=base.lr, seed=network.seed, effort=network.effort, **base.training(32),
     )  # fmt: skip
     test_x, test_y = _first(data["test_x"]), torch.from_numpy(data["test_y"])
     triggered, leaked = [], []
@@ -337,6 +356,10 @@ NETWORKS: dict[str, Network] = {
                "development"),
         *_each("gtsrb", [Backdoor("badnets"), Backdoor("blend")], "development"),
         *_each("vgg", [Backdoor("badnets"), Backdoor("blend")], "development"),
+        # The patch lies so far from the border that no crop takes it away.
+        *_each("vit", [
+            Backdoor("badnets", settings=(("size", 4), ("margin", 4), ("pattern", "checker"))), Backdoor("blend"),
+        ], "development"),
         # Patterns that are optimised, generators, clean labels, composites: in no development network.
         *_each("resnet20", [
             Backdoor("trojannet", 2), Backdoor("lira", 3), Backdoor("dynamic", 5),

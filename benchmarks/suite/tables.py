@@ -210,6 +210,22 @@ def text(of: str) -> str:
     return "\n\n".join([*parts, "Not measured:", missing(rows, of)])
 
 
+def transformers(rows: list[Row]) -> str:
+    """Return one line for each method: ACC / ASR and DER of the vision transformers at 5 % clean images."""
+    rows = [r for r in rows if r["base"] == "vit" and r["setting"] == "plain" and float(r["fraction"]) == 0.05]
+    accs, asrs, ders, seconds = (_cells(rows, key) for key in ("acc", "asr", "der", "cpu_seconds"))
+    cells = {cell: r for r in rows if not r["error"] for cell in [(r["network"], r["attack"], r["fraction"], "plain")]}
+    before = [f"{float(r['acc_before']):.1f}" + (f" / {float(r['asr_before']):.1f}" if r["asr_before"] else "")
+              for r in cells.values()]  # fmt: skip
+    lines = [["as received", *before, "-"]]
+    for method in sorted(accs, key=lambda m: -mean(ders.get(m, {None: 0.0}).values())):
+        pairs = [_pair(accs[method].get(cell), asrs.get(method, {}).get(cell)) for cell in cells]
+        reached = [ders.get(method, {}).get(cell) for cell in cells]
+        shown = [pair + (f", DER {value:.1f}" if value is not None else "") for pair, value in zip(pairs, reached)]
+        lines.append([f"`{method}`", *shown, f"{mean(seconds[method].values()):.0f}"])
+    return harness.table(["ACC / ASR", *(cell[0] for cell in cells), "CPU seconds"], lines)
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Draw the DER of each cell by method, best method above, at 5 % and plain; the floor is a method as well."""
     from fastfip.reporting.plots import new_figure, saved
@@ -235,6 +251,7 @@ def write() -> None:
     if any(row["der"] for row in validation()):
         plot(validation(), harness.DOCS / "pictures" / "suite.png")
     harness.splice(harness.DOCS / "suite.md", "suite-networks", networks_table())
+    harness.splice(harness.DOCS / "results.md", "vit", transformers(results("development").read()))
     for of in ("development", "validation"):
         harness.splice(harness.DOCS / "suite.md", f"suite-{of}", text(of))
         rows = results(of).read()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,7 @@ def poison_and_train(
     lr: float = 0.05,
     batch_size: int = 128,
     weight_decay: float = 5e-4,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
     crop: bool = True,
     flip: bool = True,
     effort: float = 1.0,
@@ -100,8 +102,9 @@ def poison_and_train(
 ) -> Backdoored:
     """Poison a training set and train a copy of a network on it.
 
-    SGD with Nesterov momentum 0.9 and a cosine from `lr` to 0. A clean network learns most attacks in a few epochs.
-    Several injections share the training set: no image carries two triggers.
+    SGD with Nesterov momentum 0.9 and a cosine from `lr` to 0; or AdamW, for transformers, with the same cosine after a
+    rise in the first twentieth of the steps. A clean network learns most attacks in a few epochs. Several injections
+    share the training set: no image carries two triggers.
 
     Args:
         model: returns logits [N, classes]; trained or not. It is left as it is.
@@ -112,7 +115,8 @@ def poison_and_train(
         epochs: passes over the training set.
         lr: the first step's.
         batch_size: images a step.
-        weight_decay: of SGD.
+        weight_decay: of the optimiser; AdamW usually takes more, 0.05.
+        optimizer: "sgd", or "adamw" (take an `lr` of about 0.001).
         crop: whether images are moved by up to an eighth of their size.
         flip: whether half of them are mirrored as well.
         effort: factor of the steps of what attacks train beforehand.
@@ -136,6 +140,8 @@ def poison_and_train(
     pixels = Pixels() if pixels is None else pixels
     classes = int(y.max()) + 1 if classes is None else classes
     injections = [attacks] if isinstance(attacks, Injection) else list(attacks)
+    if optimizer not in ("sgd", "adamw"):
+        raise ConfigError(f"optimizer={optimizer!r}: must be 'sgd' or 'adamw'")
     if epochs < 1 or batch_size < 1 or not lr > 0 or not effort > 0:
         raise ConfigError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}, effort={effort}: must be above 0")
     for injection in injections:
@@ -168,13 +174,15 @@ def poison_and_train(
         if keep is not None:
             settings = {
                 "seed": seed, "epochs": epochs, "lr": lr, "batch size": batch_size, "weight decay": weight_decay,
-                "crop": crop, "flip": flip, "effort": effort, "pixels": pixels, "number of classes": classes,
+                "optimizer": optimizer, "crop": crop, "flip": flip, "effort": effort,
+                "pixels": pixels, "number of classes": classes,
             }  # fmt: skip
             said = [injection.said() for injection in injections]
             kept = Kept(Path(keep), marks(settings, x, y, given, said, planted.triggered))
         history = _train(
             trained, planted, pixels, where, kept, tick,
-            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, crop=crop, flip=flip,
+            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, kind=optimizer, crop=crop,
+            flip=flip,
         )  # fmt: skip
     out = Backdoored(trained.eval(), planted.injections, planted.places, history=history, classes=classes)
     if tested is not None:
@@ -184,12 +192,10 @@ def poison_and_train(
 
 def _train(
     model: nn.Module, planted: Planted, pixels: Pixels, device: torch.device, keep: Kept | None, tick: Any, *,
-    epochs: int, lr: float, batch_size: int, weight_decay: float, crop: bool, flip: bool,
+    epochs: int, lr: float, batch_size: int, weight_decay: float, kind: str, crop: bool, flip: bool,
 ) -> list[float]:  # fmt: skip
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(tuned, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
     batches = -(-len(planted.y) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    optimizer, schedule = _optimiser(model, kind, epochs * batches, lr, weight_decay)
     history = [] if keep is None else keep.resume(model, optimizer, schedule, planted.generator)
     model.train()
     for epoch in range(len(history), epochs):
@@ -214,6 +220,24 @@ def _train(
         if keep is not None:
             keep.store(model, optimizer, schedule, planted.generator, history)
     return history
+
+
+def _optimiser(
+    model: nn.Module, kind: str, steps: int, lr: float, weight_decay: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return the optimiser and its schedule: a cosine to 0, of AdamW after a rise in a twentieth of the steps."""
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    if kind == "sgd":
+        sgd = torch.optim.SGD(tuned, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+        return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
+    adamw = torch.optim.AdamW(tuned, lr, weight_decay=weight_decay)
+    rise = max(1, steps // 20)
+
+    def share(step: int) -> float:
+        fallen = (step - rise) / max(1, steps - rise)
+        return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * fallen)
+
+    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, share)
 
 
 def _score(

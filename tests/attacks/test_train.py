@@ -13,6 +13,7 @@ from fastfip.attacks.badnets import BadNets
 from fastfip.attacks.cba import CBA
 from fastfip.data.scaling import Pixels
 from fastfip.errors import ConfigError, DataError, ModelError
+from fastfip.testing.nets import ViT
 from tests.support.small_nets import same, values
 
 
@@ -101,6 +102,42 @@ def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path):
         poison_and_train(net(), data, Injection("wanet", 1), keep=state, **{**settings, "epochs": 4})
 
 
+def test_adamw_trains_what_sgd_at_its_learning_rate_does_not_and_goes_on_from_a_file(tmp_path):
+    data, settings = shapes(), {**TRAINING, "lr": 3e-3, "epochs": 8, "test": shapes(80, 1)}
+    torch.manual_seed(0)
+    transformer = ViT(4, size=12, patch=4, dim=32, depth=2, heads=2, ratio=2)
+    first = poison_and_train(transformer, data, Injection(PATCH, 1), optimizer="adamw", weight_decay=0.05, **settings)
+    assert first.clean.acc > 0.9 and first.attacked[0].asr > 0.8
+    slow = poison_and_train(transformer, data, Injection(PATCH, 1), **settings)
+    assert slow.clean.acc < first.clean.acc - 0.1
+    state = tmp_path / "state.pth"
+
+    def stop(what, done, steps):
+        if done == 3 * steps // 4:
+            raise KeyboardInterrupt
+
+    changed = {**settings, "optimizer": "adamw", "weight_decay": 0.05, "keep": state}
+    with pytest.raises(KeyboardInterrupt):
+        poison_and_train(transformer, data, Injection(PATCH, 1), tick=stop, **changed)
+    resumed = poison_and_train(transformer, data, Injection(PATCH, 1), **changed)
+    assert same(values(first.model), values(resumed.model))
+
+
+def test_the_learning_rate_of_adamw_rises_and_falls_to_nothing(monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *given: (seen.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    poison_and_train(net(), shapes(), [], optimizer="adamw", **{**TRAINING, "lr": 1e-3, "epochs": 5})
+    assert len(seen) == 40 and seen[:2] == pytest.approx([5e-4, 1e-3]) and max(seen) == pytest.approx(1e-3)
+    assert all(a >= b for a, b in zip(seen[2:], seen[3:])) and 0 < seen[-1] < 1e-5
+
+
+def test_an_optimiser_that_is_not_known_is_refused():
+    with pytest.raises(ConfigError, match="'adam': must be 'sgd' or 'adamw'"):
+        poison_and_train(net(), shapes(60), [], **{**TRAINING, "optimizer": "adam"})
+
+
 def test_poisoned_images_lie_where_they_are_looked_for():
     x, y = torch.rand(1400, 1, 4, 4), torch.arange(1400) % 4
     planted = Planted(x, y, 4, torch.Generator().manual_seed(0))
@@ -128,6 +165,7 @@ def test_a_state_of_another_training_is_refused(tmp_path):
         "attacks": [Injection(BadNets(size=3), 1, sources=(0, 2)), Injection(PATCH, 3, sources=(0, 2)),
                     Injection(PATCH, 1, 0.15, (0, 2)), Injection(PATCH, 1), []],
         "seed": {"seed": 1}, "lr": {"lr": 0.04}, "weight decay": {"weight_decay": 0.0}, "crop": {"crop": True},
+        "optimizer": {"optimizer": "adamw"},
         "effort": {"effort": 0.5}, "pixels": {"pixels": Pixels((0.5,), (0.5,))},
         "first weights": moved, "images or labels": [(x * 0.99, y), (x, other)],
     }  # fmt: skip

@@ -283,7 +283,10 @@ class _ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with a class token and a position embedding; `fused=False` uses nn.MultiheadAttention."""
+    """Vision transformer with a class token and a position embedding; `fused=False` uses nn.MultiheadAttention.
+
+    The hidden layers are `ratio` times as wide as the tokens.
+    """
 
     def __init__(
         self,
@@ -295,12 +298,13 @@ class ViT(nn.Module):
         heads: int = 4,
         channels: int = 3,
         fused: bool = True,
+        ratio: int = 4,
     ) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(channels, dim, patch, patch)
+        self.patch: nn.Module = nn.Conv2d(channels, dim, patch, patch)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, dim) * 0.02)
-        self.blocks = nn.Sequential(*(_ViTBlock(dim, heads, 4 * dim, fused) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(_ViTBlock(dim, heads, ratio * dim, fused) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
 
