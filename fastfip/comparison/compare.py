@@ -189,7 +189,7 @@ def _run(
     mine: Any = clean.subset(torch.arange(clean.n, device="cpu"))
     try:
         held = _held(row.device)
-        result = purify(model, mine, method, config=config, seed=row.seed, **options)
+        result = purify(model, mine, method, config=config, seed=row.seed, group=None, **options)
         row.interrupted = result.interrupted
         row.seconds = result.seconds["total"] - result.seconds["evaluation"]
         row.peak_memory = max(0, result.peak_memory - held)

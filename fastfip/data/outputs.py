@@ -97,7 +97,7 @@ def logits_task(model: nn.Module, task: Task, batch: Batch, outputs: Tensor) -> 
     given = None
     if not _is_opaque(model):
         with torch.no_grad():
-            given = _SoftmaxInput.of(task, model, batch)[1]
+            given = _SoftmaxInput.of(replace(task, most=None), model, batch)[1]
     way, how = (_log, "their logarithm") if given is None else (_watched, "what goes into it")
     said = f"the model gives probabilities (a softmax inside it): {how} is taken as logits"
     return replace(task, forward_hook=partial(way, task)), said
@@ -190,7 +190,7 @@ def _both_columns(task: Task, probability: bool, model: nn.Module, batch: Batch)
 
 
 def _watched(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    outputs, given = _SoftmaxInput.of(task, model, batch)
+    outputs, given = _SoftmaxInput.of(replace(task, most=None), model, batch)
     return _log_of(outputs) if given is None else given
 
 

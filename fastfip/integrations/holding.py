@@ -40,7 +40,7 @@ def purify_held(
     result = None
     try:
         with plain_forward(model):
-            result = purify(model, clean, method, **{"progress": False, **options, "inplace": not copy})
+            result = purify(model, clean, method, **{"progress": False, "group": None, **options, "inplace": not copy})
     except Exception as error:
         failed = error
     _agree(failed)

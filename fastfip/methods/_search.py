@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -60,11 +61,13 @@ def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
     """
     if run.ranks is not None:
         raise ConfigError(
-            "the worst case of token ids is looked for by one process: pass group=None, or weight=0 to do without it"
+            "the worst case of token ids is looked for by one process: pass group=None, or take fisher_steps with "
+            "weight=0, which does without it"
         )
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
+    whole = replace(run.task, most=None)  # the layer is found by the rows of a batch, which has to go through as one
     with run.eval_mode():
-        found = TokenPlace.of(run.model, run.forward, batches, run.generator)
+        found = TokenPlace.of(run.model, lambda batch: whole.forward(run.model, batch), batches, run.generator)
     if found is None:
         return None
     place, like = found
@@ -82,12 +85,12 @@ def _in_parts(run: Run, worst: Perturbations) -> Perturbations:
 @torch.no_grad()
 def _reaches(run: Run, place: TokenPlace, like: Tensor, batch: Batch) -> bool:
     """Return whether vectors of other tokens in their place change the answers."""
-    batch, _ = next(run.parts(batch))  # what is written over goes through the model in one pass
+    whole = replace(run.task, most=None)  # what is written over goes through the model in one pass
     with run.eval_mode():
-        plain = run.forward(batch)
+        plain = whole.forward(run.model, batch)
         used = like[torch.arange(run.task.size(batch), device=like.device) % len(like)]
         with place.moved(run.model, run.task, batch, used) as moved:
-            return not torch.equal(run.forward(moved), plain)
+            return not torch.equal(whole.forward(run.model, moved), plain)
 
 
 def goal_of(run: Run) -> Goal:

@@ -67,7 +67,7 @@ class Ranks:
             what: is begun, for errors.
 
         Raises:
-            BackendError: the others do not begin within five minutes (or the group's own timeout), or the backend
+            BackendError: the others do not begin within five minutes, or the backend
                 cannot send what is on the device.
         """
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)

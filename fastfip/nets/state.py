@@ -187,7 +187,11 @@ def lendable(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 def still_received(p: Tensor, value: Tensor | None) -> bool:
     """Return whether a received value can stand for a tensor of the model: of its layout, and its numbers."""
-    if value is None or (value.dtype, value.device, value.shape) != (p.dtype, p.device, p.shape):
+    if (
+        value is None
+        or value.is_inference()
+        or (value.dtype, value.device, value.shape) != (p.dtype, p.device, p.shape)
+    ):
         return False
     return value.stride() == p.stride() and torch.equal(value, p)
 

@@ -168,7 +168,9 @@ def _call(result: PurifyResult) -> str:
         usual = get(result.method).Config().to_dict()
         config = {name: value for name, value in config.items() if usual.get(name) != value}
     parts = ["model", "clean_loader", repr(result.method)]
-    parts += [f"{name}={result.settings[name]!r}" for name in ("seed", "amp") if result.settings.get(name)]
+    parts += [
+        f"{name}={result.settings[name]!r}" for name in ("seed", "amp", "micro_batch") if result.settings.get(name)
+    ]
     parts += ["test_loader=test"] if result.after.on == "test_loader" and result.after.acc is not None else []
     parts += ["asr_loader=triggered"] if result.after.asr is not None else []
     parts += [f"config={config!r}"] if config else []

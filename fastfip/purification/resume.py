@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Resume"]
 
 _FORMAT = "fastfip resume 1"
-_RUN = ("step", "epoch", "epochs", "total_steps", "best_epoch", "left_out", "notes", "alerts", "left", "seconds")
+_RUN = ("step", "epoch", "epochs", "total_steps", "best_epoch", "left_out", "notes", "alerts", "left", "seconds",
+        "micro_batch")  # fmt: skip
 _LOOP = ("best_score", "since_best", "bad_in_a_row", "bad_steps", "first_loss", "moved", "good_epoch", "base", "rest",
          "score_every", "history")  # fmt: skip
 
@@ -100,6 +102,9 @@ class Resume:
         run = loop.run
         for name in _RUN:
             setattr(run, name, state["run"][name])
+        run.found = _as_arrays(state["found"])
+        if run.ranks is None:
+            run.task = replace(run.task, most=run.micro_batch)
         run._logged.update(state["logged"])
         for name in _LOOP:
             if name != "history":
@@ -145,6 +150,7 @@ class Resume:
             "format": _FORMAT,
             "key": self.key,
             "run": {name: getattr(run, name) for name in _RUN},
+            "found": _as_tensors(run.found),
             "logged": {name: [float(v) for v in values] for name, values in run._logged.items()},
             "loop": {name: getattr(loop, name) for name in _LOOP},
             "config": run.config.to_dict(),
@@ -182,6 +188,19 @@ def _key(run: Run, method: Method) -> dict[str, str]:
         "settings": of_values([sorted(run.config.to_dict().items()), str(run.amp), sorted(_frozen(run))]),
         "seed": str(run.seed),
     }
+
+
+def _as_tensors(value: Any) -> Any:
+    """Return nested dicts with tensors for arrays, which is what the file can hold."""
+    if isinstance(value, dict):
+        return {name: _as_tensors(v) for name, v in value.items()}
+    return torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
+
+
+def _as_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_arrays(v) for name, v in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def _frozen(run: Run) -> list[str]:

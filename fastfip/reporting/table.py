@@ -62,7 +62,7 @@ class Sheet:
     def _broken(self, row: Sequence[str], widths: Sequence[int]) -> list[Sequence[str]]:
         """Return a row as the lines that its last cell takes."""
         room = 0 if self.width is None else self.width - sum(widths[:-1]) - 2 * (len(widths) - 1)
-        parts = textwrap.wrap(row[-1], room) if room > 0 else []
+        parts = textwrap.wrap(row[-1], room, break_on_hyphens=False) if room > 0 else []
         return [row] if len(parts) < 2 else [[*row[:-1], parts[0]], *([*[""] * (len(row) - 1), p] for p in parts[1:])]
 
     def __rich__(self) -> Any:

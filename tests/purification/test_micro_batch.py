@@ -111,3 +111,36 @@ def test_an_error_in_the_middle_leaves_shared_weights_as_they_were(inplace):
         purified("fast_wfip", model, inplace=inplace, callbacks=[fail])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.data_ptr() for p in model.parameters()] == places
+
+
+class Words(nn.Module):
+    """Token ids [N, T] to logits [N, 2], by the mean of their vectors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(30, 8), nn.Linear(8, 2)
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.table(ids)).mean(1))
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip", "wfip"])
+def test_the_worst_case_of_tokens_is_looked_for_in_parts_as_well(method):
+    ids = torch.randint(1, 30, (40, 6), generator=torch.Generator().manual_seed(1))
+    data = [(ids, ids[:, 0] % 2)]
+    result = fastfip.purify(Words(), data, method, steps=2, micro_batch=8, progress=False, force=True)
+    assert not any("ONLY FINE-TUNED" in alert for alert in result.alerts)
+
+
+def test_a_softmax_in_the_model_is_looked_through_in_parts_as_well():
+    x = torch.rand(40, 5, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 3), nn.Softmax(1))
+    data = [(x, x[:, :3].argmax(1))]
+    whole, parts = (
+        fastfip.purify(net, data, "fine_tune", steps=3, micro_batch=m, progress=False, force=True) for m in (None, 8)
+    )
+    assert [n for n in whole.notes if "softmax" in n] == [n for n in parts.notes if "softmax" in n] != []
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value)

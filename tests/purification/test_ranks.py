@@ -25,7 +25,6 @@ RUNS = {
     "wfip": ({"steps": 4, "unlearn": 0.5}, torch.float32, 1e-5),
     "fast_wfip": ({"steps": 6}, torch.float32, 1e-5),
     "fisher_steps": ({"steps": 6}, torch.float64, 1e-6),
-    "fisher_steps without the worst case": ({"steps": 6, "weight": 0.0}, torch.float64, 1e-6),
 }
 IN_FOUR = ("fine_tune", "fast_wfip", "fisher_steps")
 CLASSES = 4

@@ -100,7 +100,10 @@ class Checkpointed(nn.Module):
 def test_gradient_checkpointing_works_or_is_named_as_what_to_turn_off(reentrant, inplace):
     model = Checkpointed(reentrant)
     before = values(model)
-    with pytest.raises(ModelError, match="gradient checkpointing cannot follow: turn it off"):
-        fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False)
-    assert same(values(model), before)
+    if reentrant:
+        with pytest.raises(ModelError, match="gradient checkpointing cannot follow: turn it off"):
+            fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False)
+        assert same(values(model), before)
+    else:
+        assert fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False).coverage.tuned
     assert fastfip.purify(model, data(24), "fine_tune", steps=2, inplace=inplace, progress=False).coverage.tuned

@@ -290,7 +290,7 @@ class Animal:
 
     Attributes:
         make, data: the model and `(x, y)`. hooks: `loss=` and `forward=`, where the task needs them.
-        only_tuned: whether nothing can be unlearned, which the first line of a result has to say.
+        unsearched: whether an audit looks for no changes: of token ids, or without classes.
         still: beginnings of names of parameters that must not move. classes: whether there is an accuracy of classes.
     """
 
@@ -298,7 +298,7 @@ class Animal:
     make: Callable[[], nn.Module]
     data: Callable[[], Data] = _images
     hooks: dict[str, Any] = field(default_factory=dict)
-    only_tuned: bool = False
+    unsearched: bool = False
     still: tuple[str, ...] = ()
     classes: bool = True
 
@@ -313,14 +313,14 @@ ZOO = (
     Animal("vit", ViT),
     Animal("experts", Experts),
     Animal("lstm", LSTM, _sequences),
-    Animal("gpt", GPT, _tokens, only_tuned=True),
+    Animal("gpt", GPT, _tokens, unsearched=True),
     Animal("frozen backbone", _frozen_backbone, still=("features",)),
     Animal("weight_norm", _weight_norm(nn.utils.parametrizations.weight_norm)),
     Animal("old weight_norm", _weight_norm(nn.utils.weight_norm)),
     Animal("old spectral_norm", _weight_norm(nn.utils.spectral_norm)),
     Animal("one logit", lambda: Headed(1), lambda: _images(2), {"loss": binary_cross_entropy}),
     Animal("one logit without a loss", lambda: Headed(1), lambda: _images(2)),
-    Animal("several labels", LeNet, _labels, {"loss": each_label}, only_tuned=True, classes=False),
-    Animal("u-net", UNet, _maps, {"loss": each_pixel}, only_tuned=True, classes=False),
+    Animal("several labels", LeNet, _labels, {"loss": each_label}, unsearched=True, classes=False),
+    Animal("u-net", UNet, _maps, {"loss": each_pixel}, unsearched=True, classes=False),
     Animal("lora", lora, still=("base_model.model.patch", "base_model.model.attn.qkv.base_layer")),
 )

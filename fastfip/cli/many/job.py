@@ -96,6 +96,8 @@ def _purified(row: ManyRow, out: Path, report: Path) -> str:
             amp=row.amp,
             report=report,
             ignore_fit=row.ignore_fit,
+            micro_batch=row.micro_batch,
+            memory=row.memory,
             quiet=True,
         )
     except Interrupted:

@@ -15,7 +15,7 @@ from fastfip.errors import ConfigError, choices, printable, reason
 
 __all__ = ["ManyRow", "as_rows", "read_manifest"]
 
-_WHOLE = ("limit", "per_class", "channels", "data_workers", "batch_size", "epochs", "steps", "seed")
+_WHOLE = ("limit", "per_class", "channels", "data_workers", "batch_size", "epochs", "steps", "seed", "micro_batch")
 _TRUTH = {"": False, "0": False, "no": False, "false": False, "1": True, "yes": True, "true": True}
 
 
@@ -32,7 +32,8 @@ class ManyRow:
         data, limit, per_class, input_shape: the clean images, or without any the shape of the inputs.
         scale, mean, std, size, channels, class_order, skip_broken, data_workers, batch_size: how images become inputs.
         test_data, asr_data, attack, target: what only scores.
-        method, config, settings, epochs, steps, seed, device, amp, ignore_fit: how; `settings` are KEY=VALUE.
+        method, config, settings, epochs, steps, seed, device, amp, ignore_fit, micro_batch, memory: how; `settings` are
+            KEY=VALUE.
     """
 
     checkpoint: str
@@ -67,6 +68,8 @@ class ManyRow:
     device: str = "cpu"
     amp: str = "off"
     ignore_fit: bool = False
+    micro_batch: int | None = None
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

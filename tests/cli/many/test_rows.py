@@ -23,7 +23,7 @@ def test_columns_are_the_options_of_purify():
     options = plain | {f.name for group in (Net, Scores) for f in dataclasses.fields(group)}
     options |= {"checkpoint", "data", "limit", "per_class", "input_shape"}
     own = {field.name for field in dataclasses.fields(ManyRow)}
-    run = {"report", "leaderboard", "force", "quiet", "as_json", "debug", "fisher_trace"}
+    run = {"report", "leaderboard", "force", "quiet", "as_json", "debug", "fisher_trace", "resume", "resume_every"}
     assert own == options - run
     assert "sharpness" not in own  # the sets are not all there is
 
