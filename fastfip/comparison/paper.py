@@ -147,6 +147,8 @@ def _cells(comparison: Comparison, figures: Sequence[str] | None) -> tuple[list[
 def _cell(summary: Summary, name: str) -> str:
     if name not in summary.mean:
         return "failed" if summary.error else "-"
+    if summary.label == "none" and name in ("seconds", "peak_memory"):
+        return "-"
     _, factor, digits = COLUMNS[name]
     text = f"{factor * summary.mean[name]:.{digits}f}"
     return text + (f" ± {factor * summary.spread[name]:.{digits}f}" if name in summary.spread else "")
