@@ -3,7 +3,7 @@
     make newcomer
 
 Everything is done in a new folder with a new environment, by the commands of docs/quickstart.md and the README. Fails
-where a command fails or prints no figures. Rows go to `benchmarks/results/newcomer.csv`, the table to docs/quickstart.md.
+where a command fails or prints no figures. Rows go to `benchmarks/results/newcomer.csv`, their table to the quickstart.
 """
 
 from __future__ import annotations
