@@ -194,22 +194,6 @@ class Perturbations:
         with self.place.moved(model, task, batch, used) as moved:
             yield used, moved
 
-    def step(
-        self,
-        task: Task,
-        batch: Batch,
-        logits: Tensor,
-        used: Tensor,
-        c: Tensor,
-        step: float = 0.3,
-        retain_graph: bool = False,
-    ) -> Tensor:
-        """Take the step of `improve` from the logits of a pass over a moved batch that was there anyway."""
-        sums = self.sums(c)
-        sums.add(self.gradient(task, logits, batch, used, c, retain_graph))
-        self.move(sums, step)
-        return self.count(self.goal.hit(task, logits.detach(), batch, c), c)
-
     def gradient(
         self, task: Task, logits: Tensor, batch: Batch, used: Tensor, c: Tensor, retain_graph: bool = False
     ) -> Tensor:
