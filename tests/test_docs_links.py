@@ -1,6 +1,7 @@
 """What the documents point to is there: files, headings, modules to run, paths, targets of the Makefile."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,21 @@ def missing_modules(text, root=ROOT):
 
 
 def missing_paths(text, root=ROOT):
-    """Paths in backticks from the root of the repository; those with a placeholder are passed over."""
+    """Paths in backticks from the root of the repository; those with a placeholder are passed over.
+
+    What git ignores counts as missing: it lies here by chance, and a fresh clone has none of it.
+    """
     paths = re.findall(rf"`((?:{FOLDERS})/[\w./*-]+)`", text)
-    return [path for path in paths if not any(root.glob(path.rstrip("/")))]
+    found = {path: {str(place) for place in root.glob(path.rstrip("/"))} for path in paths}
+    left_out = ignored_by_git(set().union(*found.values()), root)
+    return [path for path in paths if not found[path] - left_out]
+
+
+def ignored_by_git(places, root):
+    """Those of the places that git ignores; none where there is no repository, as in an unpacked archive."""
+    command = ["git", "-C", str(root), "check-ignore", "--stdin"]
+    done = subprocess.run(command, input="\n".join(places), capture_output=True, text=True, check=False)
+    return set(done.stdout.splitlines())
 
 
 def targets(text):
@@ -95,3 +108,14 @@ def test_what_is_not_there_is_noticed(tmp_path):
         "docs/nothing.md", "fastfip/none/",
     ]  # fmt: skip
     assert targets("`make test-lesser`, we make do\n\n    make gpu ARGS=1\n") == {"test-lesser", "gpu"}
+
+
+def test_what_git_ignores_is_missing_in_a_document(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("left/\n")
+    for name in ("left", "kept"):
+        (tmp_path / "docs" / name).mkdir(parents=True)
+        (tmp_path / "docs" / name / "file").write_text("")
+    assert missing_paths("`docs/left/file` `docs/left` `docs/kept/file` `docs/kept`", tmp_path) == [
+        "docs/left/file", "docs/left",
+    ]  # fmt: skip
