@@ -103,7 +103,7 @@ def memory(large: Large, method: str, rank: int | None, model: nn.Module) -> tup
     sample = KEPT[large.kind] * large.tokens * large.width * large.layers * 4
     whole = MemoryModel(
         now=large.given * numbers, copies=copy, factors=terms.factors, optimiser=terms.optimiser,
-        data=(WORST + 3) * large.input_bytes, decomposition=terms.decomposition, scratch=terms.scratch,
+        data=(WORST + 3) * large.input_bytes, decomposition=terms.decomposition, step=terms.step, scratch=terms.scratch,
         per_sample=sample, least=terms.least,
     )  # fmt: skip
     return whole, numbers
@@ -165,7 +165,7 @@ def row(large: Large, method: str, rank: int | None) -> list[str]:
         large.name, way, f"{work / 1e15:,.0f}", _time(work / cpu_rate()),
         _time(decomposition_time(model, rank)) if spectral else "-", _time(work / (SHARE * TF32)),
         _time(work / (SHARE * TF32 * GPUS)), _bytes(terms.now + terms.copies),
-        _bytes(terms.factors) if spectral else "-", _bytes(terms.optimiser), _bytes(peak), fits,
+        _bytes(terms.factors) if spectral else "-", _bytes(terms.optimiser + terms.step), _bytes(peak), fits,
         _bytes(sent), _time(ring / NVLINK), _time(ring / ETHERNET),
     ]  # fmt: skip
 

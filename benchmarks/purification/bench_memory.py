@@ -105,6 +105,7 @@ def predicted(model: nn.Module, x: Tensor, y: Tensor, method: str, micro_batch: 
     recipe: Any = get(method)
     config = recipe.Config().replace(**{k: v for k, v in SHORT.items() if k in ("steps", "batch_size", "holdout")})
     run = Run(model, Task(), CleanSet.of((x, y)), config, torch.device("cpu"), torch.Generator(), classes=10)
+    run.received = {name: p.detach() for name, p in model.named_parameters() if p.dim() != 4}
     terms = memory.measured(run, recipe)
     # On a CPU convolutions get another layout, and with it memory of their own.
     copy = sum(p.nbytes for p in model.parameters() if p.dim() == 4 or not recipe.lends_weights)

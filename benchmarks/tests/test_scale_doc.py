@@ -41,7 +41,12 @@ def test_terms_that_the_table_adds_up_are_those_of_a_run():
     with torch.device("meta"):
         model = large.make()
     terms, numbers = scale_doc.memory(large, "fisher_steps", None, model)
-    assert terms.copies == 4 * numbers and terms.optimiser == 6 * 4 * numbers and terms.factors == 0
+    assert (
+        terms.copies == 4 * numbers
+        and terms.optimiser == 3 * 4 * numbers
+        and terms.step == 2 * 4 * numbers
+        and terms.factors == 0
+    )
     spectral, _ = scale_doc.memory(large, "fast_wfip", None, model)
     assert spectral.copies == 0 and spectral.factors > numbers * 4 > 100 * spectral.optimiser
     assert get("fisher_steps").lends_weights is False
@@ -55,7 +60,7 @@ def test_a_case_is_measured_and_foretold(monkeypatch):
     size, peak, expected = bench_memory.measure_here("small", "fine_tune", 2)
     numbers = 193 * 128 + 129 * 10
     assert size == 4 * numbers and peak >= 0
-    assert 5 * size < expected < 6 * size  # the copy, four buffers, and a pass of two samples
+    assert 5 * size <= expected < 6 * size  # the copy, three buffers, and one more or a pass of two samples
     assert bench_memory.measure_here("small", "adam", 2)[2] == 0
 
 

@@ -186,7 +186,7 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
-            self.received = frozen_copy(run.model, run.received)
+            self.received = frozen_copy(run.model, {**run.received, **(self.start or {})})
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)

@@ -2,12 +2,12 @@
 
 The memory of a purification, in bytes above what the process has when the model was received:
 
-    copies + factors + optimiser + data + max(decomposition, scratch + constant + m * per_sample)
+    copies + factors + optimiser + data + max(decomposition, step, scratch + constant + m * per_sample)
 
-with m = micro_batch, or 3 where that is less and the Fisher diagonal is measured.
+with m = micro_batch, or 2.2 where that is less and the Fisher diagonal is measured.
 
-The first four and the decomposition are arithmetic; `constant` and `per_sample` are measured, by passes of one sample
-and of two. docs/scale.md has the terms for large models, and what they are worth against measurement.
+The first four, the decomposition and the step are arithmetic; `constant` and `per_sample` are measured, by passes of
+one sample and of two. docs/scale.md has the terms for large models, and what they are worth against measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,9 @@ from fastfip.data.batch import take
 from fastfip.errors import ConfigError
 from fastfip.methods import Method
 from fastfip.methods._search import SEARCH_BATCH
-from fastfip.methods._space import FISHER_SHARE
 from fastfip.methods.run import Run
 from fastfip.nets.process import resident_memory
-from fastfip.nets.state import LOW_PRECISION, eval_mode, requires_grad
+from fastfip.nets.state import LOW_PRECISION, eval_mode, requires_grad, still_received
 from fastfip.spectral.places import places_of
 
 __all__ = [
@@ -46,11 +45,17 @@ __all__ = [
     "tensor_peak",
 ]
 
-#: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and two states of
-#: the loop (the last good one, and the one that takes its place). `fisher_steps` has its step and the weights from
-#: before the measurement of its length as well.
-BUFFERS = 4
-MORE_BUFFERS = {"fisher_steps": 2}
+#: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and the last good
+#: state of the loop.
+BUFFERS = 3
+#: Buffers that are there while no pass runs: the state that takes the last one's place; in `fisher_steps` the step, and
+#: the weights from before the measurement of its length.
+STEP_BUFFERS = {"fisher_steps": 2}
+#: Methods that keep the received values, and share them with the given model where their layout has stayed.
+KEEP_RECEIVED = ("fisher_steps", "wfip")
+#: Memory of the Fisher diagonal of one sample, in passes of one sample: what each layer's gradient is made of is kept.
+#: It was 2.1 on two vision transformers; parts are made by the larger `FISHER_SHARE` of `methods/_space.py`.
+FISHER_SAMPLE = 2.2
 #: Copies of the largest matrix in float64 that its decomposition takes.
 WIDE = 4
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -116,8 +121,8 @@ class MemoryModel:
         now: what is there before a run, the given model and its copy included.
         factors: U and V of the weights. optimiser: gradients, momentum and states of what is tuned.
         copies: weights in another dtype. data: perturbations and batches.
-        decomposition: what the largest one takes for its time. scratch: memory that spectral layers share.
-        constant, per_sample: what a pass forward and backward takes.
+        decomposition: what the largest one takes for its time. step: what is there between passes only.
+        scratch: memory that spectral layers share. constant, per_sample: what a pass forward and backward takes.
         least: a single sample takes as much as so many, where the Fisher diagonal is measured.
     """
 
@@ -127,10 +132,11 @@ class MemoryModel:
     optimiser: int = 0
     data: int = 0
     decomposition: int = 0
+    step: int = 0
     scratch: int = 0
     constant: int = 0
     per_sample: int = 0
-    least: int = 1
+    least: float = 1
 
     @property
     def fixed(self) -> int:
@@ -140,7 +146,8 @@ class MemoryModel:
     def peak(self, micro_batch: int) -> int:
         """Return the peak with so many samples in a pass."""
         samples = max(micro_batch, self.least)
-        return self.fixed + max(self.decomposition, self.scratch + self.constant + samples * self.per_sample)
+        passes = self.scratch + self.constant + int(samples * self.per_sample)
+        return self.fixed + max(self.decomposition, self.step, passes)
 
     def samples(self, budget: int) -> int:
         """Return how many samples a pass may have within a budget; 0: not even one."""
@@ -180,8 +187,9 @@ def fixed_memory(
     step = min(classes, SEARCH_BATCH) * input_bytes  # of a step: sums, rows and their like
     data = (rows // 2 if rows > 256 << 20 else rows) + 3 * step + 2 * clean_bytes + SEARCH_BATCH * input_bytes
     if not recipe.lends_weights:
-        buffers = BUFFERS + MORE_BUFFERS.get(recipe.name, 0) + (optimizer == "adam")
-        return MemoryModel(copies=copies, optimiser=buffers * wide, data=data if classes else 0)
+        buffers = BUFFERS + (optimizer == "adam")
+        step = STEP_BUFFERS.get(recipe.name, 1) * wide
+        return MemoryModel(copies=copies, optimiser=buffers * wide, step=step, data=data if classes else 0)
     factors, largest, seen, deltas = 0, 0, set(), 0
     for place in places_of(model, frozen, {}):
         weight: Any = place.module._parameters[place.attribute]
@@ -201,7 +209,7 @@ def fixed_memory(
         data=data if classes else 0,
         decomposition=8 * WIDE * largest,
         scratch=8 * largest,
-        least=FISHER_SHARE,
+        least=FISHER_SAMPLE,
     )
 
 
@@ -256,15 +264,14 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         input_bytes=input_bytes,
         clean_bytes=min(128 << 20, run.clean.n * input_bytes),
     )
-    return MemoryModel(
+    kept = 0
+    if recipe.name in KEEP_RECEIVED:
+        named = run.model.named_parameters()
+        kept = sum(p.nbytes for name, p in named if not still_received(p.detach(), run.received.get(name)))
+    return replace(
+        terms,
         now=in_use(run.device),
-        copies=terms.copies,
-        factors=terms.factors,
-        optimiser=terms.optimiser,
-        data=terms.data,
-        decomposition=terms.decomposition,
-        scratch=terms.scratch,
-        least=terms.least,
+        copies=terms.copies + kept,
         constant=max(0, one - per_sample) * (1 + low),
         per_sample=per_sample * (1 + low),  # 16 bits are tuned in 32
     )

@@ -63,12 +63,14 @@ def test_factors_and_buffers_are_those_of_the_shapes():
     assert spectral.factors == full and spectral.copies == 0
     few = fixed_memory(model, get("fast_wfip"), rank=8)
     assert few.factors == 4 * (8 * 492 + 8 * 600 + 4 * 304)
-    assert fixed_memory(model, get("fine_tune")).optimiser == 4 * 4 * numbers
-    assert fixed_memory(model, get("wfip"), optimizer="adam").optimiser == 5 * 4 * numbers
+    assert fixed_memory(model, get("fine_tune")).optimiser == 3 * 4 * numbers
+    assert fixed_memory(model, get("fine_tune")).step == 4 * numbers
+    assert fixed_memory(model, get("fisher_steps")).step == 2 * 4 * numbers
+    assert fixed_memory(model, get("wfip"), optimizer="adam").optimiser == 4 * 4 * numbers
     half = fixed_memory(mlp(300).half(), get("fine_tune"))
-    assert half.copies == 2 * numbers and half.optimiser == 4 * 4 * numbers
+    assert half.copies == 2 * numbers and half.optimiser == 3 * 4 * numbers
     frozen = frozenset(id(p) for p in model[3].parameters())
-    assert fixed_memory(model, get("fine_tune"), frozen=frozen).optimiser == 16 * (numbers - 300 * 301)
+    assert fixed_memory(model, get("fine_tune"), frozen=frozen).optimiser == 12 * (numbers - 300 * 301)
     held = fixed_memory(model, get("fast_wfip"), classes=10, input_bytes=768, clean_bytes=1000)
     assert held.data == 4 * 10 * 768 + 2000 + 64 * 768
 
@@ -83,6 +85,8 @@ def test_as_many_samples_are_chosen_as_the_budget_has_room_for():
     terms = MemoryModel(now=100, factors=50, decomposition=30, scratch=5, constant=5, per_sample=10)
     assert terms.fixed == 150 and terms.peak(1) == 180 and terms.peak(4) == 200
     assert terms.samples(200) == 4 and terms.samples(209) == 4 and terms.samples(210) == 5
+    assert MemoryModel(now=100, step=90, decomposition=30, per_sample=10).peak(4) == 190
+    assert MemoryModel(per_sample=10, least=2.2).peak(1) == 22
     assert terms.samples(180) == 2 and terms.samples(179) == 0
 
 
