@@ -171,6 +171,7 @@ def _call(result: PurifyResult) -> str:
     parts += [
         f"{name}={result.settings[name]!r}" for name in ("seed", "amp", "micro_batch") if result.settings.get(name)
     ]
+    parts += [f"{name}={text}" for name, text in result.settings.get("arguments", {}).items()]
     parts += ["test_loader=test"] if result.after.on == "test_loader" and result.after.acc is not None else []
     parts += ["asr_loader=triggered"] if result.after.asr is not None else []
     parts += [f"config={config!r}"] if config else []

@@ -204,7 +204,8 @@ def purify(
                     "give it use_reentrant=False, or take fine_tune"
                 ) from error
             raise
-    run.seconds["total"] = time.perf_counter() - start
+    # After a resume the parts have the time of the run that was broken off as well.
+    run.seconds["total"] = max(time.perf_counter() - start, sum(run.seconds.values()))
     return PurifyResult(
         model=result,
         method=recipe.name,
@@ -227,6 +228,7 @@ def purify(
             "micro_batch": run.micro_batch,
             "inputs": run.inputs,
             "classes": run.classes,
+            "arguments": _arguments(forward=forward, loss=loss, force=force, frozen=frozen, input_shape=input_shape),
             **_ranks_of(run),
         },
         versions={
@@ -242,6 +244,13 @@ def purify(
         coverage=coverage,
         found=run.found,
     )
+
+
+def _arguments(**given: Any) -> dict[str, str]:
+    """Return those that are not as usual, by name, as they are written in Python; a function by the argument's name."""
+    usual = {"forward": None, "loss": None, "force": False, "frozen": "keep", "input_shape": None}
+    changed = {name: value for name, value in given.items() if value != usual[name]}
+    return {name: name if callable(value) else repr(value) for name, value in changed.items()}
 
 
 def _group_of(group: Any) -> Any:

@@ -240,6 +240,18 @@ def test_what_is_not_known_is_said():
     assert "Read this first" not in text and "a model in memory" in text and "looks for nothing" in text
 
 
+def test_the_call_that_does_it_again_has_what_was_given():
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (torch.randn(9, 3, 2, 2), torch.arange(9) % 3)
+
+    def losses(outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+    result = fastfip.purify(model, data, "fine_tune", steps=1, force=True, progress=False, loss=losses, micro_batch=3)
+    repeat = result.document()["repeat"]
+    assert {"loss=loss", "force=True", "micro_batch=3"} <= set(repeat.removesuffix(")").split(", "))
+    assert "forward=" not in repeat and "frozen=" not in repeat
+
+
 def test_a_run_that_was_interrupted_while_it_was_measured_has_a_report():
     after = Evaluation(on="test_loader", notes=("interrupted while measuring the purified model",))
     document = purified(after=after, interrupted=True, history=[]).document()
