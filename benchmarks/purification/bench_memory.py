@@ -40,7 +40,7 @@ from fastfip.testing import nets
 
 RESULTS = harness.Results(
     "memory",
-    "net method micro_batch budget_mb parameters_mb peak_mb ratio predicted_mb error commit torch cpu",
+    "net method micro_batch budget_mb chosen parameters_mb peak_mb ratio predicted_mb error commit torch cpu",
     run="net method micro_batch budget_mb",
     order=lambda r: (r["net"], r["method"], str(r["budget_mb"]), str(r["micro_batch"])),
 )
@@ -147,7 +147,8 @@ def case(text: str, threads: int) -> Row:
         "benchmarks.purification.bench_memory", *arguments, MALLOC_MMAP_THRESHOLD_="65536"
     )
     error = round(expected / peak - 1, 3) if expected else ""
-    return {"net": net, "method": method, "micro_batch": micro, "budget_mb": "", "parameters_mb": round(size / 1e6, 1),
+    return {"net": net, "method": method, "micro_batch": micro, "budget_mb": "", "chosen": "",
+            "parameters_mb": round(size / 1e6, 1),
             "peak_mb": round(peak / 1e6, 1), "ratio": round(peak / size, 3),
             "predicted_mb": round(expected / 1e6, 1) if expected else "", "error": error}  # fmt: skip
 
@@ -157,7 +158,7 @@ def budget(text: str, threads: int) -> Row:
     net, method, megabytes = text.split(":")
     arguments = ("--peak", f"{text}:budget", "--threads", threads)
     size, peak, micro = harness.fresh("benchmarks.purification.bench_memory", *arguments)
-    return {"net": net, "method": method, "micro_batch": micro, "budget_mb": megabytes,
+    return {"net": net, "method": method, "micro_batch": "", "budget_mb": megabytes, "chosen": micro,
             "parameters_mb": round(size / 1e6, 1), "peak_mb": round(peak / 1e6, 1),
             "ratio": round(peak / 1e6 / float(megabytes), 3)}  # fmt: skip
 
@@ -174,7 +175,7 @@ def tables() -> tuple[str, str]:
         for r in rows if not r["budget_mb"]
     ]  # fmt: skip
     held = [
-        [r["net"], f"`{r['method']}`", r["budget_mb"], r["micro_batch"], r["peak_mb"], f"{float(r['ratio']):.2f}"]
+        [r["net"], f"`{r['method']}`", r["budget_mb"], r["chosen"], r["peak_mb"], f"{float(r['ratio']):.2f}"]
         for r in rows if r["budget_mb"]
     ]  # fmt: skip
     budgets = ["network", "method", "`memory=`, MB", "chosen `micro_batch`", "peak of the process, MB", "of the budget"]
