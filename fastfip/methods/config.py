@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from fastfip.errors import ConfigError, choices, reason
 
-__all__ = ["MethodConfig", "setting"]
+__all__ = ["MethodConfig", "learning_rate", "setting"]
 
 C = TypeVar("C", bound="MethodConfig")
 
@@ -260,3 +260,13 @@ def _in_range(name: str, value: Any, rule: Mapping[str, Any]) -> Any:
         words = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
         raise ConfigError(f"{name}={value}: must be {words or 'finite'}")
     return value
+
+
+def learning_rate(step: int, total: int, schedule: str, warmup: float) -> float:
+    """Return the factor of the step size at a step 0 .. total-1: linear warm-up, then constant or a cosine to zero."""
+    ramp = math.ceil(warmup * total)
+    if step < ramp:
+        return (step + 1) / (ramp + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))

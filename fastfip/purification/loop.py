@@ -7,6 +7,7 @@ epoch is kept, stopping early, Ctrl-C and losses that are not finite.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastfip.data.augment import augmented, movable
 from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
+from fastfip.methods.config import learning_rate
 from fastfip.methods.run import Run
 from fastfip.nets.state import requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
@@ -26,7 +28,7 @@ from fastfip.purification.callbacks import Callback, Record, as_callbacks
 if TYPE_CHECKING:
     from fastfip.purification.resume import Resume
 
-__all__ = ["Run", "fit", "learning_rate"]
+__all__ = ["Run", "Tuned", "fit"]
 
 #: So many steps in a row without a finite loss end the loop.
 PATIENCE_NONFINITE = 10
@@ -81,7 +83,7 @@ def fit(
             run.interrupted = True
             run.note("interrupted before the first step: the model is as it was given")
             return history
-        with _Tuned(run, method) as tuned:
+        with Tuned(run, method) as tuned:
             loop = _Loop(run, method, tuned, watchers, history, resume)
             if resume is not None and broken is not None:
                 resume.restore(loop, broken)
@@ -91,17 +93,7 @@ def fit(
     return history
 
 
-def learning_rate(step: int, total: int, schedule: str, warmup: float) -> float:
-    """Return the factor of the step size at a step 0 .. total-1: linear warm-up, then constant or a cosine to zero."""
-    ramp = math.ceil(warmup * total)
-    if step < ramp:
-        return (step + 1) / (ramp + 1)
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
-
-
-class _Tuned:
+class Tuned:
     """The tensors that are tuned; the rest of the model is frozen while this is entered."""
 
     def __init__(self, run: Run, method: Method) -> None:
@@ -110,7 +102,7 @@ class _Tuned:
         self.tensors: list[Tensor] = [p for group in self.groups for p in group["params"]]
         self.seconds = 0.0
 
-    def __enter__(self) -> _Tuned:
+    def __enter__(self) -> Tuned:
         mine = {id(p) for p in self.tensors}
         self.everything = list({id(p): p for p in [*self.model.parameters(), *self.tensors]}.values())
         self.flags = requires_grad(self.everything, lambda p: id(p) in mine)
@@ -131,15 +123,20 @@ class _Tuned:
         """Every tensor that the loop may change: what is tuned, and the buffers (running statistics)."""
         return [*self.tensors, *(b for b in self.model.buffers() if b is not None)]
 
-    def save(self) -> list[Tensor]:
-        return [t.detach().clone() for t in self.state()]
+    @torch.no_grad()
+    def save(self, into: list[Tensor] | None = None) -> list[Tensor]:
+        """Return copies of the state, in the memory of copies that nobody needs any more."""
+        pairs = zip(self.state(), itertools.chain(into or (), itertools.repeat(None)))
+        return [t.clone() if old is None or old.shape != t.shape else old.copy_(t) for t, old in pairs]
 
     @torch.no_grad()
     def restore(self, saved: list[Tensor]) -> None:
+        """Put a saved state back."""
         for t, value in zip(self.state(), saved):
             t.copy_(value)
 
     def finite(self) -> bool:
+        """Return whether every number of the state is."""
         return all(bool(torch.isfinite(t).all()) for t in self.state() if t.is_floating_point())
 
 
@@ -174,7 +171,7 @@ class _Diverged(_Stop):
 
 
 class _Loop:
-    def __init__(self, run: Run, method: Method, tuned: _Tuned, watchers: list[Callback], history: list[Record],
+    def __init__(self, run: Run, method: Method, tuned: Tuned, watchers: list[Callback], history: list[Record],
                  resume: Resume | None) -> None:  # fmt: skip
         self.run, self.method, self.tuned, self.watchers, self.history = run, method, tuned, watchers, history
         self.resume = resume
@@ -228,6 +225,13 @@ class _Loop:
         elif self.history and not math.isfinite(self.history[-1].get("score", 0.0)):
             raise ModelError(f"no epoch ends with a finite held-out loss: {self.remedy()}")
 
+    def spare(self) -> list[Tensor] | None:
+        """Return the last good state where another one is the best, which stands for it until the next is saved."""
+        if self.best is None or self.good is self.best:
+            return None
+        spare, self.good, self.good_epoch = self.good, self.best, self.run.best_epoch or 0
+        return spare
+
     def kept(self) -> str:
         epoch = self.run.best_epoch or self.good_epoch
         return f"the state of epoch {epoch} is kept" if epoch else "no epoch was scored, the model is as it was given"
@@ -249,7 +253,7 @@ class _Loop:
             with run.timed("score"):
                 better = self.score(record)
             if self.tuned.finite():
-                self.good, self.good_epoch = self.tuned.save(), run.epoch
+                self.good, self.good_epoch = self.tuned.save(self.spare()), run.epoch
                 if better:
                     self.best, run.best_epoch = self.good, run.epoch
         record["seconds"] = time.perf_counter() - start

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 #: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and the last good
-#: state of the loop.
+#: state of the loop; where the best one is chosen by its score, that one as well.
 BUFFERS = 3
 #: Buffers that are there while no pass runs: the state that takes the last one's place; in `fisher_steps` the step, and
 #: the weights from before the measurement of its length.
@@ -163,6 +163,7 @@ def fixed_memory(
     *,
     optimizer: str = "sgd",
     rank: int | float | None = None,
+    best: bool = False,
     frozen: frozenset[int] = frozenset(),
     classes: int = 0,
     input_bytes: int = 0,
@@ -175,6 +176,7 @@ def fixed_memory(
         recipe: the method.
         optimizer: "sgd" or "adam".
         rank: directions of each weight that a spectral method moves.
+        best: the best epoch is kept, beside the last.
         frozen: ids of parameters that stay.
         classes: C, of the worst-case perturbations; 0: none are looked for.
         input_bytes: of one input.
@@ -187,8 +189,8 @@ def fixed_memory(
     step = min(classes, SEARCH_BATCH) * input_bytes  # of a step: sums, rows and their like
     data = (rows // 2 if rows > 256 << 20 else rows) + 3 * step + 2 * clean_bytes + SEARCH_BATCH * input_bytes
     if not recipe.lends_weights:
-        buffers = BUFFERS + (optimizer == "adam")
-        step = STEP_BUFFERS.get(recipe.name, 1) * wide
+        buffers = BUFFERS + (optimizer == "adam") + best
+        step = STEP_BUFFERS.get(recipe.name, 0 if best else 1) * wide
         return MemoryModel(copies=copies, optimiser=buffers * wide, step=step, data=data if classes else 0)
     factors, largest, seen, deltas = 0, 0, set(), 0
     for place in places_of(model, frozen, {}):
@@ -259,6 +261,7 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         recipe,
         optimizer=config.optimizer,
         rank=getattr(config, "rank", None),
+        best=config.select == "best",
         frozen=run.frozen,
         classes=(run.classes or 0) if hasattr(config, "unlearn") and input_bytes else 0,
         input_bytes=input_bytes,

@@ -9,10 +9,10 @@ from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method
-from fastfip.methods.config import MethodConfig
+from fastfip.methods.config import MethodConfig, learning_rate
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.loop import fit, learning_rate
+from fastfip.purification.loop import Tuned, fit
 from tests.support.small_nets import CLASSES, TiedNet, conv_net, data, plain_net, same, values
 
 
@@ -395,6 +395,24 @@ def test_ctrl_c_keeps_the_best_state():
     history = fit(run, method, False, interrupt_after(3))
     assert run.interrupted and len(history) == 3 and same(values(run.model), method.states[1])
     assert "interrupted in epoch 3 of 5: the state of epoch 2 is kept" in run.notes
+
+
+def test_a_state_that_is_not_the_best_is_written_over_and_ctrl_c_loses_none(monkeypatch):
+    saved, save = [], Tuned.save
+
+    def watched(self, into=None):
+        saved.append(into is not None)
+        if into is not None and len(saved) == 5:
+            into[0].fill_(math.nan)  # half-way
+            raise KeyboardInterrupt
+        return save(self, into)
+
+    monkeypatch.setattr(Tuned, "save", watched)
+    run = make_run(epochs=6)
+    method = Scripted([0.1, 0.2, 0.3, 0.4, 0.0, 0.0])
+    fit(run, method, False)
+    assert saved == [False, False, False, True, True]
+    assert run.interrupted and same(values(run.model), method.states[0])
 
 
 def test_ctrl_c_within_a_step_never_leaves_half_a_step():

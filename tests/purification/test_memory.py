@@ -65,6 +65,8 @@ def test_factors_and_buffers_are_those_of_the_shapes():
     assert few.factors == 4 * (8 * 492 + 8 * 600 + 4 * 304)
     assert fixed_memory(model, get("fine_tune")).optimiser == 3 * 4 * numbers
     assert fixed_memory(model, get("fine_tune")).step == 4 * numbers
+    best = fixed_memory(model, get("fine_tune"), best=True)
+    assert (best.optimiser, best.step) == (4 * 4 * numbers, 0)
     assert fixed_memory(model, get("fisher_steps")).step == 2 * 4 * numbers
     assert fixed_memory(model, get("wfip"), optimizer="adam").optimiser == 4 * 4 * numbers
     half = fixed_memory(mlp(300).half(), get("fine_tune"))
