@@ -28,8 +28,9 @@ __all__ = [
     "fresh_caches",
     "frozen_copy",
     "is_compiled",
+    "is_part",
+    "is_sharded",
     "lendable",
-    "refuse_parts",
     "refuse_sharded",
     "requires_grad",
     "still_received",
@@ -250,21 +251,25 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it is sharded (FSDP, DTensor).
     """
-    refuse_parts(model.parameters(), type(model))
-
-
-def refuse_parts(parameters: Iterable[Tensor], kind: type[nn.Module]) -> None:
-    """Refuse parameters of which each process has a part, in a model of the class `kind`.
-
-    Raises:
-        ModelError: they are such, or will be so again after the next pass (FSDP).
-    """
-    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in kind.__mro__)
-    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+    if is_sharded(model):
         raise ModelError(
             "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
             "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"
         )
+
+
+def is_part(t: object) -> bool:
+    """Return whether a tensor is one of which each process has a part (a DTensor)."""
+    return type(t).__name__ == "DTensor" or (isinstance(t, Tensor) and type(t.data).__name__ == "DTensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each process has a part of a model or of something in it, or will after the next pass (FSDP)."""
+    return any(_is_fsdp(type(m)) for m in model.modules()) or any(is_part(p) for p in model.parameters())
+
+
+def _is_fsdp(kind: type) -> bool:
+    return any("FullyShardedDataParallel" in c.__name__ or c.__name__ == "FSDPModule" for c in kind.__mro__)
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from fastfip.fisher.graph.reading import (
 )
 from fastfip.fisher.graph.recipe import recipe_for, refuse_node
 from fastfip.nets.checks import check_initialised
-from fastfip.nets.state import LOW_PRECISION, refuse_parts
+from fastfip.nets.state import LOW_PRECISION, refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | No
             lazy one has no values yet.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
-    refuse_parts(every.values(), type(model))
+    refuse_sharded(model)
     chosen: dict[str, Tensor]
     if isinstance(params, Mapping):
         chosen = dict(params)

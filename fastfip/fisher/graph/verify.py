@@ -23,6 +23,7 @@ from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.layout import Layout, Probe, weights_for
 from fastfip.fisher.graph.plan import Plan, read_graph
 from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of, own_gradients
+from fastfip.nets.state import is_part
 
 _ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
 _TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled
@@ -55,12 +56,14 @@ def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None =
 
     Raises:
         DataError: `losses` is not one number for each sample.
-        ModelError: no graph, or BatchNorm statistics of the batch.
+        ModelError: no graph, BatchNorm statistics of the batch, or parameters that are sharded over processes.
     """
     if losses.dim() != 1 or losses.shape[0] == 0:
         raise DataError(f"losses must have the shape [N], one number for each sample, not {list(losses.shape)}")
     if losses.grad_fn is None:
         raise ModelError("the losses have no graph: a frozen model, or a forward pass under no_grad")
+    if any(map(is_part, params.values())):
+        raise ModelError("the parameters are sharded over processes: take fisher_diagonal or fisher_trace with group=")
     cache, params = {} if cache is None else cache, dict(params)
     reading = read_graph(losses, params)
     signatures = tuple(_signature(site) for site in reading.sites)
