@@ -23,9 +23,9 @@ __all__ = ["FisherDiagonal", "QuadraticPenalty", "merge"]
 class FisherDiagonal(dict[str, Tensor]):
     """Parameter name -> diagonal of its block of the Fisher, in the parameter's shape.
 
-    float64 for float64 parameters and float32 otherwise, on the parameter's device; of a model that is sharded over
-    processes they are DTensors, and `trace`, `to_vector`, `save` and penalties are called on every rank. `a + b` and `2 * a` are of the
-    numbers; the diagonal of two data sets together is `(a * a.n + b * b.n) * (1 / (a.n + b.n))`.
+    float64 for float64 parameters and float32 otherwise, on the parameter's device. `a + b` and `2 * a` are of the
+    numbers; the diagonal of two data sets together is `(a * a.n + b * b.n) * (1 / (a.n + b.n))`. Of a model that is
+    sharded over processes the values are DTensors: `trace`, `to_vector`, `save` and penalties are called on every rank.
 
     Pickled (`torch.save`) it is an OrderedDict with the same attributes, which `torch.load(weights_only=True)` reads
     anywhere; `save` and `load` keep it what it is.
@@ -97,7 +97,9 @@ class FisherDiagonal(dict[str, Tensor]):
         where = Path(path)
         if where.suffix.lower() != ".safetensors":
             raise CheckpointError(f"{where}: a Fisher diagonal is saved as .safetensors")
-        tensors = {name: _whole(v.detach()).cpu().clone(memory_format=torch.contiguous_format) for name, v in self.items()}
+        tensors = {
+            name: _whole(v.detach()).cpu().clone(memory_format=torch.contiguous_format) for name, v in self.items()
+        }
         about = {"n": str(self.n), "kind": self.kind, "coverage": json.dumps(self.coverage)}
         try:
             with replacing(where) as temporary:

@@ -66,6 +66,11 @@ class Shards:
             raise ConfigError("params= of a model that is sharded over processes takes names, not tensors")
         return cls(model, group)
 
+    @property
+    def world(self) -> int:
+        """Return how many processes have parts."""
+        return int(next(iter(self.parts.values())).device_mesh.size())  # type: ignore[attr-defined]
+
     def _check_mesh(self, group: Any) -> None:
         if group is None:
             raise ConfigError(
@@ -184,7 +189,7 @@ class _OnParts(torch.autograd.Function):
         whole = dict(ctx.shards.twin.named_parameters(remove_duplicate=False))
         with torch.enable_grad():
             found = torch.autograd.grad(ctx.value, [whole[name] for name in ctx.names], allow_unused=True)
-        world = next(iter(ctx.shards.parts.values())).device_mesh.size()
+        world = ctx.shards.world
         parts = []
         for name, g in zip(ctx.names, found):
             g = torch.zeros_like(whole[name]) if g is None else g * gradient
@@ -228,14 +233,14 @@ def _check_kind(model: nn.Module) -> None:
         if any("FullyShardedDataParallel" in c.__name__ for c in type(module).__mro__):
             where = f" at {name!r}" if name else ""
             raise ModelError(
-                f"the model has FullyShardedDataParallel{where}, which keeps flat parts of its weights: use fully_shard "
-                "(FSDP2), or take the model as it was before it was sharded"
+                f"the model has FullyShardedDataParallel{where}, which keeps flat parts of its weights: use "
+                "fully_shard (FSDP2), or take the model as it was before it was sharded"
             )
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise ModelError(
-                f"the parameter {name} is on the meta device, without weights: model.to_empty(device=...) and load them "
-                "first (torch.distributed.checkpoint.state_dict)"
+                f"the parameter {name} is on the meta device, without weights: model.to_empty(device=...) and load "
+                "them first (torch.distributed.checkpoint.state_dict)"
             )
 
 
