@@ -22,6 +22,7 @@ __all__ = ["Shards", "on_parts", "whole_value"]
 
 #: What `fully_shard` notes on modules for the compiler.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_REMEDY = "give group= a process group of all ranks that have parts of the model"
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of outputs, whole and in parts; 16 bits: 5e-2
 
 
@@ -38,7 +39,8 @@ class Shards:
 
         Args:
             model: its modules are resharded where a forward pass has left them whole.
-            group: as users give it: "auto" or a process group; its ranks have to be those that have the parts.
+            group: as users give it: "auto" or a process group; its ranks have to be those that have the parts, of
+                whichever parameters.
 
         Raises:
             ConfigError: the group is None, or its ranks are not those of the meshes.
@@ -46,11 +48,9 @@ class Shards:
         """
         self.model = model
         _check_kind(model)
-        for module in model.modules():
-            if _is_fsdp2(type(module)):
-                module.reshard()  # type: ignore[operator]
+        self._reshard()
         self.parts = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_part(p)}
-        self._check_mesh(group)
+        self.group = self._group_of(group)
         self.twin = self._gathered()
 
     @classmethod
@@ -66,12 +66,18 @@ class Shards:
             raise ConfigError("params= of a model that is sharded over processes takes names, not tensors")
         return cls(model, group)
 
+    def _reshard(self) -> None:
+        """Take the whole weights off that a forward pass has left on modules: the parameters are the parts again."""
+        for module in self.model.modules():
+            if _is_fsdp2(type(module)):
+                module.reshard()  # type: ignore[operator]
+
     @property
     def world(self) -> int:
         """Return how many processes have parts."""
-        return int(next(iter(self.parts.values())).device_mesh.size())  # type: ignore[attr-defined]
+        return dist.get_world_size(self.group)
 
-    def _check_mesh(self, group: Any) -> None:
+    def _group_of(self, group: Any) -> Any:
         if group is None:
             raise ConfigError(
                 "the model is sharded over processes, and group=None is this process alone: make the call on every "
@@ -81,14 +87,19 @@ class Shards:
             group = dist.group.WORLD
         elif not isinstance(group, dist.ProcessGroup):
             raise ConfigError(f"group={group!r}: give 'auto' or the process group that the model is sharded over")
-        ours = sorted(dist.get_process_group_ranks(group))
+        ours, all_theirs = sorted(dist.get_process_group_ranks(group)), set[int]()
         for name, p in self.parts.items():
-            theirs = sorted(p.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
-            if theirs != ours:
+            theirs = p.device_mesh.mesh.flatten().tolist()  # type: ignore[attr-defined]
+            all_theirs.update(theirs)
+            if not set(theirs) <= set(ours):
                 raise ConfigError(
-                    f"the parameter {name} is sharded over the ranks {theirs}, and the group has {ours}: give group= "
-                    "a process group of the ranks that the whole model is sharded over"
+                    f"the parameter {name} is sharded over the ranks {sorted(theirs)}, the group has {ours}: {_REMEDY}"
                 )
+        if all_theirs != set(ours):
+            raise ConfigError(
+                f"the model is sharded over the ranks {sorted(all_theirs)}, the group has {ours}: {_REMEDY}"
+            )
+        return group
 
     @torch.no_grad()
     def _gathered(self) -> nn.Module:
@@ -122,12 +133,8 @@ class Shards:
 
     def summed(self, name: str, value: Tensor) -> Tensor:
         """Return this rank's part of the sum over the ranks of a whole value, laid out as the parameter."""
-        p: Any = self.parts.get(name, next(iter(self.parts.values())))  # the ranks are the same for all
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        every = [Partial()] * p.device_mesh.ndim
-        partial = DTensor.from_local(value.detach().contiguous(), p.device_mesh, every, run_check=False)
-        total = partial.redistribute(p.device_mesh, [Replicate()] * p.device_mesh.ndim).to_local()
+        total = value.detach().contiguous().clone()
+        dist.all_reduce(total, group=self.group)
         return self.part(name, total)
 
     @torch.no_grad()
@@ -165,6 +172,7 @@ class Shards:
             return
         with eval_mode(self.model):
             right = whole_value(forward(self.model, batch)).float()
+        self._reshard()
         remedy = "fastfip computes with whole weights on each rank: take the model as it was before it was parallelised"
         try:
             with eval_mode(self.twin):

@@ -1,0 +1,35 @@
+"""Small nets sharded over the processes of a group, in each of the ways that are worked on."""
+
+import torch._dynamo  # before processes are forked: each would import it again
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel  # noqa: F401
+
+__all__ = ["SHARDINGS", "sharded", "whole"]
+
+#: Ways to shard a net, with the processes that they need at least.
+SHARDINGS = {"fsdp": 2, "a part of it": 2, "tensor parallel": 2, "hybrid": 4, "both": 4}
+
+
+def sharded(net, how):
+    """Shard a sequential net that ends in two linear layers around a ReLU, in place; return it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    first, last = str(len(net) - 3), str(len(net) - 1)
+    plan = {first: ColwiseParallel(), last: RowwiseParallel()}
+    if how == "tensor parallel":
+        return parallelize_module(net, init_device_mesh("cpu", (2,)), plan)
+    if how == "both":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(net, mesh["tensor"], plan)
+        return fully_shard(net, mesh=mesh["data"])
+    two = {"mesh_shape": (2, 2), "mesh_dim_names": ("copies", "parts")}
+    mesh = init_device_mesh("cpu", **(two if how == "hybrid" else {"mesh_shape": (2,)}))
+    fully_shard(net[0], mesh=mesh)
+    return net if how == "a part of it" else fully_shard(net, mesh=mesh)
+
+
+def whole(state):
+    """Return the values of all processes of a mapping of tensors, some of them DTensors."""
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
