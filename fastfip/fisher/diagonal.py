@@ -99,6 +99,19 @@ def fisher_diagonal(
     labels, task = Labels.of(kind, task, likelihood, sample, top_k, temperature)
     takes_logits = loss is None and (labels.likelihood is None or isinstance(labels.likelihood, Categorical))
     shards = Shards.of(model, group, params)
+    if shards is not None and shards.world > 1 and kind != "exact" and not shards.rewritten:
+        from fastfip.fisher.sharded import in_units
+
+        check_modes(model)
+        device = next(iter(shards.parts.values())).device if device is None else device
+        bar = _bar(iter_batches(data, task, device), data, progress)
+        found, data = in_units(
+            shards, bar, task, labels, takes_logits=takes_logits, temperature=temperature, params=params,
+            backend=backend, group=group, seed=seed,
+        )  # fmt: skip
+        if found is not None:
+            return found
+        progress = False
     model = model if shards is None else shards.twin
     check_modes(model)
     chosen = selected(model, params)

@@ -6,6 +6,7 @@ Each rank gathers all weights into a plain copy of the model, works on that, and
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -31,11 +32,11 @@ class Shards:
 
     Attributes:
         model: the sharded model. twin: the whole one, a plain copy with all weights, without what torch.distributed
-            has put on the modules.
+            has put on the modules; it is gathered when it is first asked for, by all ranks.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
-        """Look at the parts, and gather them: a collective of every mesh that they lie on.
+        """Look at the parts.
 
         Args:
             model: its modules are resharded where a forward pass has left them whole.
@@ -48,10 +49,9 @@ class Shards:
         """
         self.model = model
         _check_kind(model)
-        self._reshard()
+        self.reshard()
         self.parts = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_part(p)}
         self.group = self._group_of(group)
-        self.twin = self._gathered()
 
     @classmethod
     def of(cls, model: object, group: Any, params: object = None) -> Shards | None:
@@ -66,7 +66,7 @@ class Shards:
             raise ConfigError("params= of a model that is sharded over processes takes names, not tensors")
         return cls(model, group)
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """Take the whole weights off that a forward pass has left on modules: the parameters are the parts again."""
         for module in self.model.modules():
             if _is_fsdp2(type(module)):
@@ -101,8 +101,10 @@ class Shards:
             )
         return group
 
+    @functools.cached_property
     @torch.no_grad()
-    def _gathered(self) -> nn.Module:
+    def twin(self) -> nn.Module:
+        """Gather all weights: a collective of every mesh that they lie on."""
         whole: dict[nn.Parameter, Tensor] = {}
         for p in self.parts.values():
             if p not in whole:  # tied ones are gathered once
@@ -150,6 +152,22 @@ class Shards:
         for name, value in self.twin.named_buffers():
             buffers[name].copy_(value)
 
+    def unsharded(self) -> list[dict[str, Tensor]]:
+        """Return, for each unit of FSDP, name -> the tensor that its forward pass has in the parameter's place.
+
+        These have memory only while the unit computes. What belongs to no unit comes last, as it is.
+        """
+        found, seen = [], set[str]()
+        for module in self.model.modules():
+            if _is_fsdp2(type(module)):
+                module.unshard()  # type: ignore[operator]
+                unit = {n: p for n, p in self.model.named_parameters() if n in self.parts and not is_part(p)}
+                module.reshard()  # type: ignore[operator]
+                found.append({name: p for name, p in unit.items() if name not in seen})
+                seen.update(unit)
+        found.append({name: p for name, p in self.model.named_parameters() if name not in seen})
+        return [unit for unit in found if unit]
+
     @property
     def rewritten(self) -> bool:
         """Return whether code of the model may know that it has a part only, as in tensor parallelism.
@@ -172,7 +190,7 @@ class Shards:
             return
         with eval_mode(self.model):
             right = whole_value(forward(self.model, batch)).float()
-        self._reshard()
+        self.reshard()
         remedy = "fastfip computes with whole weights on each rank: take the model as it was before it was parallelised"
         try:
             with eval_mode(self.twin):
