@@ -13,7 +13,7 @@ from fastfip.data.batch import Batch, move_to
 from fastfip.data.task import Task
 from fastfip.errors import ModelError
 from fastfip.fisher.graph.forms import GradientForm, Workspace
-from fastfip.fisher.graph.plan import Plan, UseGroup, selected
+from fastfip.fisher.graph.plan import Plan, UseGroup, read_graph, selected
 from fastfip.fisher.graph.verify import Cache, known_plan, plan_for
 from fastfip.fisher.labels import LabelledPass, Labels
 from fastfip.fisher.modes import fit_for_fisher, naming_precision, readable
@@ -125,6 +125,11 @@ class InUnits:
         """Verify on a batch that all ranks have; return whether that gave a plan with rules for all parameters."""
         with torch.enable_grad():
             losses = one.task.loss(self.forward(one.task, one.batch), one.batch)
+            reading = read_graph(losses, self.params)
+            first = [site.recipe.layouts[0] for site in reading.sites]
+            plan = Plan(losses, self.params, reading, first, reading.at_root).routed()
+            if plan.pulled or plan.loop:  # looking closer takes weights that have no memory outside of their units
+                return False
             for _ in range(_TRIES):
                 plan = plan_for(losses, self.params, self.cache, [piece for piece in self.pieces if piece])
                 if known_plan(losses, self.params, self.cache) is not None:
