@@ -125,6 +125,10 @@ def fisher_diagonal(
         for batch in _bar(iter_batches(data, task, device), data, progress):
             with naming_precision(chosen.values(), batch):
                 if first:
+                    if shards is not None and ranks is not None:
+                        from fastfip.fisher.sharded import compare_on_all
+
+                        compare_on_all(shards, ranks, task, batch)
                     task, first = fit_for_fisher(model, task, batch, takes_logits), False
                 logits = measure.forward(task, batch)
             samples = logits.shape[0]
@@ -135,12 +139,12 @@ def fisher_diagonal(
         if ranks is not None and shards is None:
             count = ranks.mean_(list(total.out.values()), count, "fisher")
             return FisherDiagonal(total.out, total.coverage, count, kind)
-        if shards is not None:  # a parameter at a time: of the sums of all ranks each keeps its part
-            count = count if ranks is None else round(ranks.number(count))
-            for name in list(total.out):
-                if ranks is not None:
-                    ranks.sum_([total.out[name]], "fisher")
-                total.out[name] = shards.part(name, total.out[name])
+        if ranks is not None:
+            count = round(ranks.number(count))
+        for name in list(total.out) if shards is not None else ():  # one at a time: of its sum each rank keeps its part
+            if ranks is not None:
+                ranks.sum_([total.out[name]], "fisher")
+            total.out[name] = shards.part(name, total.out[name])  # type: ignore[union-attr]
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)

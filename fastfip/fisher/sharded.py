@@ -22,7 +22,7 @@ from fastfip.nets.ranks import Ranks
 from fastfip.nets.shards import Shards
 from fastfip.ops.memory import accumulation_dtype
 
-__all__ = ["in_units"]
+__all__ = ["compare_on_all", "in_units"]
 
 _TRIES = 4  # of a verification that saw too little
 
@@ -32,6 +32,12 @@ def shown_to_all(batch: Batch | None, ranks: Ranks, device: Any) -> Batch | None
     given = ranks.objects(None if batch is None else move_to(batch, "cpu"))
     found = next((one for one in given if one is not None), None)
     return None if found is None else move_to(found, device)
+
+
+def compare_on_all(shards: Shards, ranks: Ranks, task: Task, batch: Batch) -> None:
+    """See whether whole weights compute what the parts do, on the batch of rank 0; see `Shards.compare`."""
+    if shards.rewritten:
+        shards.compare(task.forward, shown_to_all(batch, ranks, ranks.device))
 
 
 def in_step(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:

@@ -238,6 +238,10 @@ def fisher_trace(
     from fastfip.nets.ranks import Ranks
 
     with Ranks.of(group, model.parameters(), "fisher_trace") as ranks:
+        if shards is not None and ranks is not None:
+            from fastfip.fisher.sharded import compare_on_all
+
+            compare_on_all(shards, ranks, task, batch)
         out = trace_and_logits(model, batch, task, params=params, create_graph=create_graph)
         trace = out.trace if ranks is None else ranks.mean_of(out.trace, len(out.losses))
     if shards is None:

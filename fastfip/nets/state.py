@@ -31,6 +31,7 @@ __all__ = [
     "is_part",
     "is_sharded",
     "lendable",
+    "refuse_parts",
     "refuse_sharded",
     "requires_grad",
     "still_received",
@@ -251,11 +252,25 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it is sharded (FSDP, DTensor).
     """
-    if is_sharded(model):
+    refuse_parts(model.parameters(), map(type, model.modules()))
+
+
+def refuse_parts(parameters: Iterable[Tensor], kinds: Iterable[type]) -> None:
+    """Refuse parameters of which each process has a part, in modules of these classes.
+
+    Raises:
+        ModelError: they are such, or will be so again after the next pass (FSDP).
+    """
+    if _in_parts(parameters, kinds):
         raise ModelError(
             "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
             "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"
         )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each process has a part of a model or of something in it, or will after the next pass (FSDP)."""
+    return _in_parts(model.parameters(), map(type, model.modules()))
 
 
 def is_part(t: object) -> bool:
@@ -263,9 +278,8 @@ def is_part(t: object) -> bool:
     return type(t).__name__ == "DTensor" or (isinstance(t, Tensor) and type(t.data).__name__ == "DTensor")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether each process has a part of a model or of something in it, or will after the next pass (FSDP)."""
-    return any(_is_fsdp(type(m)) for m in model.modules()) or any(is_part(p) for p in model.parameters())
+def _in_parts(parameters: Iterable[Tensor], kinds: Iterable[type]) -> bool:
+    return any(map(_is_fsdp, kinds)) or any(map(is_part, parameters))
 
 
 def _is_fsdp(kind: type) -> bool:

@@ -14,7 +14,7 @@ from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher import FisherDiagonal, fisher_diagonal, fisher_trace, squared_norms
 from fastfip.nets import shards
 from tests.support.processes import in_processes
-from tests.support.sharded import SHARDINGS, sharded, whole
+from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -156,6 +156,9 @@ def refusals(rank):
     model.train()
     told("train", ModelError, lambda: fisher_diagonal(model, [(x, y)], group="auto"))
     model.eval()
+    odd = OfParts(48, 3).parallelised()
+    told("diagonal of parts", ModelError, lambda: fisher_diagonal(odd, [(x, y)], group="auto"))
+    told("trace of parts", ModelError, lambda: fisher_trace(odd, x, y, group="auto"))
     mine = [(x, y)] if rank == 0 else []
     told("empty", Exception, lambda: fisher_diagonal(model, mine, group="auto"))
     return said
@@ -251,6 +254,8 @@ EXPECTED = {
     "penalty": "take it as it was before fully_shard",
     "norms": "take fisher_diagonal or fisher_trace with group=",
     "train": "call model.eval()",
+    "diagonal of parts": "with whole weights the model answers otherwise than in its parts",
+    "trace of parts": "with whole weights the model answers otherwise than in its parts",
 }
 
 

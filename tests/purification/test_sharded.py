@@ -11,7 +11,7 @@ import fastfip
 from fastfip.errors import ConfigError, ModelError
 from tests.purification.test_ranks import samples
 from tests.support.processes import in_processes
-from tests.support.sharded import SHARDINGS, sharded, whole
+from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -101,22 +101,8 @@ def test_four_processes_two_of_which_have_the_same_part(tmp_path, alone):
         assert max(float((found[name] - weights[name]).abs().max()) for name in weights) <= 1e-5
 
 
-class OfParts(nn.Module):
-    """Code that knows how wide its part is, as much that is written for tensor parallelism does (a number of heads)."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(192, 6), nn.Linear(6, 4)
-
-    def forward(self, x):
-        a = torch.relu(self.a(x.flatten(1)))
-        return self.b(a / a.shape[1])
-
-
 def refusals(rank):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     said = {}
 
@@ -143,9 +129,7 @@ def refusals(rank):
     with torch.no_grad():
         odd[4].bias.add_(rank)
     told("differing", ConfigError, lambda: run(odd, "fine_tune", inplace=True))
-    plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
-    odd = parallelize_module(OfParts(), init_device_mesh("cpu", (2,)), plan)
-    told("of parts", ModelError, lambda: run(odd, "fine_tune", inplace=True, force=True))
+    told("of parts", ModelError, lambda: run(OfParts(192, 4).parallelised(), "fine_tune", inplace=True))
 
     def stop(run, record):
         raise ValueError("a callback of the user's")

@@ -2,12 +2,33 @@
 
 import torch._dynamo  # before processes are forked: each would import it again
 import torch.distributed.fsdp
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel
+from torch import nn
 
-__all__ = ["SHARDINGS", "sharded", "whole"]
+__all__ = ["SHARDINGS", "OfParts", "sharded", "whole"]
 
 #: Ways to shard a net, with the processes that they need at least.
 SHARDINGS = {"fsdp": 2, "a part of it": 2, "tensor parallel": 2, "hybrid": 4, "both": 4}
+
+
+class OfParts(nn.Module):
+    """Code that knows how wide its part is, as much that is written for tensor parallelism does (a number of heads)."""
+
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.a, self.b = nn.Linear(inputs, 6), nn.Linear(6, classes)
+
+    def forward(self, x):
+        a = torch.relu(self.a(x.flatten(1)))
+        return self.b(a / a.shape[1])
+
+    def parallelised(self):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        return parallelize_module(
+            self, init_device_mesh("cpu", (2,)), {"a": ColwiseParallel(), "b": RowwiseParallel()}
+        ).eval()
 
 
 def sharded(net, how):

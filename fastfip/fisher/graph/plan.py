@@ -36,7 +36,7 @@ from fastfip.fisher.graph.reading import (
 )
 from fastfip.fisher.graph.recipe import recipe_for, refuse_node
 from fastfip.nets.checks import check_initialised
-from fastfip.nets.state import LOW_PRECISION, refuse_sharded
+from fastfip.nets.state import LOW_PRECISION, refuse_parts
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def selected(
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     if not parts:
-        refuse_sharded(model)
+        refuse_parts(every.values(), map(type, model.modules()))
     chosen: dict[str, Tensor]
     if isinstance(params, Mapping):
         chosen = dict(params)
