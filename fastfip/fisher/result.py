@@ -202,7 +202,7 @@ def merge(
 
 def _whole(t: Tensor) -> Tensor:
     """Return the values of all ranks of what each has a part of: every rank has to call it."""
-    return t.full_tensor() if is_part(t) else t  # type: ignore[attr-defined, no-any-return]
+    return t.full_tensor() if is_part(t) else t  # type: ignore[attr-defined]
 
 
 def _squared(t: Tensor) -> Tensor:

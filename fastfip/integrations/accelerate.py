@@ -102,7 +102,7 @@ def _shared(method: str | type[Method], clean: Any) -> bool:
 
 def _whole(data: Any) -> Any:
     """Return a plain loader of all samples in place of one that `prepare` has made for this process's part."""
-    dataset = getattr(data, "dataset", None)
+    dataset: Any = getattr(data, "dataset", None)
     prepared = type(data).__module__.startswith("accelerate.") and hasattr(data, "collate_fn")
     if not prepared or isinstance(dataset, torch.utils.data.IterableDataset):
         return data

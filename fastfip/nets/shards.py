@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -108,9 +108,9 @@ class Shards:
         whole: dict[nn.Parameter, Tensor] = {}
         for p in self.parts.values():
             if p not in whole:  # tied ones are gathered once
-                whole[p] = whole_value(p)  # type: ignore[index]
+                whole[p] = whole_value(p)
         with _plain(self.model):
-            return copied(self.model, "take it as it was before fully_shard", whole)  # type: ignore[arg-type]
+            return copied(self.model, "take it as it was before fully_shard", whole)
 
     def part(self, name: str, value: Tensor) -> Tensor:
         """Return this rank's part of a whole value, laid out as the parameter of that name; nothing is sent.
@@ -142,7 +142,8 @@ class Shards:
     @torch.no_grad()
     def write_back(self) -> None:
         """Give the sharded model the values of the twin: each rank its own parts, and all buffers."""
-        own = dict(self.model.named_parameters())
+        own: dict[str, Tensor] = dict(self.model.named_parameters())
+        value: Tensor
         for name, value in self.twin.named_parameters():
             if name in self.parts:
                 self.parts[name].to_local().copy_(self.part(name, value).to_local())  # type: ignore[attr-defined]
@@ -157,7 +158,7 @@ class Shards:
 
         These have memory only while the unit computes. What belongs to no unit comes last, as it is.
         """
-        found, seen = [], set[str]()
+        found, seen = list[dict[str, Tensor]](), set[str]()
         for module in self.model.modules():
             if _is_fsdp2(type(module)):
                 module.unshard()  # type: ignore[operator]
@@ -210,7 +211,7 @@ class _OnParts(torch.autograd.Function):
         return hidden[0].detach().clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         whole = dict(ctx.shards.twin.named_parameters(remove_duplicate=False))
         with torch.enable_grad():
@@ -240,14 +241,14 @@ def on_parts(value: Tensor, shards: Shards, names: Iterable[str]) -> Tensor:
 def whole_value(t: Any) -> Tensor:
     """Return a tensor with the values of all ranks: of a DTensor the whole, of any other tensor itself."""
     if not is_part(t):
-        return t  # type: ignore[no-any-return]
+        return cast(Tensor, t)
     local, mesh = t.to_local(), t.device_mesh
     if local.device.type != mesh.device_type:  # parts that are offloaded: the mesh sends from its own devices
         from torch.distributed.tensor import DTensor
 
         local = local.to(mesh.device_type)
         t = DTensor.from_local(local, mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
-    return t.full_tensor()  # type: ignore[no-any-return]
+    return cast(Tensor, t.full_tensor())
 
 
 def _is_fsdp2(kind: type) -> bool:
@@ -292,7 +293,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kind, kept in before:
             vars(module).update(kept)
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
 
 
 def _is_registry(value: Any) -> bool:
