@@ -127,8 +127,9 @@ class Shards:
                 value.detach(), p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False
             )
             mine: Any = everywhere.redistribute(p.device_mesh, p.placements)
-            # A shard can be a view of the whole, which would then live as long as it.
-            local = mine.to_local().clone()
+            local = mine.to_local()
+            if local.untyped_storage().nbytes() > local.nbytes:  # a view of the whole, which would live as long as it
+                local = local.clone()
             return DTensor.from_local(
                 local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
             )

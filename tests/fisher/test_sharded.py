@@ -13,6 +13,7 @@ import fastfip
 from fastfip.errors import ConfigError, ModelError
 from fastfip.fisher import FisherDiagonal, fisher_diagonal, fisher_trace, squared_norms
 from fastfip.nets import shards
+from fastfip.spectral import SpectralShifts
 from tests.support.processes import in_processes
 from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
 
@@ -150,6 +151,7 @@ def refusals(rank):
     told("diagonal alone", ConfigError, lambda: fisher_diagonal(model, [(x, y)]))
     told("trace alone", ConfigError, lambda: fisher_trace(model, x, y))
     told("tensors", ConfigError, lambda: fisher_trace(model, x, y, params=dict(model.named_parameters()), group="auto"))
+    told("shifts", ModelError, lambda: SpectralShifts.of(model))
     told("penalty", ModelError, lambda: fastfip.FisherPenalty(model)(x, y))
     params = dict(model.named_parameters())
     told("norms", ModelError, lambda: squared_norms(nn.functional.cross_entropy(model(x), y, reduction="none"), params))
@@ -251,6 +253,7 @@ EXPECTED = {
     "diagonal alone": "group=None is this process alone: make the call on every rank with group='auto'",
     "trace alone": "group=None is this process alone: make the call on every rank with group='auto'",
     "tensors": "takes names, not tensors",
+    "shifts": "take it as it was before fully_shard",
     "penalty": "take it as it was before fully_shard",
     "norms": "take fisher_diagonal or fisher_trace with group=",
     "train": "call model.eval()",

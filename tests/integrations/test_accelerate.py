@@ -1,6 +1,5 @@
 """`fastfip.accelerate.purify`, against the real package (extra `accelerate`): `make zoo` installs it."""
 
-import copy
 import os
 
 import pytest
@@ -177,16 +176,19 @@ def test_two_processes_end_with_the_weights_of_one(method, tmp_path):
 
 
 def test_a_model_of_fsdp2_gets_its_parts_back(tmp_path):
-    def work(rank):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    """On CPUs Accelerate passes a plugin for FSDP over: it is told afterwards, and prepares the model itself."""
 
+    def work(rank):
         accelerator = prepared()[0]
-        model, mesh = copy.deepcopy(trained()), init_device_mesh("cpu", (2,))
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+        )
+        accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        model = trained()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
         result = fastfip.accelerate.purify(accelerator, model, DataLoader(samples(), 8), "fast_wfip", steps=3)
         assert result.model is model and all(type(p).__name__ == "DTensor" for p in model.parameters())
+        assert [id(p) for p in model.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
         return furthest(model, right)
 
     right = by_hand("fast_wfip").model
