@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -21,6 +20,13 @@ from fastfip.nets.state import copied, eval_mode, is_part, is_sharded
 
 __all__ = ["Shards", "on_parts", "whole_value"]
 
+#: Where the code is that shards; activation checkpointing, beside it, stays on.
+_SHARDING = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed._composable.fsdp",
+    "torch.distributed._composable.replicate",
+)
 #: What `fully_shard` notes on modules for the compiler.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _REMEDY = "give group= a process group of all ranks that have parts of the model"
@@ -274,7 +280,7 @@ def _check_kind(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Take off the classes, hooks and notes that torch.distributed has put on modules, for a block that copies them."""
+    """Take off the classes, hooks and notes that sharding has put on modules, for a block that copies them."""
     before: list[tuple[nn.Module, type, dict[str, Any]]] = []
     try:
         for module in list(model.modules()):
@@ -283,12 +289,12 @@ def _plain(model: nn.Module) -> Iterator[None]:
             if _is_fsdp2(kind):
                 module.__class__ = next(c for c in kind.__mro__ if not _is_fsdp2(c))
             for name, value in list(vars(module).items()):
-                if name.endswith("_hooks") and isinstance(value, dict):
-                    others = {key: hook for key, hook in value.items() if not _of_torch_distributed(hook)}
+                if isinstance(value, dict):  # of hooks, or of the states of what was applied to the module
+                    others = {key: one for key, one in value.items() if not _of_sharding(one)}
                     if len(others) < len(value):
                         kept[name] = value
                         vars(module)[name] = type(value)(others)
-                elif name in _NOTES or _of_torch_distributed(value) or _is_registry(value):
+                elif name in _NOTES or _of_sharding(value):
                     kept[name] = vars(module).pop(name)
         yield
     finally:
@@ -297,18 +303,12 @@ def _plain(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
-def _is_registry(value: Any) -> bool:
-    return type(value) in (dict, OrderedDict) and bool(value) and all(map(_of_torch_distributed, value.values()))
-
-
-def _of_torch_distributed(thing: Any) -> bool:
-    """Whether a hook (behind partials, bound methods and torch's own wrapper of hooks) or a note is from there."""
+def _of_sharding(thing: Any) -> bool:
+    """Whether a hook (behind partials, bound methods and torch's own wrapper of hooks) or a state is of a sharding."""
     for _ in range(8):
-        if isinstance(thing, (nn.Module, Tensor)):
+        if thing is None or isinstance(thing, (nn.Module, Tensor)):
             return False
-        if getattr(type(thing), "__module__", "").startswith("torch.distributed"):
-            return True
-        if str(getattr(thing, "__module__", "")).startswith("torch.distributed"):
+        if any(str(getattr(one, "__module__", "")).startswith(_SHARDING) for one in (type(thing), thing)):
             return True
         behind = (getattr(thing, name, None) for name in ("func", "hook", "__self__", "__wrapped__"))
         thing = next((one for one in behind if one is not None), None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -35,6 +36,8 @@ def net(special=None):
     )  # fmt: skip
     if special == "normed":  # its weight is made of others: one sample after the other
         nn.utils.parametrizations.weight_norm(model[6])
+    if special == "checkpointed":  # its hooks and notes are of torch.distributed as well, and stay
+        model[0] = checkpoint_wrapper(model[0])
     if special == "tied":
         model[8] = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
         model[8][0].weight = model[6].weight
@@ -85,6 +88,7 @@ CASES = {
     "all labels": ("fsdp", {"kind": "exact"}, True),
     "tied": ("fsdp", {}, False),
     "normed": ("fsdp", {}, True),
+    "checkpointed": ("fsdp", {"kind": "exact"}, True),
     "tensor parallel": ("tensor parallel", {}, True),
 }
 
