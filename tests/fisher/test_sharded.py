@@ -36,6 +36,8 @@ def net(special=None):
     )  # fmt: skip
     if special == "normed":  # its weight is made of others: one sample after the other
         nn.utils.parametrizations.weight_norm(model[6])
+    if special == "16 bits":  # torch's BatchNorm does not take them on a CPU where the statistics are float32
+        model[1] = nn.Identity()
     if special == "checkpointed":  # its hooks and notes are of torch.distributed as well, and stay
         model[0] = checkpoint_wrapper(model[0])
     if special == "tied":
@@ -85,6 +87,7 @@ CASES = {
     "a unit, and a rest that is whole": ("a part of it", {}, False),
     "some parameters": ("fsdp", {"params": ["4.weight", "5.bias"]}, False),
     "a temperature": ("fsdp", {"temperature": 2.0}, False),
+    "drawn labels": ("fsdp", {"kind": "mc", "sample": lambda outputs, batch, generator: outputs.argmax(1)}, False),
     "all labels": ("fsdp", {"kind": "exact"}, True),
     "tied": ("fsdp", {}, False),
     "normed": ("fsdp", {}, True),
@@ -135,6 +138,7 @@ def others(rank, folder):
     model.zero_grad()
     model(x).sum().backward()
     said["training"] = whole({name: p.grad for name, p in model.named_parameters()})
+    said["16 bits"] = whole(fisher_diagonal(sharded(net("16 bits"), "16 bits"), batches(part), group="auto"))
     return said
 
 
@@ -251,6 +255,12 @@ def test_the_trace_and_its_gradient_are_those_of_one_process(in_two):
         same(said["trace"][1], {name: p.grad for name, p in model.named_parameters()})
         assert said["only one"] == ["8.bias"]
         same(said["training"], {name: p.grad for name, p in plain.named_parameters()})  # it goes on as before
+
+
+def test_with_a_policy_of_fsdp_the_diagonal_is_of_the_model_in_its_precision(in_two):
+    right = fisher_diagonal(net("16 bits"), [samples()]).to_vector()
+    for got in (torch.cat([t.reshape(-1) for t in rank["others"]["16 bits"].values()]) for rank in in_two):
+        assert got.dtype == torch.float32 and 1e-4 < float((got - right).norm() / right.norm()) < 5e-2
 
 
 EXPECTED = {

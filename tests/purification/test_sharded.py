@@ -1,5 +1,6 @@
 """Models of which each process has a part: purified in place, with the weights of one process; and what is refused."""
 
+import copy
 import os
 
 import pytest
@@ -131,6 +132,14 @@ def refusals(rank):
     told("differing", ConfigError, lambda: run(odd, "fine_tune", inplace=True))
     told("of parts", ModelError, lambda: run(OfParts(192, 4).parallelised(), "fine_tune", inplace=True))
 
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    half = sharded(copy.deepcopy(plain)[1:], "16 bits")
+    x, y = samples()
+    flat_data = {"steps": 4, "batch_size": 16, "progress": False, "force": True}
+    fastfip.purify_(half, (x.flatten(1), y), "fine_tune", **flat_data)
+    right = fastfip.purify(plain[1:], (x.flatten(1), y), "fine_tune", group=None, **flat_data).state_dict()
+    said["16 bits"] = max(float((t - right[name]).abs().max()) for name, t in whole(half.state_dict()).items())
+
     def stop(run, record):
         raise ValueError("a callback of the user's")
 
@@ -171,6 +180,10 @@ def test_what_cannot_be_purified_is_one_line_with_what_to_do(name, refused):
     for rank in refused:
         assert isinstance(rank, dict), refused
         assert EXPECTED[name] in rank[name]
+
+
+def test_a_policy_of_fsdp_has_no_part_in_a_purification(refused):
+    assert all(rank["16 bits"] < 1e-5 for rank in refused)
 
 
 def test_after_an_error_every_part_is_as_it_was(refused):

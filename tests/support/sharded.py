@@ -8,7 +8,7 @@ from torch import nn
 __all__ = ["SHARDINGS", "OfParts", "sharded", "whole"]
 
 #: Ways to shard a net, with the processes that they need at least.
-SHARDINGS = {"fsdp": 2, "a part of it": 2, "tensor parallel": 2, "hybrid": 4, "both": 4}
+SHARDINGS = {"fsdp": 2, "a part of it": 2, "tensor parallel": 2, "16 bits": 2, "hybrid": 4, "both": 4}
 
 
 class OfParts(nn.Module):
@@ -34,7 +34,7 @@ class OfParts(nn.Module):
 def sharded(net, how):
     """Shard a sequential net that ends in two linear layers around a ReLU, in place; return it."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     first, last = str(len(net) - 3), str(len(net) - 1)
@@ -47,8 +47,9 @@ def sharded(net, how):
         return fully_shard(net, mesh=mesh["data"])
     two = {"mesh_shape": (2, 2), "mesh_dim_names": ("copies", "parts")}
     mesh = init_device_mesh("cpu", **(two if how == "hybrid" else {"mesh_shape": (2,)}))
-    fully_shard(net[0], mesh=mesh)
-    return net if how == "a part of it" else fully_shard(net, mesh=mesh)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if how == "16 bits" else None)
+    fully_shard(net[0], mesh=mesh, mp_policy=policy)
+    return net if how == "a part of it" else fully_shard(net, mesh=mesh, mp_policy=policy)
 
 
 def whole(state):
