@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # what type checkers read instead of __getattr__; tests/test_
         fisher_trace as fisher_trace,
     )
     from fastfip.fisher.sharpness import sharpness as sharpness
-    from fastfip.integrations import hf as hf, lightning as lightning
+    from fastfip.integrations import accelerate as accelerate, hf as hf, lightning as lightning
     from fastfip.metrics import evaluate as evaluate
     from fastfip.purification.callbacks import Callback as Callback
     from fastfip.purification.purify import purify as purify, purify_ as purify_
@@ -73,7 +73,7 @@ _WHERE = {
     "save_checkpoint": "fastfip.checkpoint",
 }
 #: The same for what needs a package that is an extra: `from fastfip import *` must not ask for it.
-_EXTRAS = {"hf": "fastfip.integrations", "lightning": "fastfip.integrations"}
+_EXTRAS = dict.fromkeys(("accelerate", "hf", "lightning"), "fastfip.integrations")
 _MODULES = (
     "attacks",
     "auditing",

@@ -19,6 +19,7 @@ from fastfip.fisher.likelihood import Categorical, Likelihood
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision
 from fastfip.fisher.result import FisherDiagonal
 from fastfip.fisher.squared_sum import SquaredSum
+from fastfip.nets.shards import Shards
 from fastfip.reporting.progress import Counted, length
 
 
@@ -75,13 +76,16 @@ def fisher_diagonal(
         backend: of the products (`fastfip.ops`): "auto", or the name of one.
         group: processes that each give a part of the data, such as a DistributedSampler's: a torch.distributed group,
             or "auto" for the default one. Every process gets the mean over the samples of all of them, whatever the
-            lengths of the parts. With kind="mc" each draws labels of its own. None: this process alone.
+            lengths of the parts. With kind="mc" each draws labels of its own. None: this process alone. A model that is
+            sharded over processes (`fully_shard`, DTensors) needs it: the values are then DTensors in the layout of the
+            parameters (docs/distributed.md has what that costs).
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
             buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters.
         DataError: data that cannot be used, labels that do not fit the outputs.
-        ConfigError: an unknown kind or likelihood, or options that exclude each other.
+        ConfigError: an unknown kind or likelihood, or options that exclude each other; a sharded model without its
+            group, or with tensors as `params`.
         BackendError: the backend asked for cannot run here; a process of the group failed.
 
     Source: the retainer of FIP (arXiv 2409.00863) and NGF (arXiv 2306.17441); the Fisher by labels drawn from the
@@ -94,6 +98,21 @@ def fisher_diagonal(
     task = smoothed(Task.of(forward, loss), label_smoothing)
     labels, task = Labels.of(kind, task, likelihood, sample, top_k, temperature)
     takes_logits = loss is None and (labels.likelihood is None or isinstance(labels.likelihood, Categorical))
+    shards = Shards.of(model, group, params)
+    if shards is not None and shards.world > 1 and kind != "exact" and not shards.rewritten:
+        from fastfip.fisher.sharded import in_units
+
+        check_modes(model)
+        device = next(iter(shards.parts.values())).device if device is None else device
+        bar = _bar(iter_batches(data, task, device), data, progress)
+        found, data = in_units(
+            shards, bar, task, labels, takes_logits=takes_logits, temperature=temperature, params=params,
+            backend=backend, group=group, seed=seed,
+        )  # fmt: skip
+        if found is not None:
+            return found
+        progress = False
+    model = model if shards is None else shards.twin
     check_modes(model)
     chosen = selected(model, params)
     total, count, first = SquaredSum(chosen, backend=backend), 0, True
@@ -106,6 +125,10 @@ def fisher_diagonal(
         for batch in _bar(iter_batches(data, task, device), data, progress):
             with naming_precision(chosen.values(), batch):
                 if first:
+                    if shards is not None and ranks is not None:
+                        from fastfip.fisher.sharded import compare_on_all
+
+                        compare_on_all(shards, ranks, task, batch)
                     task, first = fit_for_fisher(model, task, batch, takes_logits), False
                 logits = measure.forward(task, batch)
             samples = logits.shape[0]
@@ -113,9 +136,15 @@ def fisher_diagonal(
                 samples = measure.add(logits, one)
             count += samples
             del logits, one  # with the graph, before the next batch
-        if ranks is not None:
+        if ranks is not None and shards is None:
             count = ranks.mean_(list(total.out.values()), count, "fisher")
             return FisherDiagonal(total.out, total.coverage, count, kind)
+        if ranks is not None:
+            count = round(ranks.number(count))
+        for name in list(total.out) if shards is not None else ():  # one at a time: of its sum each rank keeps its part
+            if ranks is not None:
+                ranks.sum_([total.out[name]], "fisher")
+            total.out[name] = shards.part(name, total.out[name])  # type: ignore[union-attr]
     for value in total.out.values():
         value.div_(count)
     return FisherDiagonal(total.out, total.coverage, count, kind)

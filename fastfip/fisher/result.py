@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastfip.checkpoint import load_checkpoint, replacing
 from fastfip.errors import CheckpointError, ConfigError, ModelError
-from fastfip.nets.state import copied
+from fastfip.nets.state import copied, is_part
 
 __all__ = ["FisherDiagonal", "QuadraticPenalty", "merge"]
 
@@ -24,7 +24,8 @@ class FisherDiagonal(dict[str, Tensor]):
     """Parameter name -> diagonal of its block of the Fisher, in the parameter's shape.
 
     float64 for float64 parameters and float32 otherwise, on the parameter's device. `a + b` and `2 * a` are of the
-    numbers; the diagonal of two data sets together is `(a * a.n + b * b.n) * (1 / (a.n + b.n))`.
+    numbers; the diagonal of two data sets together is `(a * a.n + b * b.n) * (1 / (a.n + b.n))`. Of a model that is
+    sharded over processes the values are DTensors: `trace`, `to_vector`, `save` and penalties are called on every rank.
 
     Pickled (`torch.save`) it is an OrderedDict with the same attributes, which `torch.load(weights_only=True)` reads
     anywhere; `save` and `load` keep it what it is.
@@ -45,11 +46,11 @@ class FisherDiagonal(dict[str, Tensor]):
 
     def trace(self) -> Tensor:
         """Return the trace of the Fisher: the sum over all parameters, float64."""
-        return torch.stack([v.double().sum().cpu() for v in self.values()]).sum()
+        return torch.stack([_whole(v.double().sum()).cpu() for v in self.values()]).sum()
 
     def to_vector(self) -> Tensor:
         """Return all entries as one vector, in the order of the names."""
-        return torch.cat([value.reshape(-1) for value in self.values()])
+        return torch.cat([_whole(value).reshape(-1) for value in self.values()])
 
     def __add__(self, other: object) -> FisherDiagonal:
         """Return the sum; `n` is the number of samples of both.
@@ -96,7 +97,9 @@ class FisherDiagonal(dict[str, Tensor]):
         where = Path(path)
         if where.suffix.lower() != ".safetensors":
             raise CheckpointError(f"{where}: a Fisher diagonal is saved as .safetensors")
-        tensors = {name: v.detach().cpu().clone(memory_format=torch.contiguous_format) for name, v in self.items()}
+        tensors = {
+            name: _whole(v.detach()).cpu().clone(memory_format=torch.contiguous_format) for name, v in self.items()
+        }
         about = {"n": str(self.n), "kind": self.kind, "coverage": json.dumps(self.coverage)}
         try:
             with replacing(where) as temporary:
@@ -153,6 +156,7 @@ class QuadraticPenalty:
             (self.fisher[name].to(p.device) * _squared(p - self.anchor[name].to(p.device))).sum()
             for name, p in params.items()
         ]
+        terms = [_whole(term) for term in terms]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() / 2
 
 
@@ -194,6 +198,11 @@ def merge(
             total = torch.stack([s * other[name].to(s) for s, other in zip(shares, theirs)]).sum(0)
             p.copy_(total / torch.stack(shares).sum(0))
     return merged
+
+
+def _whole(t: Tensor) -> Tensor:
+    """Return the values of all ranks of what each has a part of: every rank has to call it."""
+    return t.full_tensor() if is_part(t) else t  # type: ignore[attr-defined]
 
 
 def _squared(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.reading import as_real, own_gradients, topological
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, checkpoints_met, fit_for_fisher, naming_precision, readable
+from fastfip.nets.shards import Shards, on_parts
 
 #: Operations whose first derivative torch cannot differentiate. (Fused attention gives way to its mathematical form.)
 _ONLY_FIRST = ("Cdist", "Pdist", "CtcLoss", "MultilabelMarginLoss", "MultiMarginLoss", "SegmentReduce", "Hardsigmoid",
@@ -216,23 +217,33 @@ def fisher_trace(
         group: processes that each give a batch of their own, of any length: a torch.distributed group, or "auto" for
             the default one. Every process gets the trace over all of these samples; the mean over the processes of the
             gradients that it has there, which DistributedDataParallel and FSDP take, is the gradient of that trace.
-            None: this process alone.
+            None: this process alone. A model that is sharded over processes needs it; every rank then has to go through
+            the backward pass, which gives each its part of that mean, and x no gradient.
 
     Raises:
         ModelError: BatchNorm in train mode (samples have no gradients of their own there), random outputs (dropout), a
-            buffer that a forward pass changes, a frozen model, one that is sharded over processes, a checkpoint that
-            hides its parameters; in the backward pass of the result: an operation of the model that torch cannot
-            differentiate twice.
+            buffer that a forward pass changes, a frozen model, a checkpoint that hides its parameters; in
+            the backward pass of the result: an operation of the model that torch cannot differentiate twice.
         DataError: the batch cannot be used.
+        ConfigError: a sharded model without its group, or with tensors as `params`.
 
     Source: the trace term of FIP (arXiv 2409.00863); docs/trace.md for the three ways to its gradient.
     """
     batch = x if y is None else (x, y)
     task = Task.of(forward, loss)
+    shards = Shards.of(model, group, params)
+    model = model if shards is None else shards.twin
     if group is None:
         return trace_and_logits(model, batch, task, params=params, create_graph=create_graph).trace
     from fastfip.nets.ranks import Ranks
 
     with Ranks.of(group, model.parameters(), "fisher_trace") as ranks:
+        if shards is not None and ranks is not None:
+            from fastfip.fisher.sharded import compare_on_all
+
+            compare_on_all(shards, ranks, task, batch)
         out = trace_and_logits(model, batch, task, params=params, create_graph=create_graph)
-        return out.trace if ranks is None else ranks.mean_of(out.trace, len(out.losses))
+        trace = out.trace if ranks is None else ranks.mean_of(out.trace, len(out.losses))
+    if shards is None:
+        return trace
+    return on_parts(trace, shards, selected(model, params))

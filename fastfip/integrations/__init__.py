@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["hf", "lightning"]  # resolved when they are first used: each needs a package of its own
+__all__ = ["accelerate", "hf", "lightning"]  # resolved when they are first used: each needs a package of its own
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastfip.errors import ModelError, reason
 from fastfip.methods import Method
+from fastfip.nets.state import is_sharded
 from fastfip.purification.purify import purify
 from fastfip.purification.result import PurifyResult
 
@@ -33,11 +34,15 @@ def purify_held(
         copy: tune a copy and write its weights back: for a model whose parameters have hooks of a wrapper
             (DistributedDataParallel). Otherwise the model itself is tuned.
 
+    A model that is sharded (FSDP2) is purified by all processes together, each of which takes its parts.
+
     Raises:
         ModelError: the purification failed on another process.
     """
     failed: BaseException | None = None
-    result = None
+    result, sharded = None, is_sharded(model)
+    if sharded:
+        options, copy = {**options, "group": "auto"}, False
     try:
         with plain_forward(model):
             result = purify(model, clean, method, **{"progress": False, "group": None, **options, "inplace": not copy})
@@ -49,7 +54,8 @@ def purify_held(
     if copy:
         model.load_state_dict(result.state_dict())
         result.model = model
-    _spread(model)
+    if not sharded:
+        _spread(model)
     return result
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "fresh_caches",
     "frozen_copy",
     "is_compiled",
+    "is_part",
+    "is_sharded",
     "lendable",
     "refuse_parts",
     "refuse_sharded",
@@ -250,21 +252,38 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it is sharded (FSDP, DTensor).
     """
-    refuse_parts(model.parameters(), type(model))
+    refuse_parts(model.parameters(), map(type, model.modules()))
 
 
-def refuse_parts(parameters: Iterable[Tensor], kind: type[nn.Module]) -> None:
-    """Refuse parameters of which each process has a part, in a model of the class `kind`.
+def refuse_parts(parameters: Iterable[Tensor], kinds: Iterable[type]) -> None:
+    """Refuse parameters of which each process has a part, in modules of these classes.
 
     Raises:
         ModelError: they are such, or will be so again after the next pass (FSDP).
     """
-    fsdp = any("FullyShardedDataParallel" in c.__name__ or "FSDPModule" in c.__name__ for c in kind.__mro__)
-    if fsdp or any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+    if _in_parts(parameters, kinds):
         raise ModelError(
             "the model is sharded over processes: take it as it was before fully_shard, or load the full state dict "
             "(torch.distributed.checkpoint.state_dict, full_state_dict=True) into an unsharded one"
         )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each process has a part of a model or of something in it, or will after the next pass (FSDP)."""
+    return _in_parts(model.parameters(), map(type, model.modules()))
+
+
+def is_part(t: object) -> bool:
+    """Return whether a tensor is one of which each process has a part (a DTensor)."""
+    return type(t).__name__ == "DTensor" or (isinstance(t, Tensor) and type(t.data).__name__ == "DTensor")
+
+
+def _in_parts(parameters: Iterable[Tensor], kinds: Iterable[type]) -> bool:
+    return any(map(_is_fsdp, kinds)) or any(map(is_part, parameters))
+
+
+def _is_fsdp(kind: type) -> bool:
+    return any("FullyShardedDataParallel" in c.__name__ or c.__name__ == "FSDPModule" for c in kind.__mro__)
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run
 from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
 from fastfip.nets.process import PeakMemory, seeded
-from fastfip.nets.state import as_written, without_caches
+from fastfip.nets.state import as_written, is_sharded, without_caches
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import (
     FEW_SAMPLES,
@@ -104,7 +104,8 @@ def purify(
             which is off by default, since it can take a sixth of a short run.
         forward: `forward(model, batch) -> logits`, for nets or batches of another form.
         loss: `loss(logits, batch) -> Tensor [N]`, one loss for each sample.
-        inplace: work on the model itself; after an error it is as it was.
+        inplace: work on the model itself; after an error it is as it was. A model that is sharded over processes
+            (`fully_shard`, DTensors) is purified so only, see docs/distributed.md.
         force: go on where model and data do not seem to fit each other. Without it a model is refused, before anything
             is tuned, that is clearly right on less than half of what guessing leaves (its accuracy on the clean set is,
             with a confidence of 99.9 %, below (1 + 1/C) / 2), and that either cannot be told from guessing (a binomial
@@ -144,6 +145,14 @@ def purify(
     start = time.perf_counter()
     few, seed = False, check_seed(seed)
     said: tuple[str, ...] = ()
+    if not isinstance(inplace, bool):
+        raise ConfigError(f"inplace={inplace!r}: must be True or False")
+    shards = None
+    if isinstance(model, nn.Module) and is_sharded(model):
+        from fastfip.purification.ranked import parts_of
+
+        shards = parts_of(model, group, inplace)
+        model = shards.twin
     if clean_loader is None:
         method = NO_DATA if method == "auto" and not (config or overrides or steps or epochs) else method
         clean_loader, said = without_data(model, input_shape, forward, seed, method)
@@ -158,8 +167,6 @@ def purify(
         raise ConfigError(
             f"method={method!r}: give the name of a method, such as 'fisher_steps', 'auto', or a class of one"
         )
-    if not isinstance(inplace, bool):
-        raise ConfigError(f"inplace={inplace!r}: must be True or False")
     options = PurifyOptions(
         clean_loader=clean_loader,
         recipe=recipe,
@@ -181,6 +188,7 @@ def purify(
         alerts=said,
         micro_batch=micro_batch,
         memory=memory,
+        shards=shards,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -193,6 +201,9 @@ def purify(
             moved = work.moved()
             result = work.finish(recipe.name)
             coverage = coverage_of(work, run, recipe.name, moved)
+            if shards is not None:
+                shards.write_back()
+                result = shards.model
             if options.resume is not None:
                 options.resume.finish(run)
         except BaseException as error:

@@ -13,8 +13,24 @@ from fastfip.data.task import Task
 from fastfip.errors import ConfigError
 from fastfip.methods.base import REGISTRY, Method
 from fastfip.nets.ranks import Ranks
+from fastfip.nets.shards import Shards
 
-__all__ = ["begin", "clean_of_all", "over_ranks", "traffic"]
+__all__ = ["begin", "clean_of_all", "over_ranks", "parts_of", "traffic"]
+
+
+def parts_of(model: torch.nn.Module, group: Any, inplace: bool) -> Shards:
+    """Return the parts of a sharded model, with the whole twin that is purified in its place.
+
+    Raises:
+        ConfigError: `inplace` is False, as a sharded model cannot be copied; or the group is not that of the parts.
+        ModelError: it is sharded in another way than by DTensors, or has no weights.
+    """
+    if not inplace:
+        raise ConfigError(
+            "the model is sharded over processes and cannot be copied: purify it with inplace=True on every rank, or "
+            "take it as it was before fully_shard"
+        )
+    return Shards(model, group)
 
 
 def begin(

@@ -31,6 +31,7 @@ from fastfip.purification.result import Coverage
 from fastfip.purification.workcopy import WorkCopy, in_full_precision
 
 if TYPE_CHECKING:
+    from fastfip.nets.shards import Shards
     from fastfip.purification.resume import Resume
 
 __all__ = ["MEASURES", "PurifyOptions", "coverage_of", "tune"]
@@ -72,6 +73,7 @@ class PurifyOptions:
     alerts: tuple[str, ...] = ()
     micro_batch: int | None = None
     memory: int | str | None = None
+    shards: Shards | None = None
 
     @property
     def in_parts(self) -> bool:
@@ -130,6 +132,10 @@ def tune(
         clean = CleanSet.of(data, options.task) if ranks is None else clean_of_all(data, options.task, ranks, notes)
         ends.callback(clean.close)
         inputs: dict[str, Any] = {}
+        if options.shards is not None:
+            few = next(iter(clean.batches(min(FEW_TOGETHER, clean.n), device=device)))
+            options.shards.compare(options.task.forward, few)
+            notes.append(f"each of {options.shards.world} processes gathered all weights, and took its parts back")
         clean, task, classes = _probe(model, clean, options.task, device, notes, inputs)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastfip.errors import ModelError
+from fastfip.nets.state import refuse_sharded
 from fastfip.ops.memory import Scratch
 from fastfip.spectral.cache import check_cache, decompose_once
 from fastfip.spectral.decompose import Rank, check_rank
@@ -73,12 +74,14 @@ class SpectralShifts:
         `cache` the decompositions are read from that file, where it is of these weights, or else written to it.
 
         Raises:
-            ModelError: the model has no such weight, or one is not finite.
+            ModelError: the model has no such weight, one is not finite, or it is sharded over processes (`purify`
+                decomposes a whole copy then).
             ConfigError: the rank is none, or the cache has a name that is for no cache.
             CheckpointError: the cache cannot be written.
         """
         check_rank(rank)
         check_cache(cache)
+        refuse_sharded(model)
         held: dict[int, tuple[nn.Parameter, list[MapPlace]]] = {}
         for place in places_of(model, frozen, {} if seen is None else seen):
             weight = place.module._parameters[place.attribute]

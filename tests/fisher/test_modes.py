@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastfip
-from fastfip.errors import DataError, ModelError
+from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace
 from fastfip.fisher.sharpness import sharpness
 from tests.support.fisher_problems import Lambda
@@ -161,10 +161,12 @@ def test_a_sharded_model_is_refused_at_every_door():
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         x, y = torch.randn(N, 6), torch.arange(N) % 3
+        for call in (lambda: fisher_diagonal(model, [(x, y)]), lambda: fisher_trace(model, x, y)):
+            with pytest.raises(ConfigError, match="sharded over processes, and group=None is this process alone"):
+                call()
+        assert fisher_diagonal(model, [(x, y)], group="auto").n == N  # a group of one process
         for call in (
-            lambda: fisher_diagonal(model, [(x, y)]),
             lambda: backward_with_fisher(F.cross_entropy(model(x), y, reduction="none"), model),
-            lambda: fisher_trace(model, x, y),
             lambda: sharpness(model, [(x, y)]),
             *(lambda way=way: fastfip.FisherPenalty(model, way)(x, y) for way in ("auto", "exact", "perturb", "signs")),
         ):

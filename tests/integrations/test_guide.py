@@ -65,6 +65,19 @@ def test_lightning(tmp_path, monkeypatch):
     assert "purify/acc_after" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
+def test_accelerate():
+    pytest.importorskip("accelerate", reason="no accelerate (pip install fastfip[accelerate])")
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer, (x, y) = torch.optim.Adam(model.parameters(), 1e-2), samples()
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8)
+    scope = run("accelerate", {"model": model, "optimizer": optimizer, "clean_loader": loader})
+    assert scope["result"].settings["clean_samples"] == 24 and scope["result"].model is model
+
+
 def test_hf(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="no transformers (pip install fastfip[hf])")
     pytest.importorskip("accelerate", reason="no accelerate (pip install fastfip[hf])")

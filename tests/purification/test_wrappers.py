@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfip
-from fastfip.errors import ModelError
+from fastfip.errors import ConfigError, ModelError
 from tests.support.small_nets import conv_net, data, same, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -71,19 +71,17 @@ def test_a_model_that_is_compiled_in_place_stays_compiled(inplace):
     assert model._compiled_call_impl is not None
 
 
-def test_a_sharded_model_is_refused_with_what_to_take_instead(group):
+def test_a_sharded_model_is_purified_in_place_only(group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = conv_net()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    for call in (
-        lambda: fastfip.purify(model, data(24), "fine_tune", steps=1),
-        lambda: fastfip.purify_(model, data(24), "fine_tune", steps=1),
-        lambda: fastfip.audit(model, data(24), steps=1),
-    ):
-        with pytest.raises(ModelError, match="sharded over processes: take it as it was before fully_shard"):
-            call()
+    with pytest.raises(ConfigError, match="cannot be copied: purify it with inplace=True on every rank, or take it"):
+        fastfip.purify(model, data(24), "fine_tune", steps=1)
+    with pytest.raises(ModelError, match="sharded over processes: take it as it was before fully_shard"):
+        fastfip.audit(model, data(24), steps=1)
+    assert fastfip.purify_(model, data(24), "fine_tune", steps=1).model is model  # a group of one process
 
 
 class Checkpointed(nn.Module):

@@ -1,5 +1,6 @@
 """Several processes in a process group of gloo, forked: what each returns or raises comes back to the test."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,7 @@ def environment(rank, world, port):
 
 def _one(rank, world, port, folder, work, group):
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent has made is not looked through again by each collection here
     os.environ.update(environment(rank, world, port))
     answer = folder / f"answer.{rank}"
     answer.unlink(missing_ok=True)

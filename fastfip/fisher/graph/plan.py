@@ -338,17 +338,20 @@ def _same_elements(chain: Chain) -> tuple[Any, ...]:
     )
 
 
-def selected(model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def selected(
+    model: nn.Module, params: Iterable[str] | Mapping[str, Tensor] | None, parts: bool = False
+) -> dict[str, Tensor]:
     """Return the parameters to look at, by name: all trainable ones, or those asked for.
 
     A parameter that has several names (tied weights) is listed once, under its first name.
 
     Raises:
-        ModelError: there are none, one is unknown, one does not require a gradient, one is sharded over processes, or a
-            lazy one has no values yet.
+        ModelError: there are none, one is unknown, one does not require a gradient, one is sharded over processes
+            (unless the caller can do with `parts`), or a lazy one has no values yet.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
-    refuse_parts(every.values(), type(model))
+    if not parts:
+        refuse_parts(every.values(), map(type, model.modules()))
     chosen: dict[str, Tensor]
     if isinstance(params, Mapping):
         chosen = dict(params)

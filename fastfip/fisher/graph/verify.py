@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.layout import Layout, Probe, weights_for
 from fastfip.fisher.graph.plan import Plan, read_graph
 from fastfip.fisher.graph.reading import Chain, Reading, Site, inputs_of, own_gradients
+from fastfip.nets.state import is_part
 
 _ROUNDS = 8  # of moving a cut further up before a parameter is given to the slow path
 _TRIES = 4  # batches in which a site may have no gradient at all before it counts as settled
@@ -50,36 +51,66 @@ def cache_of(model: nn.Module, kept: bool = False) -> Cache:
     return (_KEPT if kept else _CACHES).setdefault(model, {})
 
 
-def plan_for(losses: Tensor, params: Mapping[str, Tensor], cache: Cache | None = None) -> Plan:
+def plan_for(
+    losses: Tensor,
+    params: Mapping[str, Tensor],
+    cache: Cache | None = None,
+    pieces: Sequence[Collection[str]] | None = None,
+) -> Plan:
     """Read the graph of `losses` [N]; verify what is not yet known about it.
+
+    Args:
+        losses: one for each sample.
+        params: name -> leaf of their graph.
+        cache: what is known about the graphs of a model.
+        pieces: names of parameters whose gradients are verified together, each piece in passes of its own, so that no
+            more of them are held at once; None: all together.
 
     Raises:
         DataError: `losses` is not one number for each sample.
-        ModelError: no graph, or BatchNorm statistics of the batch.
+        ModelError: no graph, BatchNorm statistics of the batch, or parameters that are sharded over processes.
     """
     if losses.dim() != 1 or losses.shape[0] == 0:
         raise DataError(f"losses must have the shape [N], one number for each sample, not {list(losses.shape)}")
     if losses.grad_fn is None:
         raise ModelError("the losses have no graph: a frozen model, or a forward pass under no_grad")
+    if any(map(is_part, params.values())):
+        raise ModelError("the parameters are sharded over processes: take fisher_diagonal or fisher_trace with group=")
     cache, params = {} if cache is None else cache, dict(params)
     reading = read_graph(losses, params)
-    signatures = tuple(_signature(site) for site in reading.sites)
-    key = (losses.shape[0] == 1, tuple(params), _shape_of_graph(reading), signatures)
-    known = cache.get(key)
-    if known is not None and known.settled:
-        if known.shared:
-            reading = read_graph(losses, params, known.shared)
-        resolved = _resolved(known, reading, losses.shape[0])
-        if resolved is not None:
-            return Plan(losses, params, reading, resolved, known.stuck | reading.at_root).routed()
+    key = _key(losses, params, reading)
+    plan, known = _from_cache(losses, params, reading, cache.get(key)), cache.get(key)
+    if plan is not None:
+        return plan
     try:
-        plan, now = _verified(losses, params, reading, tries=0 if known is None else known.tries)
+        plan, now = _verified(losses, params, reading, 0 if known is None else known.tries, pieces)
         cache[key] = now if known is None else _both(known, now)
     except CheckpointError:  # what it keeps can be read once, and torch reads it itself
         first = [site.recipe.layouts for site in reading.sites]
         plan = Plan(losses, params, reading, [layouts[0] for layouts in first], frozenset(params))
         cache[key] = Known(frozenset(), tuple(layouts[:1] for layouts in first), frozenset(params), True, 1)
     return plan
+
+
+def known_plan(losses: Tensor, params: Mapping[str, Tensor], cache: Cache) -> Plan | None:
+    """Return the plan for a graph about which enough is known, without any pass; None for any other."""
+    params = dict(params)
+    reading = read_graph(losses, params)
+    return _from_cache(losses, params, reading, cache.get(_key(losses, params, reading)))
+
+
+def _key(losses: Tensor, params: dict[str, Tensor], reading: Reading) -> Any:
+    signatures = tuple(_signature(site) for site in reading.sites)
+    return losses.shape[0] == 1, tuple(params), _shape_of_graph(reading), signatures
+
+
+def _from_cache(losses: Tensor, params: dict[str, Tensor], reading: Reading, known: Known | None) -> Plan | None:
+    if known is None or not known.settled:
+        return None
+    if known.shared:
+        reading = read_graph(losses, params, known.shared)
+    resolved = _resolved(known, reading, losses.shape[0])
+    return None if resolved is None else Plan(losses, params, reading, resolved, known.stuck | reading.at_root).routed()
 
 
 def _shape_of_graph(reading: Reading) -> int:
@@ -123,13 +154,20 @@ def _resolved(known: Known, reading: Reading, samples: int) -> list[Layout] | No
     return resolved
 
 
-def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries: int) -> tuple[Plan, Known]:
+def _verified(
+    losses: Tensor,
+    params: dict[str, Tensor],
+    reading: Reading,
+    tries: int,
+    pieces: Sequence[Collection[str]] | None = None,
+) -> tuple[Plan, Known]:
     """Return the verified plan for the graph of `losses` [N], and what to remember of it."""
     moved: dict[int, frozenset[str]] = {}  # positions of sites that were none, and their parameters
     stuck, at_first = frozenset[str](), reading.at_root
     for rounds in itertools.count():
         plan = Plan(losses, params, reading, [site.recipe.layouts[0] for site in reading.sites], reading.at_root)
-        comparison = _Comparison(plan.routed()) if rounds == 0 else None
+        plan.routed()
+        comparison = _Comparison(plan) if rounds == 0 and pieces is None else None
         agreeing, evidence = _sample_axes(plan, comparison)
         wrong = [i for i, layouts in enumerate(agreeing) if not layouts and not plan.sites[i].params <= stuck]
         # No layout, and nothing but parameters goes in: the same for all samples, so the cut lies further up.
@@ -145,10 +183,10 @@ def _verified(losses: Tensor, params: dict[str, Tensor], reading: Reading, tries
             reading = read_graph(losses, params, frozenset(moved))
     layouts = _settled_layouts(plan, [good or site.recipe.layouts for good, site in zip(agreeing, plan.sites)])
     plan = Plan(losses, params, reading, [good[0] for good in layouts], stuck | reading.at_root).routed()
-    if comparison is None or stuck:
-        comparison = _Comparison(plan)
-        plan.stream(torch.ones_like(losses), comparison.take, retain_graph=True)
-    refuted, seen = comparison.verdict()
+    if pieces is None and comparison is not None and not stuck:
+        refuted, seen = comparison.verdict()
+    else:
+        refuted, seen = _compared(plan, pieces or [list(params)])
     plan.refuse_rescaled()
     if refuted:
         stuck |= refuted
@@ -209,11 +247,23 @@ def _has_data(plan: Plan, i: int) -> bool:
     return any(edge is not None and edge[0] not in plan.reading.below for edge in inputs_of(plan.sites[i].node))
 
 
+def _compared(plan: Plan, pieces: Sequence[Collection[str]]) -> tuple[frozenset[str], bool]:
+    """Compare a plan in passes of their own; see `_Comparison.verdict`."""
+    refuted, seen = frozenset[str](), False
+    for names in pieces:
+        comparison = _Comparison(plan, names)
+        plan.stream(torch.ones_like(plan.losses), comparison.take, retain_graph=True)
+        wrong, some = comparison.verdict()
+        refuted, seen = refuted | wrong, seen or some
+    return refuted, seen
+
+
 class _Comparison:
     """The gradients of the sample with the largest loss by a plan, against its own backward pass through the graph."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.left_out = plan, plan.rescaled
+    def __init__(self, plan: Plan, only: Collection[str] | None = None) -> None:
+        others = () if only is None else (name for name in plan.params if name not in only)
+        self.plan, self.left_out = plan, plan.rescaled.union(others)
         names = [name for name in plan.params if name not in plan.loop and name not in self.left_out]
         self.m = int(plan.losses.detach().nan_to_num().argmax())
         # What the plan finds is taken away from it: one buffer, not two.
