@@ -19,19 +19,27 @@ def compare(
     clean: o.Clean,
     scores: o.Scores,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B,...", help="which (see fastfip methods); default: all")
+        str | None,
+        typer.Option(
+            "--methods", metavar="A,B,...", help="methods to run (fastfip methods lists them)", show_default="all"
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="a setting of a method; may be given several times"),
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="one setting of a method; may be given several times"),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="run each method once for each")] = "0",
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="N,N,...", help="run each method once with each of these seeds")
+    ] = "0",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="write the rows as .csv or .json, after every run")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="write the rows to a .csv or .json file after every run"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep the rows that --out has already")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep the rows that --out already holds, and run only what is missing")
+    ] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR, .png, .svg or .pdf")
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR into a .png, .svg or .pdf file")
     ] = None,
     report: o.ReportFile = None,
     amp: o.Amp = "off",
@@ -41,9 +49,9 @@ def compare(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run several methods on the network IN, each on a copy, and put accuracy, attack success and time side by side.
+    """Run several methods on the model in IN, each on its own copy, and print accuracy, attack success and time.
 
-    The clean images are picked once (by seed 0), so that all runs have the same.
+    With --limit or --per-class the clean images are drawn once, with seed 0, so that all runs use the same ones.
     """
     drawn = _seeds(seeds)
     mixed = o.precision(amp)

@@ -27,46 +27,71 @@ def train_backdoor(
     clean: o.Clean,
     attack: Annotated[
         list[str],
-        typer.Option("--attack", metavar="NAME[:KEY=VALUE,...]", help="what is planted; several share the images"),
+        typer.Option(
+            "--attack",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="attack to plant; may be given several times, then no image has two triggers",
+        ),
     ],
     target: Annotated[
         list[str],
-        typer.Option("--target", metavar="CLASS|next", help="of each attack; next: the label plus one"),
+        typer.Option(
+            "--target", metavar="CLASS|next", help="class that each attack wants; next: the true label plus one"
+        ),
     ],
     rate: Annotated[
         list[float] | None,
-        typer.Option("--rate", metavar="R", help="share of the images, of each attack", show_default="the usual ones"),
+        typer.Option(
+            "--rate",
+            metavar="R",
+            help="share of the images that each attack changes",
+            show_default="the usual rate of the attack",
+        ),
     ] = None,
     sources: Annotated[
-        str | None, typer.Option("--sources", metavar="C,C", help="only images of these classes carry the trigger")
+        str | None,
+        typer.Option(
+            "--sources", metavar="C,C", help="put the trigger only on images of these classes", show_default="all"
+        ),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="IN", help="clean checkpoint to go on from", show_default="from scratch"),
+        typer.Option("--from", metavar="IN", help="clean checkpoint to start from", show_default="new random weights"),
     ] = None,
     test_data: o.TestData = None,
     asr_out: Annotated[
         Path | None,
-        typer.Option("--asr-out", metavar="NPZ", help="write the triggered test images, for --asr-data"),
+        typer.Option("--asr-out", metavar="NPZ", help="write the triggered test images to a file for --asr-data"),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="passes over the images")] = 10,
-    lr: Annotated[float, typer.Option("--lr", metavar="LR", help="first step size of SGD")] = 0.05,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="W", help="of SGD")] = 5e-4,
+    lr: Annotated[float, typer.Option("--lr", metavar="LR", help="learning rate of SGD at the start")] = 0.05,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="W", help="weight decay of SGD")] = 5e-4,
     augment: Annotated[
-        str, typer.Option("--augment", metavar="none|crop|crop_flip", help="what is done to images in training")
+        str,
+        typer.Option(
+            "--augment",
+            metavar="none|crop|crop_flip",
+            help="random changes of the images in training: none, crops, or crops and mirroring",
+        ),
     ] = "crop_flip",
     keep: Annotated[
         Path | None,
-        typer.Option("--keep", metavar="FILE", help="state after each epoch; if it is there, training goes on from it"),
+        typer.Option(
+            "--keep",
+            metavar="FILE",
+            help="save the state here after each epoch, and continue from it if the file exists",
+        ),
     ] = None,
     seed: o.Seed = 0,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write figures as JSON")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="write the measured numbers as JSON")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT and other outputs if they exist")] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Train a network with one or more backdoors in it, for tests of defences."""
+    """Train a model that has one or more backdoors, to test defences on it."""
     check_outputs(source or Path("-"), out, report, force, inputs_of(clean.data, test_data, keep))
     check_state("--keep", keep, inputs_of(clean.data, test_data, source))
     places = [] if asr_out is None else _places(asr_out, len(attack))

@@ -131,7 +131,7 @@ def test_mistakes_are_said_before_the_work(folder, capsys):
     torch.save(nets.ResNet20(CLASSES).state_dict(), "m.pth")
     assert "OUT is missing: give the file to write" in fails(capsys, 2, "purify", "m.pth", *RUN)
     err = fails(capsys, 2, "purify", "m.pth", "o.pth", *RUN, "--leaderboard", "b.csv")
-    assert "--leaderboard is for results of BackdoorBench" in err
+    assert "--leaderboard works only on results of BackdoorBench" in err
     (folder.parent / "b.csv").write_text("a,b\n")
     err = fails(capsys, 4, "purify", "badnet_0_1", *RUN, "--leaderboard", "b.csv")
     assert "is no table of the leaderboard" in err and not (folder / "defense_result.pt").exists()
