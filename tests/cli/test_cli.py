@@ -325,7 +325,7 @@ def test_every_error_has_its_code_and_one_line(work, capsys):
         (2, ["nothing"], "No such command 'nothing'"),
         (2, ["methods", "--nothing"], "--nothing"),
         (2, [*PURIFY, "--epochs", "x"], "--epochs"),
-        (2, [*PURIFY, "--epochs", "1", "--steps", "1"], "give one of them"),
+        (2, [*PURIFY, "--epochs", "1", "--steps", "1"], "give only one of them"),
         (5, [*PURIFY, "--micro-batch", "0"], "micro_batch=0: give a number of samples"),
         (5, [*PURIFY, "--memory", "much"], "memory='much': give a number of bytes"),
         (2, [*PURIFY, "--set", "lr"], "KEY=VALUE"),
