@@ -123,7 +123,7 @@ def audit(
                 name, net = subject.name, subject.model
                 found = audits[name] = NetAudit(name, {}, {}, None)
                 for form in forms if batch is not None else ():
-                    what = f"{name} net: the smallest {form} change for each of {len(searched)} classes"
+                    what = f"{name} model: the smallest {form} change for each of {len(searched)} classes"
                     say(what)
                     one = invert(
                         net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
@@ -133,7 +133,7 @@ def audit(
                     found.inverted[form] = one
                     found.anomaly[form] = anomaly(searched, one.size, one.reached)
                 if sharpness:
-                    say(f"{name} net: sharpness")
+                    say(f"{name} model: sharpness")
                     found.sharpness = _sharpness(net, clean, subject.task, device, seed, notes)
             if last is not received and batch is not None:
                 for form, one in audits["received"].inverted.items():
@@ -146,7 +146,7 @@ def audit(
             if not audits:
                 raise
             interrupted = True
-            notes.append("interrupted: only what was complete is shown")
+            notes.append("interrupted: only the searches that were complete are shown")
     settings = {
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
         "device": str(device), "amp": amp, "classes": len(searched),
@@ -162,7 +162,7 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
     if not 0 < reach <= 1:
         raise ConfigError(f"reach={reach}: must be > 0 and <= 1")
     if steps < 1 or samples < 2:
-        raise ConfigError(f"steps={steps}, samples={samples}: must be at least 1 and 2")
+        raise ConfigError(f"steps={steps}, samples={samples}: steps must be at least 1, and samples at least 2")
     check_amp(amp)
 
 
@@ -176,14 +176,16 @@ def _one_batch(clean: CleanSet, task: Task, device: torch.device, notes: list[st
         notes.append(f"no changes were looked for: {error}")
         return None
     if not perturbable(task, batch):
-        notes.append("no changes were looked for: the inputs are no real numbers of a known name, such as x or image")
+        notes.append(
+            "no changes were looked for: the inputs are not real numbers in a field of a known name, such as x or image"
+        )
         return None
     if clean.labels is None:
-        notes.append("no changes were looked for: the labels are no class indices")
+        notes.append("no changes were looked for: the labels are not class indices")
         return None
     bad = int((~torch.isfinite(task.inputs(batch)).flatten(1).all(1)).sum())
     if bad:
-        raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or look at their scaling")
+        raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or check their scaling")
     return move_to(batch, device)
 
 
@@ -244,7 +246,7 @@ class _Poison:
     ) -> None:
         self.subject, self.device = subject, device
         if not any(p.is_floating_point() for p in subject.model.parameters()):
-            raise ModelError("the re-tuning test tunes the model, which has no parameters: leave out poisoned=")
+            raise ModelError("the model has no parameters that the re-tuning test could tune: leave out poisoned=")
         bad = CleanSet.of(poisoned, own)
         if bad.labels is None or bad.n < 2:
             raise DataError("poisoned= needs at least 2 triggered samples with the attack's label")
