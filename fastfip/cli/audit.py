@@ -114,7 +114,7 @@ def audit(
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if evidence.interrupted:
-        raise Interrupted("interrupted: what was complete is shown")
+        raise Interrupted("interrupted: the searches that were complete are shown")
 
 
 def _sayer(quiet: bool) -> Callable[[str], None] | None:

@@ -95,15 +95,15 @@ def compare(
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if comparison.interrupted:
-        hint = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
+        hint = "with --out FILE the complete rows are kept, and --resume continues from them"
         if out is not None:
-            hint = f"{out} holds the rows that are complete, --resume goes on from there"
+            hint = f"{out} holds the complete rows, and --resume continues from them"
         raise Interrupted(f"interrupted: {hint}")
     runs = [row for row in comparison.rows if row.label != "none"]
     if all(row.error for row in runs):
         from fastfip.errors import ModelError
 
-        raise ModelError(f"no method came to an end: {runs[0].error}")
+        raise ModelError(f"every method failed; the first error: {runs[0].error}")
 
 
 def _seeds(text: str) -> list[int]:
@@ -116,9 +116,9 @@ def _seeds(text: str) -> list[int]:
 def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: bool, inputs: list[Path]) -> None:
     """Find out before the work what could not be written after it."""
     if resume and out is None:
-        raise fail("--resume needs --out, the file of the broken run")
+        raise fail("--resume needs --out, the file of the run to continue")
     if out is not None:
-        check_file("--out", out, (".csv", ".json"), force or resume, ", --resume goes on from it", inputs)
+        check_file("--out", out, (".csv", ".json"), force or resume, ", --resume continues from it", inputs)
     check_drawing("--plot", plot, force, inputs)
 
 
@@ -134,6 +134,6 @@ def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[s
         if not equals or not dot:
             raise fail(f"--set {text}: give METHOD.KEY=VALUE, e.g. --set fip.lr=0.01")
         if method not in changes:
-            raise fail(f"--set {text}: {method} is none of the methods to run ({', '.join(chosen)})")
+            raise fail(f"--set {text}: {method} is not one of the methods to run ({', '.join(chosen)})")
         changes[method][name.strip()] = value.strip()
     return list(changes.items())

@@ -114,7 +114,7 @@ def undisturbed() -> Iterator[list[int]]:
         came.append(number)
         if len(came) > 1:
             raise KeyboardInterrupt
-        say("writing the result first; once more to give it up")
+        say("the result is being written first; interrupt once more to stop without it")
 
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -126,7 +126,9 @@ def _tried(
         raise first
     best = max(found, key=lambda pair: pair[0])[1]
     tried = run(best, limit)
-    tried.notes.append(f"note: the images were changed, as the model did not take them: {first}")
+    tried.notes.append(
+        f"note: the images were resized or recoloured, because the model failed on them as they are: {first}"
+    )
     return tried, best
 
 

@@ -155,10 +155,10 @@ def purify(
         result.settings["images"] = images.to_dict()
     result.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if result.interrupted and not result.history:
-        raise Interrupted("interrupted before the first epoch was complete: nothing written")
+        raise Interrupted("interrupted before the first epoch was complete: nothing was written")
     if opened.checkpoint.left_out:
         left = ", ".join(opened.checkpoint.left_out[:10])
-        result.notes.append(f"not carried over to {out.name}, as they belong to the old weights: {left}")
+        result.notes.append(f"not written to {out.name}, because they belong to the old weights: {left}")
     with undisturbed() as came:
         lost: list[str | None] = []
         if not result.unchanged:
@@ -180,7 +180,7 @@ def purify(
         what = "the last good state" if result.interrupted else "the result, which is complete"
         raise Interrupted(f"interrupted: {out} holds {what}")
     if result.unchanged or result.diverged:
-        written = "nothing written" if result.unchanged else f"{out} holds the last good state"
+        written = "nothing was written" if result.unchanged else f"{out} holds the last good state"
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 

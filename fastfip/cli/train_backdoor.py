@@ -112,7 +112,7 @@ def train_backdoor(
     if source is not None:
         model, checkpoint = net.restore(source)
     elif net.arch is None:
-        raise fail("what is trained: give --arch, or --from with a checkpoint of a known network")
+        raise fail("there is no model to train: give --arch, or --from with a checkpoint of a known architecture")
     else:
         from fastfip.nets.process import seeded
 
@@ -127,7 +127,7 @@ def train_backdoor(
     for injection in injections if places and test is not None else ():
         planted, _ = injection.ready()
         if not bool(planted.attacked(test.labels, injection.target, classes, injection.sources).any()):  # type: ignore[union-attr]
-            raise fail(f"--asr-out: no test image is one that {planted.name} puts its trigger on")
+            raise fail(f"--asr-out: {planted.name} puts its trigger on none of the test images")
     made = poison_and_train(
         model, _arrays(images), injections, classes=classes,
         pixels=how.pixels, epochs=epochs, lr=lr, batch_size=net.batch_size, weight_decay=weight_decay,
@@ -164,7 +164,9 @@ def _injections(attacks: list[str], targets: list[str], rates: list[float], sour
 
     for name, given in (("--target", targets), ("--rate", rates)):
         if len(given) not in ((1, len(attacks)) if name == "--target" else (0, 1, len(attacks))):
-            raise fail(f"{name}: {len(given)} values for {len(attacks)} attacks: give one, or one for each")
+            raise fail(
+                f"{name}: {len(given)} values for {len(attacks)} attacks: give one value, or one for each attack"
+            )
     for target in targets:
         if target != "next" and not (target.isascii() and target.isdigit()):
             raise fail(f"--target={target}: give a class number, or next")
@@ -187,7 +189,9 @@ def _arrays(images: ImageSet) -> tuple[Tensor, Tensor]:
     for start in range(0, len(images), 512):
         x = images.batch(range(start, min(start + 512, len(images))))[0]
         if float(x.min()) < 0 or float(x.max()) > 1:
-            raise fail(f"images run from {float(x.min()):.3g} to {float(x.max()):.3g}: give pictures, not normalised")
+            raise fail(
+                f"images run from {float(x.min()):.3g} to {float(x.max()):.3g}: give images that are not normalised"
+            )
         parts.append((255 * x).round().to(torch.uint8))
     return torch.cat(parts), images.labels
 
