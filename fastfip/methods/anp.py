@@ -40,7 +40,7 @@ class ANPConfig(MethodConfig):
     select: Literal["best", "last"] = setting("last", "which epoch is kept: the last, or the best by clean score")
     radius: float = setting(0.4, "largest relative change (eps) of a neuron's weight or bias by the adversary", low=0)
     inner: int = setting(1, "steps of the adversary", low=1)
-    alpha: float = setting(0.2, "weight of the clean loss; the rest is that of the perturbed net", low=0, high=1)
+    alpha: float = setting(0.2, "weight of the clean loss; the rest is that of the perturbed model", low=0, high=1)
     threshold: float | None = setting(
         None, "masks up to this are pruned (0.2 in the paper); None: chosen by held-out clean accuracy", low=0, high=1
     )

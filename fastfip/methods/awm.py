@@ -47,7 +47,7 @@ class AWMConfig(PixelConfig):
     )
     delta_lr: float = setting(10.0, "step size of the perturbation, in pixels", above=0)
     labels: Literal["predicted", "given"] = setting(
-        "predicted", "labels that the perturbation leads away from: the net's own answers, or the data's"
+        "predicted", "labels that the perturbation leads away from: the model's own answers, or the data's"
     )
     alpha: float | None = setting(None, "weight of the clean loss; None: 0.9, one sample a class 0.99", low=0, high=1)
     gamma: float = setting(1e-8, "weight of the masks' L1 norm", low=0)

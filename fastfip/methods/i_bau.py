@@ -155,7 +155,7 @@ class IBAU(Method):
         config = run.config
         assert isinstance(config, IBAUConfig)
         self.config = config
-        self.range = range_of(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the model was only fine-tuned")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.round = 0
 

@@ -52,10 +52,10 @@ class SAUConfig(PixelConfig):
     inner_step: float = setting(0.2, "step size of the perturbation, in pixels", above=0)
     start: Literal["max", "min", "zero", "random"] = setting("max", "where the perturbation starts in its box")
     beta_adversarial: float = setting(0.01, "weight of the adversarial loss in the search", low=0)
-    beta_shared: float = setting(1.0, "weight of the divergence of the two nets in the search", low=0)
+    beta_shared: float = setting(1.0, "weight of the divergence of the two models in the search", low=0)
     clean_weight: float = setting(1.0, "weight of the clean loss", low=0)
     adversarial_weight: float = setting(0.0, "weight of the loss at perturbed inputs", low=0)
-    shared_weight: float = setting(1.0, "weight of unlearning the class that the received net is led to", low=0)
+    shared_weight: float = setting(1.0, "weight of unlearning the class that the received model is led to", low=0)
 
 
 @register
@@ -76,7 +76,7 @@ class SAU(Method):
     """
 
     name = "sau"
-    summary = "SAU: unlearning of the adversarial examples shared with the received net"
+    summary = "SAU: unlearning of the adversarial examples shared with the received model"
     Config = SAUConfig
 
     def setup(self, run: Run) -> None:
@@ -85,7 +85,7 @@ class SAU(Method):
         assert isinstance(config, SAUConfig)
         self.config = config
         self.received = frozen_copy(run.model)
-        self.range = range_of(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the model was only fine-tuned")
         self.classified = run.classes is not None and run.task.loss_hook is None
         if self.range is not None and not self.classified:
             run.note("loss= has no classes to share: perturbed inputs are unlearned towards their own labels")

@@ -344,7 +344,7 @@ def test_what_cannot_be_audited_is_one_clear_error():
         ({"model": 3}, ModelError, "must be a torch.nn.Module"),
         ({"model": conv_net().to("meta")}, ModelError, "meta device"),
         ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(3))}, ModelError, "lazy layers"),
-        ({"model": NoGradient()}, ModelError, "passes no gradient to its inputs"),
+        ({"model": NoGradient()}, ModelError, "passes none to them"),
         ({"forward": lambda net, batch: net(batch[0])[:5]}, DataError, "24 samples give 5 rows"),
         ({"poisoned": [(spoiled, y)]}, DataError, "1 of 24 samples hold NaN"),
         ({"poisoned": [(x, y + 7)]}, DataError, "outside 0..2"),
