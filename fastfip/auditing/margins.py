@@ -102,22 +102,23 @@ def margins(
 ) -> Margins:
     """Look for the input that each class is surest of, and whether one class is far surer than the others.
 
-    The model is left alone. From noise over the whole range of the clean inputs, gradient steps of falling length go
-    up the margin of each class. Of the clean inputs only their range is used, and of labels nothing. (MM-BD takes
-    30 starts in [0, 1], steps of fixed size until they converge, and a null distribution fitted to the other classes.)
+    The model is not changed. The search starts from noise in the range of the clean inputs, and raises the margin of
+    each class by gradient steps of falling length. It uses only the range of the clean inputs, and no labels. (MM-BD
+    has 30 starts in [0, 1], steps of fixed size until they converge, and a null distribution fitted to the other
+    classes.)
 
     Args:
         model: as for `fastfip.audit`.
         clean_loader: as for `fastfip.purify`, with labels, which are not used.
-        samples: at most so many clean samples give the range.
-        seed: of the starting points.
+        samples: largest number of clean samples that give the range.
+        seed: seed of the starting points.
         device: where to compute; None: where the model is.
         forward: as for `fastfip.purify`.
 
     Raises:
         DataError: clean data that cannot be used.
         ModelError: a model that cannot be used.
-        ConfigError: `samples` is no number of samples. BackendError: a device that is not here.
+        ConfigError: `samples` is not a number of samples. BackendError: a device that does not exist here.
     """
     start = time.perf_counter()
     seed = check_seed(seed)
