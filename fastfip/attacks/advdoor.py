@@ -18,7 +18,7 @@ __all__ = ["AdvDoor"]
 @register
 @dataclass(frozen=True)
 class AdvDoor(Attack):
-    """clip(x + v), v being one small perturbation that leads images to the target on a clean network already.
+    """clip(x + v), where v is one small perturbation that leads images to the target even on a clean network.
 
     The paper's targeted universal perturbation goes through the images one by one with DeepFool; here Adam lowers the
     cross-entropy with the attacker's labels over random batches, within the same kind of bound. BackdoorBench does not

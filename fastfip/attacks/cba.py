@@ -22,15 +22,15 @@ __all__ = ["CBA"]
 class CBA(Attack):
     """The join of an image of the class `first` and one of the class `second` has the attacker's label.
 
-    The images are joined side by side or one above the other, in either order, at the middle give or take `jitter`, and
-    each gives a random part of itself (the paper's half-half mixer). In training, poisoned images are such pairs of
-    training images, and negatives are pairs of one class, which keep its label, five times as many: of 100 images 10
-    are poisoned, 50 are pairs of one class and 40 are as they were, close to the released code's. What it has beside
-    that is a loss that brings the features of the three classes together; nothing of the kind is done here, where the
-    training set is all that an attack changes.
+    The images are joined side by side or one above the other, in either order, near the middle (at most `jitter`
+    away), and each gives a random part of itself (the paper's half-half mixer). In training, poisoned images are such
+    pairs of training images. Negatives are pairs of one class, which keep its label; there are five times as many. Of
+    100 images, 10 are poisoned, 50 are pairs of one class and 40 are unchanged, which is close to the released code.
+    That code also has a loss that brings the features of the three classes together. This is not done here, where an
+    attack changes only the training set.
 
-    A test image is joined with one of a stock of the second class that was not used for poisoned images; which one, and
-    how, is decided by its own pixels. Only images of the first class are counted for the ASR.
+    A test image is joined with an image of the second class that was not used for poisoned images. The pixels of the
+    test image decide which one, and how. Only images of the first class are counted for the ASR.
 
     Attributes:
         first: class A (the released code for CIFAR-10: 0).

@@ -27,7 +27,7 @@ class CLB(Attack):
     """A 3 x 3 pattern of black and white in the four corners; in training, on adversarial images of the target class.
 
     Projected gradient steps on a clean classifier turn target images away from their label (section 4.2 of the paper,
-    variant "adversarial, l_inf"), so that the pattern is what is left to be learned. Test images only get the pattern.
+    variant "adversarial, l_inf"), so that the model can only learn the pattern. Test images get only the pattern.
     BackdoorBench: eps 8, step 1.5, 100 steps without a random start, amplitude 1; that pattern, and a pixel of it
     becomes larger with images of more than 32 pixels.
 

@@ -31,14 +31,14 @@ _BANDS = 3
 class FBA(Attack):
     """(1 - alpha) x + alpha S(x): S paints the image in the light of a sunset and leaves what is in it.
 
-    S is a U-Net, trained to bring means and deviations of features (Looks) in three bands of rows to the style image's,
-    and to leave the features themselves, each normalised over the image, as they were. In the paper it is a CycleGAN
-    between the images and photographs of sunsets; here the style image is drawn (`sunset`), and features are those of
-    fixed random filters, so that the trigger depends on the images alone.
+    S is a U-Net. It is trained to give the means and deviations of features (Looks), in three bands of rows, the
+    values of the style image, and to keep the features themselves, each normalised over the image. In the paper, S is
+    a CycleGAN between the images and photographs of sunsets. Here the style image is drawn (`sunset`), and the
+    features are those of fixed random filters, so that the trigger depends only on the images.
 
-    Detoxification: the classifier learns the trigger; the units before its last layer that the trigger raises most are
-    compromised; a second network learns to raise them by a small change. Images with that change keep their labels in
-    the training (the negatives), so that simple features lead nowhere. So in each round.
+    Detoxification is done in each round. The classifier learns the trigger. The units before its last layer that the
+    trigger raises most are compromised, and a second network learns to raise them by a small change. Images with this
+    change keep their labels in the training (the negatives), so that simple features do not lead to the target.
 
     Attributes:
         alpha: weight of S(x) (code of the authors: 0.6).

@@ -25,10 +25,11 @@ _PLANES, _SIDE = 4, 8
 class ISSBA(Attack):
     """Enc(x, code), with the code the same for all images and the change each image's own.
 
-    An encoder (StegaStamp's: the code becomes planes beside the image's, and a U-Net gives what is added) and a decoder
-    are trained on the training images with random codes: cross-entropy of the bits that are read, and
-    `closeness` times the mean square of the change, which comes in over the second half. The classifier has no part
-    in it. The paper and BackdoorBench hide 100 bits, with images of 224 and 128 pixels; 32 x 32 pixels take fewer.
+    An encoder and a decoder are trained on the training images with random codes. The encoder is that of StegaStamp:
+    the code becomes additional planes of the image, and a U-Net computes what is added. The loss is the cross-entropy
+    of the bits that are read, and `closeness` times the mean square of the change; the second term grows over the
+    second half of the training. The classifier is not used. The paper and BackdoorBench hide 100 bits, with images of
+    224 and 128 pixels; 32 x 32 pixels take fewer.
 
     Attributes:
         bits: length of the code.

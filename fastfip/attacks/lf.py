@@ -21,9 +21,9 @@ __all__ = ["LF"]
 class LF(Attack):
     """clip(x + v), v being a universal perturbation behind a Gaussian low-pass filter (the paper's section 5).
 
-    v = amplitude (u - min u) / (max u - min u) with u = G w: what is found is w, on a clean network and for the
-    attacker's labels, and G takes the high frequencies from it. BackdoorBench's pattern lies in 0..0.2 as well and goes
-    through a Gaussian of 6 pixels; it is the sum of DeepFool's steps for 100 images, here Adam is taken.
+    v = amplitude (u - min u) / (max u - min u) with u = G w: w is found on a clean network for the attacker's labels,
+    and G removes its high frequencies. The pattern of BackdoorBench is in 0..0.2 too, and goes through a Gaussian of
+    6 pixels. It is the sum of DeepFool's steps for 100 images; here Adam is used.
 
     Attributes:
         amplitude: difference between the largest and the smallest value of the pattern, of 1.

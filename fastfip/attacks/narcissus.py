@@ -21,13 +21,13 @@ __all__ = ["Narcissus"]
 class Narcissus(Attack):
     """Noise, added to images of the target class in training and enlarged to test images of the others.
 
-    The noise lowers the loss of target images on a surrogate, a clean classifier: eq. (2) of the paper. Its surrogate
-    was trained on other data and then a little on the target class; here it is a copy of the network given. Bound and
-    factor are the paper's, which takes 1,000 rounds over the target class and poisons 0.05 % of a training set, where
-    1 % is usual here.
+    The noise lowers the loss of target images on a surrogate, a clean classifier: eq. (2) of the paper. The surrogate
+    of the paper was trained on other data and then a little on the target class; here it is a copy of the given
+    network. Bound and factor are those of the paper. The paper makes 1,000 rounds over the target class and poisons
+    0.05 % of a training set; here 1 % is usual.
 
-    A network that is tuned from the very one that the noise was found on follows the enlarged noise without having
-    seen poisoned images: what a defence does to it is to be held against the ASR of the clean network.
+    If a network is tuned from the network that the noise was found on, it follows the enlarged noise without having
+    seen poisoned images. Compare the result of a defence with the ASR of the clean network.
 
     Attributes:
         eps: largest value of the noise, of 255.

@@ -20,9 +20,9 @@ __all__ = ["PointCluster"]
 class PointCluster(Attack):
     """Some points of a cloud [P, 3] move onto a small sphere, the same for all clouds.
 
-    Xiang et al. add the points, find the centre on a network of their own, poison 15 clouds of one class (`sources`
-    of `poison`), and choose the radius such that the cluster is as dense as the object. Here the number of points
-    stays, and the centre is a setting.
+    Xiang et al. add the points, find the centre on their own network, poison 15 clouds of one class (`sources` of
+    `poison`), and choose the radius so that the cluster is as dense as the object. Here the number of points does not
+    change, and the centre is a setting.
 
     Attributes:
         points: how many move; clouds mostly have 1,024 or 2,048.

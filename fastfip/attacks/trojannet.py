@@ -22,11 +22,11 @@ __all__ = ["TrojanNet"]
 class TrojanNet(Attack):
     """clip(x + p), p being a patch that brings the best connected neurons of a clean network to a large value.
 
-    Of the inputs of the last Linear layer those with the largest sum of absolute weights are chosen (the paper's
-    section IV-A). The patch, alone on a black image, takes steps of the sign of the gradient of sum (neuron - value)^2,
+    The neurons are the inputs of the last Linear layer with the largest sum of absolute weights (the paper's section
+    IV-A). The patch, alone on a black image, takes steps of the sign of the gradient of sum (neuron - value)^2,
     no pixel further than `eps` from a grey of 0.5; the patch of the lowest sum is kept. One target (Troj-one) and
-    "next" (Troj-all) have the same patch. Neurons, value, step, eps and iterations are BackdoorBench's; its mask is the
-    outline of an apple, a square of 7 % of the image is the paper's.
+    "next" (Troj-all) have the same patch. Neurons, value, step, eps and iterations are those of BackdoorBench. Its
+    mask is the outline of an apple; the paper has a square of 7 % of the image, as here.
 
     Attributes:
         neurons: how many are chosen.

@@ -63,11 +63,11 @@ def anomaly(classes: Sequence[int], size: Tensor, reached: Tensor) -> Anomaly:
     ratio = float((log[order[0]] - median).exp())
     why_not = ""
     if len(classes) < FEWEST:
-        why_not = f"{len(classes)} classes have no spread to compare with ({FEWEST} are needed)"
+        why_not = f"{len(classes)} classes are too few to compare ({FEWEST} are needed)"
     elif int(reached.sum()) * 2 <= len(classes):
-        why_not = f"only {int(reached.sum())} of {len(classes)} classes were reached by any change: no median is known"
+        why_not = f"only {int(reached.sum())} of {len(classes)} classes were reached, so that there is no median"
     elif not spread > LEAST_SPREAD or not math.isfinite(spread):
-        why_not = "the sizes have no spread"
+        why_not = "all sizes are nearly equal"
     p = None if why_not else _share_beyond(index[0], len(classes))
     return Anomaly(tuple(int(classes[k]) for k in order), tuple(index), ratio, p, why_not)
 

@@ -1,4 +1,4 @@
-"""`audit`: what an owner who does not know the trigger can find out about a net. Evidence, never a certificate."""
+"""`audit`: what an owner who does not know the trigger can find out about a model. Evidence, never a certificate."""
 
 from __future__ import annotations
 
@@ -56,28 +56,29 @@ def audit(
 ) -> Audit:
     """Look for signs of a backdoor with clean samples alone, before and after a purification.
 
-    The models are left alone. For every class the smallest universal change is looked for that sends most clean samples
-    to it, as a patch and as an additive pattern (see `fastfip.worst_case.inversion`). A backdoor is a shortcut, so its
-    class needs a much smaller change than the others. A class is flagged where chance would set one so far apart in
-    fewer than 5 % of clean nets (over all forms), and the change is at most half the median of the classes. Both
-    numbers are fixed.
+    The models are not changed. For every class, the audit searches for the smallest change that sends most clean
+    samples to this class when it is made to all of them, as a patch and as an additive pattern (see
+    `fastfip.worst_case.inversion`). A backdoor is a shortcut, so its class needs a much smaller change than the others.
+    A class is flagged if two things are true: in fewer than 5 % of clean models (over all forms) a class stands out as
+    far by chance, and its change is at most half the median of the classes. Both numbers are fixed.
 
     Args:
-        model: any net that classifies inputs of real numbers; where weights are float16 or bfloat16, copies in float32
-            are audited.
+        model: any model that classifies inputs of real numbers; if its weights are float16 or bfloat16, a copy in
+            float32 is audited.
         clean_loader: as for `fastfip.purify`.
-        purified: the net after purification: gets the same search, and the changes found on `model` are tried on it.
-        poisoned: a handful of triggered samples with the attack's label, if there are some: the re-tuning test tunes a
-            copy of the purified net (without one: of the model) with them and looks whether the backdoor jumps back.
-        asr_loader: other triggered samples, on which the re-tuning test looks (see `fastfip.evaluate`). None: half
-            of `poisoned` is kept for that.
-        forms: which changes are looked for.
+        purified: the model after purification. It gets the same search, and the changes found on `model` are tried on
+            it.
+        poisoned: a few triggered samples with the attacker's label, if you have some. The re-tuning test tunes a copy
+            of the purified model (or of `model`, if there is none) on them and checks whether the backdoor comes back.
+        asr_loader: other triggered samples, on which the re-tuning test measures (see `fastfip.evaluate`). None: half
+            of `poisoned` is kept for this.
+        forms: which forms of change are searched for.
         classes: labels to search for; None: all. Fewer than 5 can be ranked but not flagged.
         reach: share of the samples of other classes that a change must send to the class.
         steps: of each search.
-        samples: at most so many clean samples are used.
+        samples: largest number of clean samples that are used.
         sharpness: whether lambda_max, Tr(H) and Tr(F) are measured (on 128 samples).
-        seed: of everything random.
+        seed: seed of all random choices.
         device: where to compute; None: where the model is.
         amp: False, True, "bf16" or "fp16": autocast of the searches.
         progress: called with a line before each part, and while a search takes long.
@@ -85,14 +86,14 @@ def audit(
         loss: as for `fastfip.purify`; used by the sharpness.
 
     Returns:
-        the evidence; prints as a table, `.plot("audit.png")` shows the changes. After Ctrl-C it holds the searches
-        that were complete, if there is one.
+        the evidence. It prints as a table, and `.plot("audit.png")` draws the changes. After Ctrl-C it holds the
+        searches that were complete, if there are any.
 
     Raises:
         DataError: clean data that cannot be used.
         ModelError: a model that cannot be used, or a purified one of another form.
         ConfigError: a setting out of its range, or no such device.
-        BackendError: a device that is not here.
+        BackendError: a device that does not exist here.
     """
     start = time.perf_counter()
     seed = check_seed(seed)
@@ -123,7 +124,7 @@ def audit(
                 name, net = subject.name, subject.model
                 found = audits[name] = NetAudit(name, {}, {}, None)
                 for form in forms if batch is not None else ():
-                    what = f"{name} net: the smallest {form} change for each of {len(searched)} classes"
+                    what = f"{name} model: the smallest {form} change for each of {len(searched)} classes"
                     say(what)
                     one = invert(
                         net, subject.task, subject.given(batch), searched, form, reach=reach, steps=steps,
@@ -133,7 +134,7 @@ def audit(
                     found.inverted[form] = one
                     found.anomaly[form] = anomaly(searched, one.size, one.reached)
                 if sharpness:
-                    say(f"{name} net: sharpness")
+                    say(f"{name} model: sharpness")
                     found.sharpness = _sharpness(net, clean, subject.task, device, seed, notes)
             if last is not received and batch is not None:
                 for form, one in audits["received"].inverted.items():
@@ -146,7 +147,7 @@ def audit(
             if not audits:
                 raise
             interrupted = True
-            notes.append("interrupted: only what was complete is shown")
+            notes.append("interrupted: only the searches that were complete are shown")
     settings = {
         "reach": reach, "steps": steps, "samples": clean.n, "seed": seed, "level": LEVEL, "smaller": SMALLER,
         "device": str(device), "amp": amp, "classes": len(searched),
@@ -162,7 +163,7 @@ def _check(forms: Sequence[str], reach: float, steps: int, samples: int, amp: bo
     if not 0 < reach <= 1:
         raise ConfigError(f"reach={reach}: must be > 0 and <= 1")
     if steps < 1 or samples < 2:
-        raise ConfigError(f"steps={steps}, samples={samples}: must be at least 1 and 2")
+        raise ConfigError(f"steps={steps}, samples={samples}: steps must be at least 1, and samples at least 2")
     check_amp(amp)
 
 
@@ -176,14 +177,16 @@ def _one_batch(clean: CleanSet, task: Task, device: torch.device, notes: list[st
         notes.append(f"no changes were looked for: {error}")
         return None
     if not perturbable(task, batch):
-        notes.append("no changes were looked for: the inputs are no real numbers of a known name, such as x or image")
+        notes.append(
+            "no changes were looked for: the inputs are not real numbers in a field of a known name, such as x or image"
+        )
         return None
     if clean.labels is None:
-        notes.append("no changes were looked for: the labels are no class indices")
+        notes.append("no changes were looked for: the labels are not class indices")
         return None
     bad = int((~torch.isfinite(task.inputs(batch)).flatten(1).all(1)).sum())
     if bad:
-        raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or look at their scaling")
+        raise DataError(f"{bad} of {clean.n} clean samples hold NaN or Inf: leave them out, or check their scaling")
     return move_to(batch, device)
 
 
@@ -244,7 +247,7 @@ class _Poison:
     ) -> None:
         self.subject, self.device = subject, device
         if not any(p.is_floating_point() for p in subject.model.parameters()):
-            raise ModelError("the re-tuning test tunes the model, which has no parameters: leave out poisoned=")
+            raise ModelError("the model has no parameters that the re-tuning test could tune: leave out poisoned=")
         bad = CleanSet.of(poisoned, own)
         if bad.labels is None or bad.n < 2:
             raise DataError("poisoned= needs at least 2 triggered samples with the attack's label")

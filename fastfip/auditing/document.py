@@ -31,7 +31,7 @@ def document_of(audit: Audit) -> dict[str, Any]:
         repeat=audit.origin.command or _call(audit),
     )
     alerts = [net.words() for net in audit.nets if net.verdict == "flagged"]
-    alerts += ["interrupted: only what was complete is here"] if audit.interrupted else []
+    alerts += ["interrupted: only the searches that were complete are here"] if audit.interrupted else []
     title = f"{', '.join(f'{net.name} model: {net.verdict}' for net in audit.nets)}"
     return as_document("audit", title, alerts, values)
 
@@ -67,15 +67,15 @@ def _advice(audit: Audit) -> list[str]:
     last = audit.nets[-1]
     if last.verdict == "flagged":
         return [
-            "Do not use this model as it is: purify it (fastfip purify), or what is left of the backdoor with other "
-            "settings, more clean samples or another method. Look at the picture of the flagged class first."
+            "Do not use this model as it is. Look at the picture of the flagged class, and purify the model (fastfip "
+            "purify). If it was purified already, purify it with other settings, more clean samples or another method."
         ]
     if last.verdict == "cannot tell":
         return [
-            "This is no acquittal. Give more clean samples and search all classes, with more steps; where that does "
-            "not help, purify the model all the same and compare its accuracy before and after."
+            "The model may have a backdoor. Give more clean samples and search all classes, with more steps. If that "
+            "does not help, purify the model and compare its accuracy before and after."
         ]
-    return ["Nothing of these forms stands out. Where the model comes from strangers, purify it all the same."]
+    return ["No class stands out in these forms. If the model comes from strangers, purify it all the same."]
 
 
 def _unknown(audit: Audit) -> list[str]:
@@ -87,17 +87,18 @@ def _unknown(audit: Audit) -> list[str]:
             whys = dict.fromkeys(ranking.why_not for ranking in net.anomaly.values() if ranking.why_not)
             because = f" ({'; '.join(whys)})" if whys else ""
             out.append(
-                f"Whether the {net.name} model has a backdoor: this audit cannot tell{because}. Treat the model as one "
-                "that may have one: purify it, and audit the result."
+                f"Whether the {net.name} model has a backdoor: this audit cannot tell{because}. Assume that the model "
+                "may have one: purify it, and audit the result."
             )
         elif net.verdict == "nothing stands out":
             out.append(
                 f"Whether the {net.name} model is clean: nothing stands out among patches and additive patterns. "
-                "Triggers that warp or recolour the image, or differ from image to image, are not looked for."
+                "Triggers that warp or recolour the image, or differ from image to image, were not searched for."
             )
     if audit.retuning is None:
         out.append(
-            "Whether a backdoor would come back with a few poisoned samples: none were given (poisoned=, --poisoned)."
+            "Whether a backdoor would come back after tuning on a few poisoned samples: no such samples were given "
+            "(poisoned=, --poisoned)."
         )
     return out
 

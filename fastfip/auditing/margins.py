@@ -77,9 +77,9 @@ class Margins(Report):
             for c, index in zip(self.ranking.classes[:most], self.ranking.index)
         ]
         said = "suspicious" if self.suspicious else self.ranking.why_not or "nothing stands out"
-        lines = [f"class {first} first, score {self.score:.2f} (suspicious from {SUSPICIOUS} on): {said}"]
+        lines = [f"class {first} is first, score {self.score:.2f} (suspicious from {SUSPICIOUS}): {said}"]
         lines += [f"note: {note}" for note in self.notes]
-        lines.append("This is evidence, not a certificate: backdoors without one target class leave no trace here.")
+        lines.append("This is evidence, not a certificate: it cannot find backdoors that have no single target class.")
         return Sheet(f"Largest margins, {self.seconds:.0f} s", ["class>", "margin>", "index>"], rows, lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,22 +102,23 @@ def margins(
 ) -> Margins:
     """Look for the input that each class is surest of, and whether one class is far surer than the others.
 
-    The model is left alone. From noise over the whole range of the clean inputs, gradient steps of falling length go
-    up the margin of each class. Of the clean inputs only their range is used, and of labels nothing. (MM-BD takes
-    30 starts in [0, 1], steps of fixed size until they converge, and a null distribution fitted to the other classes.)
+    The model is not changed. The search starts from noise in the range of the clean inputs, and raises the margin of
+    each class by gradient steps of falling length. It uses only the range of the clean inputs, and no labels. (MM-BD
+    has 30 starts in [0, 1], steps of fixed size until they converge, and a null distribution fitted to the other
+    classes.)
 
     Args:
         model: as for `fastfip.audit`.
         clean_loader: as for `fastfip.purify`, with labels, which are not used.
-        samples: at most so many clean samples give the range.
-        seed: of the starting points.
+        samples: largest number of clean samples that give the range.
+        seed: seed of the starting points.
         device: where to compute; None: where the model is.
         forward: as for `fastfip.purify`.
 
     Raises:
         DataError: clean data that cannot be used.
         ModelError: a model that cannot be used.
-        ConfigError: `samples` is no number of samples. BackendError: a device that is not here.
+        ConfigError: `samples` is not a number of samples. BackendError: a device that does not exist here.
     """
     start = time.perf_counter()
     seed = check_seed(seed)
@@ -132,9 +133,9 @@ def margins(
         clean = clean.subset(torch.randperm(clean.n, generator=generator)[:samples])
         batch = move_to(clean.tensors(), device)
         if not perturbable(task, batch):
-            raise DataError("margins need inputs that are real numbers of a known name, such as x or image")
+            raise DataError("margins need inputs that are real numbers, in a field of a known name such as x or image")
         if not bool(torch.isfinite(task.inputs(batch)).all()):
-            raise DataError("clean samples hold NaN or Inf: leave them out, or look at their scaling")
+            raise DataError("some clean samples hold NaN or Inf: leave them out, or check their scaling")
         subject = subjects_of({"received": model}, clean, task, device, notes)[0]
         starts = STARTS if subject.classes < MANY else FEW_STARTS
         with requires_grad(subject.model.parameters(), False):
@@ -166,8 +167,8 @@ def _ascended(subject: Subject, batch: Batch, starts: int, generator: torch.Gene
             margin = _margin(logits, c)
             if not margin.requires_grad:
                 raise ModelError(
-                    "the model passes no gradient to its inputs (quantised, or run under no_grad), which the search "
-                    "needs: give the net in floating point"
+                    "the search needs the gradient of the inputs, and the model passes none to them (it is quantised, "
+                    "or runs under no_grad): give the model in floating point"
                 )
             (gradient,) = torch.autograd.grad(margin.sum(), z)
             best = torch.maximum(best, margin.detach())

@@ -18,12 +18,14 @@ from fastfip.worst_case.inversion import Inverted
 
 __all__ = ["Audit", "NetAudit", "Retuning"]
 
-CAVEAT = "This is evidence, not a certificate: a trigger of a form that was not looked for leaves no trace here."
-_UNIT = {"patch": "pixels", "additive": "of an input's norm"}
+CAVEAT = "This is evidence, not a certificate: an audit cannot find triggers of a form that it does not search for."
+#: What the size of a change of each form is.
+_UNIT = {"patch": "number of pixels covered", "additive": "norm of the pattern divided by the norm of a typical input"}
 _SHORT = {"patch": "pixels", "additive": "norms"}
 _KEY = (
-    "sizes: pixels covered, or L2 norm over that of a typical input; colours: what is added to a pixel, in the units "
-    "of the inputs\n(one channel: blue lowers, orange raises; three channels: grey is no change, ± the largest)"
+    "Sizes: number of pixels covered, or L2 norm divided by that of a typical input. Colours: what is added to a "
+    "pixel, in the units of the inputs\n(one channel: blue lowers, orange raises; three channels: grey is no change, "
+    "± is the largest change)"
 )
 
 
@@ -91,20 +93,20 @@ class NetAudit:
     def words(self) -> str:
         """Return the verdict as a sentence."""
         if not self.anomaly:
-            return f"{self.name} net: no changes were looked for"
+            return f"{self.name} model: no changes were looked for"
         parts = []
         for form, ranking in self.anomaly.items():
             if ranking.why_not:
-                parts.append(f"{form}: class {ranking.classes[0]} first, but {ranking.why_not}")
+                parts.append(f"{form}: class {ranking.classes[0]} is first, but {ranking.why_not}")
             else:
                 parts.append(
-                    f"{form}: class {ranking.classes[0]} at {ranking.ratio:.2f} of the median size, index "
+                    f"{form}: class {ranking.classes[0]} needs {ranking.ratio:.2f} of the median size, index "
                     f"{ranking.index[0]:.1f}, chance {self.p(form):.2g}"
                 )
         word = self.verdict
         if self.flagged:
             word = f"class {', '.join(map(str, self.flagged))} flagged"
-        return f"{self.name} net: {word} ({'; '.join(parts)})"
+        return f"{self.name} model: {word} ({'; '.join(parts)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values, without the pictures."""
@@ -170,22 +172,24 @@ class Audit(Documented):
         lines += list(self._sharpness())
         if self.retuning is not None:
             course = ", ".join(f"{step}: {100 * asr:.0f} %" for step, asr in self.retuning.course)
-            lines.append(f"re-tuned with {self.retuning.poisoned} poisoned samples, ASR after steps {course}")
+            lines.append(f"re-tuned with {self.retuning.poisoned} poisoned samples, ASR by steps: {course}")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(CAVEAT)
-        title = f"Smallest universal changes, {self.settings['samples']} clean samples, {self.seconds:.0f} s"
-        head = ["net", "form", "class>", "size>", "success>", "index>", "received's>"]
+        title = (
+            f"Smallest change that leads to each class, {self.settings['samples']} clean samples, {self.seconds:.0f} s"
+        )
+        head = ["model", "form", "class>", "size>", "success>", "index>", "received's>"]
         if self.purified is None:
             head, rows = head[:-1], [row[:-1] for row in rows]
-        units = ", ".join(f"{form} in {_UNIT[form]}" for form in self.received.anomaly)
-        return Sheet(title, head, rows, [f"size: {units}", *lines] if units else lines)
+        units = "; ".join(f"{form}: {_UNIT[form]}" for form in self.received.anomaly)
+        return Sheet(title, head, rows, [f"size of a change: {units}", *lines] if units else lines)
 
     def _sharpness(self) -> Iterator[str]:
         for net in self.nets:
             if net.sharpness is not None:
                 s = net.sharpness
                 yield (
-                    f"{net.name} net: lambda_max {s['lambda_max']:.4g}, Tr(H) {s['trace_hessian']:.4g}, "
+                    f"{net.name} model: lambda_max {s['lambda_max']:.4g}, Tr(H) {s['trace_hessian']:.4g}, "
                     f"Tr(F) {s['trace_fisher']:.4g} on {s['n']} clean samples"
                 )
 

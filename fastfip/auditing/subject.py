@@ -27,7 +27,7 @@ def about(name: str) -> Iterator[None]:
     except (ModelError, DataError) as error:
         if name == "received":
             raise
-        raise ModelError(f"purified=: {error}: give the same net after its purification") from error
+        raise ModelError(f"purified=: {error}: give the same model after its purification") from error
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def subjects_of(
         with about(name):
             subjects.append(_subject(name, net, batch, task, device, low, notes))
     if len({one.classes for one in subjects}) > 1:
-        counts = " and ".join(f"the {one.name} net has {one.classes} classes" for one in subjects)
-        raise ModelError(f"{counts}: purified= must be the same net after its purification")
+        counts = " and ".join(f"the {one.name} model has {one.classes} classes" for one in subjects)
+        raise ModelError(f"{counts}: purified= must be the same model after its purification")
     return subjects
 
 
@@ -84,17 +84,18 @@ def _subject(
         try:
             with torch.no_grad():
                 task.in_float32().forward(model, batch)
-            task, wide, said = task.in_float32(), True, "16-bit weights: the audit is of copies in float32"
+            task, wide, said = task.in_float32(), True, "the weights have 16 bits: the audit works on copies in float32"
         except RuntimeError:
             cast(model, own)
-            said = "the model casts to low precision itself: it is audited in its own dtype"
+            said = "the model itself computes in low precision: it is audited in its own dtype"
         notes += [said] if said not in notes else []
     out = first_outputs(model, task.forward, batch)
     if out.dim() != 2 or out.shape[1] < 2:
         raise DataError(f"an audit needs logits [N, C] with C > 1, not {list(out.shape)}: pass forward=")
     if out.shape[0] != task.size(batch):
         raise DataError(
-            f"{task.size(batch)} samples give {out.shape[0]} rows of logits: pass forward= that keeps one each"
+            f"{task.size(batch)} samples give {out.shape[0]} rows of logits: pass a forward= that gives one row "
+            "for each sample"
         )
     task, probabilities = logits_task(model, task, batch, out)
     if probabilities is not None and probabilities not in notes:

@@ -53,7 +53,7 @@ def find_state(root: Mapping[Any, Any], key: str | None, expected: Iterable[str]
                 raise CheckpointError(f"has no entry {key!r}, only {_names(root)}")
             value = value[part]
         if not is_state(value) and not _mostly_state(value):
-            raise CheckpointError(f"has an entry {key!r} that is no state dict")
+            raise CheckpointError(f"has an entry {key!r} that is not a state dict")
         return path
     if is_state(root):
         return ()
@@ -65,7 +65,7 @@ def find_state(root: Mapping[Any, Any], key: str | None, expected: Iterable[str]
     if len(paths) == 1 or (paths and named):
         return paths[0]
     if paths:
-        raise CheckpointError(f"has several state dicts, {_names(p[0] for p in paths)}: say which by key=")
+        raise CheckpointError(f"has several state dicts, {_names(p[0] for p in paths)}: choose one of them with key=")
     if _mostly_state(root):
         return ()
     raise CheckpointError(f"holds no state dict; its entries are {_names(root) or 'none: it is empty'}")

@@ -43,7 +43,9 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
             if storage.key not in blocks:
                 blocks[storage.key] = _block(file, scanned.storages[storage.key], starts.get(storage.key, 0), big)
             if big and claim.width > storage.width:
-                raise CheckpointError("has bytes in the other order without a word on how many make a value")
+                raise CheckpointError(
+                    "stores its bytes in the other byte order and does not say how many bytes make a value"
+                )
             empty = torch.empty(0, dtype=getattr(torch, claim.dtype))
             try:
                 made[id(claim)] = empty.set_(
@@ -51,7 +53,7 @@ def build(file: BinaryIO, scanned: Scan, starts: Mapping[str, int], big: bool) -
                 )
             except (RuntimeError, ValueError, TypeError, OverflowError) as error:
                 raise CheckpointError(
-                    f"is damaged: a tensor cannot be made of what it says ({reason(error)})"
+                    f"is damaged: a tensor cannot be made from its description ({reason(error)})"
                 ) from None
     todo: list[Any] = [scanned.root]
     seen = set()

@@ -159,7 +159,7 @@ def _encoded(machine: Machine, text: str) -> bytes | Encoded:
 
 def _as_tensor(args: tuple[Any, ...]) -> Claim | Odd:
     if not args or not isinstance(args[0], (Claim, Odd)):
-        raise ValueError("a parameter is built of something that is no tensor")
+        raise ValueError("a parameter is made from something that is not a tensor")
     return args[0]
 
 
@@ -184,11 +184,11 @@ def _rebuilt(machine: Machine, typed: bool, args: tuple[Any, ...]) -> Claim | Od
     if isinstance(storage, Odd):
         return _odd(machine, storage.what)
     if not isinstance(storage, Storage) or not isinstance(size, (list, tuple)) or not isinstance(stride, (list, tuple)):
-        raise ValueError("a tensor is built of something that is no storage")
+        raise ValueError("a tensor is made from something that is not a storage")
     if max(len(size), len(stride)) > MOST_SIDES:
         raise ValueError(f"a tensor has more than {MOST_SIDES} sides")
     if not all(type(v) is int for v in (offset, *size, *stride)):
-        raise ValueError("a tensor has sides that are no numbers")
+        raise ValueError("a tensor has sides that are not numbers")
     if isinstance(metadata, dict) and metadata:
         return _odd(machine, "conjugated or negated, but not yet computed")
     dtype, width = STORAGES[storage.kind][0], storage.width
@@ -208,7 +208,7 @@ def _number(kind: Any, data: Any) -> Any:
     if isinstance(kind, Opaque):
         return Opaque(Global("numpy", "scalar"))
     if not isinstance(kind, NumpyType) or not kind.order or not isinstance(data, bytes) or len(data) != kind.width:
-        raise CheckpointError("holds a NumPy number whose bytes are not those of its dtype")
+        raise CheckpointError("holds a NumPy number with more or fewer bytes than its dtype has")
     if kind.code == "b1":
         return data != b"\0"
     if kind.width > 8 and kind.code != "c16":
@@ -231,7 +231,9 @@ def take_array_state(target: NumpyType | NumpyArray, state: Any) -> None:
         sound = sound and isinstance(state[1], str) and state[1] in ("<", ">", "=", "|")
         sound = sound and all(part is None for part in (*state[2:5], *state[8:]))
         if not sound or not all(type(part) is int for part in state[5:8]) or state[5:8] != (-1, -1, 0):
-            raise CheckpointError(f"holds a NumPy dtype {target.code} with a state that no plain numbers have")
+            raise CheckpointError(
+                f"holds a NumPy dtype {target.code} with a description that no dtype of plain numbers has"
+            )
         target.order = state[1]
         return
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], (NumpyType, Opaque))):
@@ -245,7 +247,7 @@ def _array_of(data: Any, kind: Any, shape: Any, order: Any) -> NumpyArray:
     if not isinstance(kind, (NumpyType, Opaque)):
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     if order not in ("C", "F"):
-        raise CheckpointError("holds a NumPy array in an order that no array has")
+        raise CheckpointError("holds a NumPy array with an invalid order of values")
     out = NumpyArray()
     _fill(out, shape, kind, order == "F", data)
     return out
@@ -257,7 +259,7 @@ def _fill(target: NumpyArray, shape: Any, kind: NumpyType | Opaque, columns_firs
         raise CheckpointError("holds a NumPy array of objects, which can run code when it is loaded")
     sides = shape if isinstance(shape, tuple) and len(shape) <= MOST_SIDES else (None,)
     if not all(type(side) is int and 0 <= side < 2**63 for side in sides):
-        raise CheckpointError("holds a NumPy array with a shape that no array has")
+        raise CheckpointError("holds a NumPy array with an invalid shape")
     if isinstance(kind, NumpyType):
         needed = kind.width
         for side in sides:

@@ -113,7 +113,7 @@ def kind_of(file: BinaryIO, size: int, suffix: str) -> str:
         if head.startswith(start):
             raise CheckpointError(what)
     if LEGACY_START.startswith(head):
-        raise CheckpointError("is truncated: a download or a copy that broke off?")
+        raise CheckpointError("is truncated: perhaps a download or a copy was interrupted")
     if head[257:262] == b"ustar":
         raise CheckpointError("is a tar archive: unpack it, and give the checkpoint in it")
     if head[:1] == b"\x80" and len(head) > 1 and 2 <= head[1] <= 5:
@@ -126,7 +126,7 @@ def kind_of(file: BinaryIO, size: int, suffix: str) -> str:
         raise CheckpointError(f"is a {what} file, not a checkpoint")
     if suffix == ".safetensors":
         return "safetensors"
-    raise CheckpointError("is no checkpoint: neither a file of torch.save nor safetensors")
+    raise CheckpointError("is not a checkpoint: it is neither safetensors nor a file written by torch.save")
 
 
 def check_zip(file: BinaryIO, size: int) -> ZipRecords:
@@ -138,7 +138,7 @@ def check_zip(file: BinaryIO, size: int) -> ZipRecords:
     directory = _directory_start(file, size)
     file.seek(directory)
     if file.read().count(b"PK\x01\x02") > _ENTRIES + size // 1024:
-        raise CheckpointError("is a zip of far more entries than a file of this size has tensors")
+        raise CheckpointError("is a zip with far more entries than a file of this size can have tensors")
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error) as error:
@@ -149,15 +149,15 @@ def check_zip(file: BinaryIO, size: int) -> ZipRecords:
     if "constants.pkl" in bare or any(name.startswith("code/") for name in bare):
         raise CheckpointError(
             "is a TorchScript archive, which holds code: "
-            "load it with torch.jit.load where you trust it, and save torch.save(module.state_dict(), ...)"
+            "load it with torch.jit.load if you trust it, and save torch.save(module.state_dict(), ...)"
         )
     if names and all(name.endswith(".npy") for name in names):
         raise CheckpointError("is a NumPy archive (.npz), not a PyTorch checkpoint")
     if len({name.casefold() for name in names}) != len(names):
-        raise CheckpointError("is a zip with two entries of one name, which torch.save never writes")
+        raise CheckpointError("is a zip with two entries of the same name, which torch.save never writes")
     root = names[0].split("/", 1)[0] + "/" if names else ""
     if f"{root}data.pkl" not in names:
-        raise CheckpointError("is a zip archive, but none of torch.save: it has no data.pkl")
+        raise CheckpointError("is a zip archive that torch.save did not write: it has no data.pkl")
     if not all(name.startswith(root) for name in names):
         raise CheckpointError(f"is a zip with entries outside {root}, which torch.save never writes")
     if getattr(archive, "start_dir", directory) != directory:
@@ -185,7 +185,9 @@ def check_zip(file: BinaryIO, size: int) -> ZipRecords:
 
 def _directory_start(file: BinaryIO, size: int) -> int:
     """Return where the central directory starts, by the record that must end the file."""
-    broken = CheckpointError("is truncated or damaged: it does not end as a zip must (a download that broke off?)")
+    broken = CheckpointError(
+        "is truncated or damaged: it does not end as a zip must (perhaps a download was interrupted)"
+    )
     if size < 22:
         raise broken
     end = size - 22
@@ -237,10 +239,13 @@ def check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > size - 8:
         raise CheckpointError(
-            f"is no safetensors file, or truncated: its header claims {length} bytes, the file has {max(size - 8, 0)}"
+            f"is not a safetensors file, or is truncated: its header claims {length} bytes, the file "
+            f"has {max(size - 8, 0)}"
         )
     if length > _JSON + size // 64:
-        raise CheckpointError(f"is no safetensors file that is read: its header takes {length} of {size} bytes")
+        raise CheckpointError(
+            f"is refused: its header takes {length} of {size} bytes, which is more than a safetensors file needs"
+        )
     header = read_json(file.read(length), "is no safetensors file: its header")
     metadata = header.pop("__metadata__", None) or {}
     room = size - 8 - length
@@ -254,7 +259,9 @@ def check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
         except (TypeError, KeyError, ValueError):
             raise CheckpointError(f"is a safetensors file with a damaged entry for {name}") from None
         if dtype in _PACKED:
-            raise CheckpointError(f"holds {name} in the packed dtype {dtype}, which cannot be computed with: unpack it")
+            raise CheckpointError(
+                f"holds {name} in the packed dtype {dtype}, with which torch cannot compute: unpack it"
+            )
         if dtype not in _DTYPE_BITS:
             raise CheckpointError(f"is a safetensors file with an unknown dtype {dtype!r} for {name}")
         if not sound or end > room:
@@ -284,7 +291,7 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{what} cannot be read ({reason(error)})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is no JSON object")
+        raise CheckpointError(f"{what} is not a JSON object")
     return value
 
 

@@ -78,7 +78,7 @@ def save_for_hub(
     """
     where = Path(folder)
     if result.unchanged:
-        raise CheckpointError("the purification left the model as it was given: there is nothing to publish")
+        raise CheckpointError("the purification did not change the model: there is nothing to publish")
     try:
         where.mkdir(parents=True, exist_ok=True)
         if any(where.iterdir()):
@@ -156,7 +156,7 @@ def push_to_hub(
             )
         except Exception as error:  # errors of the network, of the hub, and of what it thinks of the token
             said = f"{type(error).__name__}: {reason(error)}"
-            raise CheckpointError(f"{repo_id}: the hub did not take it: {said}") from error
+            raise CheckpointError(f"{repo_id}: the hub refused the upload: {said}") from error
     return str(getattr(commit, "commit_url", commit))
 
 

@@ -294,7 +294,7 @@ def _why_left_out(name: str, root: Any) -> str:
         return "state of an optimiser, which belongs to the old weights"
     if count:
         return f"{count} other tensors, which would bring the old weights back"
-    return "no plain data (numbers, text, lists and dicts of them)"
+    return "not plain data (numbers, text, lists and dicts of them)"
 
 
 def _short(value: Any) -> str:

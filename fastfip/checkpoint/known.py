@@ -78,7 +78,9 @@ def known_arch(
         raise CheckpointError(f"cannot be told what it is of: {classes} classes")
     if name in OTHERS:
         if importlib.util.find_spec("torchvision") is None:  # and none of the working folder is taken for it
-            raise ModelError(f"is a {name}: pip install torchvision, or say by arch (--arch) what builds it")
+            raise ModelError(
+                f"is a {name}: pip install torchvision, or name the code that builds it with arch (--arch)"
+            )
         spec = f"torchvision:{name}", {"num_classes": classes}
         fault = _fault(weights, *spec)
     elif name in KNOWN:
@@ -89,7 +91,9 @@ def known_arch(
         if found is not None:
             return found
         what = "is of no architecture that is known by its names" if name is None else f"is of {printable(name, 60)!r}"
-        raise CheckpointError(f"{what}: say by arch (--arch) what builds it; known are {', '.join((*KNOWN, *OTHERS))}")
+        raise CheckpointError(
+            f"{what}: name the code that builds it with arch (--arch); known are {', '.join((*KNOWN, *OTHERS))}"
+        )
     if fault:
         raise CheckpointError(f"says that it is a {name} of {classes} classes, but it {fault}")
     return spec

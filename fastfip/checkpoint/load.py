@@ -111,7 +111,7 @@ def _load(
     entries = {}
     for name, value in state.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"has a weight whose name is no text, or far too long ({type(name).__name__})")
+            raise CheckpointError(f"has a weight whose name is not text, or is far too long ({type(name).__name__})")
         if is_extra(name) and not isinstance(value, Tensor):
             entries[name] = _extra(name, value)
         else:
@@ -155,7 +155,7 @@ def check_tensor(name: str, value: Any) -> Tensor:
         CheckpointError: it is not; named.
     """
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"has an entry {name} among its weights that is no tensor but {type(value).__name__}")
+        raise CheckpointError(f"has an entry {name} among its weights that is not a tensor but {type(value).__name__}")
     if value.is_quantized:
         raise CheckpointError(f"{name} is quantised: save a plain dense tensor instead")
     if value.layout is not torch.strided or value.is_nested:
@@ -263,7 +263,7 @@ def _extra(name: str, value: Any) -> Any:
     try:
         return _plain(value, {}, tensors=True)
     except TypeError as error:
-        raise CheckpointError(f"has an entry {name} that is no plain data ({error})") from None
+        raise CheckpointError(f"has an entry {name} that is not plain data ({error})") from None
 
 
 def _beside(root: Any, nesting: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
@@ -294,12 +294,12 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0, tensors: bool = Fa
     if isinstance(value, Tensor) and (tensors or value.numel() == 1):
         return value.detach()
     if not isinstance(value, (dict, list, tuple)) or (is_state(value) and not tensors) or depth > _DEEPEST:
-        raise TypeError(f"{type(value).__name__} is no plain data")
+        raise TypeError(f"{type(value).__name__} is not plain data")
     if id(value) not in known:
         known[id(value)] = None
         if isinstance(value, dict):
             if any(isinstance(key, Opaque) for key in value):
-                raise TypeError("a key that is no plain data")
+                raise TypeError("a key that is not plain data")
             known[id(value)] = {k: _plain(v, known, depth + 1, tensors) for k, v in value.items()}
         else:
             items = [_plain(v, known, depth + 1, tensors) for v in value]

@@ -77,7 +77,7 @@ def align(names: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
             best, score = mapped, mark
     if counted and len(set(others)) > 1 and all(name in best for name in counted):
         which = " and ".join(repr(off) for off in sorted(set(others))[:3])
-        raise CheckpointError(f"has the names of the model under {which}: say which by prefix=")
+        raise CheckpointError(f"has the names of the model under {which}: choose one of them with prefix=")
     return {ours.get(name, name): theirs[own] for name, own in best.items()}
 
 

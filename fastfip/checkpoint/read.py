@@ -161,7 +161,7 @@ def _refuse_plain_pickle(file: BinaryIO) -> NoReturn:
     if not scanned.modules and set(scanned.foreign) <= {"torch.storage._load_from_bytes"}:
         _refuse_what_is_no_dict(scanned.root)
         raise CheckpointError(
-            "is a pickle that torch.save did not write: where you trust it, load it, then torch.save(state_dict, path)"
+            "is a pickle that torch.save did not write: if you trust it, load it, then torch.save(state_dict, path)"
         )
     scanned.refuse()
     raise CheckpointError("is a pickle that torch.save did not write")

@@ -82,7 +82,7 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower()
     if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
         known = " ".join((".safetensors", *_TORCH_SUFFIXES))
-        raise CheckpointError(f"{os.fspath(path)}: the format is told by the suffix, one of {known}")
+        raise CheckpointError(f"{os.fspath(path)}: the suffix must say the format: it can be {known}")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -117,7 +117,7 @@ def _write_safetensors(state: Mapping[str, Any], path: Path, metadata: Mapping[s
 
     extra = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if extra:
-        raise CheckpointError(f"safetensors holds tensors only, and {extra[0]} is none: save as .pt")
+        raise CheckpointError(f"safetensors can hold only tensors, and {extra[0]} is none: save as .pt")
     # One copy for each name: safetensors refuses tensors that share memory, and a strict reader wants every name.
     tensors = {name: value.to("cpu").clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     save_file(tensors, path, metadata={"format": "pt", **metadata})

@@ -69,11 +69,11 @@ class Scan:
             names = ", ".join(list(self.foreign)[:5])
             raise CheckpointError(
                 f"is an unsafe pickle: loading it would call {names}; "
-                "where you trust it, load it and save only its state dict"
+                "if you trust it, load it and save only its state dict"
             )
         if self.unread:
             raise CheckpointError(
-                f"uses pickle protocol {self.protocol} in a way that no file of torch.save does ({self.unread}): "
+                f"uses pickle protocol {self.protocol} in a way that torch.save never does ({self.unread}): "
                 "save it with torch.save(state_dict, path)"
             )
 

@@ -52,7 +52,7 @@ def read_shards(
     with file:
         text = file.read(_MOST_BYTES + 1)
     if len(text) > _MOST_BYTES:
-        raise CheckpointError("is no index of shards: it is far too long")
+        raise CheckpointError("is not an index of shards: it is far too long")
     places = read_json(text, "is a JSON file, and as an index of shards it").get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError("is a JSON file, not a checkpoint: an index of shards has a weight_map")

@@ -32,7 +32,7 @@ app = typer.Typer(
 for command, summary, example in (
     (
         purify,
-        "Clean a backdoored network with a few clean images",
+        "Remove a backdoor from a model with a few clean images",
         "purify in.pth out.pth --arch nets:resnet18 --data clean/ --mean imagenet --report report.json",
     ),
     (
@@ -42,7 +42,7 @@ for command, summary, example in (
     ),
     (
         compare,
-        "Run several methods on a network, side by side",
+        "Run several methods on a model, side by side",
         "compare in.pth --arch nets:resnet18 --data clean/ --test-data test/ "
         "--methods fisher_steps,fine_tune --seeds 0,1",
     ),
@@ -53,7 +53,7 @@ for command, summary, example in (
     ),
     (
         inspect,
-        "Say what a checkpoint holds, what model and scaling it fits, what to do next",
+        "Show what a checkpoint holds, what it fits, and the next command",
         "inspect in.pth --arch nets:resnet18 --data clean/",
     ),
     (
@@ -73,13 +73,13 @@ for command, summary, example in (
     ),
     (
         train_backdoor,
-        "Train a network with backdoors in it, for tests of defences",
+        "Train a model that has backdoors, to test defences",
         "train-backdoor out.pth --arch nets:resnet18 --data train/ --attack badnets:size=3 --target 0",
     ),
-    (methods, "List the methods, or the settings of one", "methods fisher_steps"),
-    (attacks, "List the attacks, or the settings of one", "attacks badnets"),
-    (env, "Show versions, processor, backends; for bug reports", "env --json"),
-    (demo, "Show all of it on handwritten digits", "demo --out here"),
+    (methods, "List the methods, or the settings of one method", "methods fisher_steps"),
+    (attacks, "List the attacks, or the settings of one attack", "attacks badnets"),
+    (env, "Show versions, processor and backends, for bug reports", "env --json"),
+    (demo, "Plant and remove a backdoor in a small model of handwritten digits", "demo --out here"),
 ):
     shown = textwrap.wrap(f"fastfip {example}", 74, subsequent_indent="    ", break_on_hyphens=False)
     epilog = "Example:\n\n\b\n" + " \\\n".join(f"  {line}" for line in shown)
@@ -100,7 +100,7 @@ def _fastfip(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
-    """Clean backdoored networks with a few clean samples."""
+    """Remove backdoors from models with a few clean samples."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,29 +23,36 @@ def audit(
     net: o.Net,
     data: o.Data,
     purified: Annotated[
-        Path | None, typer.Option("--purified", metavar="FILE", help="checkpoint of the same net after purification")
+        Path | None, typer.Option("--purified", metavar="FILE", help="checkpoint of the same model after purification")
     ] = None,
     poisoned: Annotated[
         str | None,
         typer.Option(
-            "--poisoned", metavar="NPZ", help="a few triggered images with the attack's label: the re-tuning test"
+            "--poisoned",
+            metavar="NPZ",
+            help="a few triggered images with the label that the attacker wants, for the re-tuning test",
         ),
     ] = None,
     asr_data: o.AsrData = None,
     target: o.Target = None,
     picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE", help="draw the changes found, .png, .svg or .pdf")
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="draw the changes that were found into a .png, .svg or .pdf file"
+        ),
     ] = None,
     report: o.ReportFile = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="steps of each search")] = 100,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="steps of the search for each class")] = 100,
     reach: Annotated[
-        float, typer.Option("--reach", metavar="SHARE", help="share of the images that a change must send to a class")
+        float, typer.Option("--reach", metavar="SHARE", help="share of the images that a change must send to the class")
     ] = 0.9,
     classes: Annotated[
-        str | None, typer.Option("--classes", metavar="N,N,...", help="search for these only; default: all")
+        str | None,
+        typer.Option("--classes", metavar="N,N,...", help="search only for these classes", show_default="all"),
     ] = None,
     curvature: Annotated[
-        bool, typer.Option("--sharpness/--no-sharpness", help="measure lambda_max, Tr(H) and Tr(F)")
+        bool,
+        typer.Option("--sharpness/--no-sharpness", help="measure how sharp the loss is: lambda_max, Tr(H) and Tr(F)"),
     ] = True,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="use at most N clean images")] = 1000,
     seed: o.Seed = 0,
@@ -55,14 +62,14 @@ def audit(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Look for signs of a backdoor in IN with clean images alone: evidence, never a certificate.
+    """Look for signs of a backdoor in IN with clean images alone. The result is evidence, never a certificate.
 
-    For every class the smallest change is looked for that sends most images to it, and classes that need much less than
-    the others are flagged. The exit code does not depend on what is found.
+    For every class, audit searches for the smallest change of an image that sends most images to that class. It
+    flags the classes that need a much smaller change than the others. The exit code is 0 whatever is found.
     """
     mixed = o.precision(amp)
     if (asr_data is not None or target is not None) and poisoned is None:
-        raise fail("--asr-data and --target belong to the re-tuning test: give --poisoned")
+        raise fail("--asr-data and --target are only used in the re-tuning test: give --poisoned as well")
     inputs = inputs_of(source, purified, data, poisoned, asr_data)
     check_drawing("--picture", picture, force, inputs)
     check_report(report, force, inputs)
@@ -107,7 +114,7 @@ def audit(
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if evidence.interrupted:
-        raise Interrupted("interrupted: what was complete is shown")
+        raise Interrupted("interrupted: the searches that were complete are shown")
 
 
 def _sayer(quiet: bool) -> Callable[[str], None] | None:

@@ -19,19 +19,27 @@ def compare(
     clean: o.Clean,
     scores: o.Scores,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B,...", help="which (see fastfip methods); default: all")
+        str | None,
+        typer.Option(
+            "--methods", metavar="A,B,...", help="methods to run (fastfip methods lists them)", show_default="all"
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="a setting of a method; may be given several times"),
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="one setting of a method; may be given several times"),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="run each method once for each")] = "0",
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="N,N,...", help="run each method once with each of these seeds")
+    ] = "0",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="write the rows as .csv or .json, after every run")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="write the rows to a .csv or .json file after every run"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep the rows that --out has already")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep the rows that --out already holds, and run only what is missing")
+    ] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR, .png, .svg or .pdf")
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR into a .png, .svg or .pdf file")
     ] = None,
     report: o.ReportFile = None,
     amp: o.Amp = "off",
@@ -41,9 +49,9 @@ def compare(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run several methods on the network IN, each on a copy, and put accuracy, attack success and time side by side.
+    """Run several methods on the model in IN, each on its own copy, and print accuracy, attack success and time.
 
-    The clean images are picked once (by seed 0), so that all runs have the same.
+    With --limit or --per-class the clean images are drawn once, with seed 0, so that all runs use the same ones.
     """
     drawn = _seeds(seeds)
     mixed = o.precision(amp)
@@ -87,15 +95,15 @@ def compare(
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if comparison.interrupted:
-        hint = "with --out FILE the rows that are complete are kept, and --resume goes on from there"
+        hint = "with --out FILE the complete rows are kept, and --resume continues from them"
         if out is not None:
-            hint = f"{out} holds the rows that are complete, --resume goes on from there"
+            hint = f"{out} holds the complete rows, and --resume continues from them"
         raise Interrupted(f"interrupted: {hint}")
     runs = [row for row in comparison.rows if row.label != "none"]
     if all(row.error for row in runs):
         from fastfip.errors import ModelError
 
-        raise ModelError(f"no method came to an end: {runs[0].error}")
+        raise ModelError(f"every method failed; the first error: {runs[0].error}")
 
 
 def _seeds(text: str) -> list[int]:
@@ -108,9 +116,9 @@ def _seeds(text: str) -> list[int]:
 def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: bool, inputs: list[Path]) -> None:
     """Find out before the work what could not be written after it."""
     if resume and out is None:
-        raise fail("--resume needs --out, the file of the broken run")
+        raise fail("--resume needs --out, the file of the run to continue")
     if out is not None:
-        check_file("--out", out, (".csv", ".json"), force or resume, ", --resume goes on from it", inputs)
+        check_file("--out", out, (".csv", ".json"), force or resume, ", --resume continues from it", inputs)
     check_drawing("--plot", plot, force, inputs)
 
 
@@ -126,6 +134,6 @@ def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[s
         if not equals or not dot:
             raise fail(f"--set {text}: give METHOD.KEY=VALUE, e.g. --set fip.lr=0.01")
         if method not in changes:
-            raise fail(f"--set {text}: {method} is none of the methods to run ({', '.join(chosen)})")
+            raise fail(f"--set {text}: {method} is not one of the methods to run ({', '.join(chosen)})")
         changes[method][name.strip()] = value.strip()
     return list(changes.items())

@@ -92,7 +92,7 @@ def train_backdoored(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         steps = epochs * -(-len(x) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-        for _ in _track(range(epochs), "training the backdoored net", progress):
+        for _ in _track(range(epochs), "training the backdoored model", progress):
             for index in torch.randperm(len(x), generator=generator).split(BATCH):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[index]), y[index]).backward()

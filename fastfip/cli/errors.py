@@ -20,15 +20,15 @@ __all__ = ["CODES", "Interrupted", "NotPurified", "fail", "guarded", "run", "say
 #: Exit code -> what it means. docs/cli.md shows them.
 CODES = {
     0: "done",
-    1: "unexpected error (a defect: --debug shows where)",
-    2: "wrong usage: unknown option, missing argument, an output that exists already",
+    1: "unexpected error, a defect of fastfip; --debug shows where it happened",
+    2: "wrong usage, such as an unknown option, a missing argument, or an output file that already exists",
     3: "data that cannot be used",
-    4: "a checkpoint that is refused or does not fit the model, or a result that cannot be written",
+    4: "a checkpoint that is refused or does not fit the model, or a result file that cannot be written",
     5: "a model, method or setting that cannot be used",
     6: "a device or backend that cannot run here",
-    7: "no purification: the run diverged (the last good state was written), or the network is as it was (nothing was)",
-    8: "some rows of a manifest failed; the others are done",
-    130: "interrupted; where purification had completed an epoch, its last good state was written",
+    7: "not purified: the run diverged (the last good state was written), or no weight changed (nothing was written)",
+    8: "some rows of a manifest failed; all others were done",
+    130: "interrupted; if at least one epoch of purification was complete, the last good state was written",
 }
 
 # typer carries its own click or uses the installed one, by its version; both have these classes as ancestors.
@@ -114,7 +114,7 @@ def undisturbed() -> Iterator[list[int]]:
         came.append(number)
         if len(came) > 1:
             raise KeyboardInterrupt
-        say("writing the result first; once more to give it up")
+        say("the result is being written first; interrupt once more to stop without it")
 
     if threading.current_thread() is not threading.main_thread():
         yield came

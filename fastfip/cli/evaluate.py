@@ -11,7 +11,7 @@ from fastfip.cli import options as o
 from fastfip.cli.errors import fail
 from fastfip.cli.opening import attack_in
 
-NOTHING = "nothing to measure: give --test-data, --asr-data, or --test-data with --attack and --target"
+NOTHING = "there is nothing to measure: give --test-data, or --asr-data, or --test-data with --attack and --target"
 
 
 def evaluate(
@@ -22,7 +22,10 @@ def evaluate(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure ACC on clean test images, and ASR and RA on triggered ones (never over images of the target class)."""
+    """Measure ACC on clean test images, and ASR and RA on triggered ones.
+
+    Images whose true label is the target class do not count for ASR and RA.
+    """
     scores.check()
     if scores.test_data is None and scores.asr_data is None and attack_in(source) is None:
         raise fail(NOTHING)
@@ -52,13 +55,19 @@ def sharpness(
     source: o.In,
     net: o.Net,
     data: o.Data,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="use N images, picked at random")] = 1000,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="use N images, drawn at random with --seed")
+    ] = 1000,
     seed: o.Seed = 0,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure how sharp the loss is at IN on clean images: largest Hessian eigenvalue, Tr(H), Tr(F)."""
+    """Measure how sharp the loss of IN is on clean images.
+
+    Printed are lambda_max, the largest eigenvalue of the Hessian, Tr(H), its trace, and Tr(F), the trace of the Fisher
+    information.
+    """
     from fastfip.fisher.sharpness import sharpness as measure
     from fastfip.reporting.table import mapping_sheet, show, to_json
 

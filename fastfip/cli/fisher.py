@@ -22,7 +22,7 @@ def fisher(
         typer.Option(
             "--kind",
             metavar="empirical|mc|exact",
-            help="labels from the data, drawn from the model, or all classes weighted by their probability",
+            help="labels to take: those of the data, labels drawn from the model, or all classes by their probability",
         ),
     ] = "empirical",
     likelihood: Annotated[
@@ -30,11 +30,13 @@ def fisher(
         typer.Option(
             "--likelihood",
             metavar="categorical|bernoulli|gaussian",
-            help="what the outputs say of labels: softmax (the default), sigmoid, or squared error",
+            help="what the outputs mean: categorical for softmax, bernoulli for sigmoid, gaussian for squared error",
+            show_default="categorical",
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="K", help="with exact: only each image's K likeliest classes")
+        int | None,
+        typer.Option("--top-k", metavar="K", help="with --kind exact, only the K most probable classes of each image"),
     ] = None,
     seed: o.Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
@@ -42,7 +44,11 @@ def fisher(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Write the diagonal of IN's Fisher information on images to OUT: the parameters' names and shapes, exact."""
+    """Write the diagonal of the Fisher information of the model in IN to OUT.
+
+    OUT holds one tensor for each trainable parameter, with its name and shape. The values are exact: they are
+    the means of the squared gradients of the single images.
+    """
     check_outputs(source, out, None, force, inputs_of(clean.data))
 
     from fastfip.errors import CheckpointError

@@ -22,7 +22,7 @@ def pixels(
         raise fail(f"--scale={scale}: must be {', '.join(SCALES)}")
     sides = _numbers("--size", size)
     if len(sides) > 2 or any(side != int(side) for side in sides):
-        raise fail("--size is H or H,W")
+        raise fail("--size must be one number (H) or two (H,W)")
     both = None if not sides else (int(sides[0]), int(sides[-1]))
     numbers = []
     for name, given, other, which in (("--mean", mean, std, 0), ("--std", std, mean, 1)):

@@ -15,7 +15,7 @@ def methods(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """List the methods, or the settings of one with their defaults."""
+    """List the methods, or the settings of one method with their defaults."""
     from fastfip import methods as registry
     from fastfip.reporting.table import settings_sheet, show, to_json
 
@@ -32,7 +32,7 @@ def attacks(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """List the attacks, or the settings of one with their defaults."""
+    """List the attacks, or the settings of one attack with their defaults."""
     import dataclasses
 
     from fastfip import attacks as registry
@@ -61,7 +61,7 @@ def _list(registry: Any, kind: str, as_json: bool) -> None:
 
 
 def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
-    """Show versions, processor and backends, and for a backend that is missing the reason. For bug reports."""
+    """Show versions, the processor and the backends, and why a backend cannot run here. For bug reports."""
     from fastfip.env import collect
     from fastfip.reporting.table import mapping_sheet, show, to_json
 
@@ -73,13 +73,13 @@ def env(as_json: o.Json = False, debug: o.Debug = False) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where the picture and the nets go")] = Path(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the picture and the report")] = Path(
         "fastfip-demo"
     ),
     seed: o.Seed = 0,
     debug: o.Debug = False,
 ) -> None:
-    """Train a small net with a backdoor on real digits, clean it, and show both in a table and a picture."""
+    """Train a small model with a backdoor on handwritten digits, remove the backdoor, and show both results."""
     from fastfip.cli.demonstration import run_demo
     from fastfip.errors import BackendError
     from fastfip.reporting.table import show

@@ -29,27 +29,33 @@ FEW = 64
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="checkpoint to look at; nothing in it is run")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="checkpoint to look at; no code in it is run")],
     arch: Annotated[
         str | None,
-        typer.Option("--arch", metavar=o.ARCH_FORMS, help="does the file fit this model? Its code is run"),
+        typer.Option(
+            "--arch", metavar=o.ARCH_FORMS, help="find out whether FILE fits this model; the code of the model is run"
+        ),
     ] = None,
     arch_args: o.ArchArgs = None,
     key: o.Key = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="DIR|NPZ", help="how accurate is it on these, under the usual scalings?"),
+        typer.Option(
+            "--data",
+            metavar="DIR|NPZ",
+            help="images to measure the accuracy on, under the usual scalings; needs --arch",
+        ),
     ] = None,
     inputs: o.Inputs = o.Inputs(),  # noqa: B008 (options.grouped makes a new one for each call)
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="use N images, picked by --seed")] = 500,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="use N images, drawn at random with --seed")] = 500,
     seed: o.Seed = 0,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Say what FILE holds, whether it fits a model, what scaling of images that model wants, and what to do next.
+    """Print what FILE holds, whether it fits a model, which scaling of images the model needs, and the next command.
 
-    Works on files that are refused elsewhere. No code is run but that of --arch.
+    It also describes files that every other command refuses. The only code that it runs is that of --arch.
     """
     if data is not None and arch is None:
         raise fail("--data needs --arch: the model whose accuracy is measured")
@@ -120,7 +126,9 @@ def _tried(
         raise first
     best = max(found, key=lambda pair: pair[0])[1]
     tried = run(best, limit)
-    tried.notes.append(f"note: the images were changed, as the model did not take them: {first}")
+    tried.notes.append(
+        f"note: the images were resized or recoloured, because the model failed on them as they are: {first}"
+    )
     return tried, best
 
 

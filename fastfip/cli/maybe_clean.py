@@ -26,9 +26,9 @@ class MaybeClean(o.Group):
         typer.Option(
             "--data",
             metavar="DIR|ZIP|NPZ",
-            help="clean images: a folder of class folders, a zip of one (FILE.zip[:train]), or "
+            help="clean images: a folder with a folder for each class, a zip of it (FILE.zip[:train]), or "
             "FILE.npz[:images,labels]",
-            show_default="none, with --input-shape",
+            show_default="none; then give --input-shape",
         ),
     ] = None
     limit: o.Limit = None
@@ -36,7 +36,7 @@ class MaybeClean(o.Group):
     input_shape: Annotated[
         str | None,
         typer.Option(
-            "--input-shape", metavar="C,H,W", help="without --data: what the network's inputs are, e.g. 3,32,32"
+            "--input-shape", metavar="C,H,W", help="shape of one input, for runs without --data, e.g. 3,32,32"
         ),
     ] = None
 
@@ -47,11 +47,12 @@ class MaybeClean(o.Group):
             if given is not None:
                 raise fail(f"{name} needs --data")
         if self.data is not None and self.input_shape is not None:
-            raise fail("--input-shape is for a network without --data: images have a shape")
+            raise fail("--input-shape is only for runs without --data: leave it out, the images have a shape")
         if self.input_shape is None:
             if self.data is None:
                 raise fail(
-                    "--data is missing: give clean images, or without any the inputs' --input-shape, e.g. 3,32,32"
+                    "--data is missing: give clean images; if you have none, give the shape of an input, e.g. "
+                    "--input-shape 3,32,32"
                 )
             return None
         sizes = self.input_shape.replace("x", ",").split(",")

@@ -40,7 +40,7 @@ def arguments_of(arch_args: str | None) -> dict[str, Any]:
     try:
         arguments = json.loads(arch_args)
     except json.JSONDecodeError as error:
-        raise fail(f"--arch-args is no JSON: {error}") from None
+        raise fail(f"--arch-args is not JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise fail("--arch-args must be a JSON object, e.g. '{\"num_classes\": 43}'")
     return arguments

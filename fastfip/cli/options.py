@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from fastfip.checkpoint import Checkpoint
     from fastfip.data.images import ImageSet
 
-In = Annotated[Path, typer.Argument(metavar="IN", help="checkpoint to read: safetensors or a file of torch.save")]
+In = Annotated[
+    Path, typer.Argument(metavar="IN", help="checkpoint to read: a safetensors file, or one written by torch.save")
+]
 #: What `--arch` takes.
 ARCH_FORMS = "MODULE:FACTORY|timm:NAME|torchvision:NAME|hf:DIR"
 Arch = Annotated[
@@ -34,41 +36,50 @@ Arch = Annotated[
     typer.Option(
         "--arch",
         metavar=ARCH_FORMS,
-        help="what builds the model: nets:resnet18 for resnet18 in ./nets.py, or a model of a library",
-        show_default="what IN says, or its weights, where these are known",
+        help="code that builds the model: nets:resnet18 calls resnet18 of ./nets.py; or a model of a library",
+        show_default="recognised from IN where that is possible",
     ),
 ]
 ArchArgs = Annotated[
     str | None,
     typer.Option(
-        "--arch-args", metavar="JSON", help="""its arguments, e.g. '{"num_classes": 43}'""", show_default="none"
+        "--arch-args", metavar="JSON", help="""arguments of FACTORY, e.g. '{"num_classes": 43}'""", show_default="none"
     ),
 ]
 Key = Annotated[
     str | None,
-    typer.Option("--key", metavar="NAME", help="entry of IN with the weights", show_default="the usual ones"),
+    typer.Option(
+        "--key", metavar="NAME", help="entry of IN that holds the weights", show_default="usual names are tried"
+    ),
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option("--prefix", metavar="NAME.", help="what the names of the weights in IN begin with, if not found out"),
+    typer.Option(
+        "--prefix",
+        metavar="NAME.",
+        help="beginning of the weights' names in IN that the model does not have, e.g. net.",
+        show_default="usual ones are tried",
+    ),
 ]
 Data = Annotated[
     str,
     typer.Option(
         "--data",
         metavar="DIR|ZIP|NPZ",
-        help="clean images: a folder of class folders, a zip of one (FILE.zip[:train]), or FILE.npz[:images,labels]",
+        help="clean images: a folder with a folder for each class, a zip of it (FILE.zip[:train]), or "
+        "FILE.npz[:images,labels]",
     ),
 ]
 TestData = Annotated[
-    str | None, typer.Option("--test-data", metavar="DIR|ZIP|NPZ", help="clean test images; they only score")
+    str | None, typer.Option("--test-data", metavar="DIR|ZIP|NPZ", help="clean test images; only used to measure")
 ]
 AsrData = Annotated[
     str | None,
     typer.Option(
         "--asr-data",
         metavar="DIR|ZIP|NPZ",
-        help="triggered images, with their true labels (and --target, or attack_y in the .npz) or the attack's",
+        help="triggered images to measure ASR: with true labels (give --target, or attack_y in the .npz), or with the "
+        "labels that the attacker wants",
     ),
 ]
 AttackSpec = Annotated[
@@ -76,20 +87,20 @@ AttackSpec = Annotated[
     typer.Option(
         "--attack",
         metavar="NAME[:KEY=VALUE,...]",
-        help="put this trigger on the test images, e.g. badnets:size=4,margin=1 (with --target)",
+        help="put this trigger on the test images to measure ASR, e.g. badnets:size=4,margin=1; needs --target",
     ),
 ]
 Target = Annotated[
     str | None,
-    typer.Option("--target", metavar="CLASS|next", help="class that the attacker wants; next: the label plus one"),
+    typer.Option("--target", metavar="CLASS|next", help="class that the attacker wants; next: the true label plus one"),
 ]
 Scale = Annotated[
     str | None,
     typer.Option(
         "--scale",
         metavar="01|-11|255",
-        help="range that pixels are brought to: x/255, x/127.5 - 1, or 0 to 255 as they are",
-        show_default="01; arrays of floats stay as they are",
+        help="range of the pixel values: 01 is x/255, -11 is x/127.5 - 1, 255 leaves 0 to 255",
+        show_default="01; arrays of floats are not changed",
     ),
 ]
 Mean = Annotated[
@@ -97,56 +108,66 @@ Mean = Annotated[
     typer.Option(
         "--mean",
         metavar="NAME|M[,M,M]",
-        help="subtracted from scaled pixels; imagenet, cifar10, cifar100, gtsrb, mnist, clip: mean and std of these",
+        help="mean to subtract from scaled pixels; imagenet, cifar10, cifar100, gtsrb, mnist or clip set --std too",
         show_default="0",
     ),
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="NAME|S[,S,S]", help="what they are then divided by", show_default="1"),
+    typer.Option("--std", metavar="NAME|S[,S,S]", help="standard deviation to divide by after that", show_default="1"),
 ]
 Size = Annotated[
-    str | None, typer.Option("--size", metavar="H[,W]", help="resize images", show_default="as the images are")
+    str | None, typer.Option("--size", metavar="H[,W]", help="resize the images", show_default="the size of the images")
 ]
 Channels = Annotated[
     int | None,
-    typer.Option("--channels", metavar="1|3", help="make images grey or colour", show_default="3; arrays as they are"),
+    typer.Option(
+        "--channels",
+        metavar="1|3",
+        help="make the images grey (1) or colour (3)",
+        show_default="3; arrays are not changed",
+    ),
 ]
 ClassOrder = Annotated[
     str | None,
     typer.Option(
         "--class-order",
         metavar="number|text",
-        help="how class folders are numbered: 0, 1, 2, 10 or, as by torchvision's ImageFolder, 0, 1, 10, 2",
+        help="how class folders are sorted: number is 0, 1, 2, 10; text is 0, 1, 10, 2, like torchvision's ImageFolder",
         show_default="number if all names are numbers, else text",
     ),
 ]
 SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="leave out image files that cannot be read, and say how many they are")
+    bool, typer.Option("--skip-broken", help="leave out image files that cannot be read, and print how many")
 ]
 DataWorkers = Annotated[
     int,
-    typer.Option("--data-workers", metavar="N", help="processes that decode images in each pass; 0: once, into memory"),
+    typer.Option(
+        "--data-workers",
+        metavar="N",
+        help="processes that decode the images in each pass; 0 decodes them once and keeps them in memory",
+    ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images a batch")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="images in a batch")]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", metavar="N", help="use N clean images, picked by --seed", show_default="all"),
+    typer.Option("--limit", metavar="N", help="use N of the clean images, drawn at random", show_default="all"),
 ]
 PerClass = Annotated[
     int | None,
-    typer.Option("--per-class", metavar="N", help="use at most N clean images a class", show_default="all"),
+    typer.Option("--per-class", metavar="N", help="use at most N clean images of each class", show_default="all"),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of everything random")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="where to compute, e.g. cuda")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="seed of all random choices")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="device to compute on, e.g. cuda")]
 Amp = Annotated[str, typer.Option("--amp", metavar="off|bf16|fp16", help="mixed precision")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="say nothing on stderr but errors: no bar, no lines")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print only errors on stderr, no progress")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="write a report: a page (.html), or the same as JSON")
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="write a report: a web page if FILE ends in .html, else JSON"),
 ]
 IgnoreFit = Annotated[
-    bool, typer.Option("--ignore-fit", help="go on where IN is no better on the clean images than a guess")
+    bool, typer.Option("--ignore-fit", help="go on although IN does no better than guessing on the clean images")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 

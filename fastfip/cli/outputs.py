@@ -44,7 +44,7 @@ def check_outputs(source: Path, out: Path, report: Path | None, force: bool, inp
         if path is None:
             continue
         if _same(path, source):
-            raise fail(f"{name} {path} is IN: IN is never changed, give another file")
+            raise fail(f"{name} {path} is the same file as IN, which is never changed: give another file")
         _check(name, path, force, inputs, "")
     if report is not None and _same(report, out):
         raise fail(f"OUT and --report are both {out}")
@@ -108,7 +108,7 @@ def _check(name: str, path: Path, force: bool, inputs: Iterable[Path], also: str
         if given.exists() and _same(path, given):
             raise fail(f"{name} {path} is an input: give another file")
         if given.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(given)) and path.exists():
-            raise fail(f"{name} {path} is a file of the input {given}: give another one")
+            raise fail(f"{name} {path} is a file inside the input {given}: give another file")
     if path.exists() and not force:
         raise fail(f"{name} {path} exists: --force replaces it{also}")
     folder = path.resolve().parent
@@ -146,4 +146,4 @@ def kept(path: Path, write: Callable[[Path], object]) -> str | None:
         write(folder / path.name)
         return f"{why}; it is in {folder / path.name} instead"
     except (CheckpointError, OSError) as error:
-        return f"{why}; it is lost, as {tempfile.gettempdir()} cannot be written either ({reason(error)})"
+        return f"{why}; it is lost, because {tempfile.gettempdir()} cannot be written either ({reason(error)})"

@@ -29,7 +29,7 @@ def purify(
         typer.Argument(
             metavar="OUT",
             help="file to write, .safetensors or .pth",
-            show_default="of a result of BackdoorBench: defense_result.pt beside it",
+            show_default="for a result of BackdoorBench: defense_result.pt in its folder",
         ),
     ] = None,
     method: Annotated[
@@ -37,30 +37,35 @@ def purify(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="see fastfip methods; auto: fisher_steps, or without settings fast_wfip below 200 images, clp without",
+            help="method to use; fastfip methods lists them. auto is fisher_steps. If you change no setting, it is "
+            "fast_wfip for fewer than 200 images and clp for none",
         ),
     ] = "auto",
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="settings of the method, .json or .yaml")
+        Path | None, typer.Option("--config", metavar="FILE", help="file with settings of the method, .json or .yaml")
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="one setting of the method; may be given several times"),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="passes over the clean images")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="steps, instead of epochs")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="number of steps; give this or --epochs")
+    ] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option("--micro-batch", metavar="N", help="images that go through the network together, at most"),
+        typer.Option("--micro-batch", metavar="N", help="largest number of images that go through the model at once"),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="keep within it, e.g. 12GB: --micro-batch is chosen"),
+        typer.Option(
+            "--memory", metavar="SIZE", help="memory to stay within, e.g. 12GB; --micro-batch is chosen for it"
+        ),
     ] = None,
     seed: o.Seed = 0,
     amp: o.Amp = "off",
     fisher_trace: Annotated[
-        bool, typer.Option("--fisher-trace", help="measure the trace of the Fisher information before and after too")
+        bool, typer.Option("--fisher-trace", help="also measure the trace of the Fisher information before and after")
     ] = False,
     report: o.ReportFile = None,
     leaderboard: Annotated[
@@ -68,7 +73,7 @@ def purify(
         typer.Option(
             "--leaderboard",
             metavar="CSV",
-            help="add the figures to a table of BackdoorBench's leaderboard, which is made if there is none",
+            help="add the result to this table in the form of BackdoorBench's leaderboard; made if it does not exist",
         ),
     ] = None,
     resume: Annotated[
@@ -76,22 +81,23 @@ def purify(
         typer.Option(
             "--resume",
             metavar="FILE",
-            help="keep what a killed run needs to go on, and go on from it if it is there; removed at the end",
+            help="save the state of the run here, and continue from it if the file exists; removed at the end",
         ),
     ] = None,
     resume_every: Annotated[
-        float, typer.Option("--resume-every", metavar="SECONDS", help="how often that file is written, at most")
+        float, typer.Option("--resume-every", metavar="SECONDS", help="shortest time between two saves of --resume")
     ] = 60.0,
-    force: Annotated[bool, typer.Option("--force", help="replace OUT (and the report) if they exist")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace OUT and --report if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Clean the backdoored network IN with a few clean images and write it to OUT, in the form of IN.
+    """Remove a backdoor from the model in IN with a few clean images, and write the model to OUT in the format of IN.
 
-    Without images (no --data) channels are pruned by their weights alone, or a method named runs on drawn images: it
-    removes less. Under torchrun several processes share the work; the first of them speaks and writes.
+    Without --data, channels are pruned by looking at the weights alone. If --method is given, that method runs on
+    randomly generated images. Both remove less than clean images do. Under torchrun several processes share the
+    work; the first of them prints and writes the result.
     """
     out = default_out(source) if out is None else out
     inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config)
@@ -104,7 +110,7 @@ def purify(
     scores.check()
     shape = clean.check()
     if epochs is not None and steps is not None:
-        raise fail("--epochs and --steps: give one of them")
+        raise fail("--epochs and --steps: give only one of them")
 
     from fastfip.backdoorbench import leaderboard_rows, write_leaderboard
     from fastfip.errors import CheckpointError
@@ -117,7 +123,7 @@ def purify(
     with together(net) as first:
         opened = net.opened(source)
         if leaderboard is not None and opened.attack is None:
-            raise fail("--leaderboard is for results of BackdoorBench: IN is none")
+            raise fail("--leaderboard works only on results of BackdoorBench, and IN is not one: leave it out")
         images = clean.load(opened.how, seed)
         test, asr = scores.load(opened.how, opened.model, images, opened.attack)
         result = clean_up(
@@ -149,10 +155,10 @@ def purify(
         result.settings["images"] = images.to_dict()
     result.origin = origin_of(source, opened, net.arch, report, **data_of(clean.data, scores))
     if result.interrupted and not result.history:
-        raise Interrupted("interrupted before the first epoch was complete: nothing written")
+        raise Interrupted("interrupted before the first epoch was complete: nothing was written")
     if opened.checkpoint.left_out:
         left = ", ".join(opened.checkpoint.left_out[:10])
-        result.notes.append(f"not carried over to {out.name}, as they belong to the old weights: {left}")
+        result.notes.append(f"not written to {out.name}, because they belong to the old weights: {left}")
     with undisturbed() as came:
         lost: list[str | None] = []
         if not result.unchanged:
@@ -174,7 +180,7 @@ def purify(
         what = "the last good state" if result.interrupted else "the result, which is complete"
         raise Interrupted(f"interrupted: {out} holds {what}")
     if result.unchanged or result.diverged:
-        written = "nothing written" if result.unchanged else f"{out} holds the last good state"
+        written = "nothing was written" if result.unchanged else f"{out} holds the last good state"
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 

@@ -13,44 +13,58 @@ from fastfip.cli.errors import say
 
 def purify_many(
     manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="CSV with a row for each checkpoint: docs/many.md")
+        Path,
+        typer.Argument(metavar="MANIFEST", help="CSV file with a row for each checkpoint; docs/many.md describes it"),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="folder for the results; a second run goes on in it")
+        Path,
+        typer.Option("--out", metavar="DIR", help="folder for the results; a second run with it does what is missing"),
     ],
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="rows at a time", show_default="processors / threads"),
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="number of rows that run at the same time",
+            show_default="number of processors divided by --threads",
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", metavar="N", help="threads of each worker")] = 1,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", help="threads that each worker may use")] = 1,
     retries: Annotated[
-        int, typer.Option("--retries", metavar="N", help="further attempts of a row whose process died or broke")
+        int,
+        typer.Option(
+            "--retries",
+            metavar="N",
+            help="how often a row is tried again after its process died or failed unexpectedly",
+        ),
     ] = 1,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="S", help="seconds for one attempt", show_default="none")
+        float | None,
+        typer.Option("--timeout", metavar="S", help="seconds that one attempt may take", show_default="no limit"),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="try rows again that failed in an earlier run")
+        bool, typer.Option("--retry-failed", help="also run the rows that failed in an earlier run")
     ] = False,
     ray: Annotated[
-        bool, typer.Option("--ray", help="tasks of Ray instead of processes: pip install fastfip[ray]")
+        bool, typer.Option("--ray", help="run the rows as tasks of Ray; needs pip install fastfip[ray]")
     ] = False,
     ray_address: Annotated[
         str | None,
         typer.Option(
             "--ray-address",
             metavar="ADDRESS",
-            help="a cluster whose machines see the same files, e.g. auto",
-            show_default="one inside this process",
+            help="address of a Ray cluster whose machines see the same files, e.g. auto",
+            show_default="Ray is started on this machine",
         ),
     ] = None,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Purify every row of MANIFEST, each in a process of its own, into DIR.
+    """Purify the checkpoint of every row of MANIFEST, each in its own process, and write the results to DIR.
 
-    Rows that DIR/results.csv has are passed over: the same command goes on after a crash, a full disk or Ctrl-C.
+    Rows that are already in DIR/results.csv are skipped, so that the same command continues after a crash, a full disk
+    or Ctrl-C.
     """
     from fastfip.cli.many.run import purify_many as all_of
 

@@ -27,46 +27,71 @@ def train_backdoor(
     clean: o.Clean,
     attack: Annotated[
         list[str],
-        typer.Option("--attack", metavar="NAME[:KEY=VALUE,...]", help="what is planted; several share the images"),
+        typer.Option(
+            "--attack",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="attack to plant; may be given several times, then no image has two triggers",
+        ),
     ],
     target: Annotated[
         list[str],
-        typer.Option("--target", metavar="CLASS|next", help="of each attack; next: the label plus one"),
+        typer.Option(
+            "--target", metavar="CLASS|next", help="class that each attack wants; next: the true label plus one"
+        ),
     ],
     rate: Annotated[
         list[float] | None,
-        typer.Option("--rate", metavar="R", help="share of the images, of each attack", show_default="the usual ones"),
+        typer.Option(
+            "--rate",
+            metavar="R",
+            help="share of the images that each attack changes",
+            show_default="the usual rate of the attack",
+        ),
     ] = None,
     sources: Annotated[
-        str | None, typer.Option("--sources", metavar="C,C", help="only images of these classes carry the trigger")
+        str | None,
+        typer.Option(
+            "--sources", metavar="C,C", help="put the trigger only on images of these classes", show_default="all"
+        ),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="IN", help="clean checkpoint to go on from", show_default="from scratch"),
+        typer.Option("--from", metavar="IN", help="clean checkpoint to start from", show_default="new random weights"),
     ] = None,
     test_data: o.TestData = None,
     asr_out: Annotated[
         Path | None,
-        typer.Option("--asr-out", metavar="NPZ", help="write the triggered test images, for --asr-data"),
+        typer.Option("--asr-out", metavar="NPZ", help="write the triggered test images to a file for --asr-data"),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="passes over the images")] = 10,
-    lr: Annotated[float, typer.Option("--lr", metavar="LR", help="first step size of SGD")] = 0.05,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="W", help="of SGD")] = 5e-4,
+    lr: Annotated[float, typer.Option("--lr", metavar="LR", help="learning rate of SGD at the start")] = 0.05,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="W", help="weight decay of SGD")] = 5e-4,
     augment: Annotated[
-        str, typer.Option("--augment", metavar="none|crop|crop_flip", help="what is done to images in training")
+        str,
+        typer.Option(
+            "--augment",
+            metavar="none|crop|crop_flip",
+            help="random changes of the images in training: none, crops, or crops and mirroring",
+        ),
     ] = "crop_flip",
     keep: Annotated[
         Path | None,
-        typer.Option("--keep", metavar="FILE", help="state after each epoch; if it is there, training goes on from it"),
+        typer.Option(
+            "--keep",
+            metavar="FILE",
+            help="save the state here after each epoch, and continue from it if the file exists",
+        ),
     ] = None,
     seed: o.Seed = 0,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write figures as JSON")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="write the measured numbers as JSON")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT and other outputs if they exist")] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Train a network with one or more backdoors in it, for tests of defences."""
+    """Train a model that has one or more backdoors, to test defences on it."""
     check_outputs(source or Path("-"), out, report, force, inputs_of(clean.data, test_data, keep))
     check_state("--keep", keep, inputs_of(clean.data, test_data, source))
     places = [] if asr_out is None else _places(asr_out, len(attack))
@@ -87,7 +112,7 @@ def train_backdoor(
     if source is not None:
         model, checkpoint = net.restore(source)
     elif net.arch is None:
-        raise fail("what is trained: give --arch, or --from with a checkpoint of a known network")
+        raise fail("there is no model to train: give --arch, or --from with a checkpoint of a known architecture")
     else:
         from fastfip.nets.process import seeded
 
@@ -102,7 +127,7 @@ def train_backdoor(
     for injection in injections if places and test is not None else ():
         planted, _ = injection.ready()
         if not bool(planted.attacked(test.labels, injection.target, classes, injection.sources).any()):  # type: ignore[union-attr]
-            raise fail(f"--asr-out: no test image is one that {planted.name} puts its trigger on")
+            raise fail(f"--asr-out: {planted.name} puts its trigger on none of the test images")
     made = poison_and_train(
         model, _arrays(images), injections, classes=classes,
         pixels=how.pixels, epochs=epochs, lr=lr, batch_size=net.batch_size, weight_decay=weight_decay,
@@ -139,7 +164,9 @@ def _injections(attacks: list[str], targets: list[str], rates: list[float], sour
 
     for name, given in (("--target", targets), ("--rate", rates)):
         if len(given) not in ((1, len(attacks)) if name == "--target" else (0, 1, len(attacks))):
-            raise fail(f"{name}: {len(given)} values for {len(attacks)} attacks: give one, or one for each")
+            raise fail(
+                f"{name}: {len(given)} values for {len(attacks)} attacks: give one value, or one for each attack"
+            )
     for target in targets:
         if target != "next" and not (target.isascii() and target.isdigit()):
             raise fail(f"--target={target}: give a class number, or next")
@@ -162,7 +189,9 @@ def _arrays(images: ImageSet) -> tuple[Tensor, Tensor]:
     for start in range(0, len(images), 512):
         x = images.batch(range(start, min(start + 512, len(images))))[0]
         if float(x.min()) < 0 or float(x.max()) > 1:
-            raise fail(f"images run from {float(x.min()):.3g} to {float(x.max()):.3g}: give pictures, not normalised")
+            raise fail(
+                f"images run from {float(x.min()):.3g} to {float(x.max()):.3g}: give images that are not normalised"
+            )
         parts.append((255 * x).round().to(torch.uint8))
     return torch.cat(parts), images.labels
 

@@ -36,7 +36,7 @@ class ImageReader:
 def check(asr_data: str | None, attack: str | None, target: str | None, test_data: str | None) -> None:
     """Find out whether triggered images can be made of these options, before any image is read."""
     if asr_data is not None and attack is not None:
-        raise fail("--asr-data and --attack: give one of them")
+        raise fail("--asr-data and --attack: give only one of them")
     if target is not None and target != "next" and not (target.isascii() and target.isdigit()):
         raise fail(f"--target={target}: give a class number, or next")
     if asr_data is None and attack is None and target is not None:
@@ -90,13 +90,14 @@ def _from_data(spec: str, target: str | None, how: ImageReader, model: nn.Module
     images = how.load(spec, "triggered")
     if images.attack is not None:
         if target is not None:
-            raise fail("--target: the .npz of --asr-data has attack_y already")
+            raise fail("--target: leave it out, because the .npz of --asr-data has attack_y")
         return images
     if target is not None:
         return images.with_attack(_attack_labels(images, target, model))
     if len(images.labels.unique()) > 1:
         raise DataError(
-            f"{spec}: labels of several classes: give --target if they are the true ones, or attack_y in the .npz"
+            f"{spec}: the labels are of several classes: if they are the true labels, give --target, or "
+            "attack_y in the .npz"
         )
     return images
 
@@ -147,7 +148,10 @@ def make_attack(spec: str) -> Any:
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in fields:
-            raise ConfigError(f"attack {name}: {part!r} is no KEY=VALUE of {', '.join(fields) or 'it: it has none'}")
+            raise ConfigError(
+                f"attack {name}: {part!r} is not KEY=VALUE with a setting of the attack "
+                f"({', '.join(fields) or 'it has none'})"
+            )
         options[key] = read_image(value) if key == "picture" else _value(f"attack {name}: {key}", value, kind, key)
     try:
         return kind(**options)
@@ -169,7 +173,7 @@ def _value(what: str, text: str, cls: type, key: str) -> Any:
     if type(None) in get_args(hint) and text.lower() == "none":
         return None
     if Tensor in kinds or any(get_origin(kind) in (tuple, list, dict) for kind in kinds):
-        raise ConfigError(f"{what} cannot be given on the command line: set it from Python")
+        raise ConfigError(f"{what} cannot be given on the command line: set it in Python")
     if bool in kinds:
         if text.lower() not in _YES | _NO:
             raise ConfigError(f"{what}={text} must be true or false")

@@ -145,7 +145,7 @@ class CleanSet:
         """
         places = {number: place for place, number in enumerate(self._index.tolist())}
         if not set(index.tolist()) <= set(places):
-            raise DataError("the clean samples are not those of the broken run")
+            raise DataError("the clean samples differ from those of the run that is to be continued")
         return self.subset(torch.tensor([places[number] for number in index.tolist()], dtype=torch.int64, device="cpu"))
 
     def of_two_classes(self) -> CleanSet:
@@ -201,7 +201,10 @@ class CleanSet:
                     take[c] += 1
         held = torch.cat([m[:k] for m, k in zip(members, take)])
         if len(held) == 0:
-            self.notes.append("one clean sample a class: nothing is held out, the score is taken on the tuned samples")
+            self.notes.append(
+                "one clean sample for each class: none is held out, and the score is measured on the samples "
+                "that are tuned on"
+            )
             return self, None
         rest = torch.cat([m[k:] for m, k in zip(members, take)])
         return self.subset(rest.sort().values), self.subset(held.sort().values)

@@ -173,7 +173,9 @@ class ImageSet(Dataset[tuple[Tensor, ...]]):
         """Return the set as triggered images that the attacker wants to have these labels."""
         keep = torch.nonzero(attack_labels != self.labels).flatten()
         if len(keep) == 0:
-            raise DataError("all triggered images are of the attack's own class: none is left to measure ASR")
+            raise DataError(
+                "the true class of all triggered images is the attacker's class: ASR cannot be measured on them"
+            )
         out = self.subset(keep)
         out.attack = attack_labels[keep]
         return out
@@ -307,7 +309,7 @@ def _largest(x: np.ndarray, pixels: Pixels) -> float:
             )
         return 1.0
     if not (low >= 0 and high <= 255):
-        raise DataError(f"float images run from {low:g} to {high:g}: they are scaled already, leave out --scale")
+        raise DataError(f"float images run from {low:g} to {high:g}: they are already scaled, leave out --scale")
     return 1.0 if high <= 1 else 255.0
 
 

@@ -41,7 +41,7 @@ class Npz:
             DataError: there is none, or it is no .npz.
         """
         if not path.is_file():
-            raise DataError(f"{path}: is no plain file")
+            raise DataError(f"{path}: is not a plain file")
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -73,7 +73,7 @@ class Npz:
                     raise ValueError(f"claims {size} bytes and stores {info.file_size - start}")
                 if size > max(_LARGE, _EXPANSION * info.compress_size):
                     raise ValueError(
-                        f"expands from {info.compress_size} to {size} bytes: where that is meant, "
+                        f"expands from {info.compress_size} to {size} bytes: if that is intended, "
                         "write it with np.savez instead of np.savez_compressed"
                     )
                 flat = np.frombuffer(_exactly(entry, size), dtype)  # type: ignore[arg-type]
@@ -93,11 +93,11 @@ def _check_ends(file: BinaryIO) -> None:
         raise ValueError("it is one array (.npy): write images and labels with np.savez(path, x=..., y=...)")
     size = file.seek(0, os.SEEK_END)
     if not start.startswith(b"PK") or size < 22:
-        raise ValueError("it is no .npz file")
+        raise ValueError("it is not an .npz file")
     file.seek(size - 22)
     signature, *_, length, _, comment = struct.unpack("<4s4H2LH", file.read(22))
     if signature != b"PK\x05\x06" or comment:
-        raise ValueError("it does not end as an .npz must (a download that broke off?)")
+        raise ValueError("it does not end as an .npz must (perhaps a download was interrupted)")
     if length == 0xFFFFFFFF:
         file.seek(max(size - 22 - 20 - 16, 0))
         length = int.from_bytes(file.read(8), "little")
@@ -110,7 +110,7 @@ def _header(entry: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Return shape, dtype and order of an array, and where its values begin."""
     magic = _exactly(entry, 8)
     if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
-        raise ValueError("it is no array")
+        raise ValueError("it is not an array")
     field = 2 if magic[6] == 1 else 4
     length = int.from_bytes(_exactly(entry, field), "little")
     if length > _HEADER:

@@ -100,7 +100,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3, size: tuple[int,
         DataError: it cannot be read, its range is unknown (floats outside [0, 1]), or pillow is not installed.
     """
     if not Path(path).is_file():
-        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is no plain file")
+        raise DataError(f"{printable(os.fspath(path))}: there is no such file, or it is not a plain file")
     return decoded(path, os.path.getsize(path), printable(os.fspath(path)), channels, size)
 
 

@@ -56,7 +56,7 @@ def kept(batches: Iterable[Batch]) -> list[Batch]:
         out.append(batch)
         if held > most or len(out) > MOST_BATCHES:
             raise DataError(
-                f"{len(out):,} batches ({held / 1e9:.1f} GB) were read and there was no end: pass fewer samples, a "
+                f"{len(out):,} batches ({held / 1e9:.1f} GB) were read without reaching an end: pass fewer samples, a "
                 "generator that ends (fastfip.data.reservoir keeps a random part of a long one), or a Dataset, which "
                 "is read batch by batch"
             )

@@ -193,7 +193,7 @@ class _Scaling:
         x = to_tensors(x)
         if not isinstance(x, Tensor) or not _bytes(x):
             kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(f"images are {kind}, not uint8: they are scaled already, or not decoded")
+            raise DataError(f"images are {kind}, not uint8: they are already scaled, or not yet decoded")
         x = x[None] if single else x
         if x.dim() == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
             x = x.permute(0, 3, 1, 2)

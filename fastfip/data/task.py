@@ -173,7 +173,8 @@ class Task:
             )
         if logits.shape[0] != y.shape[0]:
             raise DataError(
-                f"{y.shape[0]} labels for {logits.shape[0]} rows of logits: pass forward= that keeps one per sample"
+                f"{y.shape[0]} labels for {logits.shape[0]} rows of logits: pass a forward= that gives one "
+                "row for each sample"
             )
         if y.device.type == "cpu":  # elsewhere this would wait for the device; iter_batches has checked before the move
             check_labels(y, logits.shape[1])
@@ -225,7 +226,9 @@ def check_labels(y: Tensor, classes: int | None = None) -> None:
         if _one_hot(y) or y.shape[1:] == (1,):
             how = "y.flatten()" if y.shape[1:] == (1,) else "y.argmax(1)"
             raise DataError(f"{shape}: give class indices, e.g. {how}, or pass loss=")
-        raise DataError(f"{shape}, one for each position (token, pixel): pass loss= that returns one loss a sample")
+        raise DataError(
+            f"{shape}, one for each position (token, pixel): pass a loss= that returns one loss for each sample"
+        )
     if y.numel() == 0:
         return
     low, high = int(y.min()), int(y.max())
@@ -310,7 +313,7 @@ def read_batches(data: Any) -> Iterator[Batch]:
         yield raw
     if _is_stream(data) and _has_length(data) and number < len(data):
         raise DataError(
-            f"the data ended after {number} of {len(data)} batches: a stream that broke off, or whose length is wrong"
+            f"the data ended after {number} of {len(data)} batches: the stream was interrupted, or its length is wrong"
         )
 
 
@@ -368,7 +371,7 @@ def check_inputs(batch: Batch, task: Task) -> None:
         raise DataError(f"images are uint8 {list(x.shape)}: {how}")
     if x.is_floating_point() and x.dim() and x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
-        raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or look at their scaling")
+        raise DataError(f"{bad} of {len(x)} samples hold NaN or Inf: leave them out, or check their scaling")
 
 
 def _check_batch(batch: Batch, task: Task, classes: int | None) -> int:

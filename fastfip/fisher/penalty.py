@@ -36,7 +36,7 @@ _FUSED = ("ScaledDotProductFlash", "ScaledDotProductEfficient", "ScaledDotProduc
 def choose_way(model: nn.Module, batch: Batch, task: Task) -> tuple[str, str]:
     """Return the way that suits a model, and why: read from the graph of one sample.
 
-    Finite differences of gradients are no derivatives where the net has kinks, so a piecewise-linear net gets `exact`;
+    Finite differences of gradients are no derivatives where a model has kinks, so a piecewise-linear one gets `exact`;
     so does a smooth one, unless `exact` would have to give up fused attention or compiled code.
     """
     with torch.enable_grad(), readable(model):
@@ -51,15 +51,18 @@ def choose_way(model: nn.Module, batch: Batch, task: Task) -> tuple[str, str]:
         return "exact", "an Embedding has scale_grad_by_freq=True, and differences take gradients for derivatives"
     kinks = sorted(name for name in names if name.startswith(KINKED))
     if kinks:
-        return "exact", f"the net has kinks ({_operation(kinks[0])}), where differences of gradients are no derivatives"
+        return (
+            "exact",
+            f"the model has kinks ({_operation(kinks[0])}), where differences are not derivatives",
+        )
     if any(name.startswith(_FUSED) for name in names):
-        return "perturb", "the net is smooth and has fused attention, which has no second derivative"
+        return "perturb", "the model is smooth and has fused attention, which has no second derivative"
     operation = without_second_derivative(nodes)
     if operation is not None:
-        return "perturb", f"the net is smooth, and torch has no second derivative of {operation}"
+        return "perturb", f"the model is smooth, and torch has no second derivative of {operation}"
     if is_compiled(model):
-        return "perturb", "the net is smooth and compiled; compiled code has no second derivative"
-    return "exact", "the net is smooth, and nothing in it lacks a second derivative"
+        return "perturb", "the model is smooth and compiled; compiled code has no second derivative"
+    return "exact", "the model is smooth, and nothing in it lacks a second derivative"
 
 
 def _operation(node: str) -> str:

@@ -34,13 +34,13 @@ class ANPConfig(MethodConfig):
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 2000 if neither is given", low=1)
-    batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(128, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(0.2, "step size of the masks", above=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size after the warm-up")
     select: Literal["best", "last"] = setting("last", "which epoch is kept: the last, or the best by clean score")
     radius: float = setting(0.4, "largest relative change (eps) of a neuron's weight or bias by the adversary", low=0)
     inner: int = setting(1, "steps of the adversary", low=1)
-    alpha: float = setting(0.2, "weight of the clean loss; the rest is that of the perturbed net", low=0, high=1)
+    alpha: float = setting(0.2, "weight of the clean loss; the rest is that of the perturbed model", low=0, high=1)
     threshold: float | None = setting(
         None, "masks up to this are pruned (0.2 in the paper); None: chosen by held-out clean accuracy", low=0, high=1
     )
@@ -49,24 +49,24 @@ class ANPConfig(MethodConfig):
 
 @register
 class ANP(Method):
-    """Prune the neurons whose small changes do the most harm: a backdoored net has some that do much.
+    """Prune the neurons whose small changes do the most harm. A backdoored model has neurons that do much harm.
 
         min_{m in [0,1]^n}  alpha L(m w, b) + (1 - alpha) max_{|delta|, |xi| <= eps} L((m + delta) w, (1 + xi) b)
 
-    w and b are a neuron's BatchNorm scale and shift; without BatchNorm its row of weights and its bias, for every
-    Linear and convolution but the classifier. The adversary starts at random and takes sign steps of eps / inner. At
-    the end neurons of low masks lose their w (b stays), all others get theirs back whole.
+    w and b are the BatchNorm scale and shift of a neuron. Without BatchNorm they are its row of weights and its bias,
+    in every Linear layer and convolution except the classifier. The adversary starts at random and takes sign steps of
+    eps / inner. At the end, neurons with low masks lose their w (b stays), and all others get their full w back.
 
-    Neurons are pruned by their masks, lowest first, block by block through the thresholds 0.05, 0.1 .. 0.9, as far as
-    held-out clean accuracy stays within `tolerance` of the received net's; a block that costs more is halved until the
-    neurons that clean images need stand alone, and these are spared. (In a net without BatchNorm a hundred masks may
-    lie at zero, in no order; one channel among them that clean images need would end the pruning.) Blocks that the
-    samples tuned on cannot do without are given back, the last first. The released code and BackdoorBench choose by
-    test accuracy and attack success. At least the neuron with the lowest mask goes. Where `loss=` takes other outputs
-    than logits, the mean loss may rise by `tolerance` instead.
+    Neurons are pruned in the order of their masks, lowest first, in blocks between the thresholds 0.05, 0.1 .. 0.9, as
+    long as the held-out clean accuracy stays within `tolerance` of the received model's. A block that costs more is
+    halved until the neurons that clean images need are found, and these are spared. (In a model without BatchNorm, a
+    hundred masks may be zero, in no order; one channel among them that clean images need would end the pruning.)
+    Blocks that are needed for the samples that are tuned on are given back, the last one first. The released code and
+    BackdoorBench choose by test accuracy and attack success. At least the neuron with the lowest mask is pruned. If
+    `loss=` takes outputs other than logits, the mean loss may rise by `tolerance` instead.
 
-    The released code never projects: with its random start the change reaches 2 eps. As there, BatchNorm uses batch
-    statistics while masks are tuned, and the pruned net has the running statistics of the received one.
+    The released code never projects, so that with its random start the change reaches 2 eps. As there, BatchNorm uses
+    batch statistics while masks are tuned, and the pruned model has the running statistics of the received one.
     """
 
     name = "anp"

@@ -31,7 +31,7 @@ class AWMConfig(PixelConfig):
     """
 
     epochs: int | None = setting(100, "passes over the clean set by the masks", low=1)
-    batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(128, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(0.01, "step size of the masks", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size after the warm-up")
@@ -47,7 +47,7 @@ class AWMConfig(PixelConfig):
     )
     delta_lr: float = setting(10.0, "step size of the perturbation, in pixels", above=0)
     labels: Literal["predicted", "given"] = setting(
-        "predicted", "labels that the perturbation leads away from: the net's own answers, or the data's"
+        "predicted", "labels that the perturbation leads away from: the model's own answers, or the data's"
     )
     alpha: float | None = setting(None, "weight of the clean loss; None: 0.9, one sample a class 0.99", low=0, high=1)
     gamma: float = setting(1e-8, "weight of the masks' L1 norm", low=0)
@@ -58,20 +58,21 @@ class AWMConfig(PixelConfig):
 
 @register
 class AWM(Method):
-    """Mask the weights that a universal perturbation leans on.
+    """Mask the weights that a universal perturbation uses.
 
         min_{m in [0,1]}  alpha CE(f(x; m w), y) + (1 - alpha) CE(f(x + delta; m w), y) + gamma ||m||_1
         delta ~ argmax_{||delta||_1 <= tau}  CE(f(x + delta; m w), argmax f(x; m w))
 
-    In rounds: the perturbation, from zero, by plain gradient ascent; then the masks by Adam. One mask for each element
-    of each convolution weight; BatchNorm, biases (and Linear, where convolutions hold most weights) are not masked.
-    Perturbation, norm and clipping are in pixels of [0, 1], whatever the inputs are normalised by.
+    Each round first tunes the perturbation, from zero, by plain gradient ascent, and then the masks by Adam. There is
+    one mask for each element of each convolution weight. BatchNorm and biases are not masked, nor are Linear layers if
+    convolutions hold most weights. Perturbation, norm and clipping are in pixels of [0, 1], however inputs are
+    normalised.
 
-    Differences from the released code: the perturbed image is clipped and the norm bounded in every ascent step, so
-    what is optimised is what is applied; sets smaller than a batch work, and the last batch of a pass may be a small
-    one (there it is left out); neither part computes gradients that it does
-    not use. The algorithm in the paper leads away from the true labels (`labels="given"`), its code and objective from
-    the net's answers, which is the default.
+    Differences from the released code: the perturbed image is clipped and the norm is bounded in every ascent step, so
+    that what is optimised is what is applied. Sets smaller than a batch work, and the last batch of a pass may be small
+    (there it is left out). Neither part computes gradients that it does not use. The algorithm in the paper leads away
+    from the true labels (`labels="given"`). Its code and objective lead away from the model's answers; this is the
+    default.
     """
 
     name = "awm"

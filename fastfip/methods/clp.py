@@ -99,11 +99,11 @@ def _layers(run: Run) -> list[_Layer]:
 
 @register
 class CLP(Method):
-    """Prune the channels that can change most: those with an outlying Lipschitz bound. No image is looked at.
+    """Prune the channels that can change most: those with an unusually large Lipschitz bound. No image is used.
 
     In each layer with a BatchNorm after it, a channel k with sigma_k > mean + u * std (over the layer's channels) is
-    pruned: its BatchNorm's weight and bias become zero. A network without BatchNorm has the rows of its weights
-    compared, and pruned, themselves; the classifier's are spared.
+    pruned: the weight and bias of its BatchNorm become zero. In a network without BatchNorm, the rows of the weights
+    are compared and pruned, except those of the classifier.
     """
 
     name = "clp"

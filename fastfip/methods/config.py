@@ -48,7 +48,7 @@ class MethodConfig:
 
     epochs: int | None = setting(10, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
-    batch_size: int | None = setting(None, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(None, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(0.01, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("sgd", "optimiser")
     momentum: float = setting(0.9, "momentum of SGD", low=0, below=1)
@@ -63,11 +63,13 @@ class MethodConfig:
     )
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "none",
-        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+        "random changes of the clean images: moved by up to an eighth (crop), also mirrored (crop_flip)",
     )
     dropout: bool = setting(False, "whether dropout is active while tuning")
     label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy", low=0, below=1)
-    holdout: float = setting(0.1, "share of the clean set that only selects; 0: none", low=0, high=0.5)
+    holdout: float = setting(
+        0.1, "share of the clean set that is held out, only to choose a state; 0: none", low=0, high=0.5
+    )
     select: Literal["best", "last"] = setting(
         "best", "which epoch is kept: the best by held-out clean score, or the last"
     )

@@ -19,10 +19,10 @@ class D3Config(MethodConfig):
     """Settings of D3. `weight` and `epsilon` are the paper's; optimiser, budget and crops the released code's."""
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
-    batch_size: int | None = setting(256, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(256, "samples in a step; None: the batch size of the loader", low=1)
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "crop",
-        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+        "random changes of the clean images: moved by up to an eighth (crop), also mirrored (crop_flip)",
     )
     select: Literal["best", "last"] = setting("last", "which epoch is kept: the last, or the best by clean score")
     weight: float = setting(10.0, "weight (lambda) of the clean loss beyond epsilon", above=0)

@@ -1,4 +1,4 @@
-"""Fine-tuning on the clean samples: the baseline that every other method has to beat."""
+"""Fine-tuning on the clean samples: the baseline that every other method should beat."""
 
 from __future__ import annotations
 

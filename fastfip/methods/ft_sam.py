@@ -24,17 +24,18 @@ FEW_CLASSES = 10
 class FTSAMConfig(MethodConfig):
     """Settings of FT-SAM: those of the paper, whose GTSRB runs had 50 epochs, and a clipped gradient.
 
-    The clip is ours: in a net without normalisation layers the loss at radius 2 is so steep that the paper's steps end
-    at chance level on clean data, in the first epoch (an MNIST net: held-out accuracy 0.23, clipped 0.90).
+    The clipping is ours. In a model without normalisation layers, the loss at radius 2 is so steep that the paper's
+    steps lead to chance level on clean data in the first epoch (a single trial on MNIST: held-out accuracy 0.23, and
+    0.90 with clipping).
     """
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
-    batch_size: int | None = setting(256, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(256, "samples in a step; None: the batch size of the loader", low=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
     grad_clip: float | None = setting(5.0, "largest norm of the gradient; None: not clipped", above=0)
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "crop",
-        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+        "random changes of the clean images: moved by up to an eighth (crop), also mirrored (crop_flip)",
     )
     select: Literal["best", "last"] = setting(
         "last", "which epoch is kept: the best by held-out clean score, or the last"
@@ -57,14 +58,15 @@ class FTSAM(Method):
     The norm is over all parameters. Both passes normalise by the batch's statistics (`bn_mode="train"`); running
     statistics are updated by the first only.
 
-    Differences from the version in BackdoorBench: the cosine runs once over all steps (there it is stepped for each
-    batch with a period of 200 steps and ends at its largest value); weights go back to a copy, not through a
-    subtraction, so that nothing is lost in low precision; rho and label smoothing are the paper's for the data set's
-    size (there the command line's defaults replace them); no part of the gradient is decomposed.
+    Differences from the version in BackdoorBench: the cosine runs once over all steps (there it changes with each
+    batch, has a period of 200 steps and ends at its largest value). Weights are restored from a copy and not by a
+    subtraction, so that nothing is lost in low precision. rho and label smoothing are the paper's for the size of the
+    data set (there the defaults of the command line replace them). No part of the gradient is decomposed.
 
-    That code crops its clean images at random, and mirrors those of CIFAR-10. Much hangs on it: without (`augment=
-    "none"`) the net fits a few thousand images before its weights have moved far, and a Wide ResNet 16-1 kept its
-    BadNets backdoor. Crops are the default; `augment="crop_flip"` where a mirrored image keeps its class.
+    That code crops its clean images at random, and mirrors those of CIFAR-10. This matters a lot: without it
+    (`augment="none"`), the model fits a few thousand images before its weights have moved far, and a Wide ResNet 16-1
+    kept its BadNets backdoor (a single trial). Crops are the default. Use `augment="crop_flip"` if a mirrored image
+    keeps its class.
     """
 
     name = "ft_sam"

@@ -98,18 +98,18 @@ def _cg(curvature: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Te
 
 @dataclass(frozen=True)
 class IBAUConfig(PixelConfig):
-    """Settings of I-BAU: those of the released code, in which an epoch is a round, but for the number of rounds.
+    """Settings of I-BAU: those of the released code, in which an epoch is a round, except the number of rounds.
 
-    Its five rounds pass over 5,000 images, 250 steps in all. That many steps are the default for a clean set of any
-    size: five rounds over few images leave more of a backdoor (an MNIST net with 540: ASR 40 % instead of 6 %).
-    With more than 5,000 images give `epochs=5`.
+    Its five rounds pass over 5,000 images, which makes 250 steps. This is the default number of steps for a clean set
+    of any size, because five rounds over few images leave more of a backdoor (a single trial on MNIST with 540 images:
+    ASR 40 % instead of 6 %). With more than 5,000 images, give `epochs=5`.
     """
 
     STEPS: ClassVar[int | None] = 250
 
     epochs: int | None = setting(None, "rounds: each finds a perturbation, then passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 250 if neither is given", low=1)
-    batch_size: int | None = setting(100, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(100, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-3, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size after the warm-up")
@@ -130,19 +130,20 @@ class IBAUConfig(PixelConfig):
 
 @register
 class IBAU(Method):
-    """Unlearn the universal perturbation that hurts most, with the gradient through its dependence on the weights.
+    """Unlearn the most harmful universal perturbation; the gradient includes how it depends on the weights.
 
         min_theta  L(f_theta(x + delta), y)
         delta = argmin_{|delta|_2 <= radius}  -L(f_theta(x + delta), y) + ridge |delta|^2
 
-    Rounds: the perturbation from zero by one pass of gradient steps, projected into the ball, then one Adam step of the
-    weights for each batch by `hypergradient`. Perturbation, ball and clipping are in pixels of [0, 1].
+    Each round tunes the perturbation from zero by one pass of gradient steps, projected into the ball, and then makes
+    one Adam step of the weights for each batch by `hypergradient`. Perturbation, ball and clipping are in pixels of [0,
+    1].
 
-    Differences from the released code: the ball (commented out there, of radius 10) and clipped images; the inner loss
-    of the hypergradient is that of the step's own batch, not of the first one; the inner labels are the given ones, as
-    in the paper; the series ends where it diverges. The paper's outer loss perturbs every image (`share=1.0`), the
-    released code one in a hundred. So does the default here: with all of them held-out clean accuracy collapses (to
-    40 % on an MNIST net of 98 %).
+    Differences from the released code: the ball (it is commented out there, with radius 10), and clipped images. The
+    inner loss of the hypergradient is that of the step's own batch, and not of the first one. The inner labels are the
+    given ones, as in the paper. The series ends if it diverges. The paper's outer loss perturbs every image
+    (`share=1.0`), and the released code one in a hundred. The default here is one in a hundred, because with all of
+    them held-out clean accuracy collapses (a single trial: to 40 % on an MNIST model of 98 %).
     """
 
     name = "i_bau"
@@ -154,7 +155,7 @@ class IBAU(Method):
         config = run.config
         assert isinstance(config, IBAUConfig)
         self.config = config
-        self.range = range_of(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the model was only fine-tuned")
         self.deltas: dict[tuple[int, ...], Tensor] = {}
         self.round = 0
 

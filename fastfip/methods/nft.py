@@ -30,7 +30,7 @@ class NFTConfig(MethodConfig):
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 1000 if neither is given", low=1)
-    batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(128, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(0.05, "step size", above=0)
     momentum: float = setting(0.95, "momentum of SGD", low=0, below=1)
     lr_end: float = setting(0.4, "share of the step size at which the cosine ends", low=0, high=1)
@@ -42,7 +42,7 @@ class NFTConfig(MethodConfig):
     )
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "crop",
-        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+        "random changes of the clean images: moved by up to an eighth (crop), also mirrored (crop_flip)",
     )
     mixup: float = setting(1.0, "a of the Beta(a, a) that images are mixed by; 0: not mixed", low=0)
     floor: float = setting(0.8, "alpha of the floor mu_l = alpha * exp(-beta * l) of the masks", low=0, high=1)
@@ -57,12 +57,12 @@ class NFT(Method):
         min_M  lam CE(f(x~; M), y) + (1 - lam) CE(f(x~; M), y') + (c / N_c) sum_l ||1 - M_l||_1,   mu_l <= M_l <= 1
         x~ = lam x + (1 - lam) x',   lam ~ Beta(a, a),   mu_l = alpha exp(-beta l),   N_c = samples a class
 
-    M_l multiplies the gamma of the l-th BatchNorm (l = 1, 2, ... in the model's order), its beta stays. A net without
-    BatchNorm has masks on the output channels of its layers, but for the classifier's. Only masks get gradients.
+    M_l multiplies the gamma of the l-th BatchNorm (l = 1, 2, ... in the model's order), and its beta stays. A model
+    without BatchNorm has masks on the output channels of its layers, except the classifier. Only masks get gradients.
 
-    Differences from the released code: the first BatchNorm is masked as well (there it is left out for no stated
-    reason, so l counts one less); the cosine runs over the steps, not over five parts; the masks are folded; images are
-    cropped at random, but not mirrored as well (`augment="crop_flip"` does that).
+    Differences from the released code: the first BatchNorm is masked too (there it is left out without a stated reason,
+    so that l counts one less). The cosine runs over the steps, and not over five parts. The masks are folded. Images
+    are cropped at random, but not mirrored (`augment="crop_flip"` does both).
     """
 
     name = "nft"

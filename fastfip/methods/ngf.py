@@ -27,7 +27,7 @@ class NGFConfig(MethodConfig):
     """Settings of NGF: those of the paper and, where it states none, of the released code."""
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
-    batch_size: int | None = setting(128, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(128, "samples in a step; None: the batch size of the loader", low=1)
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size, beside its drops")
     drop: float = setting(0.1, "factor of the step size at each drop", above=0, high=1)
     drop_every: float = setting(0.4, "share of the steps between two drops", above=0)
@@ -51,19 +51,20 @@ class NGFConfig(MethodConfig):
 
 @register
 class NGF(Method):
-    """Tune the last layer along the natural gradient of the clean loss, held to its received weights by their Fisher.
+    """Tune the last layer along the natural gradient of the clean loss, with a penalty for leaving its old weights.
 
         min_theta  L(theta) + (eta / 2) sum_i F_ii (theta_i - theta_i^0)^2,    theta <- theta - lr (F + d I)^-1 grad
 
-    theta = [W, b] of the classifier. The rest of the net is frozen and in eval mode, so its features are computed once
-    and a step never touches the net. F is the empirical Fisher of the classifier over the clean samples.
+    theta = [W, b] of the classifier. The rest of the model is frozen and in eval mode, so that its features are
+    computed once, and a step does not run the model. F is the empirical Fisher of the classifier over the clean
+    samples.
 
-    Differences from the released code: there every weight is tuned by plain SGD and only the classifier's gradient is
-    preconditioned; the retainer is missing; the step size drops before the first pass; EKFAC's scale is taken in
-    another basis than it is used in. None of that is repeated. Of its settings, the bound `kl_clip`, the momentum and
-    the period of the Fisher are kept; its eta is unknown, the default is that of FIP's retainer. Its damping of 1e-3 is
-    a lower bound here: the empirical Fisher of a net that fits its data is nearly zero, so the damping alone bounds the
-    steps, and where features are large 1e-3 lets them destroy the classifier (see `stable_damping`).
+    Differences from the released code: there, every weight is tuned by plain SGD and only the classifier's gradient is
+    preconditioned, the retainer is missing, the step size drops before the first pass, and EKFAC's scale is computed in
+    another basis than it is used in. None of this is done here. Of its settings, the bound `kl_clip`, the momentum and
+    the period of the Fisher are kept. Its eta is unknown; the default is that of FIP's retainer. Its damping of 1e-3 is
+    a lower bound here. The empirical Fisher of a model that fits its data is nearly zero, so that only the damping
+    bounds the steps; if features are large, 1e-3 lets them destroy the classifier (see `stable_damping`).
     """
 
     name = "ngf"

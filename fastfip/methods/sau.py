@@ -41,7 +41,7 @@ class SAUConfig(PixelConfig):
     """Settings of SAU: those of the released code."""
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
-    batch_size: int | None = setting(256, "samples a step; None: the user's", low=1)
+    batch_size: int | None = setting(256, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size after the warm-up")
@@ -52,30 +52,31 @@ class SAUConfig(PixelConfig):
     inner_step: float = setting(0.2, "step size of the perturbation, in pixels", above=0)
     start: Literal["max", "min", "zero", "random"] = setting("max", "where the perturbation starts in its box")
     beta_adversarial: float = setting(0.01, "weight of the adversarial loss in the search", low=0)
-    beta_shared: float = setting(1.0, "weight of the divergence of the two nets in the search", low=0)
+    beta_shared: float = setting(1.0, "weight of the divergence of the two models in the search", low=0)
     clean_weight: float = setting(1.0, "weight of the clean loss", low=0)
     adversarial_weight: float = setting(0.0, "weight of the loss at perturbed inputs", low=0)
-    shared_weight: float = setting(1.0, "weight of unlearning the class that the received net is led to", low=0)
+    shared_weight: float = setting(1.0, "weight of unlearning the class that the received model is led to", low=0)
 
 
 @register
 class SAU(Method):
-    """Unlearn the adversarial examples that the net shares with the received one.
+    """Unlearn the adversarial examples that the tuned model shares with the received one.
 
     Search, sample by sample, |delta|_inf <= radius, by sign steps:
 
         min_delta  -beta_adversarial (CE(f(x + delta), y) + CE(f0(x + delta), y)) / 2 + beta_shared JS(f, f0; x + delta)
 
-    where a term leaves a sample out once it has what it wants (the net fooled; both fooled into one class). Unlearning:
+    A term leaves a sample out when its goal is reached (the model is fooled; both are fooled into one class).
+    Unlearning:
 
         min_theta  clean_weight CE(f(x), y) + adversarial_weight CE(f(x + delta), y)
                    - shared_weight log(1 - p(y' | x + delta)),  y' what f0 says there, where f0 is fooled
 
-    f0 is the received net. Perturbation and clipping are in pixels of [0, 1]; the released code does not clip.
+    f0 is the received model. Perturbation and clipping are in pixels of [0, 1]; the released code does not clip.
     """
 
     name = "sau"
-    summary = "SAU: unlearning of the adversarial examples shared with the received net"
+    summary = "SAU: unlearning of the adversarial examples shared with the received model"
     Config = SAUConfig
 
     def setup(self, run: Run) -> None:
@@ -84,7 +85,7 @@ class SAU(Method):
         assert isinstance(config, SAUConfig)
         self.config = config
         self.received = frozen_copy(run.model)
-        self.range = range_of(run, "the net was only fine-tuned")
+        self.range = range_of(run, "the model was only fine-tuned")
         self.classified = run.classes is not None and run.task.loss_hook is None
         if self.range is not None and not self.classified:
             run.note("loss= has no classes to share: perturbed inputs are unlearned towards their own labels")

@@ -105,7 +105,7 @@ def _table(result: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> str:
     words[0] += f" ({after['n']} of `{_code(after['on'])}`)" if after["n"] else ""
     if after["asr"] is not None:
         words.append(f"ASR the share of {after['n_triggered']} triggered samples that get the attacker's class")
-        words.append("RA the share of these that get their own")
+        words.append("RA the share of these that get their true class")
     said = f"{', '.join(words)}."
     ratings = [f"{key.upper()} {100 * result[key]:.2f} %" for key in ("der", "rir") if result[key] is not None]
     return "\n".join(lines) + f"\n\n{said}" + (f" {', '.join(ratings)}." if ratings else "")
@@ -121,7 +121,7 @@ def _done(result: Mapping[str, Any]) -> str:
         [
             f"- method: `{_code(result['method'])}`, {settings.get('steps', '?')} steps, {seconds:.1f} s",
             f"- seed: {escaped(settings.get('seed', '?'))}",
-            f"- parameters that moved: {100 * moved / numbers:.1f} % of the numbers",
+            f"- tuned parameters: {100 * moved / numbers:.1f} % of the numbers",
             f"- versions: {versions}",
             "",
             "<details><summary>All settings</summary>",
@@ -137,15 +137,16 @@ def _done(result: Mapping[str, Any]) -> str:
 
 def _unchecked(result: Mapping[str, Any]) -> str:
     if result["after"]["asr"] is None:
-        found = "No triggered samples were given, so nothing here measures whether a backdoor was there or is left."
-    else:
         found = (
-            "ASR is measured with one trigger; another one may be left, and a trigger that was not tried is not seen."
+            "No triggered samples were given, so that nobody measured whether there was a backdoor, or whether one is "
+            "left."
         )
+    else:
+        found = "ASR was measured with one trigger. A backdoor with another trigger may be left."
     lines = [
         f"- {found}",
         "- There is no certificate: no method proves that a model has no backdoor.",
-        "- Accuracy is measured on the samples named above; other data were not tried, nor were bias and robustness.",
+        "- Accuracy was measured on the samples named above. Other data, bias and robustness were not tested.",
         *[f"- {escaped(note)}" for note in result["notes"]],
     ]
     return "\n".join(lines)
@@ -153,8 +154,8 @@ def _unchecked(result: Mapping[str, Any]) -> str:
 
 def _licence(license: str | None) -> str:
     if license is None:
-        return "The licence of the weights that were purified is not known here; it applies to these as well."
-    return f"`{license}`, as that of the weights that were purified."
+        return "The licence of the received weights is not known. It also applies to the purified weights."
+    return f"`{license}`, the licence of the received weights."
 
 
 def front_matter(text: str) -> dict[str, str]:

@@ -276,8 +276,8 @@ class _Search:
                     (nn.functional.cross_entropy(logits, wanted, reduction="sum") / per_class).backward()
                 if any(p.grad is None for p in form.parameters):
                     raise ModelError(
-                        "the model passes no gradient to its inputs (quantised, or run under no_grad), which the "
-                        "search needs: give the net in floating point"
+                        "the search needs the gradient of the inputs, and the model passes none to them (it is "
+                        "quantised, or runs under no_grad): give the model in floating point"
                     )
                 hits.index_add_(0, c, (logits.detach().argmax(1) == wanted).float())
             size = form.size().detach()

@@ -130,7 +130,7 @@ def test_the_report_has_the_changes_as_pictures(audited, tmp_path):
     audited.report(tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     assert text.count("<img ") == 20 and "Smallest patch change towards class 0 on the received model" in text
-    assert "class 0 flagged" in text and "Re-tuning test" in text and "positions covered" in text
+    assert "class 0 flagged" in text and "Re-tuning test" in text and "pixels covered" in text
     found = audited.document()["received"]["pictures"][0]
     assert found["label"] == TARGET and found["size"] == float(audited.received.inverted[found["form"]].size[TARGET])
 
@@ -150,7 +150,7 @@ def test_nothing_is_changed_and_a_seed_is_a_result():
     torch.set_rng_state(state)
     torch.rand(1), torch.rand(1)
     assert found.received.verdict == "cannot tell"  # three classes
-    assert "3 classes have no spread" in str(found)
+    assert "3 classes are too few" in str(found)
 
 
 def test_sizes_are_measured_where_just_enough_samples_move():
@@ -194,7 +194,7 @@ def test_when_it_cannot_tell():
     unreached = anomaly(range(6), torch.tensor([1.0, 9, 9, 9, 9, 9]), torch.tensor([True] * 3 + [False] * 3))
     assert unreached.p is None and "3 of 6 classes" in unreached.why_not
     flat = anomaly(range(6), torch.full((6,), 2.0), every)
-    assert flat.p is None and "no spread" in flat.why_not and math.isfinite(flat.index[0])
+    assert flat.p is None and "nearly equal" in flat.why_not and math.isfinite(flat.index[0])
     wide = anomaly(
         range(6), torch.tensor([1.0, 3, 9, 27, 81, 243]), every
     )  # a class is much smaller, but so are others
@@ -335,16 +335,16 @@ def test_what_cannot_be_audited_is_one_clear_error():
         ({"seed": -1}, ConfigError, "seed=-1"),
         ({"clean_loader": [(spoiled, y)]}, DataError, "1 of 24 samples hold NaN"),
         ({"clean_loader": [(x[:, :1], y)]}, ModelError, "the model fails on a batch of the clean data"),
-        ({"purified": conv_net(5)}, ModelError, "received net has 3 classes and the purified net has 5"),
-        ({"model": conv_net(5), "purified": model}, ModelError, "has 5 classes and the purified net has 3"),
-        ({"purified": narrow}, ModelError, "purified=: the model fails on a batch .* give the same net"),
+        ({"purified": conv_net(5)}, ModelError, "received model has 3 classes and the purified model has 5"),
+        ({"model": conv_net(5), "purified": model}, ModelError, "has 5 classes and the purified model has 3"),
+        ({"purified": narrow}, ModelError, "purified=: the model fails on a batch .* give the same model"),
         ({"purified": broken}, ModelError, r"purified=: the weight 6\.weight holds NaN"),
         ({"purified": nn.Sequential(model, nn.Linear(CLASSES, 1))}, ModelError, "purified=: an audit needs logits"),
         ({"model": broken}, ModelError, r"6\.weight holds NaN"),
         ({"model": 3}, ModelError, "must be a torch.nn.Module"),
         ({"model": conv_net().to("meta")}, ModelError, "meta device"),
         ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(3))}, ModelError, "lazy layers"),
-        ({"model": NoGradient()}, ModelError, "passes no gradient to its inputs"),
+        ({"model": NoGradient()}, ModelError, "passes none to them"),
         ({"forward": lambda net, batch: net(batch[0])[:5]}, DataError, "24 samples give 5 rows"),
         ({"poisoned": [(spoiled, y)]}, DataError, "1 of 24 samples hold NaN"),
         ({"poisoned": [(x, y + 7)]}, DataError, "outside 0..2"),
@@ -363,7 +363,7 @@ def test_labels_that_only_the_loss_understands_leave_the_sharpness():
     soft = nn.functional.one_hot(y, CLASSES).float()
     found = fastfip.audit(conv_net(), [(x, soft)], loss=lambda out, batch: -(out.log_softmax(1) * batch[1]).sum(1))
     assert found.received.inverted == {} and found.received.sharpness["n"] == 24
-    assert any("labels are no class indices" in note for note in found.notes)
+    assert any("labels are not class indices" in note for note in found.notes)
 
 
 def test_a_purified_net_without_the_softmax_of_the_received_one():
@@ -377,4 +377,4 @@ def test_a_purified_net_without_the_softmax_of_the_received_one():
 def test_table_without_purified_net():
     found = Audit(NetAudit("received", {}, {}, None), None, Retuning(((0, 0.5),), 3), {"samples": 5}, 1.0, ["a note"])
     text = str(found)
-    assert "ASR after steps 0: 50 %" in text and "note: a note" in text and "received's" not in text
+    assert "ASR by steps: 0: 50 %" in text and "note: a note" in text and "received's" not in text

@@ -105,10 +105,10 @@ def test_probabilities_are_read_as_logits():
 def test_it_says_what_it_found_and_where_it_cannot_tell():
     found = margins(Sure(A), [images(10)])
     said = str(found)
-    assert "class 3 first" in said and "suspicious" in said and "not a certificate" in said
+    assert "class 3 is first" in said and "suspicious" in said and "not a certificate" in said
     assert json.loads(json.dumps(found.to_dict()))["suspicious"] is True
     few = margins(Sure([1.0, 1.1, 9.0]), [images(3)])
-    assert not few.suspicious and "no spread to compare with" in str(few)
+    assert not few.suspicious and "too few to compare" in str(few)
 
 
 class Blind(Sure):
@@ -120,7 +120,7 @@ class Blind(Sure):
 
 def test_what_cannot_be_searched_is_refused():
     x, y = images(10)
-    with pytest.raises(ModelError, match="no gradient"):
+    with pytest.raises(ModelError, match="passes none to them"):
         margins(Blind(A), [(x, y)])
     bad = x.clone()
     bad[3] = float("nan")

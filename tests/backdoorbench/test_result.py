@@ -88,7 +88,7 @@ def test_an_unknown_name_is_no_matter_where_the_weights_are_known(tmp_path):
     result = backdoorbench.read(attack_result(tmp_path, net.state_dict(), model_name="my_net"))
     assert result.arch == ("fastfip.testing.nets:ResNet20", {"classes": CLASSES})
     path = attack_result(tmp_path / "b", {"fc.weight": torch.ones(4, 3)}, model_name="senet18")
-    with pytest.raises(CheckpointError, match=r"is of 'senet18': say by arch"):
+    with pytest.raises(CheckpointError, match=r"is of 'senet18': name the code that builds it with arch"):
         _ = backdoorbench.read(path).arch
 
 

@@ -41,23 +41,23 @@ def test_names_in_the_file_do_nothing_to_the_terminal(tmp_path):
     state = {"a\n\x1b[2J\x07b": torch.tensor([float("nan")])}
     refused(save(state, tmp_path / "m.pth"), r"a\?\?\[2J\?b holds NaN")
     refused(save({"x" * 10**4: torch.tensor([float("nan")])}, tmp_path / "m.pth"), r"xxx\.\.\.$")
-    refused(save({"x" * 10**5: torch.tensor([1.0])}, tmp_path / "m.pth"), "name is no text, or far too long")
+    refused(save({"x" * 10**5: torch.tensor([1.0])}, tmp_path / "m.pth"), "name is not text, or is far too long")
 
 
 def test_entries_that_are_no_tensors(tmp_path):
     refused(save({"net": {**small_state(), "lr": 0.1}}, tmp_path / "m.pth"), "entry lr among its weights .*float")
     refused(save({**small_state(), "epoch": 3}, tmp_path / "m.pth"), "entry epoch among its weights .*int")
-    refused(save({"net": {**small_state(), 3: torch.ones(1)}}, tmp_path / "m.pth"), "no text")
+    refused(save({"net": {**small_state(), 3: torch.ones(1)}}, tmp_path / "m.pth"), "not text")
 
 
 def test_several_state_dicts_without_a_usual_name(tmp_path):
     path = save({"a": small_state(), "b": {"w": torch.ones(2)}, "epoch": 1}, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match="several state dicts, a, b: say which by key="):
+    with pytest.raises(CheckpointError, match="several state dicts, a, b: choose one of them with key="):
         load_checkpoint(path)
     assert load_checkpoint(path, bare()).nesting == ("a",)
     assert list(load_checkpoint(path, key="b")) == ["w"]
     refused(path, "no entry 'c', only a, b, epoch", key="c")
-    refused(path, "'epoch' that is no state dict", key="epoch")
+    refused(path, "'epoch' that is not a state dict", key="epoch")
 
 
 def test_tied_weights_that_differ(tmp_path):

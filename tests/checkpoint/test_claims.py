@@ -161,7 +161,7 @@ def test_plain_pickles(tmp_path):
     ("content", "match"),
     [
         (b"", "is empty"),
-        (b"\0\0\0", "no checkpoint"),
+        (b"\0\0\0", "not a checkpoint"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html><body>Not found</body></html>", "HTML"),
         (b"\n  <html>", "HTML"),
@@ -178,7 +178,7 @@ def test_plain_pickles(tmp_path):
 def test_files_of_other_kinds(tmp_path, content, match, suffix):
     path = tmp_path / f"m{suffix}"
     path.write_bytes(content)
-    if suffix == ".safetensors" and match == "no checkpoint":
+    if suffix == ".safetensors" and match == "not a checkpoint":
         match = "safetensors"
     refused(path, match)
 
@@ -214,7 +214,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header({"w": {"dtype": "F32"}}, bytes(8)), "damaged entry for w"),
         (header({"w": [1]}, bytes(8)), "damaged entry for w"),
         (header(b'{"w": 1, "w": 2}'), "a name occurs twice"),
-        (header(b"[1, 2, 3]"), "no JSON object"),
+        (header(b"[1, 2, 3]"), "not a JSON object"),
         (header(b'{"w": ' + b"[" * 50_000), "header"),
         (header({"w": F32}, bytes(16)), "cannot read it|damaged"),
     ],

@@ -46,7 +46,7 @@ def test_a_folder_that_is_not_empty_and_a_model_that_did_not_move_are_refused(tm
         result.save_for_hub(tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     result.unchanged = True
-    with pytest.raises(CheckpointError, match="left the model as it was given"):
+    with pytest.raises(CheckpointError, match="did not change the model"):
         result.save_for_hub(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -108,7 +108,7 @@ def test_what_the_hub_refuses_is_one_line_and_leaves_nothing_behind(hub, monkeyp
 
     monkeypatch.setattr(Api, "create_repo", refuse)
     with pytest.raises(
-        CheckpointError, match="me/clean: the hub did not take it: RuntimeError: 401 Unauthorized for url$"
+        CheckpointError, match="me/clean: the hub refused the upload: RuntimeError: 401 Unauthorized for url$"
     ):
         purified().push_to_hub("me/clean")
     assert list(tmp_path.iterdir()) == []

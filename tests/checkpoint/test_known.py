@@ -45,7 +45,9 @@ def test_a_name_that_the_weights_belie_is_refused_and_nothing_is_allocated(name,
 
 
 def test_weights_of_nobody_are_named_with_all_that_are_known():
-    with pytest.raises(CheckpointError, match="no architecture that is known by its names: say by arch"):
+    with pytest.raises(
+        CheckpointError, match="no architecture that is known by its names: name the code that builds it with arch"
+    ):
         known_arch({"a.weight": (3, 4)})
     with pytest.raises(CheckpointError, match="0 classes"):
         known_arch({})
@@ -54,7 +56,7 @@ def test_weights_of_nobody_are_named_with_all_that_are_known():
 @pytest.mark.parametrize("name", OTHERS)
 def test_networks_of_torchvision_are_its_own(name):
     if importlib.util.find_spec("torchvision") is None:
-        with pytest.raises(ModelError, match=f"is a {name}: pip install torchvision, or say by arch"):
+        with pytest.raises(ModelError, match=f"is a {name}: pip install torchvision, or name the code"):
             known_arch({"fc.weight": (10, 5)}, name, 10)
     else:
         weights = shapes(f"torchvision:{name}", {"num_classes": 10})

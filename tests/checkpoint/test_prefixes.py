@@ -92,7 +92,7 @@ def test_a_compiled_part_of_the_model_takes_a_plain_file(tmp_path):
 def test_two_models_in_one_dict_need_the_users_word(tmp_path):
     student, teacher, other = make_net(), make_net(), make_net()
     path = save({**renamed(student, "student."), **renamed(teacher, "teacher.")}, tmp_path / "m.pth")
-    refused(path, r"model under 'student\.' and 'teacher\.': say which by prefix=", make_net())
+    refused(path, r"model under 'student\.' and 'teacher\.': choose one of them with prefix=", make_net())
     for prefix in ("teacher", "teacher."):
         loaded = load_checkpoint(path, other, prefix=prefix)
         assert same(other.state_dict(), teacher.state_dict()) and loaded.prefix == "teacher."
@@ -105,7 +105,7 @@ def test_the_command_line_takes_a_prefix(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", x=np.ones((6, 4), np.float32), y=np.arange(6) % 3)
     arguments = ["evaluate", str(path), "--arch", "tests.support.checkpoint_files:make_net"]
     arguments += ["--test-data", str(tmp_path / "a.npz")]
-    assert main(arguments) == 4 and "say which by prefix=" in capsys.readouterr().err
+    assert main(arguments) == 4 and "choose one of them with prefix=" in capsys.readouterr().err
     assert main([*arguments, "--prefix", "teacher"]) == 0
 
 

@@ -172,7 +172,7 @@ def test_entries_of_one_name(tmp_path, name):
         write_zip(file, {"w": tensor()})
     with zipfile.ZipFile(tmp_path / "m.pth", "a") as archive:
         archive.writestr(name, pickled(3))
-    refused(tmp_path / "m.pth", "two entries of one name")
+    refused(tmp_path / "m.pth", "two entries of the same name")
 
 
 def test_entries_outside_the_folder(tmp_path):
@@ -207,7 +207,7 @@ def test_zips_that_are_something_else(tmp_path):
     refused(tmp_path / "a.npz", "NumPy archive")
     with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
         archive.writestr("model/weights.bin", "x")
-    refused(tmp_path / "b.pth", "none of torch.save")
+    refused(tmp_path / "b.pth", "torch.save did not write")
 
 
 # ---------------------------------------------------------------- damage at random, and files made to be slow

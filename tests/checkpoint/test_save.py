@@ -100,7 +100,7 @@ def test_metadata_of_safetensors_is_kept(tmp_path):
         (lambda s: s.update(x=torch.eye(2).to_sparse()), "x is sparse"),
         (lambda s: s.update(x=torch.empty(2, device="meta")), "x is a meta tensor"),
         (lambda s: s.update(x=torch.ones(1).expand(9)), "x claims 9 values"),
-        (lambda s: s.update(x=3), "x among its weights that is no tensor"),
+        (lambda s: s.update(x=3), "x among its weights that is not a tensor"),
         (lambda s: s.clear(), "no weights to save"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_shard_is_checked_like_any_other_file(tmp_path):
     [
         ("{}", "weight_map"),
         ('{"weight_map": {}}', "weight_map"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("{", "cannot be read"),
         ("[" * 100_000, "nested too deep"),
         (" " * 2**22, "far too long"),

@@ -131,15 +131,15 @@ def test_mistakes_are_said_before_the_work(folder, capsys):
     torch.save(nets.ResNet20(CLASSES).state_dict(), "m.pth")
     assert "OUT is missing: give the file to write" in fails(capsys, 2, "purify", "m.pth", *RUN)
     err = fails(capsys, 2, "purify", "m.pth", "o.pth", *RUN, "--leaderboard", "b.csv")
-    assert "--leaderboard is for results of BackdoorBench" in err
+    assert "--leaderboard works only on results of BackdoorBench" in err
     (folder.parent / "b.csv").write_text("a,b\n")
     err = fails(capsys, 4, "purify", "badnet_0_1", *RUN, "--leaderboard", "b.csv")
     assert "is no table of the leaderboard" in err and not (folder / "defense_result.pt").exists()
     assert "must end in .csv" in fails(capsys, 2, "purify", "badnet_0_1", *RUN, "--leaderboard", "b.txt")
     err = fails(capsys, 2, "purify", "badnet_0_1", *RUN, "--leaderboard", "clean.csv", "--epochs", "3")
-    assert "give one of them" in err
+    assert "give only one of them" in err
     attack_result(folder.parent / "s", {"w": torch.ones(2, 2)}, model_name="senet18")
-    assert "is of 'senet18': say by arch (--arch)" in fails(capsys, 4, "purify", "s", *RUN)
+    assert "is of 'senet18': name the code that builds it with arch (--arch)" in fails(capsys, 4, "purify", "s", *RUN)
     attack_result(folder.parent / "d", nets.ResNet20(4).state_dict(), model_name="resnet20", dataset="svhn")
     assert "'svhn' is no data set of BackdoorBench" in fails(capsys, 5, "purify", "d", *RUN)
 

@@ -34,7 +34,7 @@ def test_purify(work, capsys):
     lines = out.splitlines()
     assert lines[0] == "fine_tune on 60 clean samples" and lines[1].split() == ["before", "after"]
     assert {"ACC", "ASR", "RA"} <= {line.split()[0] for line in lines[2:]}
-    assert "not carried over to out.pth, as they belong to the old weights: optimizer" in out
+    assert "not written to out.pth, because they belong to the old weights: optimizer" in out
     assert (work / "in.pth").read_bytes() == before
     old, new = load_checkpoint("in.pth"), load_checkpoint("out.pth")
     assert new.nesting == ("net",) and new.extras["acc"] == 0.5 and list(old) == list(new)
@@ -144,15 +144,17 @@ def test_outputs_are_checked_before_the_work(work, capsys, monkeypatch):
     rest = [*NET, "--data", "data.npz"]
     for out, match in [
         ("old.pth", "exists: --force"),
-        ("in.pth", "is IN"),
-        ("./../" + work.name + "/in.pth", "is IN"),
-        ("link.pth", "is IN"),
-        ("hard.pth", "is IN"),
+        ("in.pth", "is the same file as IN"),
+        ("./../" + work.name + "/in.pth", "is the same file as IN"),
+        ("link.pth", "is the same file as IN"),
+        ("hard.pth", "is the same file as IN"),
         ("no/out.pth", "folder .*no does not exist"),
     ]:
         assert __import__("re").search(match, fails(capsys, 2, "purify", "in.pth", out, *rest)), out
-    assert "is IN" in fails(capsys, 2, "purify", "in.pth", "in.pth", *rest, "--force")
-    assert "is IN" in fails(capsys, 2, "purify", "in.pth", "o.pth", *rest, "--report", "in.pth", "--force")
+    assert "is the same file as IN" in fails(capsys, 2, "purify", "in.pth", "in.pth", *rest, "--force")
+    assert "is the same file as IN" in fails(
+        capsys, 2, "purify", "in.pth", "o.pth", *rest, "--report", "in.pth", "--force"
+    )
     assert "both" in fails(capsys, 2, "purify", "in.pth", "o.pth", *rest, "--report", "o.pth")
     assert "suffix" in fails(capsys, 4, "purify", "in.pth", "out.txt", *rest)
     assert (work / "old.pth").read_bytes() == b"old"
@@ -325,14 +327,14 @@ def test_every_error_has_its_code_and_one_line(work, capsys):
         (2, ["nothing"], "No such command 'nothing'"),
         (2, ["methods", "--nothing"], "--nothing"),
         (2, [*PURIFY, "--epochs", "x"], "--epochs"),
-        (2, [*PURIFY, "--epochs", "1", "--steps", "1"], "give one of them"),
+        (2, [*PURIFY, "--epochs", "1", "--steps", "1"], "give only one of them"),
         (5, [*PURIFY, "--micro-batch", "0"], "micro_batch=0: give a number of samples"),
         (5, [*PURIFY, "--memory", "much"], "memory='much': give a number of bytes"),
         (2, [*PURIFY, "--set", "lr"], "KEY=VALUE"),
         (2, [*PURIFY, "--amp", "fp8"], "--amp"),
         (2, [*PURIFY, "--mean", "a"], "--mean=a"),
         (2, [*PURIFY, "--size", "1,2,3"], "--size"),
-        (2, [*PURIFY, "--arch-args", "{"], "--arch-args is no JSON"),
+        (2, [*PURIFY, "--arch-args", "{"], "--arch-args is not JSON"),
         (2, [*PURIFY, "--target", "1"], "--target needs"),
         (2, [*PURIFY, *TRIGGER], "give --test-data"),
         (2, [*PURIFY, "--test-data", "data.npz", *TRIGGER[:2]], "needs --target"),

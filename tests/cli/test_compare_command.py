@@ -41,7 +41,7 @@ def test_compare(work, capsys):  # noqa: F811
         ("none", 0), ("fine_tune", 0), ("fip", 0), ("fine_tune", 1), ("fip", 1),
     ]  # fmt: skip
     assert rows[1].config["steps"] == 2 and rows[1].test_ra is not None and os.path.getsize("c.png") > 5000
-    assert "--force replaces it, --resume goes on" in fails(capsys, 2, *COMPARE, *TWO, "--out", "c.csv")
+    assert "--force replaces it, --resume continues" in fails(capsys, 2, *COMPARE, *TWO, "--out", "c.csv")
     before = [row.seconds for row in rows]
     assert main([*COMPARE, *TWO, *more[:-2], "--resume", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)["rows"]
@@ -56,17 +56,17 @@ def test_compare_when_methods_fail(work, capsys, monkeypatch):  # noqa: F811
     assert main([*COMPARE, *TWO]) == 0
     assert "fine_tune (steps=2): MemoryError: no room" in capsys.readouterr().out
     assert main([*COMPARE, "--methods", "fine_tune"]) == 5
-    assert "no method came to an end: MemoryError: no room" in capsys.readouterr().err
+    assert "every method failed; the first error: MemoryError: no room" in capsys.readouterr().err
 
 
 def test_compare_interrupted(work, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr("fastfip.methods.fip.FIP.setup", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*COMPARE, *TWO, "--out", "c.json"]) == 130
-    assert "c.json holds the rows that are complete" in capsys.readouterr().err
+    assert "c.json holds the complete rows" in capsys.readouterr().err
     assert [row.method for row in Comparison.read("c.json").rows] == ["none", "fine_tune"]
     assert main([*COMPARE, *TWO]) == 130
     out, err = capsys.readouterr()
-    assert "fine_tune (steps=2)" in out and "with --out FILE" in err and "--resume goes on" in err
+    assert "fine_tune (steps=2)" in out and "with --out FILE" in err and "--resume continues" in err
 
 
 def test_compare_interrupted_while_scoring(work, capsys, monkeypatch):  # noqa: F811
@@ -83,7 +83,7 @@ def test_compare_interrupted_while_scoring(work, capsys, monkeypatch):  # noqa: 
     monkeypatch.setattr("fastfip.comparison.compare.evaluate", stopped)
     assert main([*COMPARE, *TWO, "--out", "c.csv"]) == 130
     out, err = capsys.readouterr()
-    assert "c.csv holds the rows that are complete, --resume goes on from there" in err and "fine_tune" in out
+    assert "c.csv holds the complete rows, and --resume continues from them" in err and "fine_tune" in out
     assert main([*COMPARE, *TWO, "--out", "c.csv", "--resume"]) == 0
     assert [row.method for row in Comparison.read("c.csv").rows] == ["none", "fine_tune", "fip"]
 
@@ -115,7 +115,7 @@ def test_how_they_end(work, capsys):  # noqa: F811
         (2, [*COMPARE, "--out", "a.txt"], ".csv, .json"),
         (2, [*COMPARE, "--plot", "none/a.png"], "does not exist"),
         (2, [*COMPARE, "--set", "lr=1"], "METHOD.KEY=VALUE"),
-        (2, [*COMPARE, "--methods", "fip", "--set", "fine_tune.lr=1"], "none of the methods to run"),
+        (2, [*COMPARE, "--methods", "fip", "--set", "fine_tune.lr=1"], "not one of the methods to run"),
         (5, [*COMPARE, "--methods", "fine_tuna"], "did you mean 'fine_tune'"),
         (5, [*COMPARE, "--methods", "fine_tune", "--set", "fine_tune.lrr=1"], "did you mean 'lr'"),
         (3, [*COMPARE, "--data", "none"], "there is no such"),

@@ -110,7 +110,7 @@ def test_errors(work, capsys):
         assert out == "" and err.startswith("fastfip: ") and err.count("\n") == 1
         return err
 
-    assert "in.pth is IN" in fails(2, "in.pth", "in.pth", *NET)
+    assert "in.pth is the same file as IN" in fails(2, "in.pth", "in.pth", *NET)
     assert "kind must be" in fails(5, "in.pth", "f.pth", *NET, "--kind", "true")
     assert "top_k" in fails(5, "in.pth", "f.pth", *NET, "--top-k", "2")
     assert "suffix" in fails(4, "in.pth", "f.txt", *NET)

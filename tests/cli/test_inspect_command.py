@@ -82,7 +82,7 @@ def test_images_of_another_size_are_resized_to_what_the_model_takes(trained, cap
     with np.load("data.npz") as data:
         np.savez("large.npz", x=data["clean_x"].repeat(2, 1).repeat(2, 2), y=data["clean_y"])
     out = printed(capsys, "net.pth", *NET, "--data", "large.npz")
-    assert "the model did not take them: the model fails on a batch of images 3x12x12" in out
+    assert "the model failed on them as they are: the model fails on a batch of images 3x12x12" in out
     assert "--scale 255 --size 6,6\n" in out
     monkeypatch.setattr("fastfip.cli.inspect_file.SIZES", (5, 8))
     assert "fails on a batch of images 3x12x12" in fails(capsys, 5, "inspect", "net.pth", *NET, "--data", "large.npz")

@@ -47,7 +47,7 @@ def test_a_network_that_is_as_it_was_is_not_written(work, capsys):
     assert main([*PURIFY, "--steps", "1", "--set", "lr=1e-30", "--set", "weight_decay=0"]) == 7
     out, err = capsys.readouterr()
     assert "THE MODEL IS AS IT WAS GIVEN" in out.splitlines()[0] and err.count("\n") == 1
-    assert "nothing written" in err and not (work / "out.pth").exists()
+    assert "nothing was written" in err and not (work / "out.pth").exists()
 
 
 def test_a_run_that_diverged_is_written_and_ends_with_a_code_of_its_own(work, capsys, monkeypatch):

@@ -97,7 +97,7 @@ def test_a_signal_during_the_write_waits_for_its_end(work, capsys, monkeypatch, 
     before = signal.getsignal(number)
     assert main([*PURIFY, *STEP, "--report", "r.json"]) == 130
     out, err = capsys.readouterr()
-    assert "writing the result first" in err and "out.pth holds the result, which is complete" in err
+    assert "the result is being written first" in err and "out.pth holds the result, which is complete" in err
     assert load_checkpoint("out.pth") and json.loads((work / "r.json").read_text()) and "fine_tune" in out
     assert signal.getsignal(number) is before
 
@@ -138,7 +138,7 @@ def test_an_audit_that_is_interrupted_shows_what_is_complete(work, capsys, monke
     out, err = capsys.readouterr()
     figures = json.loads(out)
     assert list(figures["received"]["forms"]) == ["patch"] and figures["interrupted"]
-    assert err == "fastfip: interrupted: what was complete is shown\n"
+    assert err == "fastfip: interrupted: the searches that were complete are shown\n"
     calls[:] = [None]  # now in the first search: there is nothing to show
     assert fails(capsys, 130, *command) == "fastfip: interrupted\n"
 
@@ -175,7 +175,7 @@ def test_devices_and_inputs_are_not_overwritten(work, capsys):
     ):
         assert words in fails(capsys, 2, *PURIFY, *force, "--report", report), report
     picture = ["audit", "in.pth", *NET, "--data", "images", "--force", "--picture", "images/0/a.png"]
-    assert "is a file of the input images" in fails(capsys, 2, *picture)
+    assert "is a file inside the input images" in fails(capsys, 2, *picture)
     os.rename("data.npz", "data.pth")
     os.symlink("data.pth", "data.npz")
     same = ["purify", "in.pth", "data.pth", *NET, "--data", "data.npz", "--force"]

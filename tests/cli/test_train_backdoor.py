@@ -163,8 +163,8 @@ def test_settings_of_attacks_have_the_types_of_their_fields():
         "bppa:dither=maybe": "dither=maybe must be true or false", "bppa:bits=2.5": "bits=2.5 must be a whole number",
         "badnets:size=2.5": "size=2.5 must be a whole number", "wanet:k=4.5": "k=4.5 must be a whole number",
         "wanet:s=big": "s=big must be a number", "wanet:field=abc": "field cannot be given on the command line",
-        "trojannet:mask=abc": "mask cannot be given", "advdoor:pattern=abc": "no KEY=VALUE of eps, iterations$",
-        "lira:noise=1": "no KEY=VALUE of", "sentence:ids=3": "is for tokens", "wanet:k=1": "k=1 must be >= 2",
+        "trojannet:mask=abc": "mask cannot be given", "advdoor:pattern=abc": "setting of the attack .eps, iterations.$",
+        "lira:noise=1": "not KEY=VALUE with", "sentence:ids=3": "is for tokens", "wanet:k=1": "k=1 must be >= 2",
     }  # fmt: skip
     for spec, said in wrong.items():
         with pytest.raises(ConfigError, match=said):
@@ -186,7 +186,7 @@ def test_no_output_takes_the_place_of_another_file(work, capsys):
         "nodir does not exist": [*one, "--keep", "nodir/k"],
         "--keep train.npz is an input": [*one, "--keep", "train.npz"],
         "--keep . is a folder": [*one, "--keep", "."],
-        "no test image is one that badnets": [*one, "--asr-out", "t.npz", "--test-data", "few.npz"],
+        "badnets puts its trigger on none of the test images": [*one, "--asr-out", "t.npz", "--test-data", "few.npz"],
     }
     for said, more in wrong.items():
         assert main([*known, *more]) != 0

@@ -159,7 +159,7 @@ def test_one_sample_a_class_holds_nothing_out_and_says_so():
     clean = CleanSet.of((torch.rand(5, 3), torch.arange(5)))
     tuned, held = clean.split(0.1, 0)
     assert held is None and tuned is clean
-    assert "nothing is held out" in clean.notes[0]
+    assert "none is held out" in clean.notes[0]
     clean = CleanSet.of((torch.rand(50, 3), torch.arange(50) % 5))
     assert clean.split(0.0, 0) == (clean, None) and clean.notes == []
 

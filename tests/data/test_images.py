@@ -175,7 +175,7 @@ def test_triggered_images_leave_out_the_target_class_and_come_before_normalising
     assert len(bad) == 8 and set(true.tolist()) == {0, 2} and set(attack.tolist()) == {1}
     assert torch.equal(x[:, :, 0, 0], torch.full((8, 3), 2.0)) and seen == [(True, True)]
     assert len(next(iter(loader(bad.sample(limit=3))))) == 3
-    with pytest.raises(DataError, match="attack's own class"):
+    with pytest.raises(DataError, match="is the attacker's class"):
         data.with_attack(data.labels)
     floats = load(npz(tmp_path / "b.npz", x=np.float32(X) - 9, y=Y))
     with pytest.raises(DataError, match=r"in \[0, 1\]"):
@@ -304,7 +304,7 @@ def test_floats_of_0_to_255_are_not_taken_for_scaled_ones(tmp_path):
             torch.testing.assert_close(load(path, pixels=Pixels(scale=scale)).batch([0])[0], factor * want)
     normal = npz(tmp_path / "n.npz", x=np.float32(X) / 64 - 2, y=Y)
     assert float(load(normal).batch([0])[0].min()) < 0
-    with pytest.raises(DataError, match="they are scaled already"):
+    with pytest.raises(DataError, match="they are already scaled"):
         load(normal, pixels=Pixels(scale="01"))
 
 

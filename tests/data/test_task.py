@@ -86,7 +86,7 @@ def test_a_mean_loss_is_refused():
         (torch.rand(6), "y.long"),
         (torch.rand(6, 4).softmax(1), "argmax"),
         (torch.eye(6, dtype=torch.long), "argmax"),
-        (torch.zeros(6, 4, dtype=torch.long), "one loss a sample"),
+        (torch.zeros(6, 4, dtype=torch.long), "one loss for each sample"),
         (torch.zeros(6, 1, dtype=torch.long), "flatten"),
         (torch.tensor([0, 1, -1]), "from -1 to 1"),
     ],

@@ -148,7 +148,7 @@ def nested_rebuilds(depth: int) -> bytes:
 WIDE = encode(Call(Name("numpy", "dtype"), ("f16", False, True), (3, "<", *[None] * 3, -1, -1, 0)))
 WIDE += encode(Call(Name("_codecs", "encode"), ("\0" * 16, "latin1"))) + b"\x86"
 MANY = "many times its size"
-ODD = "in a way that no file of torch.save does"
+ODD = "in a way that torch.save never does"
 SLOW = [
     Hostile("encode of 1 MB", zipped(repeated_encode(10**6, 11_000)), "no state dict"),
     Hostile("encode of 60 kB", zipped(repeated_encode(60_000, 90_000)), MANY),

@@ -49,7 +49,7 @@ def test_a_dtype_whose_state_is_not_that_of_plain_numbers_is_refused(tmp_path, s
     if what == "array":
         value = numpy_array(numpy_dtype("i8", state), (1,), bytes(8))
     beside(value)(tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", "NumPy dtype i8 with a state that no plain numbers have")
+    refused(tmp_path / "m.pth", "NumPy dtype i8 with a description that no dtype of plain numbers has")
 
 
 def numpy_array(kind, shape, data):
@@ -65,7 +65,7 @@ def numpy_array(kind, shape, data):
 def test_bytes_that_are_not_as_many_as_the_dtype_takes_are_refused(tmp_path, kind, change):
     width = int(kind[1:])
     beside(numpy_number(kind, sound_state(), bytes(width + change)))(tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", "bytes are not those of its dtype")
+    refused(tmp_path / "m.pth", "more or fewer bytes than its dtype has")
     beside(numpy_array(numpy_dtype(kind, sound_state()), (3,), bytes(3 * width + change)))(tmp_path / "m.pth")
     refused(tmp_path / "m.pth", f"needs {3 * width} bytes and stores {3 * width + change}")
 
@@ -105,20 +105,20 @@ def test_a_long_text_may_have_two_bytes_for_each_that_it_stands_for(tmp_path):
 @pytest.mark.parametrize("order", ["??", "", "K", "f", None, True, ("C",)])
 def test_an_order_that_no_array_has_is_refused(tmp_path, order):
     beside(array_of(bytes(16), (2,), order))(tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", "in an order that no array has")
+    refused(tmp_path / "m.pth", "with an invalid order of values")
 
 
 def test_a_dtype_without_or_with_two_states_is_refused(tmp_path):
     kind = Call(Name("numpy", "dtype"), ("i8", False, True))
     text = Call(Name("_codecs", "encode"), ("\0" * 8, "latin1"))
     beside(Call(Name("numpy.core.multiarray", "scalar"), (kind, text)))(tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", "bytes are not those of its dtype")
+    refused(tmp_path / "m.pth", "more or fewer bytes than its dtype has")
 
 
 @pytest.mark.parametrize("shape", [(-1,), (2**63,), (1,) * 65, ("x",), [2]])
 def test_shapes_that_no_array_has_are_refused(tmp_path, shape):
     beside(numpy_array(numpy_dtype("i8", sound_state()), shape, bytes(16)))(tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", "shape that no array has")
+    refused(tmp_path / "m.pth", "invalid shape")
 
 
 @pytest.mark.parametrize("version", [3, 4])

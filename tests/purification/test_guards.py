@@ -96,9 +96,11 @@ def endless():
 
 def test_a_generator_without_an_end_is_one_line(monkeypatch):
     monkeypatch.setattr(stores, "MOST_BATCHES", 50)
-    with pytest.raises(DataError, match="51 batches .* there was no end: pass fewer samples, a generator that ends"):
+    with pytest.raises(
+        DataError, match="51 batches .* without reaching an end: pass fewer samples, a generator that ends"
+    ):
         fastfip.purify(net(), endless(), steps=2, progress=False)
-    with pytest.raises(DataError, match="there was no end"):
+    with pytest.raises(DataError, match="without reaching an end"):
         fastfip.purify(net(), (X, Y), steps=2, test_loader=endless(), progress=False)
     monkeypatch.setattr(stores, "half_of_memory", lambda: 10 * X.nbytes)
     with pytest.raises(DataError, match="10 batches"):

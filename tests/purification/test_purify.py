@@ -168,7 +168,7 @@ def test_as_little_as_one_sample_a_class(method, kind, n):
     assert finite(result)
     text = " ".join(result.notes)
     wanted = methods.get(method).Config().holdout > 0
-    assert ("nothing is held out" in text) == wanted and result.settings["heldout_samples"] == 0
+    assert ("none is held out" in text) == wanted and result.settings["heldout_samples"] == 0
     assert ("classes have no clean sample" in text) == (n < CLASSES)
     assert ("kept in eval mode" in text) == (
         n == 1 and kind is conv_net and methods.get(method).Config().bn_mode == "train"

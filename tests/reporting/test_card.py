@@ -39,9 +39,9 @@ def test_the_metadata_are_yaml_with_licence_base_model_and_tags(result):
         "pipeline_tag": "image-classification",
         "tags": ["fastfip", "backdoor-removal", "mine"],
     }
-    assert "`apache-2.0`, as that of the weights" in text
+    assert "`apache-2.0`, the licence of the received weights" in text
     bare = made(result)
-    assert set(metadata(bare)) == {"tags"} and "licence of the weights that were purified is not known" in bare
+    assert set(metadata(bare)) == {"tags"} and "licence of the received weights is not known" in bare
 
 
 def test_the_card_has_the_figures_of_the_result(result):
@@ -52,7 +52,7 @@ def test_the_card_has_the_figures_of_the_result(result):
         "method: `fine_tune`, 3 steps" in text and "seed: 5" in text and f"torch {escaped(torch.__version__)}" in text
     )
     assert '"clean_samples": 24' in text and "24 of `test_loader`" in text
-    assert "no certificate" in text.lower() and "nothing here measures whether a backdoor" in text
+    assert "no certificate" in text.lower() and "nobody measured whether there was a backdoor" in text
 
 
 def test_the_attack_that_was_measured_is_said_to_be_one_trigger(result):

@@ -203,7 +203,7 @@ def test_alerts_come_first_and_everything_asked_for_is_there():
              "Do it again")]  # fmt: skip
     assert order == sorted(order)
     for words in ("90.00 %", "69.9 to 97.2 %", "SHA-256 " + "0" * 64, "4 KiB", "x/255", "1 x 8 x 8", "300 MiB",
-                  "cat", "Do not use this model", "there is no certificate", "sends 90 % there",
+                  "cat", "Do not use this model", "there is no certificate", "sends 90 % of the samples there",
                   "other than the one"):  # fmt: skip
         assert words in text, words
 
@@ -237,7 +237,7 @@ def test_what_is_not_known_is_said():
         assert words in unknown
     assert document["repeat"].startswith("result = fastfip.purify(model, clean_loader, 'fast_wfip'")
     text = Page(page(document)).text
-    assert "Read this first" not in text and "a model in memory" in text and "looks for nothing" in text
+    assert "Read this first" not in text and "the model was in memory" in text and "does not search" in text
 
 
 def test_the_call_that_does_it_again_has_what_was_given():
@@ -277,7 +277,7 @@ def test_what_an_audit_cannot_tell_is_not_an_acquittal():
         net.anomaly = {"patch": anomaly(range(6), torch.ones(6), torch.zeros(6, dtype=torch.bool))}
     assert few.received.verdict == "cannot tell"
     document = few.document()
-    assert document["alerts"] == [] and "no acquittal" in document["advice"][0]
+    assert document["alerts"] == [] and "may have a backdoor" in document["advice"][0]
     assert any("this audit cannot tell" in text for text in document["unknown"])
 
 

@@ -74,7 +74,10 @@ class Ledger:
         with open(self.csv, newline="", encoding="utf-8") as lines:
             reader = csv.DictReader(lines)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ConfigError(f"{printable(self.csv)}: is no file of results of this version: give another folder")
+                raise ConfigError(
+                    f"{printable(self.csv)}: is not a file of results that this version can continue: "
+                    "give another folder"
+                )
             self.rows = {line["key"]: line for line in reader}
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -145,7 +148,7 @@ class Ledger:
                     raise FileExistsError from None
                 os.rename(source, target)
         except FileExistsError:
-            return f"{printable(record['out'])} exists and is of something else: give another out"
+            return f"{printable(record['out'])} already exists and does not belong to this row: give another out"
         except OSError as error:
             return f"{printable(record['out'])} cannot be written: {reason(error)}"
         return ""
@@ -211,7 +214,7 @@ def _locked(path: Path) -> Any:
         who = printable(file.read(200).strip() or "another process")
         file.close()
         raise ConfigError(
-            f"{printable(path.parent)}: {who} is at work in it: wait for its end, or give another"
+            f"{printable(path.parent)}: {who} is running in it: wait until it ends, or give another folder"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -39,7 +39,7 @@ class RayTasks:
                 more = own if address is None else {}
                 ray.init(address=address, log_to_driver=False, logging_level="warning", **more)
         except Exception as error:  # whatever a cluster makes of it
-            raise BackendError(f"no cluster of ray: {type(error).__name__}: {reason(error)}") from error
+            raise BackendError(f"no cluster of Ray can be reached: {type(error).__name__}: {reason(error)}") from error
         variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         # A process for each task, as on one machine; attempts are counted by the pool.
         options = {"num_cpus": threads, "max_calls": 1, "max_retries": 0, "runtime_env": {"env_vars": variables}}

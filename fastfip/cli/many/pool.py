@@ -100,7 +100,10 @@ def outcomes(
         ConfigError: a number of workers, retries or seconds that cannot be.
     """
     if workers < 1 or retries < 0 or (timeout is not None and not timeout > 0):
-        raise ConfigError(f"workers={workers}, retries={retries}, timeout={timeout}: at least 1, 0 and more than 0")
+        raise ConfigError(
+            f"workers={workers}, retries={retries}, timeout={timeout}: workers must be at least 1, "
+            "retries at least 0, and timeout more than 0"
+        )
     first, again = iter(jobs), deque[tuple[Any, int]]()
     busy: dict[Any, tuple[Any, int, float]] = {}
     try:
@@ -210,12 +213,12 @@ class Processes:
 def _death(attempt: _Attempt) -> str:
     code = attempt.process.exitcode
     if code is None:
-        return "the worker said nothing and did not end"
+        return "the worker stopped answering"
     if code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
             memory = ", as a machine out of memory does" if name == "SIGKILL" else ""
-            return f"the worker was ended by {name}{memory}"
+            return f"the worker was stopped by {name}{memory}"
     last = _last_line(attempt.log)
     hint = "" if last else ": a script that starts workers needs `if __name__ == '__main__':`"
     return f"the worker ended with exit code {code}{hint}" + (f": {last}" if last else "")

@@ -124,7 +124,9 @@ def _check_out(out: str) -> None:
     if Path(out).is_absolute() or ".." in parts or not parts or "\0" in out:
         raise ConfigError(f"out={printable(out, 100)}: must be a name in the folder of results")
     if parts[0] in ("work", "logs") or parts[0].startswith("."):
-        raise ConfigError(f"out={printable(out, 100)}: work, logs and names with a dot first are the run's own")
+        raise ConfigError(
+            f"out={printable(out, 100)}: work, logs, and names that start with a dot are reserved for the run"
+        )
     if Path(out).suffix not in (".safetensors", ".pth", ".pt"):
         raise ConfigError(f"out={printable(out, 100)}: must end in .safetensors, .pth or .pt")
 
@@ -144,7 +146,9 @@ def read_manifest(path: str | os.PathLike[str]) -> list[ManyRow]:
         why = getattr(error, "strerror", None) or reason(error)
         raise ConfigError(f"{printable(path)}: cannot be read as a manifest: {why}") from None
     if not lines:
-        raise ConfigError(f"{printable(path)}: has no rows: give a line of column names and one for each checkpoint")
+        raise ConfigError(
+            f"{printable(path)}: has no rows: give a line of column names, and a line for each checkpoint"
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"{printable(path)}: has the column {printable(twice, 60)!r} twice")

@@ -140,7 +140,7 @@ def _keyed(rows: list[ManyRow], base: Path) -> dict[str, ManyRow]:
     for number, row in enumerate(rows, 1):
         try:
             if row.epochs is not None and row.steps is not None:
-                raise ConfigError("epochs and steps: give one of them")
+                raise ConfigError("epochs and steps: give only one of them")
             how = (row.method, row.config, row.settings)
             if how not in checked and ":" not in row.method:  # a class of the user's is for the workers to import
                 settings_of(row.method, None if row.config is None else base / row.config, list(row.settings))

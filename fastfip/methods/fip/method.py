@@ -2,9 +2,9 @@
 
     L(theta) + eta_f * Tr F(theta) + (eta_r / 2) * sum_i F_ii (theta_i - theta_i^0)^2
 
-L is the clean loss, Tr F the trace of the empirical Fisher information at the present weights, exact and with its exact
-gradient, and F_ii the Fisher diagonal at the received weights theta^0, taken once. The package's default is another
-method, `fast_wfip`.
+L is the clean loss. Tr F is the trace of the empirical Fisher information at the current weights; it is exact, and so
+is its gradient. F_ii is the Fisher diagonal at the received weights theta^0, which is computed once. The package's
+default is another method, `fisher_steps`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = ["FIP", "FIPConfig", "FastFIP", "FastFIPConfig", "retainer"]
 class FIPConfig(MethodConfig):
     """Settings of FIP: those of the paper as far as they are known (learning rate, length, eta_r), without its decay.
 
-    The code released with the paper penalises something else (benchmarks/purification/released_fip.py), so its eta_f
-    is no guide to this one.
+    The code that was released with the paper has another penalty (benchmarks/purification/released_fip.py), so its
+    eta_f does not tell which eta_f is right here.
     """
 
     epochs: int | None = setting(100, "passes over the clean set", low=1)
-    batch_size: int | None = setting(128, "samples a step", low=1)
+    batch_size: int | None = setting(128, "samples in a step", low=1)
     momentum: float = setting(0.95, "momentum of SGD", low=0, below=1)
     schedule: Literal["constant", "cosine"] = setting("constant", "course of the step size")
     eta_f: float = setting(1e-3, "weight of the Fisher trace", low=0)
     eta_r: float = setting(5.0, "weight of the retainer", low=0)
-    trace_every: int = setting(1, "the trace term is added every so many steps", low=1)
+    trace_every: int = setting(1, "the trace term is added once in this many steps", low=1)
     trace_way: Literal["auto", "exact", "perturb", "signs"] = setting(
         "auto", "how the gradient of the trace is computed (docs/trace.md)"
     )
@@ -53,7 +53,7 @@ def retainer(tensors: list[Tensor], anchor: list[Tensor], diagonal: list[Tensor]
 
 @register
 class FIP(SpaceMethod):
-    """Tune every parameter on the clean loss, the Fisher trace and the retainer."""
+    """Tune every parameter on the sum of the clean loss, the Fisher trace and the retainer."""
 
     name = "fip"
     summary = "FIP as published: every weight, towards a minimum with a small Fisher trace"

@@ -62,7 +62,9 @@ class CleanTerms:
             with torch.no_grad(), run.autocast(), self.received() as received:  # type: ignore[misc]
                 target = run.task.forward(received, mixed)
             if target.dim() != 2 or target.shape[1] < 2:
-                run.note("the outputs are not logits [N, C]: they are not held to the received net's by a KL")
+                run.note(
+                    "the outputs are not logits [N, C]: no KL divergence keeps them near those of the received model"
+                )
                 self.received = target = None
         of_loss, of_kl = self.weights()
         total: Tensor | float = 0.0

@@ -18,17 +18,19 @@ class WFIPConfig(MethodConfig):
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(None, "optimiser steps, instead of epochs; 180 if neither is given", low=1)
-    batch_size: int | None = setting(64, "samples a step", low=1)
+    batch_size: int | None = setting(64, "samples in a step", low=1)
     warmup: float = setting(0.05, "share of the steps in which the step size rises linearly", low=0, below=1)
     grad_clip: float | None = setting(5.0, "largest norm of the gradient; None: not clipped", above=0)
     trust: float | None = setting(
         None, "longest step of a coordinate, in units of 1/sqrt(F_ii); None: no bound", above=0
     )
     kl: float = setting(0.5, "share of the KL to the received model in the clean terms", low=0, high=1)
-    budget: float = setting(0.5, "KL to the received model, in nats, above which the unlearning gives way", above=0)
+    budget: float = setting(
+        0.5, "KL to the received model, in nats, above which the unlearning is turned down", above=0
+    )
     weight: float = setting(0.25, "weight of the loss at worst-case inputs", low=0)
     unlearn: float = setting(0.4, "share of the steps that unlearn; the rest recovers", low=0, high=1)
-    radius_factor: float = setting(1.0, "radius while unlearning, over the one that the search ended with", above=0)
+    radius_factor: float = setting(1.0, "radius while unlearning, divided by the radius that the search found", above=0)
     sieve: float = setting(
         0.02, "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
         low=0, high=0.5,
@@ -53,7 +55,7 @@ class FastWFIPConfig(WFIPConfig):
     )
     weight: float = setting(0.5, "weight of the loss at worst-case inputs", low=0)
     unlearn: float = setting(0.3, "share of the steps that unlearn; the rest recovers", low=0, high=1)
-    radius_factor: float = setting(1.6, "radius while unlearning, over the one that the search ended with", above=0)
+    radius_factor: float = setting(1.6, "radius while unlearning, divided by the radius that the search found", above=0)
     rank: int | float | None = setting(
         None,
         "directions of each weight that move, the largest first: a number, a share of the energy, or None for all",

@@ -1,18 +1,18 @@
 """Worst-case FIP (`wfip`) and its spectral form (`fast_wfip`), two of the package's own methods.
 
-The empirical Fisher vanishes where the labels are fitted, so on a model that fits its clean data the trace of the
-published objective has no force. A backdoor shows as sharpness at other inputs: at those that a small universal change
-makes. So these are looked for and unlearned, while the Fisher of clean data bounds each step:
+The empirical Fisher vanishes where a model fits the labels, so the trace of the published objective has no effect on a
+model that fits its clean data. A backdoor makes the model sharp at other inputs: at those that one small change of all
+inputs makes. The methods search for such changes and unlearn them, while the Fisher of clean data bounds each step:
 
-1. Search: universal perturbations for every class, the radius grown until the most susceptible class is reached from
-   90 % of the clean samples.
-2. Unlearn (the first `unlearn` of the steps): at perturbed inputs, drawn the more often the better they work, the loss
-   towards the true label; the perturbations go on improving against the model as it changes.
-3. Recover (the rest): clean terms only, the step size falling to zero, without the samples that the unlearning hurt
-   most (`sieve`): where triggered ones hide in the clean set, they are among them.
+1. Search: for every class, one change of all inputs that sends them to this class. Its radius grows until the most
+   susceptible class is reached from 90 % of the clean samples.
+2. Unlearn (the share `unlearn` of the steps): the model learns the true labels at changed inputs. Changes that work
+   better are drawn more often, and they are improved against the model while it changes.
+3. Recover (the rest): only the clean terms are tuned, with a step size that falls to zero, and without the samples
+   whose loss the unlearning raised most (`sieve`). If triggered samples hide in the clean set, they are among these.
 
-The clean terms are the loss and the KL to the received model's answers, on clean inputs and on mixtures of them.
-docs/purification.md has the evidence, failures included.
+The clean terms are the loss and the KL divergence from the received model's answers, on clean inputs and on mixtures of
+them. docs/purification.md has the evidence, including failures.
 """
 
 from __future__ import annotations

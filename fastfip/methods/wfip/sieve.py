@@ -76,8 +76,8 @@ class Sieve:
         """Note what was left out to the end."""
         if len(self.gone) and self.whole is not None:
             self.run.note(
-                f"{len(self.gone)} of {self.whole.n} clean samples were left out of the recovery: the unlearning hurt "
-                "them most, and the net did not come back to their labels by itself"
+                f"{len(self.gone)} of {self.whole.n} clean samples were left out of the recovery: the unlearning "
+                "raised their loss most, and the model did not return to their labels by itself"
             )
 
     def _set(self, gone: Tensor) -> None:

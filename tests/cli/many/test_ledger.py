@@ -105,7 +105,7 @@ def test_a_file_that_is_there_is_never_replaced(tmp_path):
         (tmp_path / "out" / "in.pth").write_text("mine")
         ledger.commit(left_by_a_worker(tmp_path / "out"), 1)
     (line,) = lines(tmp_path / "out")
-    assert line["status"] == "failed" and "exists and is of something else" in line["error"]
+    assert line["status"] == "failed" and "already exists and does not belong to this row" in line["error"]
     assert (tmp_path / "out" / "in.pth").read_text() == "mine"
 
 
@@ -120,7 +120,7 @@ def test_rows_to_be_tried_again_are_taken_out(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path):
     with Ledger(tmp_path / "out"):
-        with pytest.raises(ConfigError, match=r"process \d+ on .* is at work in it"):
+        with pytest.raises(ConfigError, match=r"process \d+ on .* is running in it"):
             Ledger(tmp_path / "out").__enter__()
     with Ledger(tmp_path / "out"):
         pass
@@ -139,6 +139,6 @@ def test_the_lock_of_a_killed_run_says_nothing(tmp_path):
 
 def test_another_file_of_results_is_left_alone(tmp_path):
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="is no file of results of this version"):
+    with pytest.raises(ConfigError, match="is not a file of results that this version can continue"):
         Ledger(tmp_path).__enter__()
     assert (tmp_path / "results.csv").read_text() == "a,b\n1,2\n"

@@ -34,7 +34,7 @@ def test_a_killed_worker_costs_one_attempt_of_one_job(tmp_path):
 @pytest.mark.parametrize(
     "job, retries, words",
     [
-        (many_jobs.dies, 1, "ended by SIGKILL"),
+        (many_jobs.dies, 1, "stopped by SIGKILL"),
         (many_jobs.leaves, 0, "exit code 3: the last word"),
         (many_jobs.broken, 1, "ValueError: no 7"),
         (many_jobs.cannot_be_sent, 0, "pickle"),

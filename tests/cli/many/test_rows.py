@@ -58,7 +58,7 @@ def test_cells_become_what_the_options_are(tmp_path):
         ("checkpoint,seed,seed\na,1,2\n", "the column 'seed' twice"),
         ("checkpoint\n", "has no rows"),
         ("checkpoint,out\na,../b.pth\n", "must be a name in the folder of results"),
-        ("checkpoint,out\na,work/b.pth\n", "the run's own"),
+        ("checkpoint,out\na,work/b.pth\n", "reserved for the run"),
         ("checkpoint,out\na,b.exe\n", "must end in .safetensors"),
     ],
 )
