@@ -8,7 +8,8 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
    clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
-   token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
+   token ids it is the vectors that are changed; without classes it is what raises every sample's loss. Of more than 64
+   classes the 16 are looked at that samples go to most when they are changed at random, or moved to any class at all.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -32,6 +33,7 @@ from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
+from fastfip.methods._screen import screened
 from fastfip.methods._search import (
     SEARCH_BATCH,
     at_least,
@@ -176,7 +178,8 @@ class FisherSteps(Method):
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
         if config.weight and config.unlearn:
-            self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
+            few = self._few(run, inputs)
+            self.worst = worst_case(run, inputs, config.radius, few) if inputs else latent_worst_case(run, TOKEN_RADIUS)
         if self.range is None and self.worst is None:
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
             run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
@@ -248,6 +251,14 @@ class FisherSteps(Method):
         """Return the settings of a run."""
         assert isinstance(run.config, FisherStepsConfig)
         return run.config
+
+    @staticmethod
+    def _few(run: Run, inputs: list[Tensor]) -> Tensor | None:
+        """Return the classes that the worst case is looked for, where there are more than a batch has samples."""
+        if not inputs or run.classes is None or run.classes <= SEARCH_BATCH:
+            return None
+        with run.timed("screen"), precision(run):
+            return screened(run, inputs, run.endless())
 
     @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
