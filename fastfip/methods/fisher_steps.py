@@ -35,6 +35,7 @@ from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
 from fastfip.methods._screen import screened
 from fastfip.methods._search import (
+    REACH,
     SEARCH_BATCH,
     at_least,
     grow,
@@ -71,6 +72,10 @@ DIFFERENCE = 0.1
 SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
+#: Where one of very many classes is reached within this radius, it is unlearned with this weight by steps of this
+#: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
+#: would shorten the very steps that unlearn it.
+FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -142,7 +147,7 @@ class FisherSteps(Method):
     Config = FisherStepsConfig
     takes_parts = True
     over_ranks = True
-    keeps = ("sparse", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
+    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
              "latest", "mean_loss", "taken_back")  # fmt: skip
 
     range: PixelRange | None = None
@@ -156,12 +161,14 @@ class FisherSteps(Method):
     axis: int | None = None  # of the points, where inputs are point clouds
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
     sparse = False  # too few clean samples to learn anything again
+    found = False  # a class is reached there, of many: nothing but what sends samples there is unlearned
     start: dict[str, Tensor] | None = None  # the received weights
 
     def setup(self, run: Run) -> None:
         """Read the range of the inputs and look for the worst case."""
         config = self.config(run)
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
+        usual = config.length == FisherStepsConfig().length
         if self.sparse and config.length is not None:
             config = run.config = gentle(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
             run.alert(
@@ -177,6 +184,7 @@ class FisherSteps(Method):
         inputs, why_not = inputs_of(run, MOST_BYTES)
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
+        few = None
         if config.weight and config.unlearn:
             few = self._few(run, inputs)
             self.worst = worst_case(run, inputs, config.radius, few) if inputs else latent_worst_case(run, TOKEN_RADIUS)
@@ -193,6 +201,12 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
+            if self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS:
+                self.found = float(self.worst.success.max()) >= REACH
+            if self.found:
+                run.config = gentle(config, weight=FOUND_WEIGHT)
+                if usual:
+                    run.config = run.config.replace(length=FOUND_LENGTH)
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -304,7 +318,7 @@ class FisherSteps(Method):
         """Back-propagate the loss at changed images and, in the first part, that at worst-case inputs."""
         config = self.config(run)
         batch = self._mirrored(run, batch if self.axis is None else self._moved(run, batch))
-        if self.range is not None and run.progress < config.changes:
+        if self.range is not None and run.progress < config.changes and not self.found:
             batch = self._changed(run, batch, self.range)
         self.seen = batch
         with self._reworded(run):

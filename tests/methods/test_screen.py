@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastfip
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Task
-from fastfip.methods import _screen
+from fastfip.methods import _screen, fisher_steps
 from fastfip.methods._screen import AnyClass, screened
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
 from fastfip.worst_case.goals import TowardsClass
@@ -108,6 +108,31 @@ def test_few_classes_are_not_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastfip.methods.fisher_steps.screened", None)
     x, y = torch.rand(64, 3), torch.arange(64) % 64
     fastfip.purify(nn.Linear(3, 64), (x, y), "fisher_steps", steps=2, progress=False)
+
+
+@pytest.mark.parametrize("given", [{}, {"weight": 0.7, "length": 0.1}])
+def test_what_is_found_with_few_samples_is_unlearned_more_strongly_unless_settings_say_otherwise(given: dict) -> None:
+    model, x, y = with_a_shortcut(1)
+    run = make_run(FisherStepsConfig(**given), model, CLASSES)
+    run.clean = CleanSet.of((x, y))
+    method = FisherSteps()
+    method.setup(run)
+    assert method.found
+    assert run.config.weight == given.get("weight", fisher_steps.FOUND_WEIGHT)
+    assert run.config.length == given.get("length", fisher_steps.FOUND_LENGTH)
+
+
+def test_where_nothing_is_found_the_steps_are_as_gentle_as_before() -> None:
+    model, x, y = with_a_shortcut(1)
+    with torch.no_grad():
+        model[1].weight[:, :8] = 0.0  # no shortcut
+    run = make_run(FisherStepsConfig(), model, CLASSES)
+    run.clean = CleanSet.of((x, y))
+    method = FisherSteps()
+    method.setup(run)
+    usual = FisherStepsConfig()
+    assert not method.found and run.config.weight == usual.weight
+    assert run.config.length == fisher_steps.SPARSE_LENGTH
 
 
 class Killed(Exception):
