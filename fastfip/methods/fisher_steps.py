@@ -139,7 +139,8 @@ class FisherSteps(Method):
     one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
-    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1.
+    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
+    is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
     """
 
     name = "fisher_steps"
