@@ -9,7 +9,7 @@ in it; IMAGES is a zip of one image a class, 1,000 JPEG files whose names begin 
 (github.com/EliSchwartz/imagenet-sample-images, scaled to 256 pixels). The last blocks are tuned on the
 images of 700 classes with and without a small patch; these images without it are then the clean samples, and the images
 of the other 300 classes, which neither has seen, say how accurate the network is and how well the backdoor works. At 96
-pixels the default left most of it (docs/results.md, "A thousand classes").
+pixels the default removed it (docs/results.md, "A thousand classes").
 """
 
 from __future__ import annotations

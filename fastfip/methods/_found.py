@@ -11,6 +11,7 @@ from fastfip.data.batch import Batch
 from fastfip.errors import DataError
 from fastfip.methods.run import Run
 from fastfip.reporting.pictures import of_change, of_input
+from fastfip.worst_case.goals import TowardsClass
 
 if TYPE_CHECKING:
     from fastfip.worst_case.universal import Perturbations
@@ -35,7 +36,7 @@ def keep_changes(run: Run, worst: Perturbations) -> None:
     rows = worst.store.rows(first).float().cpu().numpy()
     shown = [of_change(row) for row in rows]
     run.found["changes"] = {
-        "classes": first.tolist(),
+        "classes": (worst.goal.class_of(first) if isinstance(worst.goal, TowardsClass) else first).tolist(),
         "success": worst.success[first].tolist(),
         "size": worst.relative_radius,
         "bound": [bound for _, bound in shown],

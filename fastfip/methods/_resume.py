@@ -150,7 +150,7 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
         ("name", "center", "width", "padding", "head"),
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
     ),
-    TowardsClass: (("rows",), lambda home, **fields: TowardsClass(**fields)),
+    TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),
     AwayFromTarget: (("threshold", "rows"), lambda home, **fields: AwayFromTarget(**fields)),
     DeltaStore: (("values", "scale"), lambda home, **fields: DeltaStore(**fields)),
     PixelRange: (("low", "high"), lambda home, **fields: PixelRange(**fields)),

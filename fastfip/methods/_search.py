@@ -45,9 +45,13 @@ def inputs_of(run: Run, most_bytes: int) -> tuple[list[Tensor], str]:
     return (inputs, "") if len({x.shape[1:] for x in inputs}) == 1 else ([], "the inputs differ in shape")
 
 
-def worst_case(run: Run, inputs: list[Tensor], radius: float) -> Perturbations:
-    """Return perturbations of the inputs, to be improved: one for each class, or a few where there are no classes."""
-    return _in_parts(run, Perturbations.of(torch.cat(inputs), goal_of(run), run.generator, radius, ranks=run.ranks))
+def worst_case(run: Run, inputs: list[Tensor], radius: float, classes: Tensor | None = None) -> Perturbations:
+    """Return perturbations of the inputs, to be improved.
+
+    There is one for each class, or for each of `classes` [K] if they are given; a few where there are no classes.
+    """
+    goal = goal_of(run) if classes is None else TowardsClass(len(classes), classes)
+    return _in_parts(run, Perturbations.of(torch.cat(inputs), goal, run.generator, radius, ranks=run.ranks))
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:

@@ -8,7 +8,8 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
    clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
-   token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
+   token ids it is the vectors that are changed; without classes it is what raises every sample's loss. Of more than 64
+   classes the 16 are looked at that samples go to most when they are changed at random, or moved to any class at all.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -32,7 +33,9 @@ from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
 from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
+from fastfip.methods._screen import screened
 from fastfip.methods._search import (
+    REACH,
     SEARCH_BATCH,
     at_least,
     grow,
@@ -69,6 +72,10 @@ DIFFERENCE = 0.1
 SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
+#: Where one of very many classes is reached within this radius, it is unlearned with this weight by steps of this
+#: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
+#: would shorten the very steps that unlearn it.
+FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -132,7 +139,8 @@ class FisherSteps(Method):
     one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
-    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1.
+    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
+    is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
     """
 
     name = "fisher_steps"
@@ -140,7 +148,7 @@ class FisherSteps(Method):
     Config = FisherStepsConfig
     takes_parts = True
     over_ranks = True
-    keeps = ("sparse", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
+    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
              "latest", "mean_loss", "taken_back")  # fmt: skip
 
     range: PixelRange | None = None
@@ -154,12 +162,14 @@ class FisherSteps(Method):
     axis: int | None = None  # of the points, where inputs are point clouds
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
     sparse = False  # too few clean samples to learn anything again
+    found = False  # a class is reached there, of many: nothing but what sends samples there is unlearned
     start: dict[str, Tensor] | None = None  # the received weights
 
     def setup(self, run: Run) -> None:
         """Read the range of the inputs and look for the worst case."""
         config = self.config(run)
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
+        usual = config.length == FisherStepsConfig().length
         if self.sparse and config.length is not None:
             config = run.config = gentle(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
             run.alert(
@@ -175,8 +185,10 @@ class FisherSteps(Method):
         inputs, why_not = inputs_of(run, MOST_BYTES)
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
+        few = None
         if config.weight and config.unlearn:
-            self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
+            few = self._few(run, inputs)
+            self.worst = worst_case(run, inputs, config.radius, few) if inputs else latent_worst_case(run, TOKEN_RADIUS)
         if self.range is None and self.worst is None:
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
             run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
@@ -190,6 +202,12 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
+            if self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS:
+                self.found = float(self.worst.success.max()) >= REACH
+            if self.found:
+                run.config = gentle(config, weight=FOUND_WEIGHT)
+                if usual:
+                    run.config = run.config.replace(length=FOUND_LENGTH)
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -250,6 +268,14 @@ class FisherSteps(Method):
         return run.config
 
     @staticmethod
+    def _few(run: Run, inputs: list[Tensor]) -> Tensor | None:
+        """Return the classes that the worst case is looked for, where there are more than a batch has samples."""
+        if not inputs or run.classes is None or run.classes <= SEARCH_BATCH:
+            return None
+        with run.timed("screen"), precision(run):
+            return screened(run, inputs, run.endless())
+
+    @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
         """Look for the worst change of each class, at the radius at which one of them works."""
         batches = run.endless()
@@ -293,7 +319,7 @@ class FisherSteps(Method):
         """Back-propagate the loss at changed images and, in the first part, that at worst-case inputs."""
         config = self.config(run)
         batch = self._mirrored(run, batch if self.axis is None else self._moved(run, batch))
-        if self.range is not None and run.progress < config.changes:
+        if self.range is not None and run.progress < config.changes and not self.found:
             batch = self._changed(run, batch, self.range)
         self.seen = batch
         with self._reworded(run):

@@ -49,22 +49,35 @@ class Goal(ABC):
 
 @dataclass(frozen=True)
 class TowardsClass(Goal):
-    """Row c sends samples of all other classes to class c."""
+    """Row c sends samples of all other classes to class c; or, where only some classes are meant, to `classes[c]`.
+
+    Attributes:
+        classes: [rows] int64, each class once; None: all.
+    """
 
     rows: int
+    classes: Tensor | None = None
 
     def own(self, task: Task, batch: Batch) -> Tensor | None:
-        """Return the labels [N]."""
-        return task.labels(batch)
+        """Return the labels [N] as rows; -1 where a class has none."""
+        y = task.labels(batch)
+        if self.classes is None:
+            return y
+        same = y[:, None] == self.classes.to(y.device)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
 
     def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
-        """Return the cross-entropy of logits [N, C] towards c [N]."""
-        return nn.functional.cross_entropy(logits.float(), c, reduction="sum")
+        """Return the cross-entropy of logits [N, C] towards the classes of c [N]."""
+        return nn.functional.cross_entropy(logits.float(), self.class_of(c), reduction="sum")
 
     @torch.no_grad()
     def hit(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
-        """Return who of logits [N, C] goes to c [N]."""
-        return logits.float().argmax(1) == c
+        """Return who of logits [N, C] goes to the class of c [N]."""
+        return logits.float().argmax(1) == self.class_of(c)
+
+    def class_of(self, rows: Tensor) -> Tensor:
+        """Return the classes [N] of rows [N]."""
+        return rows if self.classes is None else self.classes.to(rows.device)[rows]
 
 
 @dataclass(frozen=True)

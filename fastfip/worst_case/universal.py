@@ -147,11 +147,12 @@ class Perturbations:
         """Return for each sample a class other than its own, the likelier the better its perturbation works.
 
         Args:
-            y: [N] int64, true classes.
+            y: [N] int64, true classes; -1: none that has a perturbation.
             sharpness: probabilities are proportional to `success ** sharpness`; 0: uniform.
         """
         table = self._weights(sharpness).expand(len(y), -1).clone()
-        table[torch.arange(len(y), device="cpu"), y.cpu()] = 0
+        known = (y >= 0).cpu()
+        table[torch.arange(len(y), device="cpu")[known], y.cpu()[known]] = 0
         return torch.multinomial(table, 1, generator=self.generator)[:, 0].to(y.device)
 
     def _weights(self, sharpness: float) -> Tensor:
