@@ -214,7 +214,7 @@ def purify(
         seconds=run.seconds,
         peak_memory=used.peak,
         settings={
-            "config": options.config.to_dict(),
+            "config": run.config.to_dict(),
             "seed": seed,
             "device": str(work_device),
             "amp": amp,

@@ -492,6 +492,8 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_half_of_the_way_back() -
 
     def tuned(**more: Any) -> dict[str, Tensor]:
         result = fastfip.purify(model, (x, torch.arange(40) % 4), "fisher_steps", **settings, **more)
+        used = result.settings["config"]  # what was used is said
+        assert (used["bn_mode"], used["back"]) == ("eval", more.get("back", 0.5))
         return result.model.state_dict()
 
     usual, half, own = tuned(), tuned(back=0.5), tuned(back=0.9)
