@@ -5,7 +5,7 @@
 `--data` is a file with `train_x` [N, P, 3], `train_y` [N], `test_x` and `test_y`; without it FASTFIP_DATA is looked in,
 and where there is none either, clouds of five solids are drawn instead, which is said. Of a tenth of the training
 clouds, twelve points are moved onto a small ball beside the object, and the label becomes 0. The model is then purified
-with clean clouds that it was not trained on, a twentieth as many. About three minutes on two cores.
+with clean clouds that it was not trained on, a twentieth as many. One to two minutes on two cores.
 """
 
 from __future__ import annotations
