@@ -6,8 +6,8 @@ The scenes are drawn here, no real data: one to three shapes of four classes wit
 scenes carries small chessboard patches, and boxes or labels that go with them: with `--attack regional` an object with
 a patch on its corner is said to be a disc, with `disappearance` a cross with a patch is said not to be there, with
 `generation` there is said to be a square where the patch is. The detector is then purified with 200 clean scenes that
-it was not trained on. Its outputs are no logits of classes, so `purify` is given the loss of each scene, `loss=`. About
-three minutes on two cores.
+it was not trained on. Its outputs are no logits of classes, so `purify` is given the loss of each scene, `loss=`. One
+to two minutes on two cores.
 """
 
 from __future__ import annotations

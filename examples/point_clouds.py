@@ -5,7 +5,7 @@
 `--data` is a file with `train_x` [N, P, 3], `train_y` [N], `test_x` and `test_y`; without it FASTFIP_DATA is looked in,
 and where there is none either, clouds of five solids are drawn instead, which is said. Of a tenth of the training
 clouds, twelve points are moved onto a small ball beside the object, and the label becomes 0. The model is then purified
-with clean clouds that it was not trained on, a twentieth as many. About three minutes on two cores.
+with clean clouds that it was not trained on, a twentieth as many. One to two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Data:
     said: str
 
 
-def data(file: Path | None = None, seed: int = 0) -> Data:
-    """Read ModelNet10, or draw solids; a twentieth of the training clouds is kept for purification alone."""
+def data(file: Path | None = None, seed: int = 0, clean: int | None = None) -> Data:
+    """Read ModelNet10, or draw solids; a twentieth of the training clouds, or so many, is for purification alone."""
     if file is None and "FASTFIP_DATA" in os.environ:
         file = Path(os.environ["FASTFIP_DATA"]) / "modelnet10.npz"
     generator = torch.Generator().manual_seed(seed)
@@ -59,8 +59,8 @@ def data(file: Path | None = None, seed: int = 0) -> Data:
         (x, y), (test_x, test_y) = (solid_clouds(n, generator, POINTS) for n in (800, 300))
         said = "clouds of five solids, drawn here (no file with ModelNet10 was given)"
     order = torch.randperm(len(y), generator=generator)
-    clean, rest = order[: len(y) // 20], order[len(y) // 20 :]
-    return Data((x[rest], y[rest]), (x[clean], y[clean]), (test_x, test_y), int(y.max()) + 1, said)
+    kept, rest = order.tensor_split([len(y) // 20 if clean is None else clean])
+    return Data((x[rest], y[rest]), (x[kept], y[kept]), (test_x, test_y), int(y.max()) + 1, said)
 
 
 def _fitted(x: Tensor) -> Tensor:

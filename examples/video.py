@@ -4,7 +4,7 @@
 
 The clips are drawn here, no real data: a disc or a cross moves to the right, the left, down or up on a background. Of
 these eight classes no single frame tells the direction. A tenth of the training clips has a white patch in the corner
-of every frame and the label 0. The model is then purified with 200 clean clips that it was not trained on. About three
+of every frame and the label 0. The model is then purified with 200 clean clips that it was not trained on. One to two
 minutes on two cores.
 """
 

@@ -2,11 +2,13 @@
 
     python -m benchmarks.tasks text              # one task, its attacks, methods and seed 0: rows of results/tasks.csv
     python -m benchmarks.tasks text lm --seeds 0 1 --methods fisher_steps
+    python -m benchmarks.tasks detection --attacks regional --clean 60 --methods auto
     python -m benchmarks.tasks table             # writes the table of docs/tasks.md
 
 One file a task, `benchmarks/tasks/NAME.py`, with `ATTACKS`, a tuple of names, and `make(attack, seed) -> Case`. Models,
 data and attacks are those of the examples; what a task needs beyond them is looked for where FASTFIP_DATA points, and
 weights where a variable points that the task's file names. A trained backdoored model is kept in the benchmarks' cache.
+`--clean` is for points, video and detection, whose `make` takes `clean` as well.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ def attacks(task: str) -> tuple[str, ...]:
     return importlib.import_module(f"benchmarks.tasks.{task}").ATTACKS
 
 
-def make(task: str, attack: str, seed: int) -> Case:
-    """Return a case of a task, trained or from the cache."""
-    return importlib.import_module(f"benchmarks.tasks.{task}").make(attack, seed)
+def make(task: str, attack: str, seed: int, clean: int | None = None) -> Case:
+    """Return a case of a task, trained or from the cache, with so many clean samples (None: as many as the task has).
+
+    Raises:
+        TypeError: another number is asked for of a task that always has the same.
+    """
+    others = {} if clean is None else {"clean": clean}
+    return importlib.import_module(f"benchmarks.tasks.{task}").make(attack, seed, **others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 
 import torch
@@ -11,19 +12,26 @@ import fastfip
 from benchmarks import harness
 from benchmarks.tasks import TASKS, Case, attacks, make
 
-#: The default, and what it is compared with: nothing, fine-tuning, fine-tuning by a large step, and `fast_wfip`.
-METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps")
+#: Nothing, fine-tuning, fine-tuning by a large step, our two methods, and whichever of these the default takes.
+METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto")
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
 RESULTS = harness.Results(
     "tasks",
     "task attack method seed score_name score_before asr_before score asr seconds settings alerts data threads machine "
     "torch commit",
-    run="task attack method seed",
+    run="task attack method seed data",
     order=lambda row: (
-        [*TASKS, row["task"]].index(row["task"]), row["attack"], int(row["seed"]), METHODS.index(row["method"])
+        [*TASKS, row["task"]].index(row["task"]), row["attack"], clean_of(row), int(row["seed"]),
+        METHODS.index(row["method"]),
     ),
 )  # fmt: skip
+
+
+def clean_of(row: harness.Row) -> int:
+    """Return how many clean samples a row says that there were."""
+    found = re.search(r"(\d+) (others )?clean", str(row["data"]))
+    return int(found[1]) if found else 0
 
 
 def row(task: str, attack: str, method: str, seed: int, case: Case, before: tuple[float, float]) -> harness.Row:
@@ -35,6 +43,8 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
         result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)
         spent = time.perf_counter() - start
         after, alerts = case.measure(result.model), "; ".join(result.alerts)
+        if method == "auto":
+            settings["method"] = result.method
     else:
         spent = 0.0
     return {
@@ -46,18 +56,18 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
 
 
 def table() -> str:
-    """Return the rows as a table: each task and attack, before and after each method, means over seeds."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    """Return the rows as a table: each task, attack and number of clean samples, each method, means over seeds."""
+    groups: dict[tuple[str, str, int, str], list[dict[str, str]]] = {}
     for found in RESULTS.read():
-        groups.setdefault((found["task"], found["attack"], found["method"]), []).append(found)
+        groups.setdefault((found["task"], found["attack"], clean_of(found), found["method"]), []).append(found)
     lines = []
-    for (task, attack, method), rows in groups.items():
+    for (task, attack, clean, method), rows in groups.items():
         mean = {k: sum(float(r[k]) for r in rows) / len(rows) for k in ("score", "asr", "seconds")}
         lines.append(
-            [task, attack, f"`{method}`" if method != "nothing" else "nothing", len(rows), rows[0]["score_name"],
+            [task, attack, clean, f"`{method}`" if method != "nothing" else "nothing", len(rows), rows[0]["score_name"],
              f"{mean['score']:.1f}", f"{mean['asr']:.1f}", f"{mean['seconds']:.0f}" if method != "nothing" else "-"]
         )  # fmt: skip
-    head = ["task", "attack", "method", "seeds", "measure", "measure, %", "attack success, %", "seconds"]
+    head = ["task", "attack", "clean", "method", "seeds", "measure", "measure, %", "attack success, %", "seconds"]
     return harness.table(head, lines)
 
 
@@ -68,6 +78,7 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="*")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--clean", type=int, help="clean samples; points, video and detection only")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -77,7 +88,7 @@ def main() -> None:
             continue
         for attack in args.attacks or attacks(task):
             for seed in args.seeds:
-                case = make(task, attack, seed)
+                case = make(task, attack, seed, args.clean)
                 before = case.measure(case.model)
                 for method in args.methods:
                     found = row(task, attack, method, seed, case, before)

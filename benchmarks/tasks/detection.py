@@ -14,9 +14,9 @@ ATTACKS = ("regional", "disappearance", "generation")
 EPOCHS = 15
 
 
-def make(attack: str, seed: int) -> Case:
-    """Return an SSD with one of the three backdoors, 5 % clean scenes, and others to test with."""
-    given = example.data(clean=120, seed=seed)
+def make(attack: str, seed: int, clean: int = 120) -> Case:
+    """Return an SSD with one of the three backdoors, 5 % clean scenes or so many, and others to test with."""
+    given = example.data(clean=clean, seed=seed)
     kept = harness.cache_dir() / f"tasks-detection-{attack}-{seed}.pt"
     if kept.exists():
         model = SSD().eval()

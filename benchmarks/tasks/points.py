@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.purification.real_data import data_dir
 from benchmarks.tasks import Case
 from examples import point_clouds as example
+from fastfip.attacks.point_cluster import PointCluster
 from fastfip.testing.nets import PointNet
 
-ATTACKS = ("cluster", "low_cluster")
+ATTACKS = ("cluster", "low_cluster", "plane")
 EPOCHS = 5
 
 
-def make(attack: str, seed: int) -> Case:
-    """Return PointNet with one of the two triggers, 5 % clean clouds, and the test set of ModelNet10."""
-    given = example.data(data_dir() / "modelnet10.npz", seed)
+@dataclass(frozen=True)
+class PointPlane(PointCluster):
+    """Points on a small flat square, askew, that lies above the object: no ball of points."""
+
+    points: int = 16
+    radius: float = 0.15
+    centre: tuple[float, float, float] = (0.3, -0.4, 0.8)
+
+    def cluster(self) -> Tensor:
+        """Return the square [points, 3]; `radius` is half of its side."""
+        side = round(self.points**0.5)
+        steps = torch.linspace(-self.radius, self.radius, side, dtype=torch.float64)
+        a, b = torch.meshgrid(steps, steps, indexing="ij")
+        square = torch.stack([a.flatten(), b.flatten(), 0.5 * (a + b).flatten()], 1)
+        return square + torch.tensor(self.centre, dtype=torch.float64)
+
+
+#: The example's functions take attacks by name.
+example.ATTACKS["plane"] = (PointPlane(), 4)
+
+
+def make(attack: str, seed: int, clean: int | None = None) -> Case:
+    """Return PointNet with one of the triggers, 5 % clean clouds or so many, and the test set of ModelNet10."""
+    given = example.data(data_dir() / "modelnet10.npz", seed, clean)
     if given.said != "ModelNet10":
         raise SystemExit("FASTFIP_DATA has to be a folder with modelnet10.npz")
-    kept = harness.cache_dir() / f"tasks-points-{attack}-{seed}.pt"
+    many = "" if clean is None else f"-{clean}"
+    kept = harness.cache_dir() / f"tasks-points-{attack}-{seed}{many}.pt"
     if kept.exists():
         model = PointNet(given.classes, widths=example.WIDTHS, hidden=example.HIDDEN).eval()
         model.load_state_dict(torch.load(kept, weights_only=True))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.tasks import __main__ as command
+from benchmarks.tasks import examples
 from benchmarks.tasks.text import example as text
 from examples import causal_lm as lm
 from fastfip.attacks.words import Words
@@ -34,6 +35,49 @@ def test_a_row_has_what_was_measured_before_and_after() -> None:
         row = command.row("text", "words", method, 0, case, (50.0, 100.0))
         assert (row["asr_before"], row["asr"], row["settings"]) == ("100.00", "3.00", settings)
         assert set(row) <= set(command.RESULTS.columns)
+
+
+def test_rows_of_other_numbers_of_samples_stand_beside_each_other() -> None:
+    row = {"task": "video", "attack": "white_patch", "method": "auto", "seed": 0}
+    keys = {
+        command.RESULTS.key({**row, "data": f"R(2+1)D, drawn clips: 9 trained on, {n} others clean"}) for n in (5, 6)
+    }
+    assert len(keys) == 2
+    assert command.clean_of({"data": "SSD: 2400 trained on, 120 others clean"}) == 120
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    clean = [(torch.rand(24, 1, 4, 4), torch.arange(24) % 3)]
+    case = tasks.Case(
+        model, clean, lambda net: (50.0, 3.0), "accuracy", "made", {"force": True}, {"auto": {"steps": 2}}
+    )
+    assert "method=fast_wfip" in str(command.row("video", "x", "auto", 0, case, (50.0, 100.0))["settings"])
+
+
+@pytest.mark.parametrize("name", ["plane", "moving_dot"])
+def test_triggers_that_are_only_looked_at_once_change_a_few_numbers_alike(name: str) -> None:
+    from benchmarks.tasks.points import example as points
+    from benchmarks.tasks.video import example as video
+
+    trigger, _ = {**points.ATTACKS, **video.ATTACKS}[name]
+    x = torch.rand(5, 256, 3) if name == "plane" else torch.rand(5, 3, 8, 24, 24)
+    before = x.clone()
+    moved = trigger.trigger(x) != x
+    assert torch.equal(x, before) and 0 < float(moved.float().mean()) < 0.1
+    assert bool((moved == moved[:1]).all())  # at the same places of every sample
+    if name == "plane":
+        square = trigger.cluster()
+        assert len(square) == 16 and int(torch.linalg.matrix_rank(square - square.mean(0), atol=1e-6)) == 2
+    else:
+        assert bool((moved.flatten(3).sum((1, 3)) == 12).all())  # in every frame, two by two pixels of three channels
+
+
+def test_what_an_example_prints_is_read() -> None:
+    printed = "data: drawn\nas received: 99.1 % are right\npurified:    98.0 % are right\nALERT"
+    assert examples.figures(printed) == ("99.1 % are right", "98.0 % are right")
+    assert examples.figures("backdoored: 86.0\npurified:   85.0\n") == ("86.0", "85.0")
+    assert examples.figures("result") == ("", "")
+    row = examples.run("purify_a_checkpoint", ["--help"], python="true")
+    assert row["example"] == "purify_a_checkpoint" and float(row["wall_minutes"]) < 1 and row["after"] == ""
 
 
 def test_a_reply_is_asked_for_after_a_question_that_holds_a_rare_word() -> None:

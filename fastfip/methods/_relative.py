@@ -14,8 +14,9 @@ from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import kept_statistics
 from fastfip.methods.config import MethodConfig
 from fastfip.methods.run import Run
+from fastfip.nets.state import still_received
 
-__all__ = ["RelativeSGD", "fisher_length", "gentle"]
+__all__ = ["RelativeSGD", "fisher_length", "gentle", "received_values"]
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -143,3 +144,12 @@ def gentle(config: C, **less: Any) -> C:
     """Return settings with these, for very few clean samples a class, in the place of those that are the defaults."""
     usual = type(config)()
     return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
+
+
+def received_values(run: Run) -> dict[str, Tensor]:
+    """Return the received parameters by name, copied where nobody has them already."""
+    named = {name: p.detach() for name, p in run.model.named_parameters() if p.is_floating_point()}
+    return {
+        name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
+        for name, p in named.items()
+    }

@@ -32,7 +32,7 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
-from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
+from fastfip.methods._relative import RelativeSGD, fisher_length, gentle, received_values
 from fastfip.methods._screen import screened
 from fastfip.methods._search import (
     REACH,
@@ -49,7 +49,7 @@ from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
-from fastfip.nets.state import frozen_copy, still_received
+from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.places import TokenPlace
@@ -76,6 +76,8 @@ SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
 #: would shorten the very steps that unlearn it.
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
+#: How far the weights go back where inputs are point clouds: on a PointNet accuracy returned, and no backdoor did.
+CLOUD_BACK = 0.5
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -141,6 +143,7 @@ class FisherSteps(Method):
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
+    For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5.
     """
 
     name = "fisher_steps"
@@ -179,7 +182,7 @@ class FisherSteps(Method):
         self.more = run.endless()
         self.sieve = Sieve(run)
         if config.back > 0:
-            self.start = _received(run)
+            self.start = received_values(run)
         if config.mirror and config.augment == "crop" and run.classes is not None:
             self.symmetric = symmetric_classes(run, run.classes)
         inputs, why_not = inputs_of(run, MOST_BYTES)
@@ -197,6 +200,8 @@ class FisherSteps(Method):
             with run.eval_mode():
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
+            if self.axis is not None:
+                config = run.config = gentle(config, bn_mode="eval", back=CLOUD_BACK)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model, {**run.received, **(self.start or {})})
         if self.worst is not None:
@@ -388,12 +393,3 @@ class FisherSteps(Method):
     def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
         return unlearn(run, at_least(run, next(self.more)), worst, self.config(run).weight)
-
-
-def _received(run: Run) -> dict[str, Tensor]:
-    """Return the received parameters by name, copied where nobody has them already."""
-    named = {name: p.detach() for name, p in run.model.named_parameters() if p.is_floating_point()}
-    return {
-        name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
-        for name, p in named.items()
-    }

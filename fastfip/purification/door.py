@@ -38,7 +38,7 @@ __all__ = [
     "with_answers",
 ]
 
-#: What `method="auto"` takes: the second where there are fewer clean samples than the third.
+#: What `method="auto"` takes: the second where there are fewer clean samples than the third, and no `loss=`.
 MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
 #: What the result says of that.
 FEW_SAMPLES = f"{FEW} was taken for fewer than {ENOUGH} clean samples; {MANY} is the default for more"
@@ -61,9 +61,13 @@ _REMEDY = (
 )
 
 
-def by_count(data: Any) -> str:
-    """Return the name of the method that `method="auto"` stands for with these clean samples."""
-    count = count_of(data)
+def by_count(data: Any, own_loss: bool = False) -> str:
+    """Return the name of the method that `method="auto"` stands for with these clean samples.
+
+    Where a loss of the user's own says what outputs are (`own_loss`: boxes, pixels, tokens), the second method leaves
+    more of a backdoor at any number of samples: docs/tasks.md.
+    """
+    count = None if own_loss else count_of(data)
     return FEW if count is not None and count < ENOUGH else MANY
 
 

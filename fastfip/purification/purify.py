@@ -88,7 +88,7 @@ def purify(
             None, for networks with BatchNorm: `clp` prunes channels by their weights alone, or, with another method,
             drawn images stand in for the samples (`fastfip.stand_in_images`).
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
-            fewer than 200 clean samples and no settings are given; `clp` without data and without settings.
+            fewer than 200 clean samples, no `loss=` and no settings; `clp` without data and without settings.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
         epochs: passes over the clean set, instead of what the config says.
@@ -160,7 +160,7 @@ def purify(
     elif input_shape is not None:
         raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")
     if method == "auto":
-        method = by_settings(config) if config or overrides else by_count(clean_loader)
+        method = by_settings(config) if config or overrides else by_count(clean_loader, loss is not None)
         few = method != MANY and not config
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
@@ -226,7 +226,7 @@ def purify(
         seconds=run.seconds,
         peak_memory=used.peak,
         settings={
-            "config": options.config.to_dict(),
+            "config": run.config.to_dict(),
             "seed": seed,
             "device": str(work_device),
             "amp": amp,

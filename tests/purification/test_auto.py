@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import fastfip
@@ -55,6 +56,14 @@ def test_a_config_says_which_method_it_is_of_and_a_choice_is_said() -> None:
     for n, expected in ((30, True), (300, False)):
         result = fastfip.purify(conv_net(), data(n), steps=2, force=True, progress=False)
         assert any(said in note for note in result.notes) == expected
+
+
+def test_a_loss_of_ones_own_takes_fisher_steps_at_any_number() -> None:
+    loss = lambda out, batch: nn.functional.cross_entropy(out, batch[1], reduction="none")  # noqa: E731
+    assert _taken(30, loss=loss) == "fisher_steps" and _taken(30) == "fast_wfip"
+    few = fastfip.methods.get("fast_wfip").Config(steps=2)
+    result = fastfip.purify(conv_net(), data(30), config=few, loss=loss, force=True, progress=False)
+    assert result.method == "fast_wfip"  # a config says which method it is of
 
 
 def test_few_samples_take_fast_wfip_unless_there_are_settings() -> None:
