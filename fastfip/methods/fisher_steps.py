@@ -31,6 +31,7 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
+from fastfip.methods._phrases import phrases_of, search_phrases, unlearn_phrases
 from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
 from fastfip.methods._search import (
     SEARCH_BATCH,
@@ -48,6 +49,7 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
 from fastfip.nets.state import frozen_copy, still_received
 from fastfip.worst_case.changes import changed
+from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.points import changed_points, moved_points, points_axis
@@ -141,10 +143,11 @@ class FisherSteps(Method):
     takes_parts = True
     over_ranks = True
     keeps = ("sparse", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
-             "latest", "mean_loss", "taken_back")  # fmt: skip
+             "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
+    phrases: Phrases | None = None  # of token ids
     measured: float | None = None  # mean square of the length of a step d
     seen: Batch = None  # what the gradient of this step is of
     latest: float | Tensor = 0.0  # loss
@@ -190,6 +193,11 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
+            if isinstance(self.worst.place, TokenPlace):
+                self.phrases = phrases_of(run, self.worst.place)
+        if self.phrases is not None:
+            with run.timed("search"):
+                search_phrases(run, self.phrases, run.endless())
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -280,7 +288,8 @@ class FisherSteps(Method):
                 return 0.0
             most = config.length * share * self._growth(run) / max(math.sqrt(self.measured), 1e-12)
             # Far from its minimum the answers have to change: there the length alone would let a network stand still.
-            if not self.sparse:
+            # A pretrained model of texts has learned what a few of them cannot teach it again, so none is there.
+            if not self.sparse and self.phrases is None:
                 most = max(most, SHORTEST * config.lr * share)
             run.log(relative_step=min(config.lr * share, most))
             return most
@@ -361,7 +370,10 @@ class FisherSteps(Method):
 
     def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
         """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
-        return unlearn(run, at_least(run, next(self.more)), worst, self.config(run).weight)
+        batch, weight = at_least(run, next(self.more)), self.config(run).weight
+        if self.phrases is not None and run.step % 2:
+            return unlearn_phrases(run, batch, self.phrases, weight)
+        return unlearn(run, batch, worst, weight)
 
 
 def _received(run: Run) -> dict[str, Tensor]:
