@@ -30,17 +30,18 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
     """Purify the model of a case by a method and measure it."""
     name, settings = ("fine_tune", dict(LARGE_STEP)) if method == "large_step" else (method, {})
     settings.update(case.own.get(method, {}))
-    start, after, alerts = time.perf_counter(), before, ""
+    start, after, alerts, model = time.perf_counter(), before, "", case.model
     if method != "nothing":
         result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)
         spent = time.perf_counter() - start
-        after, alerts = case.measure(result.model), "; ".join(result.alerts)
+        after, alerts, model = case.measure(result.model), "; ".join(result.alerts), result.model
     else:
         spent = 0.0
+    data = case.data if case.details is None else f"{case.data}; {case.details(model)}"
     return {
         "task": task, "attack": attack, "method": method, "seed": seed, "score_name": case.score,
         "score_before": f"{before[0]:.2f}", "asr_before": f"{before[1]:.2f}", "score": f"{after[0]:.2f}",
-        "asr": f"{after[1]:.2f}", "seconds": f"{spent:.0f}", "alerts": alerts, "data": case.data,
+        "asr": f"{after[1]:.2f}", "seconds": f"{spent:.0f}", "alerts": alerts, "data": data,
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
