@@ -2,13 +2,15 @@
 
 A backdoor falls to large steps, which also ruin a model that cannot bear them. Three parts make them bearable and sure:
 
-1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less where samples are few): so far that
-   the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
-   networks with and without normalisation.
+1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less on texts, and where samples are
+   few): so far that the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One
+   setting serves networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts a few words, or a piece
+   of another text, are written over others.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
-   token ids it is the vectors that are changed; without classes it is what raises every sample's loss.
+   token ids it is the vectors that are changed, and in turns phrases of the model's own words are written into texts
+   (`fastfip.worst_case.phrases`); without classes it is what raises every sample's loss.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -136,7 +138,8 @@ class FisherSteps(Method):
     one); the length is measured every fourth step by a difference quotient, and a running mean is taken. `lr` and
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
-    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1.
+    is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1. On token ids there is no lower
+    bound, and the defaults are 75 steps of 32 samples.
     """
 
     name = "fisher_steps"
