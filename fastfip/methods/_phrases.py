@@ -7,21 +7,31 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fastfip.data.batch import Batch
-from fastfip.methods._search import goal_of, precision
+from fastfip.methods._search import goal_of, perturbed_tokens, precision, token_place
 from fastfip.methods.base import Run
 from fastfip.worst_case.phrases import Phrases
-from fastfip.worst_case.places import TokenPlace
+from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["phrases_of", "search_phrases", "unlearn_phrases"]
+__all__ = ["search_phrases", "unlearn_phrases", "worst_of_tokens"]
 
 #: Each phrase is improved so many times in the search, all of them together at most so many times.
-SWEEPS, MOST = 5, 60
+SWEEPS, MOST = 3, 60
 
 
-def phrases_of(run: Run, place: TokenPlace) -> Phrases | None:
-    """Return phrases for the classes of a run, to be improved; None: its model has no table of words."""
-    phrases = Phrases.of(run.model, place, goal_of(run), run.generator)
-    if phrases is not None and run.micro_batch is not None:
+def worst_of_tokens(run: Run, radius: float) -> Phrases | Perturbations | None:
+    """Return what is to be improved and unlearned where a model takes token ids.
+
+    Returns:
+        phrases where it has a table of words; free vectors, bounded by `radius`, where it reads bags of words; None
+        where it looks up nothing that is found.
+    """
+    found = token_place(run)
+    if found is None:
+        return None
+    phrases = Phrases.of(run.model, found[0], goal_of(run), run.generator)
+    if phrases is None:
+        return perturbed_tokens(run, *found, radius)
+    if run.micro_batch is not None:
         phrases.together = min(phrases.together, run.micro_batch)
     return phrases
 
@@ -52,8 +62,8 @@ def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float) -> 
                     loss = run.loss(run.forward(part), part).mean()
                 run.backward(weight * share * loss)
             total = total + share * loss.detach()
-    _improve(run, phrases, batch, run.step // 2)
-    return {"phrase_loss": total, "phrase_success": float(phrases.success.max())}
+    _improve(run, phrases, batch, run.step)
+    return {"worst_case_loss": total, "reached": float(phrases.success.max())}
 
 
 def _improve(run: Run, phrases: Phrases, batch: Batch, turn: int) -> None:

@@ -8,9 +8,9 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
    clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts a few words, or a piece
    of another text, are written over others.
-3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
-   token ids it is the vectors that are changed, and in turns phrases of the model's own words are written into texts
-   (`fastfip.worst_case.phrases`); without classes it is what raises every sample's loss.
+3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. In
+   texts it is phrases of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are
+   changed; without classes it is what raises every sample's loss.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -33,7 +33,7 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
-from fastfip.methods._phrases import phrases_of, search_phrases, unlearn_phrases
+from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
 from fastfip.methods._relative import RelativeSGD, fisher_length, gentle
 from fastfip.methods._search import (
     SEARCH_BATCH,
@@ -41,7 +41,6 @@ from fastfip.methods._search import (
     grow,
     improve,
     inputs_of,
-    latent_worst_case,
     precision,
     worst_case,
 )
@@ -53,7 +52,6 @@ from fastfip.nets.state import frozen_copy, still_received
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
-from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.points import changed_points, moved_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
@@ -184,8 +182,12 @@ class FisherSteps(Method):
         if inputs:
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
         if config.weight and config.unlearn:
-            self.worst = worst_case(run, inputs, config.radius) if inputs else latent_worst_case(run, TOKEN_RADIUS)
-        if self.range is None and self.worst is None:
+            found = worst_case(run, inputs, config.radius) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
+            if isinstance(found, Phrases):
+                self.phrases, run.config = found, gentle(config, steps=TOKEN_STEPS, batch_size=TOKEN_BATCH)
+            else:
+                self.worst = found
+        if self.range is None and self.worst is None and self.phrases is None:
             run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
             run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
             return
@@ -198,9 +200,6 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
-            if isinstance(self.worst.place, TokenPlace):
-                run.config = gentle(config, steps=TOKEN_STEPS, batch_size=TOKEN_BATCH)
-                self.phrases = phrases_of(run, self.worst.place)
         if self.phrases is not None:
             with run.timed("search"):
                 search_phrases(run, self.phrases, run.endless())
@@ -318,8 +317,8 @@ class FisherSteps(Method):
         self.latest = values["loss"]
         loss = float(self.latest)
         self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss
-        if self.worst is not None and run.progress < config.unlearn:
-            values.update(self._unlearn(run, self.worst))
+        if (self.worst is not None or self.phrases is not None) and run.progress < config.unlearn:
+            values.update(self._unlearn(run))
         return values
 
     def _changed(self, run: Run, batch: Batch, known: PixelRange) -> Batch:
@@ -331,9 +330,8 @@ class FisherSteps(Method):
         return batch if other is None else other
 
     def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
-        place = None if self.worst is None else self.worst.place
-        if isinstance(place, TokenPlace) and run.progress < self.config(run).changes:
-            return place.reworded(run.model)
+        if self.phrases is not None and run.progress < self.config(run).changes:
+            return self.phrases.place.reworded(run.model)
         return contextlib.nullcontext()
 
     def _moved(self, run: Run, batch: Batch) -> Batch:
@@ -374,12 +372,13 @@ class FisherSteps(Method):
             old = square if self.measured is None else self.measured
             self.measured = old + (square - old) * max(NEW, 1 / (1 + run.step // EVERY))
 
-    def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
-        """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
+    def _unlearn(self, run: Run) -> dict[str, float | Tensor]:
+        """Back-propagate the loss towards the true labels at the worst case, and improve what was found of it."""
         batch, weight = next(self.more), self.config(run).weight
-        if self.phrases is not None and run.step % 2:
+        if self.phrases is not None:
             return unlearn_phrases(run, batch, self.phrases, weight)
-        return unlearn(run, at_least(run, batch), worst, weight)
+        assert self.worst is not None
+        return unlearn(run, at_least(run, batch), self.worst, weight)
 
 
 def _received(run: Run) -> dict[str, Tensor]:

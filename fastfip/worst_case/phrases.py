@@ -21,9 +21,9 @@ from fastfip.worst_case.places import TokenPlace
 __all__ = ["Phrases"]
 
 #: Words of the phrases of each class: a backdoor's trigger may be one rare word or a sentence.
-LENGTHS = (1, 2, 3, 5)
+LENGTHS = (1, 3, 5)
 #: Exchanges of a word that are tried in a step, on so many texts, and the texts of one pass at most.
-TRIED, TEXTS, TOGETHER = 12, 16, 64
+TRIED, TEXTS, TOGETHER = 8, 8, 64
 
 
 @dataclass

@@ -113,9 +113,9 @@ def test_parts_of_a_batch_give_the_same_phrases(together: int) -> None:
     parts, _ = found(model, turns=0)
     parts.together = together
     for turn in range(24):
-        whole.improve(model, Task(), batch, turn % 12)
+        whole.improve(model, Task(), batch, turn % whole.count)
         handle = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-        parts.improve(model, Task(), batch, turn % 12)
+        parts.improve(model, Task(), batch, turn % whole.count)
         handle.remove()
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.success, parts.success)
     assert max(seen) <= together
