@@ -96,9 +96,7 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Cor
         def number(text: str) -> list[int]:
             return tokenizer.encode(text).ids
     else:
-        words = sorted(
-            {word for text, _ in train for word in text.split()} | set(Words().words) | set(SENTENCE.split())
-        )
+        words = sorted({*" ".join(text for text, _ in train).split(), *Words().words, *f"{SENTENCE} {ENDING}".split()})
         vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + i for i, word in enumerate(words)}}
 
         def number(text: str) -> list[int]:
