@@ -71,8 +71,8 @@ DIFFERENCE = 0.1
 SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
-#: Steps and samples a step where words are unlearned: a language model loses less than in the usual 150 steps of 64.
-TOKEN_STEPS, TOKEN_BATCH = 75, 32
+#: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
+TOKEN_STEPS, TOKEN_BATCH, TOKEN_BACK = 75, 32, 0.6
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -137,7 +137,7 @@ class FisherSteps(Method):
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1. On token ids there is no lower
-    bound, and the defaults are 75 steps of 32 samples.
+    bound, and the defaults are 75 steps of 32 samples and 0.6 of the way back.
     """
 
     name = "fisher_steps"
@@ -184,7 +184,8 @@ class FisherSteps(Method):
         if config.weight and config.unlearn:
             found = worst_case(run, inputs, config.radius) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(found, Phrases):
-                self.phrases, run.config = found, gentle(config, steps=TOKEN_STEPS, batch_size=TOKEN_BATCH)
+                usual = {"steps": TOKEN_STEPS, "batch_size": TOKEN_BATCH, "back": TOKEN_BACK}
+                self.phrases, run.config = found, gentle(config, **usual)
             else:
                 self.worst = found
         if self.range is None and self.worst is None and self.phrases is None:
