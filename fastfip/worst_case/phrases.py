@@ -20,8 +20,11 @@ from fastfip.worst_case.places import TokenPlace
 
 __all__ = ["Phrases"]
 
-#: Words of the phrases of each class: a backdoor's trigger may be one rare word or a sentence.
-LENGTHS = (1, 3, 5)
+#: Words of the phrases of each class. Five turn over most texts without a backdoor, and cost accuracy to unlearn.
+LENGTHS = (1, 1, 3)
+#: A phrase is written into a text with a probability of its success to this power: what turns over a part of the texts
+#: is the language itself.
+SHARPNESS = 4.0
 #: Exchanges of a word that are tried in a step, on so many texts, and the texts of one pass at most.
 TRIED, TEXTS, TOGETHER = 8, 8, 64
 
@@ -62,13 +65,18 @@ class Phrases:
         return self.success.numel()
 
     def draw(self, task: Task, batch: Batch) -> Tensor:
-        """Return a phrase for each text of a batch, [N, K]: the likelier the better it works, none of its own class."""
+        """Return a phrase for each text of a batch, [N, K]: the likelier the better it works, none of its own class.
+
+        A text for which even the best one works for a part of the others alone often gets none: -1 throughout.
+        """
         own, n = self.goal.own(task, batch), task.size(batch)
-        weight = self.success.clamp_min(0.05).square().expand(n, -1, -1).clone()
+        weight = self.success.clamp_min(0.05).pow(SHARPNESS).expand(n, -1, -1).clone()
         if own is not None:
             weight[torch.arange(n, device="cpu"), own.cpu()] = 0
-        drawn = torch.multinomial(weight.flatten(1), 1, generator=self.place.generator)[:, 0]
-        return self.ids.flatten(0, 1)[drawn]
+        weight = weight.flatten(1)
+        drawn = torch.multinomial(weight, 1, generator=self.place.generator)[:, 0]
+        none = torch.rand(n, generator=self.place.generator, device="cpu", dtype=torch.float32) > weight.amax(1)
+        return self.ids.flatten(0, 1)[drawn].masked_fill(none[:, None], -1)
 
     def improve(self, model: nn.Module, task: Task, batch: Batch, number: int) -> None:
         """Exchange one word of a phrase for the best of those that the gradient names, or none if all are worse.
