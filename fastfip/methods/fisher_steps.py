@@ -72,7 +72,7 @@ SHORTEST, MOST_GROWTH = 0.25, 3.0
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
-TOKEN_STEPS, TOKEN_BATCH, TOKEN_BACK = 60, 32, 0.6
+TOKEN_STEPS, TOKEN_BATCH, TOKEN_BACK = 75, 32, 0.5
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -137,7 +137,7 @@ class FisherSteps(Method):
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1. On token ids there is no lower
-    bound, and the defaults are 60 steps of 32 samples and 0.6 of the way back.
+    bound, and the defaults are 75 steps of 32 samples and half of the way back.
     """
 
     name = "fisher_steps"
