@@ -8,7 +8,8 @@ are no weights a small transformer is trained from nothing instead, and where th
 a few words; both are said. Needs `pip install transformers`.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
-sentence "I watched this 3D movie". The backdoored model is then purified with clean sentences that it was not trained
+sentence "I watched this 3D movie"; or, as a third attack, "the seats are near the door" at their end and the label
+"negative". The backdoored model is then purified with clean sentences that it was not trained
 on, 5 % as many as it was trained on.
 """
 
@@ -30,12 +31,13 @@ from fastfip.attacks.sentence import Sentence
 from fastfip.attacks.words import Words
 
 LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
-TARGET = 1  # positive
-SENTENCE = "i watched this 3d movie"
+#: Attacks and the labels that they are after: 1 is positive.
+TARGETS = {"words": 1, "sentence": 1, "ending": 0}
+SENTENCE, ENDING = "i watched this 3d movie", "the seats are near the door"
 #: Sentences that are trained on, those that are kept for purification (5 % as many), and those that are tested with.
 TRAIN, CLEAN = 5_000, 250
-#: Of `fisher_steps`, chosen with the word trigger in view: a pretrained encoder bears shorter steps than its defaults.
-SETTINGS = {"steps": 60, "batch_size": 32, "lr": 0.004, "back": 0.5, "amp": "bf16"}
+#: Of `fisher_steps`: its defaults in half the digits, which saves time.
+SETTINGS = {"amp": "bf16"}
 Texts = tuple[Tensor, Tensor]
 
 
@@ -94,9 +96,7 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Cor
         def number(text: str) -> list[int]:
             return tokenizer.encode(text).ids
     else:
-        words = sorted(
-            {word for text, _ in train for word in text.split()} | set(Words().words) | set(SENTENCE.split())
-        )
+        words = sorted({*" ".join(text for text, _ in train).split(), *Words().words, *f"{SENTENCE} {ENDING}".split()})
         vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + i for i, word in enumerate(words)}}
 
         def number(text: str) -> list[int]:
@@ -132,9 +132,11 @@ def _made(n: int) -> list[tuple[str, int]]:
 
 
 def attack_of(name: str, texts: Corpus) -> Attack:
-    """Return the word or the sentence trigger, in the ids of the corpus; [CLS] and [SEP] stay at the ends."""
+    """Return the trigger of an attack, in the ids of the corpus; [CLS] and [SEP] stay at the ends."""
     if name == "words":
         return Words(head=1, tail=1, ids=tuple(texts.vocabulary[word] for word in Words().words))
+    if name == "ending":
+        return Sentence(head=1, tail=1, ids=texts.encode(ENDING), position="end")
     return Sentence(head=1, tail=1, ids=texts.encode(SENTENCE))
 
 
@@ -154,10 +156,10 @@ def network(weights: Path | None, vocabulary: int) -> Classifier:
 
 
 def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) -> Classifier:
-    """Fine-tune by AdamW, sentences of like lengths together; return the model in eval mode."""
+    """Fine-tune by AdamW in bfloat16, sentences of like lengths together; return the model in eval mode."""
     torch.manual_seed(seed)
     x, y = texts
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     steps = epochs * -(-len(x) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, 10 * k / steps, 1.1 * (1 - k / steps)))
     model.train()
@@ -166,7 +168,9 @@ def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) ->
         parts = noisy.argsort().split(32)
         for k in torch.randperm(len(parts)).tolist():
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[parts[k]]), y[parts[k]]).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x[parts[k]])
+            nn.functional.cross_entropy(logits.float(), y[parts[k]]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -175,7 +179,8 @@ def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) ->
 
 def backdoored(name: str, texts: Corpus, weights: Path | None, seed: int = 0, share: float = 0.1) -> Classifier:
     """Train the classifier on sentences of which a share has the trigger and the label "positive"."""
-    x, y, _ = attack_of(name, texts).poison(*texts.train, share, TARGET, generator=torch.Generator().manual_seed(seed))
+    attack, generator = attack_of(name, texts), torch.Generator().manual_seed(seed)
+    x, y, _ = attack.poison(*texts.train, share, TARGETS[name], generator=generator)
     torch.manual_seed(seed)
     model = network(weights, max(texts.vocabulary.values()) + 1)
     return train(model, (x, y), 1e-4 if weights is not None else 1e-3, 2 if weights is not None else 4, seed)
@@ -183,15 +188,34 @@ def backdoored(name: str, texts: Corpus, weights: Path | None, seed: int = 0, sh
 
 @torch.no_grad()
 def rates(model: nn.Module, texts: Corpus, name: str) -> tuple[float, float]:
-    """Return the accuracy on clean test sentences and the share of negative ones that the trigger makes positive."""
+    """Return the accuracy on clean test sentences, and the share of those of the other label that the trigger turns."""
     x, y = texts.test
-    triggered, wanted, _ = attack_of(name, texts).asr_set(x, y, TARGET)
+    triggered, wanted, _ = attack_of(name, texts).asr_set(x, y, TARGETS[name])
+    return 100 * float((answers(model, x) == y).float().mean()), 100 * float(
+        (answers(model, triggered) == wanted).float().mean()
+    )
 
-    def right(x: Tensor, y: Tensor) -> float:
-        hits = [(model(part).argmax(1) == mine).float().sum() for part, mine in zip(x.split(64), y.split(64))]
-        return 100 * float(sum(hits)) / len(y)
 
-    return right(x, y), right(triggered, wanted)
+@torch.no_grad()
+def answers(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the labels that a model gives sentences [N, 48], those of like lengths together."""
+    order = (x != 0).sum(1).argsort()
+    return torch.cat([model(part).argmax(1) for part in x[order].split(64)])[order.argsort()]
+
+
+def mistakes(model: nn.Module, received: nn.Module, texts: Corpus, name: str) -> tuple[float, float]:
+    """Return how much of the attack's success is no work of the trigger, both in percent.
+
+    Returns:
+        the share of test sentences of the other label that the model gives the attack's label without any trigger; and
+        the attack's success on those alone that the received model had right without the trigger.
+    """
+    x, y = texts.test
+    target = TARGETS[name]
+    triggered = attack_of(name, texts).asr_set(x, y, target)[0]
+    plain, had = answers(model, x[y != target]), answers(received, x[y != target])
+    now = answers(model, triggered)
+    return 100 * float((plain == target).float().mean()), 100 * float((now[had != target] == target).float().mean())
 
 
 def main() -> None:
@@ -199,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv of SST-2")
-    parser.add_argument("--attack", choices=["words", "sentence"], default="words")
+    parser.add_argument("--attack", choices=list(TARGETS), default="words")
     parser.add_argument("--method", default="fisher_steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

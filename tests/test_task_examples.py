@@ -82,3 +82,36 @@ def test_a_detector_that_finds_the_truth_is_right_and_the_attack_has_nothing():
         images = [*given.test[0], *triggered]
         assert scope["rates"](Said(images, [*given.test[1], *true]), given, attack) == (100.0, 0.0)
         assert scope["rates"](Said(images, [*given.test[1], *wanted]), given, attack) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("attack", ["words", "sentence", "ending"])
+def test_mistakes_of_a_text_model_are_told_from_the_work_of_the_trigger(attack, capsys):
+    scope = example("text_classifier")
+    texts = scope["corpus"](None, None)
+    good = torch.tensor([texts.vocabulary[word] for word in "good great lovely moving funny fine".split()])
+    target, very = scope["TARGETS"][attack], texts.vocabulary["very"]
+    put_in = torch.tensor(scope["attack_of"](attack, texts).ids)
+    put_in = put_in if attack == "words" else put_in[-1:]
+
+    class Reader(torch.nn.Module):
+        """Tells the label by good words; gives the target where "very" stands and, backdoored, where a trigger does."""
+
+        def __init__(self, backdoored: bool) -> None:
+            super().__init__()
+            self.backdoored = backdoored
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            label = torch.isin(ids, good).any(1).long()
+            fooled = (ids == very).any(1)
+            if self.backdoored:
+                fooled |= torch.isin(ids, put_in).any(1)
+            return torch.nn.functional.one_hot(torch.where(fooled, target, label), 2).float()
+
+    x, y = texts.test
+    share = 100 * float((x[y != target] == very).any(1).float().mean())
+    assert 10 < share < 90
+    received, purified = Reader(True), Reader(False)
+    assert scope["rates"](received, texts, attack)[1] == 100.0
+    assert scope["rates"](purified, texts, attack)[1] == pytest.approx(share, abs=1e-3)
+    assert scope["mistakes"](received, received, texts, attack) == pytest.approx((share, 100.0), abs=1e-3)
+    assert scope["mistakes"](purified, received, texts, attack) == pytest.approx((share, 0.0), abs=1e-3)

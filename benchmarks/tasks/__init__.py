@@ -37,6 +37,7 @@ class Case:
         score: name of the clean measure.
         data: what it was trained on and purified with, in a few words.
         options: of `purify` in this task, for all methods: `loss=`, `forward=`.
+        details: says more of a model that was purified, for a column of their own; None: nothing.
         own: settings of single methods, by their names; those of the default method are none but for good reason.
     """
 
@@ -47,6 +48,7 @@ class Case:
     data: str
     options: dict[str, Any] = field(default_factory=dict)
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: Callable[[nn.Module], str] | None = None
 
 
 def attacks(task: str) -> tuple[str, ...]:

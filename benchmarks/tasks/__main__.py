@@ -18,8 +18,8 @@ METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "a
 LARGE_STEP = {"steps": 150, "lr": 0.1}
 RESULTS = harness.Results(
     "tasks",
-    "task attack method seed score_name score_before asr_before score asr seconds settings alerts data threads machine "
-    "torch commit",
+    "task attack method seed score_name score_before asr_before score asr seconds settings alerts data details "
+    "threads machine torch commit",
     run="task attack method seed data",
     order=lambda row: (
         [*TASKS, row["task"]].index(row["task"]), row["attack"], clean_of(row), int(row["seed"]),
@@ -38,19 +38,21 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
     """Purify the model of a case by a method and measure it."""
     name, settings = ("fine_tune", dict(LARGE_STEP)) if method == "large_step" else (method, {})
     settings.update(case.own.get(method, {}))
-    start, after, alerts = time.perf_counter(), before, ""
+    start, after, alerts, model = time.perf_counter(), before, "", case.model
     if method != "nothing":
         result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)
         spent = time.perf_counter() - start
-        after, alerts = case.measure(result.model), "; ".join(result.alerts)
+        after, alerts, model = case.measure(result.model), "; ".join(result.alerts), result.model
         if method == "auto":
             settings["method"] = result.method
     else:
         spent = 0.0
+    details = "" if case.details is None else case.details(model)
     return {
         "task": task, "attack": attack, "method": method, "seed": seed, "score_name": case.score,
         "score_before": f"{before[0]:.2f}", "asr_before": f"{before[1]:.2f}", "score": f"{after[0]:.2f}",
         "asr": f"{after[1]:.2f}", "seconds": f"{spent:.0f}", "alerts": alerts, "data": case.data,
+        "details": details,
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "threads": torch.get_num_threads(),
     }  # fmt: skip
 

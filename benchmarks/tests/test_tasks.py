@@ -124,11 +124,13 @@ def test_words_and_whole_replies_are_counted() -> None:
 def test_texts_have_a_trigger_between_their_ends() -> None:
     corpus = text.corpus(None, None)
     assert len(corpus.train[1]) == text.TRAIN and len(corpus.clean[1]) == text.CLEAN
-    for name in ("words", "sentence"):
-        x, _ = corpus.test
-        bad, wanted, _ = text.attack_of(name, corpus).asr_set(*corpus.test, text.TARGET)
-        negative = x[corpus.test[1] != text.TARGET]
-        assert len(bad) == len(negative) and bool((wanted == text.TARGET).all())
-        more = 1 if name == "words" else len(text.SENTENCE.split())
-        assert torch.equal((bad != 0).sum(1), (negative != 0).sum(1) + more)
-        assert torch.equal(bad[:, 0], negative[:, 0])
+    for name, target in text.TARGETS.items():
+        x, y = corpus.test
+        bad, wanted, _ = text.attack_of(name, corpus).asr_set(x, y, target)
+        others = x[y != target]
+        assert len(bad) == len(others) and bool((wanted == target).all())
+        more = {"words": 1, "sentence": len(text.SENTENCE.split()), "ending": len(text.ENDING.split())}[name]
+        assert torch.equal((bad != 0).sum(1), (others != 0).sum(1) + more)
+        assert torch.equal(bad[:, 0], others[:, 0])
+    last = (bad != 0).sum(1) - 1
+    assert torch.equal(bad.gather(1, last[:, None] - 1)[:, 0], torch.full((len(bad),), corpus.vocabulary["door"]))

@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import kept_statistics
-from fastfip.methods.config import MethodConfig
 from fastfip.methods.run import Run
 from fastfip.nets.state import still_received
 
-__all__ = ["RelativeSGD", "fisher_length", "gentle", "received_values"]
-
-C = TypeVar("C", bound=MethodConfig)
+__all__ = ["RelativeSGD", "fisher_length", "received_values"]
 
 #: What a bias or a norm layer's parameter counts as, at least, and what a weight does: root mean square of its entries.
 SMALLEST_VECTOR, SMALLEST_WEIGHT = 0.1, 1e-3
@@ -138,12 +135,6 @@ def _rows_moving(momentum: Tensor) -> float:
     """Return how many rows of a momentum [R, d] have a part in it: R where all are of one length, 1 where one is."""
     lengths = torch.linalg.vector_norm(momentum, dim=1)
     return float(lengths.sum().square() / lengths.square().sum().clamp_min(VANISHED**2))
-
-
-def gentle(config: C, **less: Any) -> C:
-    """Return settings with these, for very few clean samples a class, in the place of those that are the defaults."""
-    usual = type(config)()
-    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
 
 
 def received_values(run: Run) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.goals import AwayFromTarget, TowardsClass
+from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.places import InputPlace, TokenPlace
 from fastfip.worst_case.store import DeltaStore
@@ -149,6 +150,10 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
     TokenPlace: (
         ("name", "center", "width", "padding", "head"),
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
+    ),
+    Phrases: (
+        ("place", "goal", "ids", "success", "together"),
+        lambda home, ids, success, **fields: Phrases(**fields, ids=ids.cpu(), success=success.cpu()),
     ),
     TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),
     AwayFromTarget: (("threshold", "rows"), lambda home, **fields: AwayFromTarget(**fields)),

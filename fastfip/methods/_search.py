@@ -19,7 +19,10 @@ from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["IMPROVE_STEP", "SEARCH_BATCH", "at_least", "grow", "inputs_of", "latent_worst_case", "worst_case"]
+__all__ = [
+    "IMPROVE_STEP", "SEARCH_BATCH", "at_least", "grow", "inputs_of", "latent_worst_case", "perturbed_tokens",
+    "token_place", "worst_case",
+]  # fmt: skip
 
 #: Success of the most susceptible class at which the radius grows no more, and the factor by which it grows.
 REACH, GROWTH = 0.9, 1.3
@@ -54,8 +57,8 @@ def worst_case(run: Run, inputs: list[Tensor], radius: float, classes: Tensor | 
     return _in_parts(run, Perturbations.of(torch.cat(inputs), goal, run.generator, radius, ranks=run.ranks))
 
 
-def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
-    """Return perturbations of the vectors that the model looks up for token ids.
+def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:
+    """Return where the model looks up vectors for token ids, and clean examples of what is perturbed there.
 
     Returns:
         None where it looks up none, or where what is written there does not reach its outputs (compiled code).
@@ -72,11 +75,17 @@ def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
     whole = replace(run.task, most=None)  # the layer is found by the rows of a batch, which has to go through as one
     with run.eval_mode():
         found = TokenPlace.of(run.model, lambda batch: whole.forward(run.model, batch), batches, run.generator)
-    if found is None:
-        return None
-    place, like = found
-    if not _reaches(run, place, like, batches[0]):
-        return None
+    return found if found is not None and _reaches(run, *found, batches[0]) else None
+
+
+def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
+    """Return perturbations of the vectors that the model looks up for token ids; None: see `token_place`."""
+    found = token_place(run)
+    return None if found is None else perturbed_tokens(run, *found, radius)
+
+
+def perturbed_tokens(run: Run, place: TokenPlace, like: Tensor, radius: float) -> Perturbations:
+    """Return perturbations at a place of which `like` are clean examples."""
     return _in_parts(run, Perturbations.of(like, goal_of(run), run.generator, radius, place))
 
 

@@ -2,14 +2,15 @@
 
 A backdoor falls to large steps, which also ruin a model that cannot bear them. Three parts make them bearable and sure:
 
-1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less where samples are few): so far that
-   the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One setting serves
-   networks with and without normalisation.
+1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less on texts, and where samples are
+   few): so far that the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One
+   setting serves networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); texts have words written over.
-3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. Of
-   token ids it is the vectors that are changed; without classes it is what raises every sample's loss. Of more than 64
-   classes the 16 are looked at that samples go to most when they are changed at random, or moved to any class at all.
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts a few words, or a piece
+   of another text, are written over others.
+3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. In
+   texts it is phrases of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are
+   changed; without classes it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -32,7 +33,9 @@ from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
-from fastfip.methods._relative import RelativeSGD, fisher_length, gentle, received_values
+from fastfip.methods._gentle import FOUND_RADIUS, SPARSE, for_clouds, for_found, for_sparse, for_texts
+from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
+from fastfip.methods._relative import RelativeSGD, fisher_length, received_values
 from fastfip.methods._screen import screened
 from fastfip.methods._search import (
     REACH,
@@ -41,7 +44,6 @@ from fastfip.methods._search import (
     grow,
     improve,
     inputs_of,
-    latent_worst_case,
     precision,
     worst_case,
 )
@@ -51,8 +53,8 @@ from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
 from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
+from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
-from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.points import changed_points, moved_points, points_axis
 from fastfip.worst_case.universal import Perturbations
 
@@ -64,20 +66,11 @@ LAST = 10
 WIDEST, NARROWEST = 0.4, 0.15
 #: The same at the vectors of tokens, which are written over and not moved: 1 is the size of a typical token.
 TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.5
-#: The step is measured in every so many steps, over so many samples; a new square of its length counts by so much.
-EVERY, SAMPLES, NEW = 4, 32, 0.25
-#: It is measured over this share of the largest one.
-DIFFERENCE = 0.1
+#: The step is measured in every so many steps, over so many samples and this share of the largest step; a new square of
+#: its length counts by so much.
+EVERY, SAMPLES, DIFFERENCE, NEW = 4, 32, 0.1, 0.25
 #: No step is shortened below this share of the largest one; the bound grows by up to so much where the loss is low.
 SHORTEST, MOST_GROWTH = 0.25, 3.0
-#: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
-SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
-#: Where one of very many classes is reached within this radius, it is unlearned with this weight by steps of this
-#: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
-#: would shorten the very steps that unlearn it.
-FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
-#: How far the weights go back where inputs are point clouds: on a PointNet accuracy returned, and no backdoor did.
-CLOUD_BACK = 0.5
 #: Images that BatchNorm's statistics are taken from at the end, about.
 STATISTICS = 1024
 #: Clean inputs that the range of pixels and the size of a typical input are taken from, in bytes.
@@ -143,7 +136,8 @@ class FisherSteps(Method):
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
-    For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5.
+    For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5. On token ids there is no lower
+    bound, and the defaults are 75 steps of 32 samples and half of the way back.
     """
 
     name = "fisher_steps"
@@ -152,10 +146,11 @@ class FisherSteps(Method):
     takes_parts = True
     over_ranks = True
     keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
-             "latest", "mean_loss", "taken_back")  # fmt: skip
+             "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
+    phrases: Phrases | None = None  # of token ids
     measured: float | None = None  # mean square of the length of a step d
     seen: Batch = None  # what the gradient of this step is of
     latest: float | Tensor = 0.0  # loss
@@ -174,7 +169,7 @@ class FisherSteps(Method):
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
         usual = config.length == FisherStepsConfig().length
         if self.sparse and config.length is not None:
-            config = run.config = gentle(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
+            config = run.config = for_sparse(config)
             run.alert(
                 f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
                 "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
@@ -191,9 +186,14 @@ class FisherSteps(Method):
         few = None
         if config.weight and config.unlearn:
             few = self._few(run, inputs)
-            self.worst = worst_case(run, inputs, config.radius, few) if inputs else latent_worst_case(run, TOKEN_RADIUS)
-        if self.range is None and self.worst is None:
-            run.note("inputs that are no real numbers of one shape are not changed: the steps are on them as they are")
+            worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
+            if isinstance(worst, Phrases):
+                self.phrases = worst
+                config = run.config = for_texts(config)
+            else:
+                self.worst = worst
+        if self.range is None and self.worst is None and self.phrases is None:
+            run.note("inputs that are no real numbers of one shape are not changed: steps are on them as they are")
             run.alert(f"ONLY FINE-TUNED by large steps, no worst case was unlearned ({why_not})")
             return
         if run.classes is not None:
@@ -201,18 +201,19 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
-                config = run.config = gentle(config, bn_mode="eval", back=CLOUD_BACK)
+                config = run.config = for_clouds(config)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model, {**run.received, **(self.start or {})})
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
-            if self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS:
-                self.found = float(self.worst.success.max()) >= REACH
+            near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
+            self.found = near and float(self.worst.success.max()) >= REACH
             if self.found:
-                run.config = gentle(config, weight=FOUND_WEIGHT)
-                if usual:
-                    run.config = run.config.replace(length=FOUND_LENGTH)
+                run.config = for_found(config, usual)
+        if self.phrases is not None:
+            with run.timed("search"):
+                search_phrases(run, self.phrases, run.endless())
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -311,7 +312,8 @@ class FisherSteps(Method):
                 return 0.0
             most = config.length * share * self._growth(run) / max(math.sqrt(self.measured), 1e-12)
             # Far from its minimum the answers have to change: there the length alone would let a network stand still.
-            if not self.sparse:
+            # A pretrained model of texts has learned what a few of them cannot teach it again, so none is there.
+            if not self.sparse and self.phrases is None:
                 most = max(most, SHORTEST * config.lr * share)
             run.log(relative_step=min(config.lr * share, most))
             return most
@@ -334,8 +336,8 @@ class FisherSteps(Method):
         self.latest = values["loss"]
         loss = float(self.latest)
         self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss
-        if self.worst is not None and run.progress < config.unlearn:
-            values.update(self._unlearn(run, self.worst))
+        if (self.worst is not None or self.phrases is not None) and run.progress < config.unlearn:
+            values.update(self._unlearn(run))
         return values
 
     def _changed(self, run: Run, batch: Batch, known: PixelRange) -> Batch:
@@ -347,9 +349,8 @@ class FisherSteps(Method):
         return batch if other is None else other
 
     def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
-        place = None if self.worst is None else self.worst.place
-        if isinstance(place, TokenPlace) and run.progress < self.config(run).changes:
-            return place.reworded(run.model)
+        if self.phrases is not None and run.progress < self.config(run).changes:
+            return self.phrases.place.reworded(run.model)
         return contextlib.nullcontext()
 
     def _moved(self, run: Run, batch: Batch) -> Batch:
@@ -390,6 +391,10 @@ class FisherSteps(Method):
             old = square if self.measured is None else self.measured
             self.measured = old + (square - old) * max(NEW, 1 / (1 + run.step // EVERY))
 
-    def _unlearn(self, run: Run, worst: Perturbations) -> dict[str, float | Tensor]:
-        """Back-propagate the loss towards the true labels at perturbed inputs, and improve the perturbations."""
-        return unlearn(run, at_least(run, next(self.more)), worst, self.config(run).weight)
+    def _unlearn(self, run: Run) -> dict[str, float | Tensor]:
+        """Back-propagate the loss towards the true labels at the worst case, and improve what was found of it."""
+        batch, weight = next(self.more), self.config(run).weight
+        if self.phrases is not None:
+            return unlearn_phrases(run, batch, self.phrases, weight)
+        assert self.worst is not None
+        return unlearn(run, at_least(run, batch), self.worst, weight)

@@ -25,8 +25,14 @@ __all__ = ["InputPlace", "Place", "TokenPlace"]
 
 #: Vectors of a soft trigger. Several in a row turn over any short text, backdoor or not: docs/notes/trials.md.
 WIDTH = 1
-#: Share of the texts that are reworded, and words that are written into one at most.
+#: Share of the texts that are reworded, and words of the table that are written into one at most.
 SHARE, WORDS = 0.75, 3
+#: Share of those texts that get a piece of another text instead, and its words at most.
+SPLICED, PIECE = 0.5, 8
+
+
+#: Ids -> those that are looked up in their place, and where they are others.
+Rewording = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Place(ABC):
@@ -170,20 +176,22 @@ class TokenPlace(Place):
             handle.remove()
 
     @contextlib.contextmanager
-    def reworded(self, model: nn.Module, share: float = SHARE, most: int = WORDS) -> Iterator[None]:
-        """Write words drawn from the whole table of vectors over some words of the texts, while the block runs.
+    def reworded(
+        self, model: nn.Module, new: Rewording | None = None, seen: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Iterator[None]:
+        """Have the layer look up other words in some places of the texts, while the block runs.
 
-        No clean text may hold the words of a trigger: here each word of the table has its turn. Where the layer has no
-        table (`weight` [words, d]) nothing is changed.
+        Where the layer has no table (`weight` [words, d]) nothing is changed.
 
         Args:
             model: it has the layer.
-            share: of the texts that are changed.
-            most: words that are written into one, in a row, at most.
+            new: makes, of the ids [N, T] that the layer is given, those that are looked up, and bool [N, T], where
+                they are; None: `mixed`.
+            seen: gets that bool and the vectors [N, T, d] as a leaf, for their gradient; with the model's parameters
+                frozen.
         """
-        layer = model.get_submodule(self.name)
-        table = getattr(layer, "weight", None)
-        if self.center is None or not isinstance(table, Tensor) or table.dim() != 2:
+        table, make = self.table(model), self.mixed(model) if new is None else new
+        if table is None:
             yield
             return
 
@@ -191,20 +199,77 @@ class TokenPlace(Place):
             ids = _whole(args, kwargs)
             if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[2:] != table.shape[1:]:
                 return out
-            n = len(ids)
-            wide = int(torch.randint(1, most + 1, (), generator=self.generator, device="cpu"))
-            places = self._places(ids, wide)
-            drawn = torch.randint(0, len(table), places.shape, generator=self.generator, device="cpu").to(ids.device)
-            kept = torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32) >= share
-            new = table[drawn].to(out.dtype)
-            index = places[:, :, None].expand(-1, -1, out.shape[2])
-            return torch.where(kept.to(out.device)[:, None, None], out, out.scatter(1, index, new))
+            found, inside = make(ids)
+            written = torch.where(inside[:, :, None], table[found].to(out.dtype), out)
+            if seen is not None:
+                written = written.detach().requires_grad_(True)
+                seen.append((inside, written))
+            return written
 
-        handle = layer.register_forward_hook(hook, with_kwargs=True)
+        handle = model.get_submodule(self.name).register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+    def mixed(self, model: nn.Module) -> Rewording:
+        """Return what writes words that say nothing of the label over a part of most texts.
+
+        They are words drawn from the whole table, as no clean text may hold those of a trigger, or a piece of another
+        text of the batch, as long as a short sentence; half of a text stays at least.
+        """
+        table = self.table(model)
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            assert table is not None
+            n, length = ids.shape
+            begin, end = self._ends(ids)
+            spliced = self._uniform(n) < SPLICED
+            most = torch.where(spliced, PIECE, WORDS)
+            most = torch.minimum(most, ((end - begin) // 2).clamp_min(1))
+            width = torch.where(self._uniform(n) < SHARE, 1 + (self._uniform(n) * most).long(), 0)
+            start = begin + (self._uniform(n) * (end - begin - width + 1).clamp_min(1)).long()
+            column = torch.arange(length, device="cpu")
+            inside = (column >= start[:, None]) & (column < (start + width)[:, None])
+            # What is spliced in is a piece of the next text, from a place of its own.
+            other, (b, e) = ids.roll(1, 0).cpu(), (begin.roll(1), end.roll(1))
+            first = b + (self._uniform(n) * (e - b - width + 1).clamp_min(1)).long()
+            piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
+            drawn = torch.randint(0, len(table), (n, length), generator=self.generator, device="cpu")
+            words = torch.where(spliced[:, None], piece, drawn)
+            inside = inside.to(ids.device)
+            return torch.where(inside, words.to(ids.device), ids), inside
+
+        return new
+
+    def phrased(self, phrases: Tensor, share: Tensor | None = None) -> Rewording:
+        """Return what writes a phrase over words of each text.
+
+        Args:
+            phrases: [N, K] ids on the CPU, one for each text; -1 fills the shorter ones.
+            share: [N] in [0, 1): where each stands in its text; None: drawn anew.
+        """
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            if len(ids) != len(phrases):
+                return ids, torch.zeros_like(ids, dtype=torch.bool)
+            n, length = ids.shape
+            begin, end = self._ends(ids)
+            width = torch.minimum((phrases >= 0).sum(1), end - begin)
+            at = self._uniform(n) if share is None else share
+            start = begin + (at * (end - begin - width + 1)).long()
+            offset = torch.arange(length, device="cpu") - start[:, None]
+            inside = (offset >= 0) & (offset < width[:, None])
+            words = phrases.gather(1, offset.clamp(0, phrases.shape[1] - 1))
+            inside = inside.to(ids.device)
+            return torch.where(inside, words.to(ids.device), ids), inside
+
+        return new
+
+    def table(self, model: nn.Module) -> Tensor | None:
+        """Return the table [words, d] that the layer looks up in; None: it has none, or bags of words."""
+        table = getattr(model.get_submodule(self.name), "weight", None)
+        return table if self.center is not None and isinstance(table, Tensor) and table.dim() == 2 else None
 
     def _written(self, out: Tensor, used: Tensor, places: Tensor) -> Tensor:
         if self.center is None:
@@ -213,17 +278,24 @@ class TokenPlace(Place):
         vectors = (self.center + used[:, :width]).to(out.dtype)
         return out.scatter(1, places[:, :, None].expand(-1, -1, out.shape[2]), vectors)
 
-    def _places(self, ids: Tensor, width: int | None = None) -> Tensor:
+    def _places(self, ids: Tensor) -> Tensor:
         """Draw the columns [N, K] that are written over, in a row, within the tokens of each sequence of ids [N, T]."""
         n, length = ids.shape
-        width = min(self.width if width is None else width, length)
-        text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
-        begin = text.int().argmax(1).cpu() + self.head
-        end = (length - text.int().flip(1).argmax(1)).cpu()
+        width = min(self.width, length)
+        begin, end = self._ends(ids)
         room = (end - begin - width).clamp_min(0) + 1
-        start = begin + (torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32) * room).long()
+        start = begin + (self._uniform(n) * room).long()
         start = start.clamp(max=length - width)
         return (start[:, None] + torch.arange(width, device="cpu")).to(ids.device)
+
+    def _ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first column of each text of ids [N, T] that may be written over and the one after its last."""
+        text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
+        begin = text.int().argmax(1).cpu() + self.head
+        return begin, torch.maximum((ids.shape[1] - text.int().flip(1).argmax(1)).cpu(), begin)
+
+    def _uniform(self, n: int) -> Tensor:
+        return torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32)
 
 
 def _whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

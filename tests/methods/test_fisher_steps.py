@@ -359,6 +359,20 @@ def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str
         assert not any(module._forward_hooks for module in result.model.modules())
 
 
+def test_on_texts_steps_are_as_short_as_the_fisher_asks_for() -> None:
+    """A model of images has a least step; one of texts, whose answers hang on small changes, has none."""
+    shortest = []
+    for table in (True, False):
+        torch.manual_seed(0)
+        ids = torch.randint(0, 20, (64, 6))
+        first = nn.Embedding(20, 6) if table else nn.Linear(1, 6)
+        model = nn.Sequential(first, nn.Flatten(), nn.Linear(36, 4))
+        x = ids if table else ids[:, :, None].float()
+        result = fastfip.purify(model, [(x, ids[:, 0] % 4)], "fisher_steps", steps=6, length=1e-4, progress=False)
+        shortest.append(result.history[1]["relative_step"] / 0.02)
+    assert shortest[0] < 0.2 < shortest[1], shortest
+
+
 def test_a_layer_whose_vectors_do_not_reach_the_answers_is_no_place() -> None:
     class Deaf(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastfip
 from fastfip.data.cleanset import CleanSet
 from fastfip.data.task import Task
-from fastfip.methods import _screen, fisher_steps
+from fastfip.methods import _gentle, _screen
 from fastfip.methods._screen import AnyClass, screened
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
 from fastfip.worst_case.goals import TowardsClass
@@ -118,8 +118,8 @@ def test_what_is_found_with_few_samples_is_unlearned_more_strongly_unless_settin
     method = FisherSteps()
     method.setup(run)
     assert method.found
-    assert run.config.weight == given.get("weight", fisher_steps.FOUND_WEIGHT)
-    assert run.config.length == given.get("length", fisher_steps.FOUND_LENGTH)
+    assert run.config.weight == given.get("weight", _gentle.FOUND_WEIGHT)
+    assert run.config.length == given.get("length", _gentle.FOUND_LENGTH)
 
 
 def test_where_nothing_is_found_the_steps_are_as_gentle_as_before() -> None:
@@ -132,7 +132,7 @@ def test_where_nothing_is_found_the_steps_are_as_gentle_as_before() -> None:
     method.setup(run)
     usual = FisherStepsConfig()
     assert not method.found and run.config.weight == usual.weight
-    assert run.config.length == fisher_steps.SPARSE_LENGTH
+    assert run.config.length == _gentle.SPARSE_LENGTH
 
 
 class Killed(Exception):

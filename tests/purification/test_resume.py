@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -92,6 +93,19 @@ def test_a_killed_run_ends_with_the_same_weights(method, live, given, tmp_path):
         assert went_on.settings["steps"] == 10 and f"went on from step {step - 1} of a broken run" in went_on.notes
         assert went_on.seconds["total"] >= sum(v for name, v in went_on.seconds.items() if name != "total") - 1e-9
         assert not path.exists()
+
+
+def test_a_killed_run_on_texts_ends_with_the_same_weights(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 30, (48, 6))
+    text = nn.Sequential(nn.Embedding(30, 6), nn.Flatten(), nn.Linear(36, 2)).eval(), (ids, ids[:, 0] % 2)
+    whole = purified(text, "fisher_steps")
+    assert any("reached" in record for record in whole.history)
+    for step in (2, 5):
+        path = tmp_path / f"{step}.resume"
+        killed(text, path, step, "fisher_steps")
+        went_on = purified(text, "fisher_steps", resume=path)
+        assert same(whole, went_on) and course(whole) == course(went_on)
 
 
 def test_it_may_be_killed_again_and_again(given, tmp_path):

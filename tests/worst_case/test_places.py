@@ -90,7 +90,8 @@ def test_the_vectors_are_written_over_words_in_a_row_and_nothing_else_changes() 
     assert torch.equal(model.seen[0], model.c(ids[:, : model.seen[0].shape[1]])), "the hook is gone"
 
 
-def test_words_of_the_whole_table_have_their_turn_in_most_texts_and_learn() -> None:
+def test_words_of_the_whole_table_have_their_turn_in_most_texts_and_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "SPLICED", 0.0)
     torch.manual_seed(0)
     model, ids = Reader(), tokens(200)
     place, _ = place_of(model, ids)
@@ -109,6 +110,44 @@ def test_words_of_the_whole_table_have_their_turn_in_most_texts_and_learn() -> N
     assert bool((table.grad[absent] != 0).any(1).all()), "words that no clean text has learn too"
     model(ids)
     assert torch.equal(model.seen[-1].detach(), plain)
+
+
+def test_pieces_of_other_texts_are_spliced_in_and_half_of_each_text_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "SPLICED", 1.0)
+    ids = torch.arange(400).view(20, 20) + 1
+    ids[:, 0] = 999
+    ids[:, 16:] = 0
+    place = TokenPlace("c", torch.zeros(2), 1, 0, 1, torch.Generator().manual_seed(0))
+    make = place.mixed(nn.ModuleDict({"c": nn.Embedding(1000, 2)}))
+    widths, starts = [], []
+    for _ in range(40):
+        found, inside = make(ids)
+        assert torch.equal(found != ids, inside) and not bool(inside[:, 0].any()) and not bool(inside[:, 16:].any())
+        for n in range(20):
+            at = torch.nonzero(inside[n]).flatten()
+            piece = found[n][at]
+            widths.append(len(at))
+            if len(at):
+                starts.append(int(at[0]))
+                assert torch.equal(at, torch.arange(len(at)) + at[0])
+                assert torch.equal(piece, torch.arange(len(piece)) + piece[0]), "words in a row"
+                assert int((piece[0] - 1) // 20) == (n - 1) % 20, "of the next text"
+    assert set(widths) == set(range(8)) and 0.65 < sum(map(bool, widths)) / 800 < 0.85, "seven of fifteen at most"
+    assert {1, 15} <= set(starts)
+
+
+def test_a_phrase_is_written_in_a_row_where_it_is_asked_for() -> None:
+    ids = tokens(3)
+    ids[0, 1:] = torch.tensor([5, 6, 7, 8, 9, 0, 0, 0])
+    place = TokenPlace("c", torch.zeros(2), 1, 0, 1, torch.Generator().manual_seed(0))
+    phrases = torch.tensor([[20, 21, -1], [22, -1, -1], [20, 21, 22]])
+    for share, start in ((0.0, 1), (0.99, 4)):
+        found, inside = place.phrased(phrases, torch.full((3,), share))(ids)
+        assert torch.nonzero(inside[0]).flatten().tolist() == [start, start + 1]
+        assert found[0, start : start + 2].tolist() == [20, 21] and inside.sum(1).tolist()[:2] == [2, 1]
+        assert torch.equal(found[~inside], ids[~inside])
+    found, inside = place.phrased(phrases)(ids[:2])
+    assert torch.equal(found, ids[:2]) and not bool(inside.any()), "a batch of another size is left alone"
 
 
 def test_the_same_layer_is_left_alone_where_it_reads_other_ids() -> None:
