@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from fastfip.methods.config import MethodConfig
+from fastfip.methods.run import Run
 
 __all__ = ["FOUND_RADIUS", "SPARSE", "for_clouds", "for_found", "for_sparse", "for_texts"]
-
-C = TypeVar("C", bound=MethodConfig)
 
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
@@ -22,32 +20,35 @@ CLOUD_BACK = 0.5
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
 
 
-def for_sparse(config: C) -> C:
-    """Return the settings for fewer than `SPARSE` clean samples a class."""
-    return _in_place_of_defaults(config, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
+def for_sparse(run: Run) -> None:
+    """Take the settings for fewer than `SPARSE` clean samples a class."""
+    _take(run, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
 
 
-def for_found(config: C, usual_length: bool) -> C:
-    """Return the settings for so few, where one of very many classes is reached all the same.
+def for_found(run: Run, usual_length: bool) -> None:
+    """Take the settings for so few, where one of very many classes is reached all the same.
 
     Args:
-        config: after `for_sparse`.
+        run: after `for_sparse`.
         usual_length: the length was the default before that.
     """
-    config = _in_place_of_defaults(config, weight=FOUND_WEIGHT)
-    return config.replace(length=FOUND_LENGTH) if usual_length else config
+    _take(run, weight=FOUND_WEIGHT)
+    if usual_length and "length" not in run.chosen:
+        run.config = run.config.replace(length=FOUND_LENGTH)
 
 
-def for_clouds(config: C) -> C:
-    """Return the settings for point clouds."""
-    return _in_place_of_defaults(config, bn_mode="eval", back=CLOUD_BACK)
+def for_clouds(run: Run) -> None:
+    """Take the settings for point clouds."""
+    _take(run, bn_mode="eval", back=CLOUD_BACK)
 
 
-def for_texts(config: C) -> C:
-    """Return the settings for token ids whose words are unlearned."""
-    return _in_place_of_defaults(config, steps=TEXT_STEPS, batch_size=TEXT_BATCH, back=TEXT_BACK)
+def for_texts(run: Run) -> None:
+    """Take the settings for token ids whose words are unlearned."""
+    _take(run, steps=TEXT_STEPS, batch_size=TEXT_BATCH, back=TEXT_BACK)
 
 
-def _in_place_of_defaults(config: C, **less: Any) -> C:
-    usual = type(config)()
-    return config.replace(**{k: v for k, v in less.items() if getattr(config, k) == getattr(usual, k)})
+def _take(run: Run, **less: Any) -> None:
+    """Change the settings that the user has not given, and that are the defaults."""
+    usual = type(run.config)()
+    free = (name for name in less if name not in run.chosen and getattr(run.config, name) == getattr(usual, name))
+    run.config = run.config.replace(**{name: less[name] for name in free})

@@ -169,7 +169,7 @@ class FisherSteps(Method):
         self.sparse = run.classes is not None and run.clean.n < SPARSE * run.classes
         usual = config.length == FisherStepsConfig().length
         if self.sparse and config.length is not None:
-            config = run.config = for_sparse(config)
+            for_sparse(run)
             run.alert(
                 f"{run.clean.n} clean samples of {run.classes} classes cannot teach again what large steps destroy: "
                 "steps are as short as the Fisher asks for, BatchNorm keeps its statistics, and the backdoor may stay"
@@ -189,7 +189,7 @@ class FisherSteps(Method):
             worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(worst, Phrases):
                 self.phrases = worst
-                config = run.config = for_texts(config)
+                for_texts(run)
             else:
                 self.worst = worst
         if self.range is None and self.worst is None and self.phrases is None:
@@ -201,7 +201,7 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
-                config = run.config = for_clouds(config)
+                for_clouds(run)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
             self.received = frozen_copy(run.model, {**run.received, **(self.start or {})})
         if self.worst is not None:
@@ -210,7 +210,7 @@ class FisherSteps(Method):
             near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
             self.found = near and float(self.worst.success.max()) >= REACH
             if self.found:
-                run.config = for_found(config, usual)
+                for_found(run, usual)
         if self.phrases is not None:
             with run.timed("search"):
                 search_phrases(run, self.phrases, run.endless())

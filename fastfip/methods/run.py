@@ -45,6 +45,7 @@ class Run:
         generator: seeded, on the CPU; a method draws from nothing else.
         given: how many clean samples there were at first, held-out ones too.
         left_out: how many of them a method took out of `clean`.
+        chosen: names of the settings that the user gave a value, the default one or another.
         classes: C, where the outputs are logits [N, C].
         epoch, epochs, step, total_steps: where the loop is; `epoch` counts from 1, `step` the steps done.
         frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
@@ -67,6 +68,7 @@ class Run:
     heldout: CleanSet | None = None
     given: int = 0
     left_out: int = 0
+    chosen: frozenset[str] = frozenset()
     classes: int | None = None
     amp: torch.dtype | None = None
     seed: int = 0

@@ -166,7 +166,8 @@ def _call(result: PurifyResult) -> str:
     config = dict(result.settings.get("config") or {})
     if result.method in names():
         usual = get(result.method).Config().to_dict()
-        config = {name: value for name, value in config.items() if usual.get(name) != value}
+        chosen = result.settings.get("chosen", ())
+        config = {name: value for name, value in config.items() if usual.get(name) != value or name in chosen}
     parts = ["model", "clean_loader", repr(result.method)]
     parts += [
         f"{name}={result.settings[name]!r}" for name in ("seed", "amp", "micro_batch") if result.settings.get(name)

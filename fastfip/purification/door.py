@@ -34,6 +34,7 @@ __all__ = [
     "by_settings",
     "check_fit",
     "choose_layout",
+    "chosen_of",
     "config_of",
     "with_answers",
 ]
@@ -101,6 +102,12 @@ def config_of(
     changes = dict(overrides)
     changes.update({name: value for name, value in (("steps", steps), ("epochs", epochs)) if value is not None})
     return config.replace(**changes) if changes else config
+
+
+def chosen_of(config: Any, steps: int | None, epochs: int | None, overrides: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the settings that were given a value; of a config object nobody knows which these are."""
+    named = {name for name, value in (("steps", steps), ("epochs", epochs)) if value is not None}
+    return frozenset([*overrides, *named, *(config if isinstance(config, Mapping) else ())])
 
 
 def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) -> tuple[Any, bool]:

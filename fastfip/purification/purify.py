@@ -27,6 +27,7 @@ from fastfip.purification.door import (
     MANY,
     by_count,
     by_settings,
+    chosen_of,
     config_of,
 )
 from fastfip.purification.no_data import DRAWN, NO_DATA, without_data
@@ -189,6 +190,7 @@ def purify(
         micro_batch=micro_batch,
         memory=memory,
         shards=shards,
+        chosen=chosen_of(config, steps, epochs, overrides),
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -239,6 +241,7 @@ def purify(
             "micro_batch": run.micro_batch,
             "inputs": run.inputs,
             "classes": run.classes,
+            "chosen": sorted(run.chosen),
             "arguments": _arguments(forward=forward, loss=loss, force=force, frozen=frozen, input_shape=input_shape),
             **_ranks_of(run),
         },

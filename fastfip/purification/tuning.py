@@ -74,6 +74,7 @@ class PurifyOptions:
     micro_batch: int | None = None
     memory: int | str | None = None
     shards: Shards | None = None
+    chosen: frozenset[str] = frozenset()
 
     @property
     def in_parts(self) -> bool:
@@ -153,6 +154,7 @@ def tune(
         device=device,
         generator=torch.Generator(device="cpu").manual_seed(seed),
         given=clean.n,
+        chosen=options.chosen,
         classes=classes,
         amp=autocast_dtype(options.amp, device),
         seed=seed,

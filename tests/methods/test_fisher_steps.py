@@ -510,6 +510,7 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_half_of_the_way_back() -
         assert (used["bn_mode"], used["back"]) == ("eval", more.get("back", 0.5))
         return result.model.state_dict()
 
+    assert tuned(back=0.1) is not None  # the default for images, but named
     usual, half, own = tuned(), tuned(back=0.5), tuned(back=0.9)
     before = model.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, usual[name])}
@@ -517,3 +518,22 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_half_of_the_way_back() -
     for name in moved:
         assert torch.equal(usual[name], half[name])
         torch.testing.assert_close(5 * (own[name] - before[name]), usual[name] - before[name], rtol=1e-2, atol=1e-5)
+
+
+NAMED: dict[str, tuple[dict[str, Any], tuple]] = {
+    "nothing": ({}, (75, 0.1, "eval")),
+    "by name": ({"length": 0.25, "bn_mode": "train"}, (75, 0.25, "train")),
+    "in a mapping": ({"config": {"steps": 150, "length": 0.25}}, (150, 0.25, "eval")),
+    "epochs": ({"epochs": 2}, (None, 0.1, "eval")),
+}
+
+
+@pytest.mark.parametrize("given, used", NAMED.values(), ids=NAMED)
+def test_a_setting_that_is_named_stays_also_where_it_is_the_default(given: dict[str, Any], used: tuple) -> None:
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8))
+    result = fastfip.purify(model, (x, y), "fisher_steps", force=True, progress=False, **given)
+    config = result.settings["config"]
+    assert (config["steps"], config["length"], config["bn_mode"]) == used
+    repeated = result.document()["repeat"]
+    assert all(repr(name) in repeated for name in result.settings["chosen"])
