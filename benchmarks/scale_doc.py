@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import harness
 from fastfip.methods import get
-from fastfip.purification.memory import MemoryModel, fixed_memory
+from fastfip.purification.memory import KEEP_RECEIVED, MemoryModel, fixed_memory
 from fastfip.testing import nets
 
 FILE = harness.DOCS / "scale.md"
@@ -100,6 +100,8 @@ def memory(large: Large, method: str, rank: int | None, model: nn.Module) -> tup
     numbers = sum(p.numel() for p in model.parameters())
     terms = fixed_memory(model, recipe, rank=rank, classes=0)
     copy = 4 * numbers if large.given != 4 or not recipe.lends_weights else 0
+    if large.given != 4 and recipe.name in KEEP_RECEIVED:
+        copy += 4 * numbers  # the received values in float32
     sample = KEPT[large.kind] * large.tokens * large.width * large.layers * 4
     whole = MemoryModel(
         now=large.given * numbers, copies=copy, factors=terms.factors, optimiser=terms.optimiser,

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfip.data.batch import take
 from fastfip.errors import ConfigError
 from fastfip.methods import Method
+from fastfip.methods._screen import CANDIDATES
 from fastfip.methods._search import SEARCH_BATCH
 from fastfip.methods.run import Run
 from fastfip.nets.process import resident_memory
@@ -263,14 +264,15 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         rank=getattr(config, "rank", None),
         best=config.select == "best",
         frozen=run.frozen,
-        classes=(run.classes or 0) if hasattr(config, "unlearn") and input_bytes else 0,
+        classes=searched(recipe, run.classes or 0) if hasattr(config, "unlearn") and input_bytes else 0,
         input_bytes=input_bytes,
         clean_bytes=min(128 << 20, run.clean.n * input_bytes),
     )
     kept = 0
-    if recipe.name in KEEP_RECEIVED:
+    if recipe.name in KEEP_RECEIVED:  # in float32, of which the given model's 16 bits are no copy
         named = run.model.named_parameters()
-        kept = sum(p.nbytes for name, p in named if not still_received(p.detach(), run.received.get(name)))
+        kept = sum(p.numel() * max(4, p.element_size()) for name, p in named
+                   if low or not still_received(p.detach(), run.received.get(name)))  # fmt: skip
     return replace(
         terms,
         now=in_use(run.device),
@@ -278,6 +280,11 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         constant=max(0, one - per_sample) * (1 + low),
         per_sample=per_sample * (1 + low),  # 16 bits are tuned in 32
     )
+
+
+def searched(recipe: type[Method], classes: int) -> int:
+    """Return how many classes the worst case of images is looked for at: `fisher_steps` chooses among very many."""
+    return CANDIDATES if recipe.name == "fisher_steps" and classes > SEARCH_BATCH else classes
 
 
 def in_use(device: torch.device) -> int:

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 import fastfip
+from fastfip.data import Task
+from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError
 from fastfip.methods import get
-from fastfip.purification.memory import MemoryModel, fixed_memory, parse_memory, tensor_peak
+from fastfip.methods.run import Run
+from fastfip.purification.memory import MemoryModel, fixed_memory, measured, parse_memory, searched, tensor_peak
 
 CPU = torch.device("cpu")
 
@@ -75,6 +78,22 @@ def test_factors_and_buffers_are_those_of_the_shapes():
     assert fixed_memory(model, get("fine_tune"), frozen=frozen).optimiser == 12 * (numbers - 300 * 301)
     held = fixed_memory(model, get("fast_wfip"), classes=10, input_bytes=768, clean_bytes=1000)
     assert held.data == 4 * 10 * 768 + 2000 + 64 * 768
+
+
+@pytest.mark.parametrize("dtype, name, copies", [
+    (torch.float32, "fisher_steps", 0), (torch.float16, "fisher_steps", 2 + 4), (torch.float16, "wfip", 2 + 4),
+    (torch.float16, "fine_tune", 2)])  # fmt: skip
+def test_received_values_of_16_bits_are_kept_once_more_in_32(dtype, name, copies):
+    model = mlp().to(dtype)
+    x, y = data()
+    run = Run(model, Task(), CleanSet.of((x.to(dtype), y)), get(name).Config(), CPU, torch.Generator(), classes=4)
+    run.received = {key: p.detach() for key, p in model.named_parameters()}
+    assert measured(run, get(name)).copies == copies * sum(p.numel() for p in model.parameters())
+
+
+def test_of_very_many_classes_those_count_that_are_looked_at():
+    assert searched(get("fisher_steps"), 1000) == 16 and searched(get("fisher_steps"), 64) == 64
+    assert searched(get("fast_wfip"), 1000) == 1000
 
 
 def test_a_model_without_numbers_has_the_same_terms():
