@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -37,12 +38,14 @@ def worst_of_tokens(run: Run, radius: float) -> Phrases | Perturbations | None:
 
 
 def search_phrases(run: Run, phrases: Phrases, batches: Iterator[Batch]) -> None:
-    """Improve every phrase a few times on the model as it is."""
+    """Improve every phrase a few times on the model as it is; of more than `MOST` phrases some that are drawn."""
+    if phrases.count > MOST:
+        phrases.shuffle(run.generator)
     for turn in range(min(SWEEPS * phrases.count, MOST)):
         _improve(run, phrases, next(batches), turn)
 
 
-def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float) -> dict[str, float | Tensor]:
+def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float, until: float) -> dict[str, float | Tensor]:
     """Add the gradient of the loss at texts with a phrase in each, and improve one phrase.
 
     Args:
@@ -50,6 +53,7 @@ def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float) -> 
         batch: clean samples; it goes through the model in the run's parts.
         phrases: what is written over some of their words.
         weight: of the loss.
+        until: share of the run in which every step does this.
     """
     drawn, start = phrases.draw(run.task, batch), 0
     total: float | Tensor = 0.0
@@ -62,10 +66,20 @@ def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float) -> 
                     loss = run.loss(run.forward(part), part).mean()
                 run.backward(weight * share * loss)
             total = total + share * loss.detach()
-    _improve(run, phrases, batch, run.step)
+    _tell_left_out(run, phrases, until)
+    # Where the search did not get through all phrases, this goes on from where it stopped.
+    _improve(run, phrases, batch, run.step if phrases.order is None else MOST + run.step)
     return {"worst_case_loss": total, "reached": float(phrases.success.max())}
+
+
+def _tell_left_out(run: Run, phrases: Phrases, until: float) -> None:
+    """Alert the user if there are so many classes that some have no turn in the search and the steps."""
+    turns = MOST + math.ceil(until * run.total_steps)
+    if phrases.order is not None and turns < phrases.goal.rows:  # each class has a turn before one has its second
+        left = phrases.goal.rows - turns
+        run.alert(f"{left} of {phrases.goal.rows} classes, drawn at random, WERE NOT SEARCHED for phrases: too many")
 
 
 def _improve(run: Run, phrases: Phrases, batch: Batch, turn: int) -> None:
     with run.eval_mode(), precision(run):
-        phrases.improve(run.model, run.task, batch, turn % phrases.count)
+        phrases.improve(run.model, run.task, batch, phrases.turn(turn))

@@ -152,7 +152,7 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
     ),
     Phrases: (
-        ("place", "goal", "ids", "success", "together"),
+        ("place", "goal", "ids", "success", "together", "order"),
         lambda home, ids, success, **fields: Phrases(**fields, ids=ids.cpu(), success=success.cpu()),
     ),
     TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),

@@ -395,6 +395,6 @@ class FisherSteps(Method):
         """Back-propagate the loss towards the true labels at the worst case, and improve what was found of it."""
         batch, weight = next(self.more), self.config(run).weight
         if self.phrases is not None:
-            return unlearn_phrases(run, batch, self.phrases, weight)
+            return unlearn_phrases(run, batch, self.phrases, weight, self.config(run).unlearn)
         assert self.worst is not None
         return unlearn(run, at_least(run, batch), self.worst, weight)

@@ -39,6 +39,7 @@ class Phrases:
         ids: [R, H, K] int64 on the CPU, words of the table for each row; -1 fills the shorter ones.
         success: [R, H] on the CPU, share of the texts that each reached when it was improved last.
         together: texts of a pass of `improve`, at most.
+        order: numbers of the phrases, in the order in which they are improved; None: as they stand.
     """
 
     place: TokenPlace
@@ -46,6 +47,7 @@ class Phrases:
     ids: Tensor
     success: Tensor
     together: int = TOGETHER
+    order: list[int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, place: TokenPlace, goal: Goal, generator: torch.Generator) -> Phrases | None:
@@ -63,6 +65,18 @@ class Phrases:
     def count(self) -> int:
         """Return the number of phrases."""
         return self.success.numel()
+
+    def turn(self, number: int) -> int:
+        """Return the number of the phrase whose turn it is."""
+        number %= self.count
+        return number if self.order is None else self.order[number]
+
+    def shuffle(self, generator: torch.Generator) -> None:
+        """Draw the order by a generator on the CPU: every row has a turn before one has its second."""
+        rows, each = self.success.shape
+        phrases = torch.rand(rows, each, generator=generator, device="cpu", dtype=torch.float32).argsort(1)
+        order = [torch.randperm(rows, generator=generator, device="cpu") for _ in range(each)]
+        self.order = [int(row) * each + int(phrases[row, k]) for k in range(each) for row in order[k]]
 
     def draw(self, task: Task, batch: Batch) -> Tensor:
         """Return a phrase for each text of a batch, [N, K]: the likelier the better it works, none of its own class.

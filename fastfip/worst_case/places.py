@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, map_tensors
 from fastfip.data.task import Task
+from fastfip.nets.state import eval_mode
+from fastfip.worst_case.lookups import Written, vectors_of_words
 from fastfip.worst_case.pixels import PixelRange
 
 __all__ = ["InputPlace", "Place", "TokenPlace"]
@@ -181,7 +183,8 @@ class TokenPlace(Place):
     ) -> Iterator[None]:
         """Have the layer look up other words in some places of the texts, while the block runs.
 
-        Where the layer has no table (`weight` [words, d]) nothing is changed.
+        In each pass of the model these are the ids that the layer is given first; the same ids get the same words
+        throughout the block. Where the layer has no table (see `table`) nothing is changed.
 
         Args:
             model: it has the layer.
@@ -190,26 +193,33 @@ class TokenPlace(Place):
             seen: gets that bool and the vectors [N, T, d] as a leaf, for their gradient; with the model's parameters
                 frozen.
         """
-        table, make = self.table(model), self.mixed(model) if new is None else new
-        if table is None:
+        layer = model.get_submodule(self.name)
+        look_up = vectors_of_words(layer) if self.center is not None else None
+        if look_up is None:
             yield
             return
+        passes = Written(self.mixed(model) if new is None else new)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             ids = _whole(args, kwargs)
-            if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[2:] != table.shape[1:]:
+            if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[:-1] != ids.shape:
                 return out
-            found, inside = make(ids)
-            written = torch.where(inside[:, :, None], table[found].to(out.dtype), out)
+            drawn = passes.of(ids)
+            if drawn is None:
+                return out
+            found, inside = drawn
+            written = torch.where(inside[:, :, None], look_up(found).to(out.dtype), out)
             if seen is not None:
                 written = written.detach().requires_grad_(True)
                 seen.append((inside, written))
             return written
 
-        handle = model.get_submodule(self.name).register_forward_hook(hook, with_kwargs=True)
+        begin = model.register_forward_pre_hook(passes.begin)
+        handle = layer.register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:
+            begin.remove()
             handle.remove()
 
     def mixed(self, model: nn.Module) -> Rewording:
@@ -218,10 +228,9 @@ class TokenPlace(Place):
         They are words drawn from the whole table, as no clean text may hold those of a trigger, or a piece of another
         text of the batch, as long as a short sentence; half of a text stays at least.
         """
-        table = self.table(model)
+        words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
 
         def new(ids: Tensor) -> tuple[Tensor, Tensor]:
-            assert table is not None
             n, length = ids.shape
             begin, end = self._ends(ids)
             spliced = self._uniform(n) < SPLICED
@@ -235,10 +244,10 @@ class TokenPlace(Place):
             other, (b, e) = ids.roll(1, 0).cpu(), (begin.roll(1), end.roll(1))
             first = b + (self._uniform(n) * (e - b - width + 1).clamp_min(1)).long()
             piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
-            drawn = torch.randint(0, len(table), (n, length), generator=self.generator, device="cpu")
-            words = torch.where(spliced[:, None], piece, drawn)
+            drawn = torch.randint(0, words, (n, length), generator=self.generator, device="cpu")
+            chosen = torch.where(spliced[:, None], piece, drawn)
             inside = inside.to(ids.device)
-            return torch.where(inside, words.to(ids.device), ids), inside
+            return torch.where(inside, chosen.to(ids.device), ids), inside
 
         return new
 
@@ -267,9 +276,17 @@ class TokenPlace(Place):
         return new
 
     def table(self, model: nn.Module) -> Tensor | None:
-        """Return the table [words, d] that the layer looks up in; None: it has none, or bags of words."""
-        table = getattr(model.get_submodule(self.name), "weight", None)
-        return table if self.center is not None and isinstance(table, Tensor) and table.dim() == 2 else None
+        """Return the vectors [words, d] that the layer makes of all its words, without gradient.
+
+        None: it has no table, makes of a word what depends on others (see `vectors_of_words`), or reads bags of words.
+        """
+        layer = model.get_submodule(self.name)
+        look_up = vectors_of_words(layer) if self.center is not None else None
+        if look_up is None:
+            return None
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        with torch.no_grad(), eval_mode(layer):
+            return look_up(torch.arange(len(weight), device=weight.device)[None])[0]
 
     def _written(self, out: Tensor, used: Tensor, places: Tensor) -> Tensor:
         if self.center is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastfip.data import Task
 from fastfip.worst_case import places
@@ -165,6 +166,99 @@ def test_the_same_layer_is_left_alone_where_it_reads_other_ids() -> None:
         first, second, third = model(ids).chunk(3, 1)
     assert not torch.equal(first, model.shared(ids)) and torch.equal(first, third)
     assert torch.equal(second, model.shared(ids.flip(1)))
+
+
+class Twice(nn.Module):
+    """Looks up its ids and then, as a decoder with the same table does, the same ids in another order."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.shared, self.checkpointed = nn.Embedding(WORDS, SIZE), checkpointed
+
+    def read(self, ids: Tensor) -> Tensor:
+        return torch.tanh(torch.cat([self.shared(ids), self.shared(ids.flip(1)), self.shared(ids)], 1)) ** 2
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return checkpoint(self.read, ids, use_reentrant=False) if self.checkpointed else self.read(ids)
+
+
+def test_words_are_written_over_the_first_ids_of_each_pass_alone() -> None:
+    torch.manual_seed(0)
+    model, ids = Twice(), torch.randint(1, WORDS, (12, LENGTH))
+    place, _ = place_of(model, ids)
+    plain = model(ids).chunk(3, 1)
+    with place.reworded(model):
+        for some in ids.split(6):
+            first, second, third = model(some).chunk(3, 1)
+            assert torch.equal(first, third)
+            assert not torch.equal(first, torch.tanh(model.shared.weight[some]) ** 2)
+            assert torch.equal(second, torch.tanh(model.shared.weight[some.flip(1)]) ** 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, model(ids).chunk(3, 1))), "the hooks are gone"
+
+
+def test_a_prompt_of_its_own_rows_does_not_take_the_place_of_the_texts() -> None:
+    class Prompted(Reader):
+        def forward(self, ids: Tensor) -> Tensor:
+            self.seen.append(self.c(torch.tensor([[3, 4]])))
+            return super().forward(ids)
+
+    torch.manual_seed(0)
+    ids = tokens()
+    place, _ = place_of(Reader(), ids)
+    model = Prompted()
+    with place.reworded(model, place.phrased(torch.full((len(ids), 1), 29))):
+        model(ids)
+    asked, written = model.seen
+    assert torch.equal(asked, model.c.weight[[3, 4]][None])
+    assert bool((written == model.c.weight[29]).all(2).any(1).all())
+
+
+def test_a_recomputed_pass_meets_the_words_that_it_met_before() -> None:
+    torch.manual_seed(0)
+    model, ids = Twice(), torch.randint(1, WORDS, (12, LENGTH))
+    gradients = []
+    for checkpointed in (False, True):
+        model.checkpointed = checkpointed
+        place, _ = place_of(model, ids)
+        model.zero_grad()
+        with place.reworded(model):
+            outputs = [model(some).sum() for some in ids.split(6)]
+            for out in outputs:
+                out.backward()
+        gradients.append(model.shared.weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 5.0
+
+
+def test_words_are_written_as_the_layer_returns_them() -> None:
+    torch.manual_seed(0)
+    model, ids = Reader(), tokens()
+    model.c = Scaled(WORDS, SIZE)
+    place, _ = place_of(model, ids)
+    torch.testing.assert_close(place.table(model), 5 * model.c.weight.detach())
+    phrase = torch.full((len(ids), 1), 29)
+    with place.reworded(model, place.phrased(phrase)):
+        logits = model(ids)
+    written = (model.seen[-1] == 5 * model.c.weight[29]).all(2)
+    assert bool((written.sum(1) == 1).all())
+    logits.sum().backward()
+    assert bool((model.c.weight.grad[29] != 0).any())
+
+
+def test_there_is_no_table_where_a_word_looks_otherwise_among_others() -> None:
+    class Mixing(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).cumsum(1)
+
+    model, ids = nn.Sequential(Mixing(WORDS, SIZE), nn.Flatten(), nn.Linear(LENGTH * SIZE, 3)), tokens()
+    place, _ = place_of(model, ids)
+    assert place.table(model) is None
+    with place.reworded(model):
+        assert torch.equal(model(ids), model(ids))
 
 
 def test_a_bag_of_words_is_moved_by_adding() -> None:
