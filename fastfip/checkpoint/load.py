@@ -17,6 +17,7 @@ from fastfip.checkpoint.claims import Opaque
 from fastfip.checkpoint.prefixes import align, common_prefixes, strip
 from fastfip.checkpoint.read import read
 from fastfip.errors import CheckpointError, ModelError, printable, reason
+from fastfip.nets.state import is_part
 
 __all__ = ["Checkpoint", "check_tensor", "load_checkpoint", "tied_names"]
 
@@ -162,6 +163,12 @@ def check_tensor(name: str, value: Any) -> Tensor:
         raise CheckpointError(f"{name} is sparse ({value.layout}): save a plain dense tensor instead")
     if value.device.type == "meta":
         raise CheckpointError(f"{name} is a meta tensor, which has no values")
+    if is_part(value):
+        raise CheckpointError(
+            f"{name} is a DTensor, of which each process has a part: collect whole weights on every rank with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), and save these on one"
+        )
     if type(value) not in (Tensor, nn.Parameter):
         raise CheckpointError(f"{name} is a tensor of the subclass {type(value).__name__}: save a plain tensor instead")
     value = value.detach()

@@ -18,7 +18,7 @@ from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import DataError
 from fastfip.nets.ranks import Ranks
 
-__all__ = ["RankTask", "joined", "whole_loader"]
+__all__ = ["RankTask", "joined", "loader_like", "whole_loader"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,17 @@ def whole_loader(data: Any, ranks: Ranks) -> Any:
     """
     if type(data) is not DataLoader or not isinstance(data.sampler, DistributedSampler):
         return data
+    return loader_like(data, data.dataset, batch_size=(data.batch_size or 1) * ranks.world)
+
+
+def loader_like(data: Any, dataset: Any, **order: Any) -> DataLoader[Any]:
+    """Return a plain loader that reads a data set as another loader does: by its workers and with its collator.
+
+    Args:
+        data: a DataLoader, or what has the attributes of one.
+        dataset: what is read.
+        **order: what DataLoader takes for the order and the size of batches.
+    """
     workers: dict[str, Any] = {}
     if data.num_workers > 0:
         workers = {
@@ -88,14 +99,14 @@ def whole_loader(data: Any, ranks: Ranks) -> Any:
             "multiprocessing_context": data.multiprocessing_context,
         }
     return DataLoader(
-        data.dataset,
-        batch_size=(data.batch_size or 1) * ranks.world,
+        dataset,
         collate_fn=data.collate_fn,
         num_workers=data.num_workers,
         pin_memory=data.pin_memory,
         timeout=data.timeout,
         worker_init_fn=data.worker_init_fn,
         **workers,
+        **order,
     )
 
 

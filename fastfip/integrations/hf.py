@@ -99,6 +99,7 @@ class PurifyCallback(_TrainerCallback):
             the result; its model is `model` itself.
 
         Raises:
+            ConfigError: `group` is given for a model that is sharded.
             DataError: there are no clean samples.
         """
         options = {"amp": "bf16" if args.bf16 else "fp16" if args.fp16 else False, **self.options}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.errors import ModelError, reason
+from fastfip.errors import ConfigError, ModelError, reason
 from fastfip.methods import Method
 from fastfip.nets.state import is_sharded
 from fastfip.purification.purify import purify
@@ -37,13 +37,16 @@ def purify_held(
     A model that is sharded (FSDP2) is purified by all processes together, each of which takes its parts.
 
     Raises:
+        ConfigError: a `group` for a model that is sharded, or a method that its processes cannot share.
         ModelError: the purification failed on another process.
     """
     failed: BaseException | None = None
     result, sharded = None, is_sharded(model)
     if sharded:
-        options, copy = {**options, "group": "auto"}, False
+        options, copy = {"group": "auto", **options}, False
     try:
+        if sharded and options["group"] != "auto":
+            raise ConfigError("group: leave it out, the model is sharded and all processes that have parts purify it")
         with plain_forward(model):
             result = purify(model, clean, method, **{"progress": False, "group": None, **options, "inplace": not copy})
     except Exception as error:

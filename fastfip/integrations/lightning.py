@@ -100,6 +100,7 @@ class Purify(_LightningCallback):
 
         Raises:
             ModelError: there is no such submodule, or the strategy spreads the weights over processes.
+            ConfigError: `group` is given for a model that is sharded.
             DataError: there are no clean samples.
         """
         strategy = type(trainer.strategy).__name__

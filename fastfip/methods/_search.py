@@ -68,8 +68,8 @@ def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:
     """
     if run.ranks is not None:
         raise ConfigError(
-            "the worst case of token ids is looked for by one process: pass group=None, or take fisher_steps with "
-            "weight=0, which does without it"
+            "the worst case of token ids is looked for by one process: pass group=None (not for a sharded model), or "
+            "take fisher_steps with weight=0, which does without it"
         )
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
     whole = replace(run.task, most=None)  # the layer is found by the rows of a batch, which has to go through as one

@@ -220,6 +220,10 @@ class _OnParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.value is None:  # its graph is gone, which is as large as the whole model
+            raise ModelError(
+                "the backward pass of a sharded trace runs once: call fisher_trace again, on every rank, for another"
+            )
         whole = dict(ctx.shards.twin.named_parameters(remove_duplicate=False))
         with torch.enable_grad():
             found = torch.autograd.grad(ctx.value, [whole[name] for name in ctx.names], allow_unused=True)

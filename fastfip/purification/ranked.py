@@ -34,7 +34,12 @@ def parts_of(model: torch.nn.Module, group: Any, inplace: bool) -> Shards:
 
 
 def begin(
-    recipe: type[Method], group: Any, model: torch.nn.Module, given: dict[str, Any], device: torch.device
+    recipe: type[Method],
+    group: Any,
+    model: torch.nn.Module,
+    given: dict[str, Any],
+    device: torch.device,
+    sharded: bool = False,
 ) -> Ranks:
     """Meet the other ranks of a group.
 
@@ -44,6 +49,7 @@ def begin(
         model: the received one.
         given: what else has to be the same on every rank, by the name that an error has for it.
         device: where it computes.
+        sharded: the ranks have parts of the model, so that none of them can purify it alone.
 
     Raises:
         ConfigError: the method works in one process only, or the ranks were given different things.
@@ -51,9 +57,8 @@ def begin(
     """
     if not recipe.over_ranks:
         able = [name for name in REGISTRY.names() if REGISTRY.get(name).over_ranks]
-        raise ConfigError(
-            f"{recipe.name} works in one process: over several take one of {', '.join(able)}, or group=None on one rank"
-        )
+        other = "the model as it was before it was sharded" if sharded else "group=None on one rank"
+        raise ConfigError(f"{recipe.name} works in one process: over several take one of {', '.join(able)}, or {other}")
     ranks = Ranks(group, device, "purify")
     try:
         ranks.agree(

@@ -122,7 +122,8 @@ def tune(
         from fastfip.purification.ranked import begin, clean_of_all, over_ranks
 
         given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp}
-        ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device))
+        sharded = options.shards is not None
+        ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device, sharded))
     with seeded(seed, device):
         data, answered = with_answers(model, options.clean_loader, options.task, device)
         if answered:

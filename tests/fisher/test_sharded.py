@@ -168,6 +168,9 @@ def refusals(rank):
     model.eval()
     odd = OfParts(48, 3).parallelised()
     told("diagonal of parts", ModelError, lambda: fisher_diagonal(odd, [(x, y)], group="auto"))
+    trace = fisher_trace(model, x, y, group="auto")
+    trace.backward(retain_graph=True)
+    told("trace twice", ModelError, trace.backward)
     told("trace of parts", ModelError, lambda: fisher_trace(odd, x, y, group="auto"))
     mine = [(x, y)] if rank == 0 else []
     told("empty", Exception, lambda: fisher_diagonal(model, mine, group="auto"))
@@ -272,6 +275,7 @@ EXPECTED = {
     "norms": "take fisher_diagonal or fisher_trace with group=",
     "train": "call model.eval()",
     "diagonal of parts": "with whole weights the model answers otherwise than in its parts",
+    "trace twice": "the backward pass of a sharded trace runs once: call fisher_trace again",
     "trace of parts": "with whole weights the model answers otherwise than in its parts",
 }
 

@@ -7,7 +7,14 @@ import torch
 import torch._dynamo  # seconds, which each process that is forked would otherwise spend again
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import fastfip
 from fastfip.errors import ConfigError, ModelError
@@ -139,7 +146,7 @@ def test_what_is_the_accelerators_matter_is_refused(tmp_path):
     def work():
         accelerator, model, _, loader = prepared()
         said = []
-        for options in ({"inplace": True}, {"group": None}):
+        for options in ({"inplace": True}, {"group": "auto"}):
             with pytest.raises(ConfigError) as error:
                 fastfip.accelerate.purify(accelerator, model, loader, **options)
             said.append(str(error.value))
@@ -175,21 +182,103 @@ def test_two_processes_end_with_the_weights_of_one(method, tmp_path):
         assert apart < 1e-5 and world == (None if method == "clp" else 2) and n == 45
 
 
+def bag_of_words():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 3)).eval()
+
+
+def test_each_process_can_look_for_the_worst_case_of_token_ids_by_itself(tmp_path):
+    ids = torch.randint(0, 20, (24, 5), generator=torch.Generator().manual_seed(0))
+
+    def work(rank):
+        accelerator = prepared()[0]
+        model, loader = accelerator.prepare(bag_of_words(), DataLoader(TensorDataset(ids, ids[:, 0] % 3), 8))
+        with pytest.raises(ConfigError) as error:
+            fastfip.accelerate.purify(accelerator, model, loader, "wfip", steps=2)
+        result = fastfip.accelerate.purify(accelerator, model, loader, "wfip", steps=2, group=None)
+        return str(error.value), result.settings["clean_samples"], dict(accelerator.unwrap_model(model).state_dict())
+
+    (said, n, first), (_, _, second) = in_processes(2, tmp_path, work, group=False)
+    assert "token ids is looked for by one process: pass group=None" in said and n == 24
+    before = bag_of_words().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+
+
+class Chosen:
+    """A batch sampler without `.sampler`: batches of some samples only, in an order that it draws."""
+
+    batch_size = 8
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        few = torch.randperm(45)[:30].tolist()
+        yield from (few[i : i + 8] for i in range(0, 30, 8))
+
+
+def _workers_begin(worker):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["batches", "drawn", "shuffled", "at once"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_processes_that_are_seeded_differently_read_the_samples_of_the_first(kind, labelled, tmp_path):
+    """Of a sampler that draws, each process would have others: `purify` would take these for parts, or refuse them."""
+    data = samples() if labelled else TensorDataset(samples().tensors[0])
+
+    def work(rank):
+        accelerator, net = prepared()[0], trained()
+        torch.manual_seed(rank)  # the last thing that seeds, before the sampler gets a generator of its own
+        how = {
+            "batches": {"batch_sampler": Chosen()},
+            "drawn": {"batch_size": 8, "sampler": WeightedRandomSampler([1.0] * 45, 30, replacement=False)},
+            "shuffled": {"batch_size": 8, "shuffle": True, "drop_last": True},
+            "at once": {"batch_size": None, "sampler": BatchSampler(RandomSampler(data), 8, drop_last=False)},
+        }[kind]
+        model, loader = accelerator.prepare(net, DataLoader(data, **how))
+        result = fastfip.accelerate.purify(accelerator, model, loader, "fine_tune", steps=2)
+        return result.settings["clean_samples"], dict(result.model.state_dict())
+
+    (first, here), (second, there) = in_processes(2, tmp_path, work, group=False)
+    assert first == second == (45 if kind in ("shuffled", "at once") else 30)
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_prepared_loader_is_read_as_the_users_own_is(tmp_path):
+    def work():
+        accelerator = prepared()[0]
+        how = {"num_workers": 1, "timeout": 50.0, "worker_init_fn": _workers_begin, "prefetch_factor": 3}
+        made = accelerator.prepare(DataLoader(samples(), batch_sampler=Chosen(), **how))
+        read = fastfip.accelerate._whole(made, 2)
+        return [len(read.dataset), read.batch_size, *(getattr(read, name) == value for name, value in how.items())]
+
+    assert in_one(work, tmp_path) == [30, 16, True, True, True, True]
+
+
 def test_a_model_of_fsdp2_gets_its_parts_back(tmp_path):
     """On CPUs Accelerate passes a plugin for FSDP over: it is told afterwards, and prepares the model itself."""
 
     def work(rank):
-        accelerator = prepared()[0]
+        accelerator, said = prepared()[0], []
         accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
         )
         accelerator.state.distributed_type = accelerate.DistributedType.FSDP
         model = trained()
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+        for method, options in (("clp", {}), ("fast_wfip", {"group": None})):
+            with pytest.raises(ConfigError) as error:
+                fastfip.accelerate.purify(accelerator, model, DataLoader(samples(), 8), method, **options)
+            said.append(str(error.value))
         result = fastfip.accelerate.purify(accelerator, model, DataLoader(samples(), 8), "fast_wfip", steps=3)
         assert result.model is model and all(type(p).__name__ == "DTensor" for p in model.parameters())
         assert [id(p) for p in model.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
-        return furthest(model, right)
+        return furthest(model, right), *said
 
     right = by_hand("fast_wfip").model
-    assert max(in_processes(2, tmp_path, work, group=False)) < 1e-5
+    for apart, method, group in in_processes(2, tmp_path, work, group=False):
+        assert apart < 1e-5
+        assert method.startswith("clp works in one process") and method.endswith("as it was before it was sharded")
+        assert group.startswith("group: leave it out, the model is sharded")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastfip
 from fastfip.errors import ConfigError, DataError
+from fastfip.integrations import holding
 from fastfip.testing.definitions import loop_diagonal, relative_error
 
 transformers = pytest.importorskip("transformers", reason="no transformers (pip install fastfip[hf])")
@@ -115,6 +116,14 @@ def test_no_clean_samples_are_one_line_that_says_what_to_pass(tmp_path):
             fastfip.hf.PurifyCallback().attach(made).run(made.args, made.state, made.model)
     with pytest.raises(ConfigError, match="inplace: leave it out"):
         fastfip.hf.PurifyCallback(inplace=False)
+
+
+@pytest.mark.parametrize("group", [None, "data"])
+def test_a_group_for_a_model_that_is_sharded_is_refused(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(holding, "is_sharded", lambda model: True)
+    made = trainer(tmp_path)
+    with pytest.raises(ConfigError, match="group: leave it out, the model is sharded"):
+        fastfip.hf.PurifyCallback(group=group).attach(made).run(made.args, made.state, made.model)
 
 
 def test_with_bf16_the_model_is_purified_without_the_autocast_of_accelerate_around_it(tmp_path, monkeypatch):

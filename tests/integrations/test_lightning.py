@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastfip
 from fastfip.errors import ConfigError, DataError, ModelError
+from fastfip.integrations import holding
 
 lightning = pytest.importorskip("lightning.pytorch", reason="no lightning (pip install fastfip[lightning])")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -173,6 +174,13 @@ def test_no_clean_samples_or_several_are_one_line_that_says_so():
         trained(fastfip.lightning.Purify("cleen"))
     with pytest.raises(ConfigError, match="inplace: leave it out"):
         fastfip.lightning.Purify(inplace=True)
+
+
+@pytest.mark.parametrize("group", [None, "data"])
+def test_a_group_for_a_model_that_is_sharded_is_refused(group, monkeypatch):
+    monkeypatch.setattr(holding, "is_sharded", lambda model: True)
+    with pytest.raises(ConfigError, match="group: leave it out, the model is sharded"):
+        trained(fastfip.lightning.Purify(group=group))
 
 
 def test_hooks_that_change_batches_on_their_way_to_the_model_are_applied_as_in_validation(purified):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastfip
-from fastfip.errors import ConfigError, ModelError
+from fastfip.errors import CheckpointError, ConfigError, ModelError
 from tests.purification.test_ranks import samples
 from tests.support.processes import in_processes
 from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
@@ -119,6 +119,7 @@ def refusals(rank):
     told("group", ConfigError, lambda: run(model, "fine_tune", inplace=True, group="data"))
     told("method", ConfigError, lambda: fastfip.purify_(model, samples(), "clp"))
     own = fully_shard(trained(), mesh=_own_mesh())
+    told("file", CheckpointError, lambda: fastfip.save_checkpoint(model, os.devnull + ".pt"))
     told("mesh", ConfigError, lambda: run(own, "fine_tune", inplace=True))
     with torch.device("meta"):
         empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -149,6 +150,22 @@ def refusals(rank):
     return said
 
 
+def test_whole_weights_are_saved_as_the_page_says(tmp_path, alone):
+    def work(rank):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        result = run(sharded(trained(), "fsdp"), "fine_tune", inplace=True)
+        weights = get_model_state_dict(result.model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0:
+            fastfip.save_checkpoint(weights, tmp_path / "clean.safetensors")
+        return None
+
+    assert in_processes(2, tmp_path, work) == [None, None]
+    saved, (right, _) = fastfip.load_checkpoint(tmp_path / "clean.safetensors"), alone["fine_tune"]
+    assert set(saved) == set(right)
+    assert max(float((saved[name] - right[name]).abs().max()) for name in right) <= 1e-5
+
+
 def _own_mesh():
     """A mesh of this process alone: making it is a matter of all processes."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -160,7 +177,8 @@ EXPECTED = {
     "copy": "cannot be copied: purify it with inplace=True on every rank",
     "alone": "group=None is this process alone: make the call on every rank with group='auto'",
     "group": "group='data': give 'auto' or the process group",
-    "method": "clp works in one process",
+    "method": "or the model as it was before it was sharded",
+    "file": "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
     "mesh": "the group has [0, 1]: give group= a process group of all ranks that have parts",
     "meta": "is on the meta device, without weights: model.to_empty(device=...)",
     "fsdp1": "FullyShardedDataParallel, which keeps flat parts of its weights: use fully_shard (FSDP2)",
