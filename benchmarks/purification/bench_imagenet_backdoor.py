@@ -101,7 +101,8 @@ def show() -> str:
     """Return the table of the rows."""
     rows = [
         [r["backdoor"], r["size"], f"`{r['method']}`" + (f" ({r['settings']})" if r["settings"] else ""),
-         r["seed"],         f"{r['before']} -> {r['after']}", f"{r['asr_before']} -> {r['asr_after']}", r["der"], r["minutes"]]
+         r["seed"], f"{r['before']} -> {r['after']}", f"{r['asr_before']} -> {r['asr_after']}", r["der"],
+         r["minutes"]]
         for r in RESULTS.read()
     ]  # fmt: skip
     head = ["backdoor", "pixels", "method", "seed", "top-1, 300 held-out classes", "ASR", "DER", "CPU minutes"]
