@@ -109,6 +109,17 @@ def measured(rank, case):
     return whole(got), got.n, got.coverage, len(made)
 
 
+def penalised(fisher, model):
+    """Return the penalty of a model that has moved away; its gradient is in the parameters."""
+    penalty = fisher.penalty(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    cost = penalty()
+    cost.backward()
+    return cost.detach()
+
+
 def others(rank, folder):
     """What else is done with a sharded model and its diagonal."""
     x, y = samples()
@@ -121,13 +132,8 @@ def others(rank, folder):
         fisher.save(folder / "fisher.safetensors")
     else:
         fisher.save(folder / "other.safetensors")
-    penalty = fisher.penalty(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
-    cost = penalty()
-    cost.backward()
-    said["penalty"] = float(cost.detach()), whole({name: p.grad for name, p in model.named_parameters()})
+    cost = penalised(fisher, model)
+    said["penalty"] = float(cost), whole({name: p.grad for name, p in model.named_parameters()})
     model = sharded(net(), "fsdp")
     model(x).sum().backward()  # leaves weights of the root whole
     model.zero_grad()
@@ -233,12 +239,7 @@ def test_four_processes_two_of_which_have_the_same_part(tmp_path):
 
 def test_what_is_made_of_a_diagonal_in_parts_is_made_of_the_whole(in_two, folder):
     right, model = fisher_diagonal(net(), [samples()]), net()
-    penalty = right.penalty(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
-    cost = penalty()
-    cost.backward()
+    cost = penalised(right, model)
     for said in (rank["others"] for rank in in_two):
         assert said["trace of the diagonal"] == pytest.approx(float(right.trace()), rel=1e-5)
         torch.testing.assert_close(said["vector"], right.to_vector(), rtol=1e-4, atol=1e-7)
