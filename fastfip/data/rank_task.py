@@ -27,7 +27,7 @@ class RankTask(Task):
 
     So what is computed of the outputs is the same on every rank, and as in one process. A gradient reaches the own
     rows only; what is tuned has to be summed over the ranks (`Ranks.sum_`). A batch of fewer samples than there are
-    ranks is run by each of them as a whole.
+    ranks is run by each of them as a whole. `most` is what one rank has go through the model together.
     """
 
     ranks: Ranks = field(kw_only=True)
@@ -35,7 +35,7 @@ class RankTask(Task):
     @property
     def alone(self) -> Task:
         """Return the task of this process alone."""
-        return Task(self.forward_hook, self.loss_hook)
+        return Task(self.forward_hook, self.loss_hook, self.most)
 
     def in_float32(self) -> Task:
         """Return the task for a model in float32 whose batches are of lower precision."""
@@ -66,6 +66,10 @@ class RankTask(Task):
             raise DataError(f"{mine} samples gave values of shape {list(values.shape)}: processes cannot share a batch")
         whole = self.ranks.gathered(values.reshape(mine, len(values) // mine, *values.shape[1:]), n)
         return whole.reshape(-1, *values.shape[1:])
+
+    def rows(self, n: int) -> slice:
+        """Return which of n samples this rank runs."""
+        return self.ranks.rows(n) or slice(None)
 
     def mine(self, batch: Batch, n: int | None = None) -> Batch:
         """Return this rank's rows of a batch; the batch itself where there are fewer rows than ranks."""

@@ -194,6 +194,10 @@ class Task:
         if count != n and not (times and n and count >= n and count % n == 0):
             raise DataError(f"loss= returned {count} losses for {n} samples: return one for each, shape [N]")
 
+    def rows(self, n: int) -> slice:
+        """Return which of n samples this process runs: all of them."""
+        return slice(None)
+
     def size(self, batch: Batch) -> int:
         """Return N, the number of samples of a batch."""
         for field in (self.labels, self.inputs):

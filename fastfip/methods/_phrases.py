@@ -61,7 +61,8 @@ def unlearn_phrases(run: Run, batch: Batch, phrases: Phrases, weight: float, unt
         for part, share in run.parts(batch):
             mine = drawn[start : start + run.task.size(part)]
             start += len(mine)
-            with phrases.place.reworded(run.model, phrases.place.phrased(mine)):
+            rows = run.task.rows(len(mine))
+            with phrases.place.reworded(run.model, phrases.place.phrased(mine, rows=rows)):
                 with run.autocast():
                     loss = run.loss(run.forward(part), part).mean()
                 run.backward(weight * share * loss)
@@ -81,5 +82,8 @@ def _tell_left_out(run: Run, phrases: Phrases, until: float) -> None:
 
 
 def _improve(run: Run, phrases: Phrases, batch: Batch, turn: int) -> None:
+    """Improve one phrase; every rank does the same work on the same few texts, and rank 0 says what was found."""
     with run.eval_mode(), precision(run):
-        phrases.improve(run.model, run.task, batch, phrases.turn(turn))
+        phrases.improve(run.model, run.alone, batch, phrases.turn(turn))
+    if run.ranks is not None:
+        phrases.ids, phrases.success = run.ranks.from_first((phrases.ids, phrases.success))

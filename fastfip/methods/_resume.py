@@ -134,8 +134,6 @@ def _terms(home: _Home, turns: bool, received: Any, mixable: bool, latest: Tenso
 
 def _perturbations(home: _Home, history: list[Any], **fields: Any) -> Perturbations:
     run = home.run
-    if run.ranks is not None and isinstance(fields["place"], TokenPlace):
-        raise ConfigError("a run on token ids goes on in one process: pass group=None")
     known = [(radius, success) for radius, success in history]
     return Perturbations(**fields, history=known, generator=run.generator, ranks=run.ranks)
 

@@ -113,7 +113,7 @@ def _by_search(run: Run, x: Tensor, batches: Iterator[Batch], plain: Tensor) -> 
     """Return the rise of the mean log-probability of each class, [C], at samples moved by each of a few rows."""
     goal = AnyClass(plain, plain.new_zeros(ROWS, len(plain)))
     shared = Perturbations.of(x, goal, run.generator, RADII[0], ranks=run.ranks)
-    shared.together = run.micro_batch
+    shared.together = run.together
     for radius in RADII:
         shared.grow(radius / shared.relative_radius)
         for _ in range(STEPS):

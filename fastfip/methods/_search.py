@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, take
-from fastfip.errors import ConfigError
 from fastfip.methods.base import Run
 from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
 from fastfip.worst_case.pixels import perturbable
@@ -62,17 +61,9 @@ def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:
 
     Returns:
         None where it looks up none, or where what is written there does not reach its outputs (compiled code).
-
-    Raises:
-        ConfigError: several processes share each batch, of which each sees a part of the tokens only.
     """
-    if run.ranks is not None:
-        raise ConfigError(
-            "the worst case of token ids is looked for by one process: pass group=None (not for a sharded model), or "
-            "take fisher_steps with weight=0, which does without it"
-        )
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
-    whole = replace(run.task, most=None)  # the layer is found by the rows of a batch, which has to go through as one
+    whole = replace(run.alone, most=None)  # the layer is found by the rows of a batch, which has to go through as one
     with run.eval_mode():
         found = TokenPlace.of(run.model, lambda batch: whole.forward(run.model, batch), batches, run.generator)
     return found if found is not None and _reaches(run, *found, batches[0]) else None
@@ -86,23 +77,23 @@ def latent_worst_case(run: Run, radius: float) -> Perturbations | None:
 
 def perturbed_tokens(run: Run, place: TokenPlace, like: Tensor, radius: float) -> Perturbations:
     """Return perturbations at a place of which `like` are clean examples."""
-    return _in_parts(run, Perturbations.of(like, goal_of(run), run.generator, radius, place))
+    return _in_parts(run, Perturbations.of(like, goal_of(run), run.generator, radius, place, run.ranks))
 
 
 def _in_parts(run: Run, worst: Perturbations) -> Perturbations:
     """Have batches go through the model in the run's parts."""
-    worst.together = run.micro_batch
+    worst.together = run.together
     return worst
 
 
 @torch.no_grad()
 def _reaches(run: Run, place: TokenPlace, like: Tensor, batch: Batch) -> bool:
     """Return whether vectors of other tokens in their place change the answers."""
-    whole = replace(run.task, most=None)  # what is written over goes through the model in one pass
+    whole = replace(run.alone, most=None)  # what is written over goes through the model in one pass
     with run.eval_mode():
         plain = whole.forward(run.model, batch)
         used = like[torch.arange(run.task.size(batch), device=like.device) % len(like)]
-        with place.moved(run.model, run.task, batch, used) as moved:
+        with place.moved(run.model, whole, batch, used) as moved:
             return not torch.equal(whole.forward(run.model, moved), plain)
 
 

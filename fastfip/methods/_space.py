@@ -209,14 +209,14 @@ class Spectral(Space):
         sums = [torch.zeros_like(delta) for delta in self.shifts.deltas]
         count = 0
         self.shifts.refresh()
-        batches, kind = _samples(run, kind, run.generator)
+        batches, labels = _samples(run, kind, run.generator)
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in batches:
-                batch, counts = _labelled(run, batch, kind, run.generator)
+                batch, counts = _labelled(run, batch, labels, run.generator)
                 # A checkpointed block that is computed again would be so without the record.
                 with recording(self.shifts) as record, readable(run.model), keeping_activations():
                     logits = run.alone.forward(run.model, batch)
-                    if kind == "mc" and run.ranks is None:
+                    if labels == "mc" and run.ranks is None:
                         batch = run.task.relabel(batch, draw_labels(logits, run.generator))
                     losses = run.task.loss(logits, batch)
                 for total, each in zip(sums, delta_gradients(self.shifts, record, losses)):
@@ -284,7 +284,7 @@ def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batc
             with torch.no_grad():
                 batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
         n = run.task.size(batch)
-        few = max(1, (run.micro_batch or n) // FISHER_SHARE)
+        few = max(1, (run.micro_batch or n) // FISHER_SHARE) * (1 if run.ranks is None else run.ranks.world)
         for place in torch.arange(n, device="cpu").tensor_split(-(-n // few)):
             yield take(batch, place, n)
 
@@ -293,7 +293,7 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
     data, kind = _samples(run, kind, torch.Generator().manual_seed(run.seed))  # the seed of `fisher_diagonal`'s own
     with run.eval_mode(), requires_grad(run.model.parameters(), True):
         if run.ranks is not None:
-            return _diagonal_over_ranks(run, kind, names)
+            return _diagonal_over_ranks(run, data, kind, names)
         return fisher_diagonal(
             run.model,
             data,
@@ -305,9 +305,9 @@ def _diagonal(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
         )
 
 
-def _diagonal_over_ranks(run: Run, kind: Kind, names: list[str]) -> dict[str, Tensor]:
+def _diagonal_over_ranks(run: Run, data: Iterable[Batch], kind: Kind, names: list[str]) -> dict[str, Tensor]:
     task, generator = run.task, torch.Generator(device="cpu").manual_seed(run.seed)
-    labelled = [_labelled(run, batch, kind, generator) for batch in _first(run)]
+    labelled = [_labelled(run, batch, kind, generator) for batch in data]
     own = [batch for batch, counts in labelled if counts]
     count = sum(task.size(batch) for batch in own)
     params = dict(run.model.named_parameters())

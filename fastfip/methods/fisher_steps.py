@@ -350,7 +350,7 @@ class FisherSteps(Method):
 
     def _reworded(self, run: Run) -> contextlib.AbstractContextManager[None]:
         if self.phrases is not None and run.progress < self.config(run).changes:
-            return self.phrases.place.reworded(run.model)
+            return self.phrases.place.reworded(run.model, generator=run.own_generator())
         return contextlib.nullcontext()
 
     def _moved(self, run: Run, batch: Batch) -> Batch:

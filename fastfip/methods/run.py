@@ -51,7 +51,8 @@ class Run:
         frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
         left: name of a parameter -> why the method leaves it alone, where the method knows.
         received: name -> value of the received model's parameters and buffers; nobody writes to them.
-        micro_batch: samples that go through the model together where a graph is kept (see `parts`); None: all.
+        micro_batch: samples that go through the model together where a graph is kept (see `parts`), of several
+            processes in each; None: all.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
             returns the outputs of all, and gradients have to be summed (`share`).
@@ -174,7 +175,7 @@ class Run:
         )
 
     def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        """Yield a batch in parts of at most `micro_batch` samples, each with its share of the samples.
+        """Yield a batch in parts of at most `together` samples, each with its share of the samples.
 
         The mean loss of a batch, and its gradient, is the sum of its parts' mean losses times their shares. Where
         BatchNorm takes its statistics from the part, none is of one sample alone.
@@ -187,9 +188,16 @@ class Run:
         for place in places:
             yield take(batch, place, n), len(place) / n
 
+    @property
+    def together(self) -> int | None:
+        """Return how many samples of a batch go through the model together in all processes; None: the whole batch."""
+        if self.micro_batch is None or self.ranks is None:
+            return self.micro_batch
+        return self.micro_batch * self.ranks.world
+
     def places(self, n: int) -> tuple[Tensor, ...]:
         """Return which of n samples go through the model together, int64 on the CPU, as evenly as can be."""
-        count = 1 if self.micro_batch is None else -(-n // self.micro_batch)
+        count = 1 if self.together is None else -(-n // self.together)
         if any(norm.training for norm in self.batchnorms):
             count = min(count, max(1, n // 2))
         return torch.arange(n, device="cpu").tensor_split(count)
@@ -203,7 +211,7 @@ class Run:
     @property
     def alone(self) -> Task:
         """Return the task of this process alone, also where several share each batch."""
-        return self.task if self.ranks is None else Task(self.task.forward_hook, self.task.loss_hook)
+        return self.task if self.ranks is None else self.task.alone  # type: ignore[attr-defined]
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar, scaled where float16 autocast needs that."""
@@ -219,6 +227,13 @@ class Run:
     def mine(self, batch: Batch) -> Batch:
         """Return this rank's rows of a batch: all of them in a process alone, and where there are fewer than ranks."""
         return batch if self.ranks is None else self.task.mine(batch)  # type: ignore[attr-defined]
+
+    def own_generator(self) -> torch.Generator:
+        """Return a generator for what each rank draws for its own rows; a process alone has one for everything."""
+        if self.ranks is None:
+            return self.generator
+        seed = int(torch.randint(0, 2**62, (), generator=self.generator, device="cpu"))
+        return torch.Generator(device="cpu").manual_seed(seed + self.ranks.rank)
 
     def total(self, part: Tensor) -> Tensor:
         """Return the sum over the ranks of a scalar made of each one's own rows, differentiable in these."""

@@ -227,7 +227,7 @@ def choose(run: Run, recipe: type[Method], budget: int) -> int:
     Raises:
         ConfigError: not even one sample fits (two, where BatchNorm takes statistics from the part).
     """
-    model = measured(run, recipe)
+    model, ranks = measured(run, recipe), run.ranks
     least = 2 if run.config.bn_mode == "train" and run.batchnorms else 1
     fits = model.samples(budget)
     if fits < least:
@@ -237,10 +237,14 @@ def choose(run: Run, recipe: type[Method], budget: int) -> int:
             "in use already, the model and its copy included): give more, or take a smaller rank or another method"
         )
     batch = run.config.batch_size or run.clean.batch_size
-    most = min(fits, max(batch, SEARCH_BATCH))
+    world = 1 if ranks is None else ranks.world
+    most = min(fits, -(-max(batch, SEARCH_BATCH) // world))
+    if ranks is not None:  # all take the same parts: those of the rank that has the least room
+        most = min(ranks.objects(most))
     run.note(
-        f"memory of {_size(budget)}: micro_batch={most}, since a sample in a pass takes {_size(model.per_sample)} "
-        f"(measured by passes of one and of two) and all else {_size(model.fixed + model.scratch + model.constant)}"
+        f"memory of {_size(budget)}{' in each process' * (world > 1)}: micro_batch={most}, since a sample in a pass "
+        f"takes {_size(model.per_sample)} (measured by passes of one and of two) and all else "
+        f"{_size(model.fixed + model.scratch + model.constant)}"
     )
     return most
 
@@ -273,8 +277,10 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         named = run.model.named_parameters()
         kept = sum(p.numel() * max(4, p.element_size()) for name, p in named
                    if low or not still_received(p.detach(), run.received.get(name)))  # fmt: skip
+    shared = 0 if run.ranks is None else terms.optimiser // BUFFERS  # gradients of all tensors in one, to be summed
     return replace(
         terms,
+        step=max(terms.step, shared),
         now=in_use(run.device),
         copies=terms.copies + kept,
         constant=max(0, one - per_sample) * (1 + low),
@@ -311,7 +317,7 @@ def _pass_peak(run: Run, batch: Any) -> int:
     small = small or list(model.parameters())[:1]
 
     def once() -> None:
-        losses = run.task.loss(run.task.forward(model, batch), batch)
+        losses = run.alone.loss(run.alone.forward(model, batch), batch)
         torch.autograd.grad(losses.sum(), small, allow_unused=True)
 
     with eval_mode(model), torch.enable_grad(), requires_grad(model.parameters(), True):

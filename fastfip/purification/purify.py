@@ -118,7 +118,7 @@ def purify(
         micro_batch: samples that go through the model together, at most; None: whole batches. A step's gradient is the
             same: that of the batch's parts, weighted by their sizes. Only BatchNorm in train mode takes its statistics
             from the parts (of two samples at least), and a note says so. Spectral methods then keep no second copy of
-            the weights either. For methods whose step is a sum over samples.
+            the weights either. For methods whose step is a sum over samples. Of several processes, in each of them.
         memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
             device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.

@@ -80,7 +80,7 @@ def clean_of_all(data: Any, task: Task, ranks: Ranks, notes: list[str]) -> Clean
 
 def over_ranks(task: Task, ranks: Ranks) -> RankTask:
     """Return the task whose passes the ranks share."""
-    return RankTask(task.forward_hook, task.loss_hook, ranks=ranks)
+    return RankTask(task.forward_hook, task.loss_hook, task.most, ranks=ranks)
 
 
 def traffic(ranks: Ranks, steps: int) -> dict[str, Any]:

@@ -103,8 +103,7 @@ class Resume:
         for name in _RUN:
             setattr(run, name, state["run"][name])
         run.found = _as_arrays(state["found"])
-        if run.ranks is None:
-            run.task = replace(run.task, most=run.micro_batch)
+        run.task = replace(run.task, most=run.micro_batch)
         run._logged.update(state["logged"])
         for name in _LOOP:
             if name != "history":

@@ -117,11 +117,10 @@ def tune(
     model = work.model.eval()
     ranks = None
     if options.group is not None:
-        if options.in_parts:
-            raise ConfigError("micro_batch= and memory= are for one process: of several each has its rows of a batch")
         from fastfip.purification.ranked import begin, clean_of_all, over_ranks
 
-        given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp}
+        given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp,
+                 "micro_batch=": options.micro_batch, "memory=": options.memory is not None}  # fmt: skip
         sharded = options.shards is not None
         ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device, sharded))
     with seeded(seed, device):

@@ -9,6 +9,7 @@ written over those at a place drawn anew for each sample ("soft trigger").
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, map_tensors
+from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.nets.state import eval_mode
+from fastfip.worst_case.layers_of_ids import calls_of_lookups, chosen_lookup, ids_of_call, padding_of
 from fastfip.worst_case.lookups import Written, vectors_of_words
 from fastfip.worst_case.pixels import PixelRange
 
@@ -125,9 +127,9 @@ class TokenPlace(Place):
         """
         name, seen, found = None, [], []
         for batch in batches:
-            calls = _lookups(model, forward, batch)
+            calls = calls_of_lookups(model, forward, batch)
             if name is None:
-                name = _chosen(calls, batch)
+                name = chosen_lookup(calls, batch)
             mine = next((call for call in calls if call[0] == name), None)
             if name is None or mine is None:
                 return None
@@ -137,7 +139,7 @@ class TokenPlace(Place):
         if not (seen[0].dim() == 2 and found[0].dim() == 3 and found[0].shape[:2] == seen[0].shape):
             same = len({out.shape[1:] for out in found}) == 1
             return (cls(name, None, 0, None, 0, generator), torch.cat(found)) if same else None
-        padding = _padding(seen)
+        padding = padding_of(seen)
         first = {int(v) for ids in seen for v in ids[:, 0].tolist()}
         place = cls(name, None, min(WIDTH, min(ids.shape[1] for ids in seen)), padding, int(len(first) == 1), generator)
         tokens = torch.cat([out[(ids != padding).to(out.device)] if padding is not None else out.flatten(0, 1)
@@ -159,17 +161,19 @@ class TokenPlace(Place):
         """Give the batch as it is, with a hook on the layer while the block runs."""
         first: list[Tensor] = []
         drawn: list[Tensor] = []
+        rows = task.rows(len(used))
+        mine = used[rows]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            ids = _whole(args, kwargs)
-            if ids is None or not isinstance(out, Tensor) or out.shape[0] != used.shape[0]:
+            ids = ids_of_call(args, kwargs)
+            if ids is None or not isinstance(out, Tensor) or out.shape[0] != mine.shape[0]:
                 return out
             if first and not (ids.shape == first[0].shape and bool((ids == first[0]).all())):
                 return out  # the same layer met again with other ids: a decoder's
             if not first:
                 first.append(ids)
-                drawn.append(self._places(ids) if self.center is not None else ids)
-            return self._written(out, used, drawn[0])
+                drawn.append(ids if self.center is None else self._places(ids, self._uniform(len(used))[rows]))
+            return self._written(out, mine, drawn[0])
 
         handle = model.get_submodule(self.name).register_forward_hook(hook, with_kwargs=True)
         try:
@@ -179,7 +183,11 @@ class TokenPlace(Place):
 
     @contextlib.contextmanager
     def reworded(
-        self, model: nn.Module, new: Rewording | None = None, seen: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        model: nn.Module,
+        new: Rewording | None = None,
+        seen: list[tuple[Tensor, Tensor]] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iterator[None]:
         """Have the layer look up other words in some places of the texts, while the block runs.
 
@@ -192,16 +200,17 @@ class TokenPlace(Place):
                 they are; None: `mixed`.
             seen: gets that bool and the vectors [N, T, d] as a leaf, for their gradient; with the model's parameters
                 frozen.
+            generator: on the CPU, for `mixed`; None: the place's own.
         """
         layer = model.get_submodule(self.name)
         look_up = vectors_of_words(layer) if self.center is not None else None
         if look_up is None:
             yield
             return
-        passes = Written(self.mixed(model) if new is None else new)
+        passes = Written(self.mixed(model, generator) if new is None else new)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            ids = _whole(args, kwargs)
+            ids = ids_of_call(args, kwargs)
             if ids is None or ids.dim() != 2 or not isinstance(out, Tensor) or out.shape[:-1] != ids.shape:
                 return out
             drawn = passes.of(ids)
@@ -222,42 +231,48 @@ class TokenPlace(Place):
             begin.remove()
             handle.remove()
 
-    def mixed(self, model: nn.Module) -> Rewording:
+    def mixed(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
         """Return what writes words that say nothing of the label over a part of most texts.
 
         They are words drawn from the whole table, as no clean text may hold those of a trigger, or a piece of another
-        text of the batch, as long as a short sentence; half of a text stays at least.
+        text of the batch, as long as a short sentence; half of a text stays at least. `generator` is on the CPU; None:
+        the place's own.
         """
         words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
+        generator = self.generator if generator is None else generator
+        uniform = functools.partial(self._uniform, generator=generator)
 
         def new(ids: Tensor) -> tuple[Tensor, Tensor]:
             n, length = ids.shape
             begin, end = self._ends(ids)
-            spliced = self._uniform(n) < SPLICED
+            spliced = uniform(n) < SPLICED
             most = torch.where(spliced, PIECE, WORDS)
             most = torch.minimum(most, ((end - begin) // 2).clamp_min(1))
-            width = torch.where(self._uniform(n) < SHARE, 1 + (self._uniform(n) * most).long(), 0)
-            start = begin + (self._uniform(n) * (end - begin - width + 1).clamp_min(1)).long()
+            width = torch.where(uniform(n) < SHARE, 1 + (uniform(n) * most).long(), 0)
+            start = begin + (uniform(n) * (end - begin - width + 1).clamp_min(1)).long()
             column = torch.arange(length, device="cpu")
             inside = (column >= start[:, None]) & (column < (start + width)[:, None])
             # What is spliced in is a piece of the next text, from a place of its own.
             other, (b, e) = ids.roll(1, 0).cpu(), (begin.roll(1), end.roll(1))
-            first = b + (self._uniform(n) * (e - b - width + 1).clamp_min(1)).long()
+            first = b + (uniform(n) * (e - b - width + 1).clamp_min(1)).long()
             piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
-            drawn = torch.randint(0, words, (n, length), generator=self.generator, device="cpu")
+            drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
             chosen = torch.where(spliced[:, None], piece, drawn)
             inside = inside.to(ids.device)
             return torch.where(inside, chosen.to(ids.device), ids), inside
 
         return new
 
-    def phrased(self, phrases: Tensor, share: Tensor | None = None) -> Rewording:
+    def phrased(self, phrases: Tensor, share: Tensor | None = None, rows: slice = slice(None)) -> Rewording:
         """Return what writes a phrase over words of each text.
 
         Args:
             phrases: [N, K] ids on the CPU, one for each text; -1 fills the shorter ones.
             share: [N] in [0, 1): where each stands in its text; None: drawn anew.
+            rows: of the N texts that this process runs.
         """
+        at = (self._uniform(len(phrases)) if share is None else share)[rows]
+        phrases = phrases[rows]
 
         def new(ids: Tensor) -> tuple[Tensor, Tensor]:
             if len(ids) != len(phrases):
@@ -265,7 +280,6 @@ class TokenPlace(Place):
             n, length = ids.shape
             begin, end = self._ends(ids)
             width = torch.minimum((phrases >= 0).sum(1), end - begin)
-            at = self._uniform(n) if share is None else share
             start = begin + (at * (end - begin - width + 1)).long()
             offset = torch.arange(length, device="cpu") - start[:, None]
             inside = (offset >= 0) & (offset < width[:, None])
@@ -295,13 +309,16 @@ class TokenPlace(Place):
         vectors = (self.center + used[:, :width]).to(out.dtype)
         return out.scatter(1, places[:, :, None].expand(-1, -1, out.shape[2]), vectors)
 
-    def _places(self, ids: Tensor) -> Tensor:
-        """Draw the columns [N, K] that are written over, in a row, within the tokens of each sequence of ids [N, T]."""
+    def _places(self, ids: Tensor, share: Tensor) -> Tensor:
+        """Return the columns [N, K] that are written over, in a row within the tokens of each sequence of ids [N, T].
+
+        `share` [N] in [0, 1) says where.
+        """
         n, length = ids.shape
         width = min(self.width, length)
         begin, end = self._ends(ids)
         room = (end - begin - width).clamp_min(0) + 1
-        start = begin + (self._uniform(n) * room).long()
+        start = begin + (share * room).long()
         start = start.clamp(max=length - width)
         return (start[:, None] + torch.arange(width, device="cpu")).to(ids.device)
 
@@ -311,83 +328,6 @@ class TokenPlace(Place):
         begin = text.int().argmax(1).cpu() + self.head
         return begin, torch.maximum((ids.shape[1] - text.int().flip(1).argmax(1)).cpu(), begin)
 
-    def _uniform(self, n: int) -> Tensor:
-        return torch.rand(n, generator=self.generator, device="cpu", dtype=torch.float32)
-
-
-def _whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the ids of a call that is given whole numbers and no real ones; None: it is another call."""
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    ids = [t for t in tensors if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
-    return ids[0] if ids and not any(t.is_floating_point() for t in tensors) else None
-
-
-def _lookups(model: nn.Module, forward: Callable[[Batch], Any], batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
-    """Return (name, ids, vectors) of every module that makes real rows of whole numbers, in the order they finish."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            ids = _whole(args, kwargs)
-            if ids is not None and isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1:
-                calls.append((name, ids.detach().clone(), out.detach().clone()))
-
-        return hook
-
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for name, module in model.named_modules():
-            if name and not isinstance(module, torch.jit.ScriptModule):
-                hooks.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
-        forward(batch)
-    return calls
-
-
-def _chosen(calls: list[tuple[str, Tensor, Tensor]], batch: Batch) -> str | None:
-    """Return the name of the call whose input is the batch's ids; see `TokenPlace.of`."""
-    own = _integers(batch)
-    rows = {t.shape[0] for t in own if t.dim() > 0}
-    calls = [call for call in calls if call[1].shape[0] == call[2].shape[0] and call[1].shape[0] in rows]
-    for name, ids, _ in calls:
-        if any(_is_part(ids, t) for t in own):
-            return name
-    varied = [call for call in calls if bool((call[1] != call[1][:1]).any())]
-    most = max(varied, key=lambda call: call[1].unique().numel(), default=None)
-    return None if most is None else most[0]
-
-
-def _integers(batch: Batch) -> list[Tensor]:
-    """Return the tensors of whole numbers in a batch."""
-    out: list[Tensor] = []
-
-    def keep(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            out.append(value)
-        return value
-
-    map_tensors(keep, batch)
-    return out
-
-
-def _is_part(ids: Tensor, whole: Tensor) -> bool:
-    """Return whether ids [N, t] are the first or the last columns of another tensor [N, T], or [N] all of it."""
-    if ids.dim() != whole.dim() or ids.shape[0] != whole.shape[0] or not bool((ids != ids[:1]).any()):
-        return False
-    if ids.dim() == 1:
-        return bool((ids == whole).all())
-    t = ids.shape[1]
-    if ids.dim() != 2 or t == 0 or t > whole.shape[1]:
-        return False
-    return any(bool((ids == part).all()) for part in (whole[:, :t], whole[:, whole.shape[1] - t :]))
-
-
-def _padding(seen: list[Tensor]) -> int | None:
-    """Return the id that fills rows at their ends, the one that is repeated there most; None: no row is filled."""
-    counts: dict[int, int] = {}
-    for ids in seen:
-        for ends in (ids, ids.flip(1)):
-            last = ends[:, -1:]
-            run = (ends == last).flip(1).int().cumprod(1).sum(1)
-            for token, length in zip(last[:, 0].tolist(), run.tolist()):
-                if length > 1:
-                    counts[token] = counts.get(token, 0) + length - 1
-    return max(counts, key=lambda token: counts[token]) if counts else None
+    def _uniform(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        generator = self.generator if generator is None else generator
+        return torch.rand(n, generator=generator, device="cpu", dtype=torch.float32)
