@@ -12,6 +12,7 @@ Rows go to benchmarks/results/sharded_memory.csv, the table to docs/distributed.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import tempfile
@@ -62,8 +63,10 @@ def purified(model: nn.Module, data: Any, method: str) -> None:
 WHAT: dict[str, tuple[bool, Any]] = {
     "`fisher_diagonal`, whole model": (False, diagonal),
     "`fisher_diagonal`": (True, diagonal),
-    "`purify`, `fine_tune`": (True, lambda model, data: purified(model, data, "fine_tune")),
-    "`purify`, `fast_fip`": (True, lambda model, data: purified(model, data, "fast_fip")),
+    **{
+        f"`purify`, `{method}`": (True, functools.partial(purified, method=method))
+        for method in ("fine_tune", "wfip", "fisher_steps", "fast_wfip", "fast_fip")
+    },
 }
 
 
