@@ -191,15 +191,33 @@ class Shards:
 
     @property
     def has_policy(self) -> bool:
-        """Return whether some unit of FSDP computes in another dtype than that of its parts, or offloads these."""
+        """Return whether a unit of FSDP computes in another dtype than that of its parts, offloads them, or has a hook.
+
+        Such a hook takes part in the sum of gradients over the ranks, in a way that nobody else knows.
+        """
         own = {None, *(p.dtype for p in self.parts.values())}
         for group in self._groups():
             policy = group.mp_policy
             if not {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} <= own:
                 return True
-            if type(group.offload_policy).__name__ != "OffloadPolicy":
+            if type(group.offload_policy).__name__ != "OffloadPolicy" or group._all_reduce_hook is not None:
                 return True
         return False
+
+    def hook_passes(self) -> list[Any]:
+        """Let every unit give its whole weights back after a pass without gradients; return the handles of the hooks.
+
+        FSDP keeps those of a root, which would be old ones once the parts are tuned.
+        """
+
+        def give_back(module: Any, *_: object) -> None:
+            if not torch.is_grad_enabled():
+                module.reshard()
+
+        units = [m for m in self.model.modules() if _is_fsdp2(type(m))]
+        # Modules that share a unit are no root, and the first one must not give back what the others need.
+        alone = [m for m in units if len(m._get_fsdp_state()._modules) == 1]  # type: ignore[operator]
+        return [m.register_forward_hook(give_back) for m in alone]
 
     def _groups(self) -> list[Any]:
         """Return FSDP's own groups of parameters, one or more of each unit."""

@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fastfip.data.batch import Batch, move_to
 from fastfip.data.task import Task, iter_batches
 from fastfip.errors import DataError, reason
 from fastfip.fisher.sharded import in_step
 from fastfip.methods.base import Method
+from fastfip.methods.run import autocast_dtype
 from fastfip.nets.parts import own_part
 from fastfip.nets.ranks import LostRank, Ranks
 from fastfip.nets.shards import Shards
-from fastfip.nets.state import LOW_PRECISION, empty_caches, is_compiled, is_part
+from fastfip.nets.state import LOW_PRECISION, empty_caches, is_compiled
 from fastfip.purification.workcopy import WorkCopy, check_tunable
 
 __all__ = ["FromFirst", "PartsCopy", "own_passes", "walked_by_all", "why_whole"]
@@ -34,7 +35,7 @@ def why_whole(
     shards: Shards,
     recipe: type[Method],
     device: torch.device | None,
-    amp: object,
+    amp: bool | str,
     resume: bool,
     measure: Iterable[str],
     drawn: bool,
@@ -64,12 +65,12 @@ def why_whole(
     if any(p.dtype in LOW_PRECISION for p in shards.model.parameters()):
         return "weights of 16 bits are tuned in float32"
     if shards.has_policy:
-        return "FSDP's policy computes in another precision or place than that of the parts"
-    if (device is not None and any(d != device for d in own)) or len({d.type for d in own}) > 1:
+        return "FSDP's policy has another precision or place than that of the parts, or a hook for its sums"
+    if device is not None and any(device.type != d.type or device.index not in (None, d.index) for d in own):
         return "it is computed on another device than that of the parts"
     if is_compiled(shards.model):
         return "the model is compiled"
-    if amp == "fp16" and own[0].type == "cuda":
+    if own[0].type == "cuda" and autocast_dtype(amp, own[0]) == torch.float16:
         return "gradients of float16 are scaled"
     if resume:
         return "a file to go on from holds whole weights"
@@ -126,8 +127,7 @@ def own_passes(shards: Shards, ranks: Ranks) -> Iterator[None]:
 
     - FSDP takes the mean of the gradients over all ranks in every backward pass, whatever the user's own accumulation
       of gradients has set: weights of accumulated steps would stay whole, which costs what sharding saves.
-    - After a pass without gradients no weights stay whole, as FSDP leaves those of its root: they would be old ones
-      once the parts are tuned.
+    - After a pass without gradients no weights stay whole (`Shards.hook_passes`).
     - Before each pass the ranks meet: one that failed has left, which the others must not learn within FSDP's own
       collectives, where they would wait for the timeout of the group.
 
@@ -138,11 +138,7 @@ def own_passes(shards: Shards, ranks: Ranks) -> Iterator[None]:
     def meet(*_: object) -> None:
         ranks.any(False)
 
-    def reshard(*_: object) -> None:
-        if not torch.is_grad_enabled():
-            shards.reshard()
-
-    hooks = [shards.model.register_forward_pre_hook(meet, prepend=True), shards.model.register_forward_hook(reshard)]
+    hooks = [shards.model.register_forward_pre_hook(meet, prepend=True), *shards.hook_passes()]
     try:
         with shards.plain_reductions():
             yield
@@ -196,8 +192,3 @@ class FromFirst:
             if kind == "end":
                 return
             yield value
-
-
-def plain_ones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors that each rank has whole."""
-    return [t for t in tensors if not is_part(t)]

@@ -256,7 +256,7 @@ def test_data_of_which_ranks_have_different_numbers_of_batches(in_two):
 
 
 WHYS = {
-    "policy": "FSDP's policy computes in another precision",
+    "policy": "FSDP's policy has another precision",
     "16 bits": "weights of 16 bits are tuned in float32",
     "resume": "a file to go on from holds whole weights",
     "trace": "the Fisher trace is measured on whole weights",
