@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from fastfip.nets.state import is_part
+from fastfip.nets.state import is_part, own_part
 
 if TYPE_CHECKING:
     from fastfip.nets.ranks import Ranks
 
-__all__ = ["by_mesh", "clip_parts", "exchanged", "norms_of_parts", "own_part"]
-
-T = TypeVar("T", bound=Tensor)
-
-
-def own_part(t: Any) -> Tensor:
-    """Return what this process has of a tensor: its part of a DTensor, any other tensor itself; the memory is its."""
-    return cast(Tensor, t.to_local() if is_part(t) else t)
-
-
-def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Return tensors in groups of one mesh each, in the order in which the meshes come up; plain ones are a group.
-
-    torch's optimisers may compute with all tensors of a group at once, which have to lie on one mesh then.
-    """
-    groups: list[tuple[Any, list[T]]] = []
-    for t in tensors:
-        mesh = t.device_mesh if is_part(t) else None  # type: ignore[attr-defined]
-        members = next((members for known, members in groups if known == mesh), None)
-        if members is None:
-            groups.append((mesh, [t]))
-        else:
-            members.append(t)
-    return [members for _, members in groups]
+__all__ = ["clip_parts", "exchanged", "norms_of_parts"]
 
 
 @torch.no_grad()

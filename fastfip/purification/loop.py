@@ -22,8 +22,7 @@ from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.methods.config import learning_rate
 from fastfip.methods.run import Run
-from fastfip.nets.parts import by_mesh, own_part
-from fastfip.nets.state import requires_grad
+from fastfip.nets.state import by_mesh, own_part, requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
 
 if TYPE_CHECKING:

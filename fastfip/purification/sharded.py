@@ -19,10 +19,9 @@ from fastfip.errors import DataError, reason
 from fastfip.fisher.sharded import in_step
 from fastfip.methods.base import Method
 from fastfip.methods.run import autocast_dtype
-from fastfip.nets.parts import own_part
 from fastfip.nets.ranks import LostRank, Ranks
 from fastfip.nets.shards import Shards
-from fastfip.nets.state import LOW_PRECISION, empty_caches, is_compiled
+from fastfip.nets.state import LOW_PRECISION, empty_caches, is_compiled, own_part
 from fastfip.purification.workcopy import WorkCopy, check_tunable
 
 __all__ = ["FromFirst", "PartsCopy", "own_passes", "walked_by_all", "why_whole"]

@@ -17,6 +17,7 @@ from fastfip.methods import names
 from fastfip.methods.base import REGISTRY
 from fastfip.nets import parts, shards
 from fastfip.nets.ranks import Ranks
+from fastfip.nets.state import by_mesh
 from tests.purification.test_ranks import CLASSES, samples
 from tests.purification.test_sharded import METHODS, run, trained
 from tests.support.processes import in_processes
@@ -191,7 +192,7 @@ def norms(rank):
         total = parts.clip_parts(tensors, 0.5, ranks)
         clipped = parts.norms_of_parts([p.grad for p in tensors], ranks)
         assert parts.norms_of_parts([], ranks) == []
-    return found, float(total), clipped, [len(group) for group in parts.by_mesh(tensors)]
+    return found, float(total), clipped, [len(group) for group in by_mesh(tensors)]
 
 
 @pytest.fixture(scope="module", autouse=True)
