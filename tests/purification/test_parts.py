@@ -78,6 +78,49 @@ def optioned(name):
     return run(sharded(trained(), "fsdp"), method, inplace=True, **options)
 
 
+class Texts(nn.Module):
+    """Token ids by a table of vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(31, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(self.table(x).mean(1))))
+
+
+def in_roots(batch_of):
+    """Return a forward= that calls parts of a model, each of which FSDP takes for a root, with weights that stay."""
+    return lambda model, batch: model[1](model[0](batch_of(batch)))
+
+
+#: Nets, made after a seed; what of them is sharded by itself; the samples; the method and its options.
+NETS = {
+    "a table": (
+        Texts,
+        ("table", "hidden", ""),
+        lambda x: (31 * x[:, 0, 0, :8]).long(),
+        ("fisher_steps", {"weight": 0.0}),
+    ),
+    "roots": (
+        lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU()), nn.Linear(8, CLASSES)),
+        ("0", "1"),
+        lambda x: x,
+        ("fisher_steps", {"forward": in_roots(lambda batch: batch[0])}),
+    ),
+}
+
+
+def of_net(name, in_parts):
+    make, units, inputs, (method, options) = NETS[name]
+    torch.manual_seed(0)
+    model, (x, y) = make().eval(), samples()
+    for unit in units if in_parts else ():
+        fully_shard(model.get_submodule(unit), mesh=init_device_mesh("cpu", (2,)))
+    options = {"steps": 4, "batch_size": 16, "progress": False, "force": True, "inplace": in_parts, **options}
+    return fastfip.purify(model, (inputs(x), y), method, **options)
+
+
 def frozen(model):
     model[4].weight.requires_grad_(False)
     return model
@@ -172,6 +215,7 @@ def in_two(tmp_path_factory):
         return {
             "shares": {method: largest_share(method) for method in IN_PARTS},
             "options": {name: whole(optioned(name).state_dict()) for name in OPTIONS},
+            "nets": {name: whole(of_net(name, True).state_dict()) for name in NETS},
             "frozen": whole(run(frozen(sharded(trained(), "fsdp")), "fine_tune", inplace=True).state_dict()),
             "after training": after_training(rank),
             "data": of_data(rank),
@@ -233,6 +277,13 @@ def test_settings_mean_what_they_mean_in_one_process(name, in_two):
     limit = 1e-4 if name == "autocast" else 1e-5  # bfloat16 rounds the sums of others otherwise
     for rank in in_two:
         assert apart(rank["options"][name], weights) <= limit
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_tables_and_models_whose_parts_are_called(name, in_two):
+    weights = of_net(name, False).state_dict()
+    for rank in in_two:
+        assert list(rank["nets"][name]) == list(weights) and apart(rank["nets"][name], weights) <= 1e-5
 
 
 def test_what_is_frozen_stays_to_the_bit(in_two):
