@@ -7,11 +7,12 @@ parameters, `peak` the most resident memory of rank 0 above that before the mode
 the bytes of all parameters in `peak / parameters`. `whole model` is the same call with group="auto" on a model that
 is not sharded. The processes run with MALLOC_MMAP_THRESHOLD_=65536, so that glibc keeps nothing of what is freed.
 Inputs are 32 samples of noise.
-Rows go to benchmarks/results/sharded_memory.csv, the table to docs/distributed.md.
+Rows go to benchmarks/results/sharded_memory.csv, the tables to docs/distributed.md and docs/scale.md (purifications).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import tempfile
@@ -25,6 +26,7 @@ from torch import nn
 
 import fastfip
 from benchmarks import harness
+from fastfip.methods import get
 from fastfip.nets.process import PeakMemory, resident_memory
 
 RESULTS = harness.Results(
@@ -62,8 +64,10 @@ def purified(model: nn.Module, data: Any, method: str) -> None:
 WHAT: dict[str, tuple[bool, Any]] = {
     "`fisher_diagonal`, whole model": (False, diagonal),
     "`fisher_diagonal`": (True, diagonal),
-    "`purify`, `fine_tune`": (True, lambda model, data: purified(model, data, "fine_tune")),
-    "`purify`, `fast_fip`": (True, lambda model, data: purified(model, data, "fast_fip")),
+    **{
+        f"`purify`, `{method}`": (True, functools.partial(purified, method=method))
+        for method in ("fine_tune", "wfip", "fisher_steps", "fast_wfip", "fast_fip")
+    },
 }
 
 
@@ -121,16 +125,28 @@ def show() -> str:
     )  # fmt: skip
 
 
+def purifications() -> str:
+    """Return the table of the methods: whether each works in parts, and the peak of a rank."""
+    said = []
+    for r in RESULTS.read():
+        method = r["what"].removeprefix("`purify`, ").strip("`")
+        if r["what"].startswith("`purify`"):
+            way = "its parts" if get(method).over_shards else "all weights"
+            said.append([f"`{method}`", way, f"{int(r['parts']) / int(r['parameters']):.2f}", r["multiple"]])
+    return harness.table(["method", "a rank tunes", "a rank's parts / all parameters", "peak / all parameters"], said)
+
+
 def main() -> None:
     parser = harness.Parser(__doc__)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="only write the table to docs/distributed.md anew")
+    parser.add_argument("--table", action="store_true", help="only write the tables of the documents anew")
     options = parser.parse()
     if not options.table:
         RESULTS.add(rows(options.blocks, options.width, options.world))
     harness.splice(harness.DOCS / "distributed.md", "sharded", show())
+    harness.splice(harness.DOCS / "scale.md", "parts", purifications())
 
 
 if __name__ == "__main__":

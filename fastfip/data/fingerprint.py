@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import map_batch
+from fastfip.nets.state import is_part
 
 __all__ = ["Watched", "of_batches", "of_model", "of_values"]
 
@@ -18,7 +19,10 @@ _LENGTH = 16  # hexadecimal digits
 
 
 def of_model(model: nn.Module) -> str:
-    """Return 16 hexadecimal digits that depend on every value, name, shape and dtype of the state dict."""
+    """Return 16 hexadecimal digits that depend on every value, name, shape and dtype of the state dict.
+
+    Of a tensor of which each process has a part they depend on the name, shape and dtype: all processes get the same.
+    """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -70,5 +74,7 @@ def _feed(digest: Any, value: Any, header: bool = True) -> None:
         return
     if header:
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
+    if is_part(value):
+        return
     plain = value.detach().cpu().contiguous().reshape(-1)
     digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")

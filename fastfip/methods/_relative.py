@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import kept_statistics
-from fastfip.methods.run import Run
+from fastfip.methods.run import Run, norms_of
+from fastfip.nets.shards import whole_value
 from fastfip.nets.state import still_received
 
 __all__ = ["RelativeSGD", "fisher_length", "received_values"]
@@ -89,6 +90,7 @@ class RelativeSGD(torch.optim.Optimizer):
         bound: gets the step d of every tensor, in the order of the groups, before it is scaled by `lr`; returns the
             largest factor that is allowed. None: no bound.
         tables: ids of the parameters that are tables of vectors, [rows, d].
+        norms: gives the L2 norm of each of some tensors.
     """
 
     def __init__(
@@ -98,15 +100,16 @@ class RelativeSGD(torch.optim.Optimizer):
         momentum: float,
         bound: Callable[[list[Tensor], list[Tensor]], float] | None = None,
         tables: Collection[int] = (),
+        norms: Callable[[Sequence[Tensor]], list[float]] = norms_of,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.bound, self.tables = bound, tables
+        self.bound, self.tables, self.norms = bound, tables, norms
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every tensor that has a gradient."""
         tensors: list[Tensor] = []
-        steps: list[Tensor] = []
+        momenta: list[Tensor] = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -115,16 +118,18 @@ class RelativeSGD(torch.optim.Optimizer):
                 gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
-                smallest = SMALLEST_VECTOR if p.dim() < 2 else SMALLEST_WEIGHT
-                size = max(float(p.norm()), smallest * math.sqrt(p.numel()))
-                if id(p) in self.tables:
-                    size *= math.sqrt(_rows_moving(momentum) / len(p))
+                momenta.append(state["momentum"].mul_(group["momentum"]).add_(gradient))
                 tensors.append(p)
-                length = float(momentum.norm())
-                steps.append(momentum * (size / length if length > VANISHED else 0.0))
         if not tensors:
             return
+        norms = self.norms([*tensors, *momenta])  # of parts, all in one sum over the ranks
+        steps: list[Tensor] = []
+        for p, momentum, norm, length in zip(tensors, momenta, norms, norms[len(tensors) :]):
+            smallest = SMALLEST_VECTOR if p.dim() < 2 else SMALLEST_WEIGHT
+            size = max(norm, smallest * math.sqrt(p.numel()))
+            if id(p) in self.tables:
+                size *= math.sqrt(_rows_moving(momentum) / len(p))
+            steps.append(momentum * (size / length if length > VANISHED else 0.0))
         most = math.inf if self.bound is None else self.bound(tensors, steps)
         rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, step, lr in zip(tensors, steps, rates):
@@ -133,13 +138,15 @@ class RelativeSGD(torch.optim.Optimizer):
 
 def _rows_moving(momentum: Tensor) -> float:
     """Return how many rows of a momentum [R, d] have a part in it: R where all are of one length, 1 where one is."""
-    lengths = torch.linalg.vector_norm(momentum, dim=1)
+    lengths = whole_value(torch.linalg.vector_norm(momentum, dim=1))
     return float(lengths.sum().square() / lengths.square().sum().clamp_min(VANISHED**2))
 
 
 def received_values(run: Run) -> dict[str, Tensor]:
     """Return the received parameters by name, copied where nobody has them already."""
     named = {name: p.detach() for name, p in run.model.named_parameters() if p.is_floating_point()}
+    if run.shards is not None:
+        return {name: run.received[name] for name in named}
     return {
         name: run.received[name] if still_received(p, run.received.get(name)) else p.clone()
         for name, p in named.items()

@@ -18,8 +18,9 @@ from fastfip.errors import ConfigError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import keeping_activations, readable
+from fastfip.methods._received import giving, kept_received
 from fastfip.methods.base import Groups, Method, Run
-from fastfip.nets.state import frozen_copy, requires_grad
+from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, recording
 from fastfip.spectral.places import may_be_map, seen_as_maps
@@ -88,12 +89,12 @@ class Weights(Space):
 
     def keep_received(self, run: Run) -> None:
         """Keep the model as it is now; the received weights are not copied where somebody has them."""
-        self.twin = frozen_copy(run.model, run.received)
+        self.twin = kept_received(run)
 
     def received(self, run: Run) -> contextlib.AbstractContextManager[nn.Module]:
         """Give the model that was kept."""
         assert self.twin is not None
-        return contextlib.nullcontext(self.twin)
+        return giving(run, self.twin)
 
     def groups(self, run: Run) -> Groups:
         """All of them at the same step size."""
@@ -309,6 +310,10 @@ def _diagonal_over_ranks(run: Run, data: Iterable[Batch], kind: Kind, names: lis
     task, generator = run.task, torch.Generator(device="cpu").manual_seed(run.seed)
     labelled = [_labelled(run, batch, kind, generator) for batch in data]
     own = [batch for batch, counts in labelled if counts]
+    if run.shards is not None:
+        return fisher_diagonal(
+            run.model, own, forward=task.forward_hook, loss=task.loss_hook, params=names, group=run.shards.group
+        )
     count = sum(task.size(batch) for batch in own)
     params = dict(run.model.named_parameters())
     out = {name: torch.zeros_like(params[name]) for name in names}

@@ -41,6 +41,10 @@ class Method(ABC):
     #: Whether several processes may share each batch: what it draws comes from `run.generator`, its passes go through
     #: `run.task` and `run.backward`, and what else it makes of samples is summed over `run.ranks`.
     over_ranks: ClassVar[bool] = False
+    #: Whether it also tunes parameters of which each process has a part (FSDP2's DTensors), as they are. What it
+    #: computes of a tensor is then elementwise, or goes through `run.norms`, and the received model comes from
+    #: `methods/_received.py`.
+    over_shards: ClassVar[bool] = False
     #: Names of the attributes that a broken run needs to go on, beside what the loop keeps and what `reenter` makes
     #: anew; None: such a run cannot go on.
     keeps: ClassVar[tuple[str, ...] | None] = None

@@ -25,6 +25,7 @@ class FineTune(Method):
     summary = "plain fine-tuning of every parameter on the clean samples"
     Config = FineTuneConfig
     over_ranks = True
+    over_shards = True
     keeps = ()
 
     def parameter_groups(self, run: Run) -> Groups:

@@ -35,6 +35,7 @@ from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._found import keep_changes
 from fastfip.methods._gentle import FOUND_RADIUS, SPARSE, for_clouds, for_found, for_sparse, for_texts
 from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
+from fastfip.methods._received import giving, kept_received
 from fastfip.methods._relative import RelativeSGD, fisher_length, received_values
 from fastfip.methods._screen import screened
 from fastfip.methods._search import (
@@ -51,7 +52,6 @@ from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
-from fastfip.nets.state import frozen_copy
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
@@ -143,8 +143,7 @@ class FisherSteps(Method):
     name = "fisher_steps"
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
-    takes_parts = True
-    over_ranks = True
+    takes_parts = over_ranks = over_shards = True
     keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
              "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
 
@@ -203,7 +202,7 @@ class FisherSteps(Method):
             if self.axis is not None:
                 for_clouds(run)
         if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
-            self.received = frozen_copy(run.model, {**run.received, **(self.start or {})})
+            self.received = kept_received(run, self.start or {})
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
@@ -226,7 +225,7 @@ class FisherSteps(Method):
         border = max(config.changes, config.unlearn)
         if self.received is not None and done >= border:
             received, self.received = self.received, None
-            self.sieve.leave_out(lambda: contextlib.nullcontext(received), config.sieve)
+            self.sieve.leave_out(lambda: giving(run, received), config.sieve)
         elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
             self.taken_back = True
             self.sieve.take_back()
@@ -319,7 +318,7 @@ class FisherSteps(Method):
             return most
 
         tables = {id(m.weight) for m in run.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None, tables)
+        optimizer = RelativeSGD(groups, config.lr, config.momentum, bound if config.length else None, tables, run.norms)
         return optimizer
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,14 @@ from fastfip.data.task import Task
 from fastfip.errors import ConfigError
 from fastfip.methods.config import MethodConfig
 from fastfip.nets.checks import check_amp
+from fastfip.nets.parts import clip_parts, norms_of_parts
 from fastfip.nets.state import eval_mode, training_flags
 
 if TYPE_CHECKING:
     from fastfip.nets.ranks import Ranks
+    from fastfip.nets.shards import Shards
 
-__all__ = ["Endless", "Run", "autocast_dtype"]
+__all__ = ["Endless", "Run", "autocast_dtype", "norms_of"]
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Run:
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
             returns the outputs of all, and gradients have to be summed (`share`).
+        shards: the parts of the parameters that the ranks have, where these are tuned as they are; None: each process
+            has all of `model`.
         notes: what it should say as well. seconds: time by purpose, see `timed`.
         inputs: shape and range of a first batch. found: small pictures of what the method found, for a report.
     """
@@ -91,6 +95,7 @@ class Run:
     found: dict[str, Any] = field(default_factory=dict)
     scaler: torch.amp.GradScaler | None = None
     ranks: Ranks | None = None
+    shards: Shards | None = None
     _logged: dict[str, list[float | Tensor]] = field(default_factory=dict, repr=False)
     _inner: list[float] = field(default_factory=list, repr=False)
 
@@ -221,8 +226,28 @@ class Run:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Sum the gradients of tensors over the ranks, in one piece; one process alone has nothing to share."""
-        if self.ranks is not None:
-            self.ranks.sum_([t.grad for t in tensors if t.grad is not None], "gradients")
+        if self.ranks is None:
+            return
+        gradients = [t.grad for t in tensors if t.grad is not None]
+        if self.shards is not None:
+            gradients = self.shards.summed_by_fsdp(gradients)
+        self.ranks.sum_(gradients, "gradients")
+
+    def clip(self, tensors: list[Tensor], most: float) -> Tensor:
+        """Shorten the gradients of tensors so that their norm is at most `most`; return what it was."""
+        if self.shards is None or self.ranks is None:
+            return nn.utils.clip_grad_norm_(tensors, most)
+        return clip_parts(tensors, most, self.ranks)
+
+    def norms(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Return the L2 norm of each tensor, of the whole where this process has a part of it."""
+        if self.shards is None or self.ranks is None:
+            return norms_of(tensors)
+        return norms_of_parts(tensors, self.ranks)
+
+    def all(self, holds: bool) -> bool:
+        """Return whether what each rank finds of its parts holds on all of them."""
+        return holds if self.shards is None or self.ranks is None else not self.ranks.any(not holds)
 
     def mine(self, batch: Batch) -> Batch:
         """Return this rank's rows of a batch: all of them in a process alone, and where there are fewer than ranks."""
@@ -314,6 +339,11 @@ class Endless:
         batch = next(self._batches)
         self.rest = self.rest[1:]
         return batch
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the L2 norm of each tensor."""
+    return [float(t.norm()) for t in tensors]
 
 
 def autocast_dtype(amp: bool | str, device: torch.device) -> torch.dtype | None:

@@ -82,7 +82,7 @@ class Ranks:
         try:
             self._group: Any = self._own_group(group)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
     def _own_group(self, group: Any) -> Any:
         if group is dist.group.WORLD:
@@ -164,9 +164,10 @@ class Ranks:
         try:
             collective(*args, group=self._group)
         except RuntimeError as error:  # a closed connection, a timeout
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
-    def _lost(self, error: BaseException) -> LostRank:
+    def lost(self, error: BaseException) -> LostRank:
+        """Return the error that says which rank failed, where a collective did."""
         said = ""
         with contextlib.suppress(RuntimeError):
             if self._there(self._key):
@@ -274,6 +275,8 @@ class Ranks:
         Raises:
             BackendError: they are further apart than that.
         """
+        if not tensors:
+            return
         sums = torch.stack([t.detach().double().sum() for t in tensors] + [t.double().norm() for t in tensors])
         everyone = self.parts(sums.nan_to_num(0.0)[None], [1] * self.world, "control")
         if all(torch.equal(other, everyone[0]) for other in everyone):

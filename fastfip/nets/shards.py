@@ -30,6 +30,10 @@ _SHARDING = (
 #: What `fully_shard` notes on modules for the compiler.
 _NOTES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _REMEDY = "give group= a process group of all ranks that have parts of the model"
+#: What a group of FSDP's parameters does with gradients and weights in a backward pass, and what it does by default.
+_REDUCTIONS = {
+    "reduce_grads": True, "all_reduce_grads": True, "reshard_after_backward": True, "gradient_divide_factor": None,
+}  # fmt: skip
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of outputs, whole and in parts; 16 bits: 5e-2
 
 
@@ -185,6 +189,63 @@ class Shards:
         managed = {id(p) for m in self.model.modules() if _is_fsdp2(type(m)) for p in m.parameters()}
         return any(id(p) not in managed or sum(s.is_shard() for s in p.placements) > 1 for p in self.parts.values())  # type: ignore[attr-defined]
 
+    @property
+    def has_policy(self) -> bool:
+        """Return whether a unit of FSDP computes in another dtype than that of its parts, offloads them, or has a hook.
+
+        Such a hook takes part in the sum of gradients over the ranks, in a way that nobody else knows.
+        """
+        own = {None, *(p.dtype for p in self.parts.values())}
+        for group in self._groups():
+            policy = group.mp_policy
+            if not {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} <= own:
+                return True
+            if type(group.offload_policy).__name__ != "OffloadPolicy" or group._all_reduce_hook is not None:
+                return True
+        return False
+
+    def hook_passes(self) -> list[Any]:
+        """Let every unit give its whole weights back after a pass without gradients; return the handles of the hooks.
+
+        FSDP keeps those of a root, which would be old ones once the parts are tuned.
+        """
+
+        def give_back(module: Any, *_: object) -> None:
+            if not torch.is_grad_enabled():
+                module.reshard()
+
+        units = [m for m in self.model.modules() if _is_fsdp2(type(m))]
+        # Modules that share a unit are no root, and the first one must not give back what the others need.
+        alone = [m for m in units if len(m._get_fsdp_state()._modules) == 1]  # type: ignore[operator]
+        return [m.register_forward_hook(give_back) for m in alone]
+
+    def _groups(self) -> list[Any]:
+        """Return FSDP's own groups of parameters, one or more of each unit."""
+        states = [m._get_fsdp_state() for m in self.model.modules() if _is_fsdp2(type(m))]  # type: ignore[operator]
+        found = {id(g): g for state in states for g in _groups_of(state)}
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def plain_reductions(self) -> Iterator[None]:
+        """Let every backward pass of a block take the mean of gradients over the ranks, and leave no weights whole."""
+        groups = self._groups()
+        before = [{name: getattr(g, name) for name in _REDUCTIONS if hasattr(g, name)} for g in groups]
+        try:
+            for g, known in zip(groups, before):
+                vars(g).update({name: _REDUCTIONS[name] for name in known})
+            yield
+        finally:
+            for g, known in zip(groups, before):
+                vars(g).update(known)
+
+    @torch.no_grad()
+    def summed_by_fsdp(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Make sums over the ranks of the means that FSDP's backward passes took; return the gradients of others."""
+        for g in gradients:
+            if is_part(g):
+                g.to_local().mul_(g.device_mesh.size())  # type: ignore[attr-defined]
+        return [g for g in gradients if not is_part(g)]
+
     @torch.no_grad()
     def compare(self, forward: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
         """See whether the twin computes what the sharded model does, where the model was rewritten for its parts.
@@ -260,6 +321,13 @@ def whole_value(t: Any) -> Tensor:
         local = local.to(mesh.device_type)
         t = DTensor.from_local(local, mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
     return cast(Tensor, t.full_tensor())
+
+
+def _groups_of(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12 or so a unit may have several
+    if several is not None:
+        return list(several)
+    return [g for g in [state._fsdp_param_group] if g is not None]
 
 
 def _is_fsdp2(kind: type) -> bool:

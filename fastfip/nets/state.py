@@ -9,7 +9,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastfip.errors import ModelError, reason
 __all__ = [
     "LOW_PRECISION",
     "as_written",
+    "by_mesh",
     "cast",
     "copied",
     "dtypes_of",
@@ -31,6 +32,7 @@ __all__ = [
     "is_part",
     "is_sharded",
     "lendable",
+    "own_part",
     "refuse_parts",
     "refuse_sharded",
     "requires_grad",
@@ -44,6 +46,8 @@ __all__ = [
 
 #: Dtypes whose steps are too coarse to tune in.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+T = TypeVar("T", bound=Tensor)
 
 #: Numbers of a weight below which sharing its memory saves too little to look after.
 LEAST_LENT = 1 << 16
@@ -276,6 +280,28 @@ def is_sharded(model: nn.Module) -> bool:
 def is_part(t: object) -> bool:
     """Return whether a tensor is one of which each process has a part (a DTensor)."""
     return type(t).__name__ == "DTensor" or (isinstance(t, Tensor) and type(t.data).__name__ == "DTensor")
+
+
+def own_part(t: Any) -> Tensor:
+    """Return what this process has of a tensor: its part of a DTensor, any other tensor itself; the memory is its."""
+    part: Tensor = t.to_local() if is_part(t) else t
+    return part
+
+
+def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
+    """Return tensors in groups of one mesh each, in the order in which the meshes come up; plain ones are a group.
+
+    torch's optimisers may compute with all tensors of a group at once, which have to lie on one mesh then.
+    """
+    groups: list[tuple[Any, list[T]]] = []
+    for t in tensors:
+        mesh = t.device_mesh if is_part(t) else None  # type: ignore[attr-defined]
+        members = next((members for known, members in groups if known == mesh), None)
+        if members is None:
+            groups.append((mesh, [t]))
+        else:
+            members.append(t)
+    return [members for _, members in groups]
 
 
 def _in_parts(parameters: Iterable[Tensor], kinds: Iterable[type]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,7 +110,13 @@ def chosen_of(config: Any, steps: int | None, epochs: int | None, overrides: Map
     return frozenset([*overrides, *named, *(config if isinstance(config, Mapping) else ())])
 
 
-def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) -> tuple[Any, bool]:
+def with_answers(
+    model: nn.Module,
+    data: Any,
+    task: Task,
+    device: torch.device,
+    walk: Callable[[Iterable[Batch]], Iterable[tuple[Batch, bool]]] | None = None,
+) -> tuple[Any, bool]:
     """Return the data with the model's answers as labels, if it has none, and whether it had none.
 
     Args:
@@ -119,6 +125,7 @@ def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) 
             that are such a tensor, a tuple of one, or a dict without a field of labels. It is read into memory then.
         task: how the model takes a batch; with `loss=` nothing is done, because labels may be of any form.
         device: where the model is.
+        walk: gives the batches, and whether they count, where a pass takes all ranks; None: they all do.
 
     Raises:
         DataError: inputs that cannot be used, or outputs that no class can be read off.
@@ -128,7 +135,8 @@ def with_answers(model: nn.Module, data: Any, task: Task, device: torch.device) 
     batches, known = _batches(data)
     if known or batches is None:
         return data if batches is None else batches, False
-    return list(_answered(model, batches, task, device)), True
+    counted = ((batch, True) for batch in batches) if walk is None else walk(batches)
+    return list(_answered(model, counted, task, device)), True
 
 
 def _batches(data: Any) -> tuple[Iterable[Batch] | None, bool]:
@@ -188,13 +196,17 @@ def _lacks_labels(batch: Batch) -> bool:
 
 
 @torch.no_grad()
-def _answered(model: nn.Module, batches: Iterable[Batch], task: Task, device: torch.device) -> Iterator[Batch]:
+def _answered(
+    model: nn.Module, batches: Iterable[tuple[Batch, bool]], task: Task, device: torch.device
+) -> Iterator[Batch]:
     with eval_mode(model):
-        for raw in batches:
+        for raw, counts in batches:
             batch = to_tensors(raw)
             batch = (batch,) if isinstance(batch, Tensor) else batch
             check_inputs(batch, task)
             out = task.forward(model, move_to(batch, device))
+            if not counts:
+                continue
             if out.dim() == 2 and out.shape[1] > 1:
                 y = out.argmax(1)
             elif out.dim() == 1 or (out.dim() == 2 and out.shape[1] == 1):

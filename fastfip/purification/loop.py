@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfip.data.augment import augmented, movable
@@ -22,7 +22,7 @@ from fastfip.errors import ModelError
 from fastfip.methods.base import Groups, Method
 from fastfip.methods.config import learning_rate
 from fastfip.methods.run import Run
-from fastfip.nets.state import requires_grad
+from fastfip.nets.state import by_mesh, own_part, requires_grad
 from fastfip.purification.callbacks import Callback, Record, as_callbacks
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Tuned:
     """The tensors that are tuned; the rest of the model is frozen while this is entered."""
 
     def __init__(self, run: Run, method: Method) -> None:
-        self.model = run.model
+        self.run, self.model = run, run.model
         self.groups = _groups(run, method)
         self.tensors: list[Tensor] = [p for group in self.groups for p in group["params"]]
         self.seconds = 0.0
@@ -137,7 +137,8 @@ class Tuned:
 
     def finite(self) -> bool:
         """Return whether every number of the state is."""
-        return all(bool(torch.isfinite(t).all()) for t in self.state() if t.is_floating_point())
+        mine = (own_part(t) for t in self.state() if t.is_floating_point())
+        return self.run.all(all(bool(torch.isfinite(t).all()) for t in mine))
 
 
 def _groups(run: Run, method: Method) -> Groups:
@@ -154,8 +155,7 @@ def _groups(run: Run, method: Method) -> Groups:
             if id(p) not in frozen and id(p) not in seen and p.is_floating_point():
                 seen.add(id(p))
                 kept.append(p)
-        if kept:
-            groups.append({**group, "params": kept})
+        groups += [{**group, "params": members} for members in by_mesh(kept)]
     if not groups:
         others = "another method, or frozen='tune'" if run.frozen else "another method, or another bn_mode"
         raise ModelError(f"{method.name} finds nothing to tune in this model: try {others}")
@@ -336,7 +336,7 @@ class _Loop:
             return True
         if run.scaler is not None:
             run.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.dense(), config.grad_clip)
+        norm = run.clip(self.dense(), config.grad_clip)
         # With a scaler an overflow is ordinary: it skips the step and lowers its scale.
         return run.scaler is not None or bool(torch.isfinite(norm))
 

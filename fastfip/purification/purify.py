@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastfip.methods.overrides import Overrides
+    from fastfip.nets.shards import Shards
     from fastfip.purification.resume import Resume
 
 __all__ = ["purify", "purify_"]
@@ -148,13 +149,13 @@ def purify(
     said: tuple[str, ...] = ()
     if not isinstance(inplace, bool):
         raise ConfigError(f"inplace={inplace!r}: must be True or False")
-    shards = None
+    shards, whole, drawn = None, None, clean_loader is None
     if isinstance(model, nn.Module) and is_sharded(model):
         from fastfip.purification.ranked import parts_of
 
         shards = parts_of(model, group, inplace)
-        model = shards.twin
     if clean_loader is None:
+        model = model if shards is None else shards.twin
         method = NO_DATA if method == "auto" and not (config or overrides or steps or epochs) else method
         clean_loader, said = without_data(model, input_shape, forward, seed, method)
         config = DRAWN if config is None and method in ("auto", MANY) else config
@@ -168,19 +169,26 @@ def purify(
         raise ConfigError(
             f"method={method!r}: give the name of a method, such as 'fisher_steps', 'auto', or a class of one"
         )
+    work_device = None if device is None else usable_device(device)
+    measure = (measure,) if isinstance(measure, str) else tuple(measure)
+    if shards is not None:
+        from fastfip.purification.sharded import why_whole
+
+        whole = why_whole(shards, recipe, work_device, amp, resume is not None, measure, drawn)
+        model = model if whole is None else shards.twin
     options = PurifyOptions(
         clean_loader=clean_loader,
         recipe=recipe,
         config=config_of(recipe, config, steps, epochs, overrides),
         task=Task.of(forward, loss),
         seed=seed,
-        device=None if device is None else usable_device(device),
+        device=work_device,
         amp=amp,
         progress=progress,
         callbacks=callbacks,
         test_loader=test_loader,
         asr_loader=asr_loader,
-        measure=(measure,) if isinstance(measure, str) else tuple(measure),
+        measure=measure,
         force=force,
         frozen=frozen,
         group=_group_of(group),
@@ -190,11 +198,12 @@ def purify(
         micro_batch=micro_batch,
         memory=memory,
         shards=shards,
+        whole=whole,
         chosen=chosen_of(config, steps, epochs, overrides),
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
-        work = WorkCopy(model, inplace, recipe.lends_weights)
+        work = _work_on(model, inplace, recipe, shards if whole is None else None)
         work_device = work.device if options.device is None else options.device
         try:
             with PeakMemory(work_device) as used, seeded(options.seed, work_device), ExitStack() as ends:
@@ -203,7 +212,7 @@ def purify(
             moved = work.moved()
             result = work.finish(recipe.name)
             coverage = coverage_of(work, run, recipe.name, moved)
-            if shards is not None:
+            if shards is not None and whole is not None:
                 shards.write_back()
                 result = shards.model
             if options.resume is not None:
@@ -265,6 +274,14 @@ def _arguments(**given: Any) -> dict[str, str]:
     usual = {"forward": None, "loss": None, "force": False, "frozen": "keep", "input_shape": None}
     changed = {name: value for name, value in given.items() if value != usual[name]}
     return {name: name if callable(value) else repr(value) for name, value in changed.items()}
+
+
+def _work_on(model: nn.Module, inplace: bool, recipe: type[Method], shards: Shards | None) -> WorkCopy:
+    if shards is None:
+        return WorkCopy(model, inplace, recipe.lends_weights)
+    from fastfip.purification.sharded import PartsCopy
+
+    return PartsCopy(shards)
 
 
 def _group_of(group: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.nets.checks import check_amp
 from fastfip.nets.process import seeded
-from fastfip.nets.state import requires_grad
+from fastfip.nets.state import is_part, requires_grad
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit
@@ -74,6 +75,7 @@ class PurifyOptions:
     micro_batch: int | None = None
     memory: int | str | None = None
     shards: Shards | None = None
+    whole: str | None = None
     chosen: frozenset[str] = frozenset()
 
     @property
@@ -123,8 +125,14 @@ def tune(
                  "micro_batch=": options.micro_batch, "memory=": options.memory is not None}  # fmt: skip
         sharded = options.shards is not None
         ranks = ends.enter_context(begin(options.recipe, options.group, work.given, given, device, sharded))
+    walk = None
+    if work.shards is not None and ranks is not None:
+        from fastfip.purification.sharded import own_passes, walked_by_all
+
+        ends.enter_context(own_passes(work.shards, ranks))
+        walk = functools.partial(walked_by_all, ranks=ranks)
     with seeded(seed, device):
-        data, answered = with_answers(model, options.clean_loader, options.task, device)
+        data, answered = with_answers(model, options.clean_loader, options.task, device, walk)
         if answered:
             notes.append(
                 "no labels were given: the received model's own answers were taken for them, so that its accuracy on "
@@ -133,17 +141,21 @@ def tune(
         clean = CleanSet.of(data, options.task) if ranks is None else clean_of_all(data, options.task, ranks, notes)
         ends.callback(clean.close)
         inputs: dict[str, Any] = {}
-        if options.shards is not None:
+        if work.shards is not None:
+            notes.append(f"each of {work.shards.world} processes worked on its parts of the weights")
+        elif options.shards is not None:
             few = next(iter(clean.batches(min(FEW_TOGETHER, clean.n), device=device)))
             options.shards.compare(options.task.forward, few)
-            notes.append(f"each of {options.shards.world} processes gathered all weights, and took its parts back")
+            world, why = options.shards.world, options.whole
+            notes.append(f"each of {world} processes gathered all weights, and took its parts back: {why}")
         clean, task, classes = _probe(model, clean, options.task, device, notes, inputs)
         clean.check(classes)
         tuned, heldout = clean.split(config.holdout, seed)
         heldout = None if heldout is None else heldout.in_memory()
     notes += clean.notes
     with seeded(seed, device):
-        choose_layout(work, clean, task, device)
+        if work.shards is None:
+            choose_layout(work, clean, task, device)
         notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
@@ -161,6 +173,7 @@ def tune(
         notes=notes,
         alerts=list(options.alerts),
         ranks=ranks,
+        shards=work.shards,
         frozen=work.frozen(options.frozen == "keep"),
         received=work.received,
         micro_batch=options.micro_batch,
@@ -185,7 +198,7 @@ def tune(
         history = fit(run, options.recipe(), progress, options.callbacks, options.resume)
         work.to_own_dtype()
         if ranks is not None:
-            ranks.settle([*work.model.parameters(), *work.model.buffers()])
+            ranks.settle([t for t in (*work.model.parameters(), *work.model.buffers()) if not is_part(t)])
         run.task = task
     try:
         with seeded(seed, device):
@@ -293,6 +306,10 @@ class Scorer:
     ) -> None:
         self.run, self.work, self.task, self.measured = run, work, task, measure
         self.test, self.asr = _walked_again(test_loader), _walked_again(asr_loader)
+        if run.shards is not None and run.ranks is not None:
+            from fastfip.purification.sharded import FromFirst
+
+            self.test, self.asr = (FromFirst.of(data, run.ranks, task) for data in (self.test, self.asr))
         if run.clean.binary and self.test is not None:
             self.test = [class_indices(batch) for batch in iter_batches(self.test, Task(loss_hook=run.task.loss))]
         self.on = "test_loader"

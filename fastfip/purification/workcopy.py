@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from fastfip.nets.state import (
     unwrapped,
 )
 
-__all__ = ["WorkCopy", "in_full_precision"]
+if TYPE_CHECKING:
+    from fastfip.nets.shards import Shards
+
+__all__ = ["WorkCopy", "check_tunable", "in_full_precision"]
 
 
 class WorkCopy:
@@ -36,12 +39,18 @@ class WorkCopy:
     With `lend` the method leaves weight matrices as they are until it gives them new memory at its end: those of
     torch's own layers are not copied then, nor, in place, kept a second time.
 
+    Attributes:
+        shards: the parts of the net, where it is worked on in them; None: it is whole.
+
     Raises:
         ModelError: no module, no weights, weights without data, or a net that cannot be copied.
     """
 
+    shards: Shards | None = None
+
     def __init__(self, model: nn.Module, inplace: bool, lend: bool = False) -> None:
-        _check(model)
+        check_tunable(model)
+        refuse_sharded(model)
         lent = lendable(model) if lend else {}
         self.inplace, self.given = inplace, unwrapped(model)
         if inplace:
@@ -57,6 +66,10 @@ class WorkCopy:
             self.twin_of = self.model
             self.model = copied(self.model, "take the module inside DistributedDataParallel")
             lent = {}
+        self._record({id(p) for p in lent} if inplace else set())
+
+    def _record(self, lent: set[int]) -> None:
+        """Note how `model` is; in place its values are kept, of those with the ids `lent` without a copy."""
         self.flags = {name: module.training for name, module in self.model.named_modules()}
         self.modules = {name: type(module) for name, module in self.model.named_modules()}
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -69,9 +82,9 @@ class WorkCopy:
         self.keys = {name: _form(value) for name, value in self.model.state_dict().items()}
         # In place: where the values are. Layout, device and dtype may change meanwhile, but an optimiser or a view of
         # the user's must find the values there again.
-        self.memory = {name: t.detach() for name, t in self._tensors()} if inplace else {}
-        own = {id(p) for p in lent} if inplace else set()
-        self.saved = {n: t.detach() if id(t) in own else t.detach().clone() for n, t in self._tensors() if inplace}
+        self.memory = {name: t.detach() for name, t in self._tensors()} if self.inplace else {}
+        kept = self._tensors() if self.inplace else []
+        self.saved = {n: t.detach() if id(t) in lent else t.detach().clone() for n, t in kept}
         for p in self.parameters.values():
             p.grad = None
 
@@ -237,11 +250,15 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _check(model: nn.Module) -> None:
+def check_tunable(model: nn.Module) -> None:
+    """Refuse what has no weights that can be tuned.
+
+    Raises:
+        ModelError: see `check_net`; or TorchScript, or no floating-point parameters.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is TorchScript, whose weights cannot be exchanged: give the nn.Module it came from")
     check_net(model)
-    refuse_sharded(model)
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError("the model has no floating-point parameters to tune (quantised, or scripted without weights)")
 

@@ -52,6 +52,7 @@ class WFIP(SpaceMethod):
     Config = WFIPConfig
     takes_parts = True
     over_ranks = True
+    over_shards = True
     keeps = ("bound", "mean", "sieve", "sieved", "clean", "perturbations")
 
     #: Whether the recovery takes the loss and the KL in turns, one pass a step instead of two.
@@ -163,6 +164,7 @@ class FastWFIP(WFIP):
     summary = "worst-case FIP on the singular values of each weight, our own; the default for few samples"
     Config = FastWFIPConfig
     lends_weights = True
+    over_shards = False  # U and V of a weight are of the whole of it
 
     turns = True
     improve_every = 2
