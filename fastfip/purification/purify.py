@@ -174,7 +174,7 @@ def purify(
     if shards is not None:
         from fastfip.purification.sharded import why_whole
 
-        whole = why_whole(shards, recipe, work_device, amp, resume is not None, measure, drawn)
+        whole = why_whole(shards, recipe, work_device, amp, resume is not None, measure, drawn, memory is not None)
         model = model if whole is None else shards.twin
     options = PurifyOptions(
         clean_loader=clean_loader,

@@ -38,6 +38,7 @@ def why_whole(
     resume: bool,
     measure: Iterable[str],
     drawn: bool,
+    budget: bool,
 ) -> str | None:
     """Return why a sharded model has to be purified as a whole; None: it is purified in its parts.
 
@@ -49,6 +50,7 @@ def why_whole(
         resume: whether a file to go on from was given.
         measure: what is measured.
         drawn: whether no samples were given.
+        budget: whether a budget of memory was given.
     """
     own = [p.device for p in shards.parts.values()]
     everyone = sorted(dist.get_process_group_ranks(shards.group))
@@ -73,6 +75,8 @@ def why_whole(
         return "gradients of float16 are scaled"
     if resume:
         return "a file to go on from holds whole weights"
+    if budget:
+        return "memory= counts whole weights (micro_batch= does not)"
     return "the Fisher trace is measured on whole weights" if "fisher_trace" in measure else None
 
 

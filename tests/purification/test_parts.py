@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastfip
-from fastfip.errors import BackendError, DataError
+from fastfip.errors import BackendError, ConfigError, DataError
 from fastfip.methods import names
 from fastfip.methods.base import REGISTRY
 from fastfip.nets import parts, shards
@@ -36,6 +36,7 @@ OPTIONS = {
     "clipped, Adam": ("fine_tune", {"grad_clip": 0.01, "optimizer": "adam", "lr": 1e-3}),
     "the last state": ("fine_tune", {"select": "last", "schedule": "constant"}),
     "autocast": ("fine_tune", {"amp": "bf16", "bn_mode": "eval"}),
+    "micro-batches": ("wfip", {"micro_batch": 3, "bn_mode": "eval", "unlearn": 0.5}),
     "a sieve": ("fisher_steps", {"steps": 5, "sieve": 0.2, "select": "best", "holdout": 0.1}),
 }
 
@@ -202,6 +203,7 @@ def whys(folder):
         "16 bits": fastfip.purify_(low, (x.flatten(1).bfloat16(), y), "fine_tune", **few).notes,
         "resume": run(sharded(trained(), "fsdp"), "fine_tune", inplace=True, resume=folder / "run.resume").notes,
         "trace": run(sharded(trained(), "fsdp"), "fine_tune", inplace=True, measure=["fisher_trace"]).notes,
+        "budget": run(sharded(trained(), "fsdp"), "fine_tune", inplace=True, memory="20GB").notes,
         "method": fastfip.purify_(sharded(trained(), "fsdp"), samples(), "ft_sam", **few).notes,
     }
     return {name: next(note for note in notes if "gathered all weights" in note) for name, notes in said.items()}
@@ -221,9 +223,27 @@ def in_two(tmp_path_factory):
             "data": of_data(rank),
             "whys": whys(folder),
             "norms": norms(rank),
+            "words": words(rank),
         }
 
     return in_processes(2, folder, work)
+
+
+def words(rank):
+    """What is said of a search for words in parts of a table; and a method that gathers the table can do it."""
+    (_, units, inputs, _), (x, y) = NETS["a table"], samples()
+    found = []
+    for method in ("fisher_steps", "fast_wfip"):
+        torch.manual_seed(0)
+        model = Texts().eval()
+        for unit in units:
+            fully_shard(model.get_submodule(unit), mesh=init_device_mesh("cpu", (2,)))
+        few = {"steps": 2, "batch_size": 16, "progress": False, "force": True}
+        try:
+            found.append(list(fastfip.purify_(model, (inputs(x), y), method, **few).notes))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def norms(rank):
@@ -312,6 +332,7 @@ WHYS = {
     "16 bits": "weights of 16 bits are tuned in float32",
     "resume": "a file to go on from holds whole weights",
     "trace": "the Fisher trace is measured on whole weights",
+    "budget": "memory= counts whole weights",
     "method": "ft_sam needs whole weights",
 }
 
@@ -367,3 +388,9 @@ def test_values_are_exchanged_and_come_back_after_an_error():
         assert torch.equal(one, torch.ones(3)) and torch.equal(other, torch.zeros(3))
         raise ValueError("in the block")
     assert torch.equal(one, torch.zeros(3)) and torch.equal(other, torch.ones(3))
+
+
+def test_words_are_looked_for_in_whole_tables_only(in_two):
+    for said, notes in (rank["words"] for rank in in_two):
+        assert "in whole weights: purify the model as it was before it was sharded" in said
+        assert any("gathered all weights" in note for note in notes)

@@ -24,7 +24,7 @@ def in_processes(world, folder, work, group=True):
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(300)  # on a machine that is busy with other work
         if process.is_alive():
             process.kill()
     answers = [folder / f"answer.{rank}" for rank in range(world)]
