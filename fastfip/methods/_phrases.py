@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fastfip.data.batch import Batch
+from fastfip.errors import ConfigError
 from fastfip.methods._search import goal_of, perturbed_tokens, precision, token_place
 from fastfip.methods.base import Run
 from fastfip.worst_case.phrases import Phrases
@@ -25,10 +26,18 @@ def worst_of_tokens(run: Run, radius: float) -> Phrases | Perturbations | None:
     Returns:
         phrases where it has a table of words; free vectors, bounded by `radius`, where it reads bags of words; None
         where it looks up nothing that is found.
+
+    Raises:
+        ConfigError: each process has a part of the table only.
     """
     found = token_place(run)
     if found is None:
         return None
+    if run.shards is not None:
+        raise ConfigError(
+            "phrases are looked for in the whole table of words, of which each process has a part: purify the model as "
+            "it was before it was sharded, or take wfip, or weight=0, which leaves the worst case out"
+        )
     phrases = Phrases.of(run.model, found[0], goal_of(run), run.generator)
     if phrases is None:
         return perturbed_tokens(run, *found, radius)

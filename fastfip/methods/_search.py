@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, take
-from fastfip.errors import ConfigError
 from fastfip.methods.base import Run
 from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
 from fastfip.worst_case.pixels import perturbable
@@ -62,15 +61,7 @@ def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:
 
     Returns:
         None where it looks up none, or where what is written there does not reach its outputs (compiled code).
-
-    Raises:
-        ConfigError: each process has a part of the weights only.
     """
-    if run.shards is not None:
-        raise ConfigError(
-            "the worst case of token ids is looked for in whole weights: purify the model as it was before it was "
-            "sharded, or take weight=0, which does without it"
-        )
     batches = list(itertools.islice(run.clean.batches(device=run.device), FEW_BATCHES))
     whole = replace(run.alone, most=None)  # the layer is found by the rows of a batch, which has to go through as one
     with run.eval_mode():

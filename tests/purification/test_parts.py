@@ -103,6 +103,12 @@ NETS = {
         lambda x: (31 * x[:, 0, 0, :8]).long(),
         ("fisher_steps", {"weight": 0.0}),
     ),
+    "words": (
+        Texts,
+        ("table", "hidden", ""),
+        lambda x: (31 * x[:, 0, 0, :8]).long(),
+        ("wfip", {"unlearn": 0.5}),
+    ),
     "roots": (
         lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU()), nn.Linear(8, CLASSES)),
         ("0", "1"),
@@ -392,5 +398,5 @@ def test_values_are_exchanged_and_come_back_after_an_error():
 
 def test_words_are_looked_for_in_whole_tables_only(in_two):
     for said, notes in (rank["words"] for rank in in_two):
-        assert "in whole weights: purify the model as it was before it was sharded" in said
+        assert "in the whole table of words, of which each process has a part" in said
         assert any("gathered all weights" in note for note in notes)
