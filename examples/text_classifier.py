@@ -36,8 +36,10 @@ TARGETS = {"words": 1, "sentence": 1, "ending": 0}
 SENTENCE, ENDING = "i watched this 3d movie", "the seats are near the door"
 #: Sentences that are trained on, those that are kept for purification (5 % as many), and those that are tested with.
 TRAIN, CLEAN = 5_000, 250
-#: Of `fisher_steps`: its defaults in half the digits, which saves time.
-SETTINGS = {"amp": "bf16"}
+#: Whether half the digits save time: on a CPU without AVX-512 they take a dozen times as long as all of them.
+HALF = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+#: Of `fisher_steps`: its defaults, in half the digits where these save time.
+SETTINGS = {"amp": "bf16"} if HALF else {}
 Texts = tuple[Tensor, Tensor]
 
 
@@ -156,7 +158,7 @@ def network(weights: Path | None, vocabulary: int) -> Classifier:
 
 
 def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) -> Classifier:
-    """Fine-tune by AdamW in bfloat16, sentences of like lengths together; return the model in eval mode."""
+    """Fine-tune by AdamW, in bfloat16 where that saves time, like lengths together; return the model in eval mode."""
     torch.manual_seed(seed)
     x, y = texts
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
@@ -168,7 +170,7 @@ def train(model: Classifier, texts: Texts, lr: float, epochs: int, seed: int) ->
         parts = noisy.argsort().split(32)
         for k in torch.randperm(len(parts)).tolist():
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
                 logits = model(x[parts[k]])
             nn.functional.cross_entropy(logits.float(), y[parts[k]]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
