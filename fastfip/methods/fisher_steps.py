@@ -36,10 +36,11 @@ from fastfip.methods._found import keep_changes
 from fastfip.methods._gentle import FOUND_RADIUS, SPARSE, for_clouds, for_found, for_sparse, for_texts
 from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
 from fastfip.methods._relative import RelativeSGD, fisher_length, received_values
-from fastfip.methods._screen import screened
+from fastfip.methods._screen import few_of_many
 from fastfip.methods._search import (
     REACH,
     SEARCH_BATCH,
+    added_points,
     at_least,
     grow,
     improve,
@@ -52,6 +53,7 @@ from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, se
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
 from fastfip.nets.state import frozen_copy
+from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
@@ -145,11 +147,12 @@ class FisherSteps(Method):
     Config = FisherStepsConfig
     takes_parts = True
     over_ranks = True
-    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
-             "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
+    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "added",
+             "measured", "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
+    added: AddedPoints | None = None  # to point clouds
     phrases: Phrases | None = None  # of token ids
     measured: float | None = None  # mean square of the length of a step d
     seen: Batch = None  # what the gradient of this step is of
@@ -185,7 +188,7 @@ class FisherSteps(Method):
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
         few = None
         if config.weight and config.unlearn:
-            few = self._few(run, inputs)
+            few = few_of_many(run, inputs)
             worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(worst, Phrases):
                 self.phrases = worst
@@ -207,6 +210,8 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
+                if self.axis is not None:
+                    self.added = added_points(run, inputs, self.axis, few)
             near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
             self.found = near and float(self.worst.success.max()) >= REACH
             if self.found:
@@ -272,14 +277,6 @@ class FisherSteps(Method):
         """Return the settings of a run."""
         assert isinstance(run.config, FisherStepsConfig)
         return run.config
-
-    @staticmethod
-    def _few(run: Run, inputs: list[Tensor]) -> Tensor | None:
-        """Return the classes that the worst case is looked for, where there are more than a batch has samples."""
-        if not inputs or run.classes is None or run.classes <= SEARCH_BATCH:
-            return None
-        with run.timed("screen"), precision(run):
-            return screened(run, inputs, run.endless())
 
     @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
@@ -397,4 +394,7 @@ class FisherSteps(Method):
         if self.phrases is not None:
             return unlearn_phrases(run, batch, self.phrases, weight, self.config(run).unlearn)
         assert self.worst is not None
-        return unlearn(run, at_least(run, batch), self.worst, weight)
+        values = unlearn(run, at_least(run, batch), self.worst, weight)
+        if self.added is not None:
+            values["reached_by_points"] = unlearn(run, at_least(run, next(self.more)), self.added, weight)["reached"]
+        return values
