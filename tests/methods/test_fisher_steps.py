@@ -16,6 +16,7 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.methods import fisher_steps
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.methods.wfip import method as wfip_method
 from fastfip.testing.nets import PointNet
 from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.universal import Perturbations
@@ -540,27 +541,28 @@ ADDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip"])
 @pytest.mark.parametrize("kind", ADDED)
-def test_points_are_added_to_clouds_and_to_nothing_else(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every step that unlearns, and where the worst case is asked for."""
+def test_points_are_added_to_clouds_and_to_nothing_else(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step that unlearns."""
     make, shape, taken = ADDED[kind]
     seen: list[type] = []
-    real = fisher_steps.unlearn
+    module = fisher_steps if method == "fisher_steps" else wfip_method
+    real = module.unlearn
 
-    def spy(run, batch, worst, weight):
+    def spy(run, batch, worst, *others):
         seen.append(type(worst))
-        return real(run, batch, worst, weight)
+        return real(run, batch, worst, *others)
 
-    monkeypatch.setattr(fisher_steps, "unlearn", spy)
+    monkeypatch.setattr(module, "unlearn", spy)
     torch.manual_seed(0)
     x = torch.randn(40, *shape) * torch.arange(1, 41).view(-1, *[1] * len(shape)) / 20
     settings = {"steps": 10, "batch_size": 20, "force": True, "progress": False}
-    result = fastfip.purify(make(), (x, torch.arange(40) % 4), "fisher_steps", **settings)
-    assert seen == [Perturbations, AddedPoints] * 3 if taken else [Perturbations] * 3
+    result = fastfip.purify(make(), (x, torch.arange(40) % 4), method, **settings)
+    assert seen == ([Perturbations, AddedPoints] * 3 if taken else [Perturbations] * 3)
     assert any("reached_by_points" in record for record in result.history) == taken
-    seen.clear()
-    fastfip.purify(make(), (x, torch.arange(40) % 4), "fisher_steps", weight=0.0, **settings)
-    assert not seen
 
 
 NAMED: dict[str, tuple[dict[str, Any], tuple]] = {
