@@ -6,11 +6,11 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
    few): so far that the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One
    setting serves networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts a few words, or a piece
-   of another text, are written over others.
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts words are exchanged.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. In
-   texts it is phrases of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are
-   changed; without classes it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
+   point clouds it is a few points at places of their own as well (`fastfip.worst_case.added_points`), in texts phrases
+   of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are changed; without classes
+   it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from

@@ -5,7 +5,8 @@ model that fits its clean data. A backdoor makes the model sharp at other inputs
 inputs makes. The methods search for such changes and unlearn them, while the Fisher of clean data bounds each step:
 
 1. Search: for every class, one change of all inputs that sends them to this class. Its radius grows until the most
-   susceptible class is reached from 90 % of the clean samples.
+   susceptible class is reached from 90 % of the clean samples. In point clouds a few points at places of their own are
+   looked for as well (`fastfip.worst_case.added_points`).
 2. Unlearn (the share `unlearn` of the steps): the model learns the true labels at changed inputs. Changes that work
    better are drawn more often, and they are improved against the model while it changes.
 3. Recover (the rest): only the clean terms are tuned, with a step size that falls to zero, and without the samples
