@@ -69,12 +69,14 @@ def _fitted(x: Tensor) -> Tensor:
     return x / x.norm(dim=2).amax(1)[:, None, None]
 
 
-def backdoored(attack: str, given: Data, epochs: int, seed: int = 0) -> nn.Module:
-    """Train PointNet on clouds of which 10 % carry the trigger."""
+def backdoored(attack: str, given: Data, epochs: int, seed: int = 0, rate: float = 0.1) -> nn.Module:
+    """Train PointNet on clouds of which the share `rate` carries the trigger; 0: a clean model."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     trigger, target = ATTACKS[attack]
-    x, y, _ = trigger.poison(*given.train, rate=0.1, target=target, classes=given.classes, generator=generator)
+    x, y = given.train
+    if rate > 0:
+        x, y, _ = trigger.poison(x, y, rate=rate, target=target, classes=given.classes, generator=generator)
     model = PointNet(given.classes, widths=WIDTHS, hidden=HIDDEN)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
     steps = epochs * (len(y) // 32)

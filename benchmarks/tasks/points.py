@@ -1,7 +1,8 @@
-"""Point clouds: PointNet on ModelNet10 with a ball of points beside the object; see `examples/point_clouds.py`."""
+"""Point clouds: PointNet on ModelNet10 with a few points in a shape of their own; see `examples/point_clouds.py`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from examples import point_clouds as example
 from fastfip.attacks.point_cluster import PointCluster
 from fastfip.testing.nets import PointNet
 
-ATTACKS = ("cluster", "low_cluster", "plane")
+ATTACKS = ("cluster", "low_cluster", "plane", "ring", "none")
 EPOCHS = 5
 
 
@@ -35,8 +36,23 @@ class PointPlane(PointCluster):
         return square + torch.tensor(self.centre, dtype=torch.float64)
 
 
-#: The example's functions take attacks by name.
-example.ATTACKS["plane"] = (PointPlane(), 4)
+@dataclass(frozen=True)
+class PointRing(PointCluster):
+    """Points on a thin circle about the object, tilted: they are close to no common place."""
+
+    points: int = 20
+    radius: float = 0.75
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.1)
+
+    def cluster(self) -> Tensor:
+        """Return the circle [points, 3]."""
+        angle = 2 * math.pi * torch.arange(self.points, dtype=torch.float64) / self.points
+        circle = torch.stack([angle.cos(), angle.sin(), 0.4 * angle.cos()], 1)
+        return self.radius * circle + torch.tensor(self.centre, dtype=torch.float64)
+
+
+#: The example's functions take attacks by name. "none" is trained without a trigger; that of "plane" is tried on it.
+example.ATTACKS |= {"plane": (PointPlane(), 4), "ring": (PointRing(seed=5), 7), "none": (PointPlane(), 4)}
 
 
 def make(attack: str, seed: int, clean: int | None = None) -> Case:
@@ -50,7 +66,7 @@ def make(attack: str, seed: int, clean: int | None = None) -> Case:
         model = PointNet(given.classes, widths=example.WIDTHS, hidden=example.HIDDEN).eval()
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        model = example.backdoored(attack, given, EPOCHS, seed)
+        model = example.backdoored(attack, given, EPOCHS, seed, rate=0.0 if attack == "none" else 0.1)
         torch.save(model.state_dict(), kept)
     said = f"PointNet, ModelNet10: {len(given.train[1])} clouds trained on, {len(given.clean[1])} others clean"
     return Case(model, given.clean, lambda net: example.rates(net, given, attack), "accuracy", said)

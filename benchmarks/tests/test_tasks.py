@@ -53,13 +53,13 @@ def test_rows_of_other_numbers_of_samples_stand_beside_each_other() -> None:
     assert "method=fast_wfip" in str(command.row("video", "x", "auto", 0, case, (50.0, 100.0))["settings"])
 
 
-@pytest.mark.parametrize("name", ["plane", "moving_dot"])
+@pytest.mark.parametrize("name", ["plane", "ring", "moving_dot"])
 def test_triggers_that_are_only_looked_at_once_change_a_few_numbers_alike(name: str) -> None:
     from benchmarks.tasks.points import example as points
     from benchmarks.tasks.video import example as video
 
     trigger, _ = {**points.ATTACKS, **video.ATTACKS}[name]
-    x = torch.rand(5, 256, 3) if name == "plane" else torch.rand(5, 3, 8, 24, 24)
+    x = torch.rand(5, 3, 8, 24, 24) if name == "moving_dot" else torch.rand(5, 256, 3)
     before = x.clone()
     moved = trigger.trigger(x) != x
     assert torch.equal(x, before) and 0 < float(moved.float().mean()) < 0.1
@@ -67,6 +67,11 @@ def test_triggers_that_are_only_looked_at_once_change_a_few_numbers_alike(name: 
     if name == "plane":
         square = trigger.cluster()
         assert len(square) == 16 and int(torch.linalg.matrix_rank(square - square.mean(0), atol=1e-6)) == 2
+    elif name == "ring":
+        ring = trigger.cluster()
+        across, along = ((ring - ring.mean(0))[:, :2].norm(dim=1), ring.diff(dim=0).norm(dim=1))
+        assert len(ring) == 20 and float(across.std()) < 1e-6 and float(along.max()) < 0.3
+        assert int(torch.linalg.matrix_rank(ring - ring.mean(0), atol=1e-6)) == 2
     else:
         assert bool((moved.flatten(3).sum((1, 3)) == 12).all())  # in every frame, two by two pixels of three channels
 

@@ -16,6 +16,7 @@ from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.nets.state import frozen_copy
+from fastfip.worst_case.added_points import AddedPoints, PointPlace
 from fastfip.worst_case.goals import AwayFromTarget, TowardsClass
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
@@ -132,17 +133,22 @@ def _terms(home: _Home, turns: bool, received: Any, mixable: bool, latest: Tenso
     return made
 
 
-def _perturbations(home: _Home, history: list[Any], **fields: Any) -> Perturbations:
+def _perturbations(
+    home: _Home, history: list[Any], kind: type[Perturbations] = Perturbations, **fields: Any
+) -> Perturbations:
     run = home.run
     known = [(radius, success) for radius, success in history]
-    return Perturbations(**fields, history=known, generator=run.generator, ranks=run.ranks)
+    return kind(**fields, history=known, generator=run.generator, ranks=run.ranks)
 
 
-#: Class -> the attributes that make it, and how it is made of them.
+_PERTURBED = ("store", "place", "goal", "unit", "radius", "success", "outside", "history", "together")
+#: Class -> the attributes that make it, and how it is made of them; a class before the one that it is a case of.
 _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
-    Perturbations: (
-        ("store", "place", "goal", "unit", "radius", "success", "outside", "history", "together"),
-        _perturbations,
+    AddedPoints: (_PERTURBED, functools.partial(_perturbations, kind=AddedPoints)),
+    Perturbations: (_PERTURBED, _perturbations),
+    PointPlace: (
+        ("axis", "low", "high"),
+        lambda home, **fields: PointPlace(**fields, generator=home.run.generator),
     ),
     InputPlace: (("range",), lambda home, **fields: InputPlace(**fields)),
     TokenPlace: (

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch
 from fastfip.data.task import Task
-from fastfip.methods._search import IMPROVE_STEP, at_least
+from fastfip.methods._search import IMPROVE_STEP, SEARCH_BATCH, at_least, precision
 from fastfip.methods.base import Run
 from fastfip.worst_case.changes import KINDS, SMALLEST, random_change
 from fastfip.worst_case.goals import Goal
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["AnyClass", "screened"]
+__all__ = ["AnyClass", "few_of_many", "screened"]
 
 #: Classes that are looked at one by one afterwards.
 CANDIDATES = 16
@@ -72,6 +72,17 @@ class AnyClass(Goal):
     def hit(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
         """Return who of logits [N, C] goes to the class that its row moves towards."""
         return logits.argmax(1) == self.gain.argmax(1)[c]
+
+
+def few_of_many(run: Run, inputs: list[Tensor]) -> Tensor | None:
+    """Return the classes [K] that the worst case is looked for, where there are more than a batch has samples.
+
+    None: each of them, or there are none.
+    """
+    if not inputs or run.classes is None or run.classes <= SEARCH_BATCH:
+        return None
+    with run.timed("screen"), precision(run):
+        return screened(run, inputs, run.endless())
 
 
 def screened(run: Run, inputs: list[Tensor], batches: Iterator[Batch]) -> Tensor:

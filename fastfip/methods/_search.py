@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fastfip.data.batch import Batch, take
 from fastfip.methods.base import Run
+from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = [
-    "IMPROVE_STEP", "SEARCH_BATCH", "at_least", "grow", "inputs_of", "latent_worst_case", "perturbed_tokens",
-    "token_place", "worst_case",
+    "IMPROVE_STEP", "SEARCH_BATCH", "added_points", "at_least", "grow", "inputs_of", "latent_worst_case",
+    "perturbed_tokens", "token_place", "worst_case",
 ]  # fmt: skip
 
 #: Success of the most susceptible class at which the radius grows no more, and the factor by which it grows.
@@ -29,6 +30,8 @@ REACH, GROWTH = 0.9, 1.3
 STEPS = 10
 #: Step of a perturbation, in radii, in the search and while the model unlearns.
 IMPROVE_STEP = 0.3
+#: Steps of the search for points that are added to clouds: most of it is in where they start from.
+ADDED_STEPS = 20
 #: Samples of a perturbed batch, at least.
 SEARCH_BATCH = 64
 #: Clean batches in which the vectors of tokens are looked at, and those that tell what a wrong answer costs.
@@ -54,6 +57,24 @@ def worst_case(run: Run, inputs: list[Tensor], radius: float, classes: Tensor | 
     """
     goal = goal_of(run) if classes is None else TowardsClass(len(classes), classes)
     return _in_parts(run, Perturbations.of(torch.cat(inputs), goal, run.generator, radius, ranks=run.ranks))
+
+
+def added_points(run: Run, inputs: list[Tensor], axis: int, classes: Tensor | None = None) -> AddedPoints:
+    """Return points for each class, or for each of `classes` [K], that send clouds of others there.
+
+    Args:
+        run: its model is in eval mode and takes point clouds.
+        inputs: clean clouds.
+        axis: of the points, see `fastfip.worst_case.points.points_axis`.
+        classes: None: all.
+    """
+    assert run.classes is not None
+    goal = TowardsClass(run.classes) if classes is None else TowardsClass(len(classes), classes)
+    batches = run.endless()
+    found = AddedPoints.among(run.model, run.task, batches, torch.cat(inputs), axis, goal, run.generator, run.ranks)
+    _in_parts(run, found)
+    improve(run, found, batches, ADDED_STEPS, 0.0)
+    return found
 
 
 def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:

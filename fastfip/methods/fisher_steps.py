@@ -6,11 +6,11 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
    few): so far that the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One
    setting serves networks with and without normalisation.
 2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts a few words, or a piece
-   of another text, are written over others.
+   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts words are exchanged.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. In
-   texts it is phrases of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are
-   changed; without classes it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
+   point clouds it is a few points at places of their own as well (`fastfip.worst_case.added_points`), in texts phrases
+   of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are changed; without classes
+   it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
 accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
@@ -37,10 +37,11 @@ from fastfip.methods._gentle import FOUND_RADIUS, SPARSE, for_clouds, for_found,
 from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._relative import RelativeSGD, fisher_length, received_values
-from fastfip.methods._screen import screened
+from fastfip.methods._screen import few_of_many
 from fastfip.methods._search import (
     REACH,
     SEARCH_BATCH,
+    added_points,
     at_least,
     grow,
     improve,
@@ -52,6 +53,7 @@ from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.unlearn import FOCUS, unlearn
+from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.changes import changed
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
@@ -144,11 +146,12 @@ class FisherSteps(Method):
     summary = "large steps of bounded Fisher length on changed images, our own"
     Config = FisherStepsConfig
     takes_parts = over_ranks = over_shards = True
-    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "measured",
-             "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
+    keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "added",
+             "measured", "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
+    added: AddedPoints | None = None  # to point clouds
     phrases: Phrases | None = None  # of token ids
     measured: float | None = None  # mean square of the length of a step d
     seen: Batch = None  # what the gradient of this step is of
@@ -184,7 +187,7 @@ class FisherSteps(Method):
             self.range = PixelRange.of_batches([(x,) for x in inputs], Task())
         few = None
         if config.weight and config.unlearn:
-            few = self._few(run, inputs)
+            few = few_of_many(run, inputs)
             worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(worst, Phrases):
                 self.phrases = worst
@@ -206,6 +209,8 @@ class FisherSteps(Method):
         if self.worst is not None:
             with run.timed("search"), precision(run):
                 self._search(run, self.worst)
+                if self.axis is not None:
+                    self.added = added_points(run, inputs, self.axis, few)
             near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
             self.found = near and float(self.worst.success.max()) >= REACH
             if self.found:
@@ -271,14 +276,6 @@ class FisherSteps(Method):
         """Return the settings of a run."""
         assert isinstance(run.config, FisherStepsConfig)
         return run.config
-
-    @staticmethod
-    def _few(run: Run, inputs: list[Tensor]) -> Tensor | None:
-        """Return the classes that the worst case is looked for, where there are more than a batch has samples."""
-        if not inputs or run.classes is None or run.classes <= SEARCH_BATCH:
-            return None
-        with run.timed("screen"), precision(run):
-            return screened(run, inputs, run.endless())
 
     @staticmethod
     def _search(run: Run, worst: Perturbations) -> None:
@@ -396,4 +393,7 @@ class FisherSteps(Method):
         if self.phrases is not None:
             return unlearn_phrases(run, batch, self.phrases, weight, self.config(run).unlearn)
         assert self.worst is not None
-        return unlearn(run, at_least(run, batch), self.worst, weight)
+        values = unlearn(run, at_least(run, batch), self.worst, weight)
+        if self.added is not None:
+            values["reached_by_points"] = unlearn(run, at_least(run, next(self.more)), self.added, weight)["reached"]
+        return values

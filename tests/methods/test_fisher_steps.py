@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.methods import fisher_steps
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.methods.wfip import method as wfip_method
 from fastfip.testing.nets import PointNet
+from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.universal import Perturbations
 from tests.methods.test_wfip import backdoored, digits_like  # noqa: F401  (a fixture)
 from tests.support.fip_runs import data, make_run, net
@@ -518,6 +521,48 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_half_of_the_way_back() -
     for name in moved:
         assert torch.equal(usual[name], half[name])
         torch.testing.assert_close(5 * (own[name] - before[name]), usual[name] - before[name], rtol=1e-2, atol=1e-5)
+
+
+class Waves(nn.Module):
+    """Series, [N, 3, T]: their order counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().mean(2))
+
+
+ADDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
+    "clouds": (lambda: PointNet(4, (8, 16), 8), (20, 3), True),
+    "series": (Waves, (3, 20), False),
+    "images": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)), (3, 8, 8), False),
+}
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip"])
+@pytest.mark.parametrize("kind", ADDED)
+def test_points_are_added_to_clouds_and_to_nothing_else(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step that unlearns."""
+    make, shape, taken = ADDED[kind]
+    seen: list[type] = []
+    module = fisher_steps if method == "fisher_steps" else wfip_method
+    real = module.unlearn
+
+    def spy(run, batch, worst, *others):
+        seen.append(type(worst))
+        return real(run, batch, worst, *others)
+
+    monkeypatch.setattr(module, "unlearn", spy)
+    torch.manual_seed(0)
+    x = torch.randn(40, *shape) * torch.arange(1, 41).view(-1, *[1] * len(shape)) / 20
+    settings = {"steps": 10, "batch_size": 20, "force": True, "progress": False}
+    result = fastfip.purify(make(), (x, torch.arange(40) % 4), method, **settings)
+    assert seen == ([Perturbations, AddedPoints] * 3 if taken else [Perturbations] * 3)
+    assert any("reached_by_points" in record for record in result.history) == taken
 
 
 NAMED: dict[str, tuple[dict[str, Any], tuple]] = {

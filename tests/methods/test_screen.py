@@ -105,7 +105,7 @@ def test_some_classes_have_rows_and_no_sample_is_given_its_own() -> None:
 
 
 def test_few_classes_are_not_screened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastfip.methods.fisher_steps.screened", None)
+    monkeypatch.setattr("fastfip.methods._screen.screened", None)
     x, y = torch.rand(64, 3), torch.arange(64) % 64
     fastfip.purify(nn.Linear(3, 64), (x, y), "fisher_steps", steps=2, progress=False)
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 import fastfip
 from fastfip.errors import CheckpointError, ConfigError
 from fastfip.purification.resume import Resume
+from fastfip.testing.nets import PointNet
 from tests.support.small_nets import conv_net, data
 
 #: Where each method is killed: while it unlearns, and after samples were left out.
@@ -108,6 +109,20 @@ def test_a_killed_run_on_texts_ends_with_the_same_weights(classes, tmp_path, mon
         killed(text, path, step, "fisher_steps")
         went_on = purified(text, "fisher_steps", resume=path)
         assert same(whole, went_on) and course(whole) == course(went_on)
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip"])
+def test_a_killed_run_on_point_clouds_ends_with_the_same_weights(method, tmp_path):
+    """Points at learned places go on from where they were."""
+    torch.manual_seed(0)
+    x = torch.randn(48, 20, 3) * torch.arange(1, 49)[:, None, None] / 24
+    clouds = PointNet(4, (8, 16), 8).eval(), (x, torch.arange(48) % 4)
+    whole = purified(clouds, method)
+    assert any("reached_by_points" in record for record in whole.history)
+    path = tmp_path / "2.resume"
+    killed(clouds, path, 2, method)
+    went_on = purified(clouds, method, resume=path)
+    assert same(whole, went_on) and course(whole) == course(went_on)
 
 
 def test_it_may_be_killed_again_and_again(given, tmp_path):

@@ -5,7 +5,8 @@ model that fits its clean data. A backdoor makes the model sharp at other inputs
 inputs makes. The methods search for such changes and unlearn them, while the Fisher of clean data bounds each step:
 
 1. Search: for every class, one change of all inputs that sends them to this class. Its radius grows until the most
-   susceptible class is reached from 90 % of the clean samples.
+   susceptible class is reached from 90 % of the clean samples. In point clouds a few points at places of their own are
+   looked for as well (`fastfip.worst_case.added_points`).
 2. Unlearn (the share `unlearn` of the steps): the model learns the true labels at changed inputs. Changes that work
    better are drawn more often, and they are improved against the model while it changes.
 3. Recover (the rest): only the clean terms are tuned, with a step size that falls to zero, and without the samples
@@ -30,10 +31,11 @@ from fastfip.methods._space import Space, SpaceMethod, Spectral
 from fastfip.methods.base import Groups, Run, register
 from fastfip.methods.wfip.clean import CleanTerms
 from fastfip.methods.wfip.config import FastWFIPConfig, WFIPConfig
-from fastfip.methods.wfip.search import search
+from fastfip.methods.wfip.search import search, search_points
 from fastfip.methods.wfip.sieve import Sieve
 from fastfip.methods.wfip.steps import StateMean, StepBound
 from fastfip.methods.wfip.unlearn import unlearn
+from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.pixels import perturbable
 from fastfip.worst_case.universal import Perturbations
 
@@ -53,7 +55,7 @@ class WFIP(SpaceMethod):
     takes_parts = True
     over_ranks = True
     over_shards = True
-    keeps = ("bound", "mean", "sieve", "sieved", "clean", "perturbations")
+    keeps = ("bound", "mean", "sieve", "sieved", "clean", "perturbations", "added")
 
     #: Whether the recovery takes the loss and the KL in turns, one pass a step instead of two.
     turns: ClassVar[bool] = False
@@ -63,6 +65,7 @@ class WFIP(SpaceMethod):
     average: ClassVar[float] = 0.0
 
     perturbations: Perturbations | None = None
+    added: AddedPoints | None = None  # to point clouds
     bound: StepBound | None = None
     sieved = 0  # what the sieve has done: nothing, left out, taken back
 
@@ -86,6 +89,7 @@ class WFIP(SpaceMethod):
         first = next(batches)
         self.clean = CleanTerms(run, self.turns, received, perturbable(run.task, first))
         self.perturbations = search(run, batches, config.radius_factor)
+        self.added = search_points(run)
 
     def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
         """Return the config's optimiser; Adam forgets in a hundred steps, for gradients fall in the recovery."""
@@ -98,7 +102,10 @@ class WFIP(SpaceMethod):
         self.space.begin()
         values = self.clean.backward(batch)
         if self.perturbations is not None and run.progress < run.config.unlearn:  # type: ignore[attr-defined]
-            values.update(self.unlearn(run, at_least(run, batch), self.perturbations, self.room(run, values)))
+            room = self.room(run, values)
+            values.update(self.unlearn(run, at_least(run, batch), self.perturbations, room))
+            if self.added is not None:
+                values["reached_by_points"] = self.unlearn(run, at_least(run, batch), self.added, room)["reached"]
         self.space.end()
         if self.bound is not None:
             self.bound.remember()

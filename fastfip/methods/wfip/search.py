@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from fastfip.data.batch import Batch
 from fastfip.methods._found import keep_changes
-from fastfip.methods._search import grow, inputs_of, latent_worst_case, precision, worst_case
+from fastfip.methods._search import added_points, grow, inputs_of, latent_worst_case, precision, worst_case
 from fastfip.methods.base import Run
+from fastfip.worst_case.added_points import AddedPoints
+from fastfip.worst_case.points import points_axis
 from fastfip.worst_case.universal import Perturbations
 
-__all__ = ["search"]
+__all__ = ["search", "search_points"]
 
 #: Radii that are tried at most.
 ROUNDS = 16
@@ -44,3 +48,21 @@ def search(run: Run, batches: Iterator[Batch], radius_factor: float) -> Perturba
         run.log(radius=worst.relative_radius)
         keep_changes(run, worst)
     return worst
+
+
+def search_points(run: Run) -> AddedPoints | None:
+    """Look for points that send clouds to each class; None where inputs are no point clouds, or there are no classes.
+
+    Args:
+        run: its model is in eval mode.
+    """
+    if run.classes is None:
+        return None
+    first = next(iter(run.clean.batches(device=run.device)))
+    own = torch.Generator().manual_seed(run.seed)  # other runs are to draw what they would have drawn without this
+    axis = points_axis(run.model, run.task, first, own)
+    inputs, _ = ([], "") if axis is None else inputs_of(run, MOST_BYTES)
+    if axis is None or not inputs:
+        return None
+    with run.timed("search"), precision(run):
+        return added_points(run, inputs, axis)
