@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import fastfip
 from fastfip.errors import ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace
-from fastfip.fisher.modes import checkpoints_met, keeping_activations
 from fastfip.fisher.sharpness import sharpness
+from fastfip.nets.checkpointing import checkpoints_kept, keeping_activations
 from fastfip.testing.definitions import loop_diagonal, worst_error
 
 N = 6
@@ -137,7 +137,7 @@ def test_a_fault_of_the_models_own_is_not_taken_for_one_of_checkpointing():
 
 def test_another_thread_goes_on_checkpointing_and_is_not_counted():
     block, x = Block(), torch.randn(2, 4)
-    before = checkpoints_met()
+    before = checkpoints_kept()
 
     def theirs():
         checkpoint(block, x, use_reentrant=False).sum().backward()
@@ -146,9 +146,9 @@ def test_another_thread_goes_on_checkpointing_and_is_not_counted():
         other = threading.Thread(target=theirs)
         other.start()
         other.join()
-        assert len(block.runs) == 2 and checkpoints_met() == before
+        assert len(block.runs) == 2 and checkpoints_kept() == before
         checkpoint(block, x, use_reentrant=False).sum().backward()
-    assert len(block.runs) == 3 and checkpoints_met() == before + 1
+    assert len(block.runs) == 3 and checkpoints_kept() == before + 1
 
 
 def test_what_others_put_in_torchs_place_is_there_again_afterwards(monkeypatch):
