@@ -52,6 +52,7 @@ RESULTS = harness.Results(
 MAKE: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the second: pixels
     "vit_b16": (lambda: nets.vit_b16(10), 224),
     "vit_s16": (lambda: nets.vit_s16(10), 224),
+    "long_vit": (lambda: nets.ViT(10, size=224, patch=8, dim=64, depth=24, heads=2), 224),  # narrow: 785 tokens of 64
     "resnet50": (lambda: nets.randomize_norms(nets.resnet50(10)), 96),
     "preact_resnet18": (lambda: nets.randomize_norms(nets.preact_resnet18()), 32),
     "wide_mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2048), nn.GELU(), nn.Linear(2048, 2048),
@@ -59,8 +60,8 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the second: pixels
 }  # fmt: skip
 CASES = [
     "vit_b16:fast_wfip:2", "vit_b16:adam:2", "vit_s16:fast_wfip:2", "vit_s16:fisher_steps:2", "resnet50:fast_wfip:2",
-    "resnet50:fisher_steps:2", "vit_s16:fast_wfip:16", "vit_s16:fast_wfip:16:again", "vit_s16:fisher_steps:16",
-    "vit_s16:fisher_steps:16:again", "preact_resnet18:fast_wfip:2",
+    "resnet50:fisher_steps:2", "long_vit:fast_wfip:8", "long_vit:fast_wfip:8:again", "long_vit:fisher_steps:8",
+    "long_vit:fisher_steps:8:again", "preact_resnet18:fast_wfip:2",
     "preact_resnet18:fine_tune:2", "wide_mlp:fast_wfip:2",
 ]  # fmt: skip
 BUDGETS = ["vit_b16:fast_wfip:1900", "preact_resnet18:fisher_steps:900", "vit_s16:fast_wfip:650"]

@@ -27,6 +27,7 @@ _PLACES = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_a
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _CHECKPOINTS = threading.Lock()
 _FOUND: dict[str, Callable[..., Iterator[None]]] = {}  # by place, while a thread is in a block
+_REENTRANT: list[Any] = []  # torch's own function of checkpoint(use_reentrant=True), likewise
 _entered = 0  # how many blocks threads are in
 
 
@@ -52,6 +53,8 @@ def _standing_in() -> Iterator[None]:
                 _FOUND.update({k: getattr(m, _GENERATOR) for k, m in modules.items() if hasattr(m, _GENERATOR)})
                 for place, found in _FOUND.items():
                     setattr(modules[place], _GENERATOR, partial(_run, found))
+                _REENTRANT.append(torch.utils.checkpoint.CheckpointFunction)
+                torch.utils.checkpoint.CheckpointFunction = _Reentrant  # type: ignore[assignment,misc]
             _entered, entered = _entered + 1, True
         yield
     finally:
@@ -62,6 +65,7 @@ def _standing_in() -> Iterator[None]:
                     for place, found in _FOUND.items():
                         setattr(sys.modules[place], _GENERATOR, found)
                     _FOUND.clear()
+                    torch.utils.checkpoint.CheckpointFunction = _REENTRANT.pop()  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -89,7 +93,8 @@ def computed_again_alike(model: nn.Module) -> Iterator[None]:
     """Let what is checkpointed in a block be computed again as it was the first time, in this thread.
 
     The model's modules are then in the modes in which they were, whatever they are meanwhile, and BatchNorm does not
-    count the batch a second time in its running statistics, which torch alone lets it do.
+    count the batch a second time in its running statistics, which torch alone lets it do. Checkpoints that ask for
+    use_reentrant=True, which only `backward()` on all that requires a gradient can go through, run without.
     """
     before = _HERE.modules
     with _standing_in():
@@ -113,6 +118,17 @@ def _run(found: Callable[..., Iterator[None]], fn: Any, *args: Any, **kwargs: An
         yield
     else:
         yield from found(_again(fn, _HERE.modules) if _HERE.modules else fn, *args, **kwargs)
+
+
+class _Reentrant:
+    """Stands in for torch's autograd function of checkpoint(use_reentrant=True)."""
+
+    @staticmethod
+    def apply(fn: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not _HERE.modules:
+            return _REENTRANT[0].apply(fn, preserve_rng_state, *args)
+        again = torch.utils.checkpoint.checkpoint
+        return again(fn, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def _again(fn: Callable[..., Any], modules: Sequence[nn.Module]) -> Callable[..., Any]:

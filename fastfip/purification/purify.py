@@ -18,6 +18,7 @@ from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run
+from fastfip.nets.checkpointing import computed_again_alike
 from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
 from fastfip.nets.process import PeakMemory, seeded
 from fastfip.nets.state import as_written, is_sharded, without_caches
@@ -206,6 +207,7 @@ def purify(
         try:
             with PeakMemory(work_device) as used, seeded(options.seed, work_device), ExitStack() as ends:
                 ends.enter_context(without_caches(work.model))
+                ends.enter_context(computed_again_alike(work.model))
                 run, history, before, after = tune(work, work_device, options, ends)
             moved = work.moved()
             result = work.finish(recipe.name)
@@ -220,8 +222,8 @@ def purify(
             if of_checkpointing(error):
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
-                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), "
-                    "give it use_reentrant=False, or take fine_tune"
+                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), or "
+                    "take fine_tune; gradient_checkpointing=True takes as little memory"
                 ) from error
             raise
     # After a resume the parts have the time of the run that was broken off as well.

@@ -22,7 +22,6 @@ from fastfip.methods import Method, MethodConfig
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.nets.blocks import checkpointed
-from fastfip.nets.checkpointing import computed_again_alike
 from fastfip.nets.checks import check_amp
 from fastfip.nets.process import seeded
 from fastfip.nets.state import requires_grad
@@ -190,7 +189,6 @@ def tune(
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
-    ends.enter_context(computed_again_alike(model))
     if options.in_parts or options.gradient_checkpointing is True:
         run.blocks = _within_memory(run, options)
         ends.enter_context(checkpointed(run.blocks))
