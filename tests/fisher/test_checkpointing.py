@@ -106,22 +106,28 @@ class Checkpointed(Net):
 
 
 @pytest.mark.parametrize("method", ["fast_wfip", "fisher_steps"])
-def test_plain_gradient_checkpointing_changes_no_purification(method):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_plain_gradient_checkpointing_changes_no_purification(method, reentrant):
     torch.manual_seed(0)
     net, data = Checkpointed().double(), (torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3)
     plain = fastfip.purify(net, data, method, steps=2, progress=False, force=True).state_dict()
-    net.reentrant = False
+    net.reentrant = reentrant
     result = fastfip.purify(net, data, method, steps=2, progress=False, force=True)
     torch.testing.assert_close(result.state_dict(), plain)
-    assert not torch.equal(plain["head.weight"], net.head.weight) and result.model.reentrant is False
+    assert not torch.equal(plain["head.weight"], net.head.weight) and result.model.reentrant is reentrant
 
 
-def test_checkpoints_that_are_reentrant_are_one_line_that_says_so():
-    net, data = Checkpointed(), (torch.randn(N, 4), torch.arange(N) % 3)
-    net.reentrant = True
-    with pytest.raises(ModelError, match="give it use_reentrant=False, or take fine_tune"):
-        fastfip.purify(net, data, "fisher_steps", steps=2, progress=False, force=True)
-    assert fastfip.purify(net, data, "fine_tune", steps=2, progress=False, force=True).history
+def test_checkpoints_that_are_switched_on_later_have_the_diagonal_and_the_trace_of_the_model():
+    """What is known of the graph without them is not taken for theirs, which looks the same and can be read once."""
+    torch.manual_seed(0)
+    net, data = Checkpointed().double().eval(), (torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3)
+    net.block = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()).double().eval()
+    want = loop_diagonal(net, data, N)
+    for reentrant in (None, False, None, False):
+        net.reentrant = reentrant
+        assert worst_error(fisher_diagonal(net, [data]), want) < 1e-12
+        with torch.no_grad():
+            assert float(fisher_trace(net, *data)) == pytest.approx(sum(float(value.sum()) for value in want.values()))
 
 
 def test_a_fault_of_the_models_own_is_not_taken_for_one_of_checkpointing():
