@@ -140,7 +140,7 @@ def _kept_by_calls(model: nn.Module, call: Callable[[], object]) -> tuple[dict[n
         if t.layout == torch.strided and storage_key(t) not in own:
             for one in open_calls:
                 one.kept[storage_key(t)] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # an operation that kept its own output itself would never be freed
 
     with contextlib.ExitStack() as hooks:
         for module in model.modules():

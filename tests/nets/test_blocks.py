@@ -1,6 +1,7 @@
 """Checkpointed blocks: which are found, that they keep less, and that nothing is left of it afterwards."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_the_blocks_found_are_those_that_keep_least_and_the_count_is_right():
     plain = tensor_peak(lambda: gradients(model, x), CPU)
     with checkpointed(saving.blocks):
         assert tensor_peak(lambda: gradients(model, x), CPU) < plain / 2
+
+
+def test_the_look_for_them_keeps_nothing():
+    model, kept = Tower(), []
+    for module in model.modules():
+        if isinstance(module, nn.Tanh):  # keeps its output for its backward pass
+            module.register_forward_hook(lambda m, given, out: kept.append(weakref.ref(out)))
+    best_blocks(model, lambda: model(torch.randn(4, 8)))
+    assert len(kept) == 8 and not any(one() is not None for one in kept)
 
 
 def test_nothing_is_found_where_nothing_would_be_saved():
