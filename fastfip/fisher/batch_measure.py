@@ -19,7 +19,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
-from fastfip.nets.checkpointing import checkpoints_kept, checkpoints_met
+from fastfip.nets.process import checkpoints_kept, checkpoints_met
 from fastfip.nets.state import fresh_caches, is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself

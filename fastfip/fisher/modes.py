@@ -15,8 +15,8 @@ from fastfip.data.batch import Batch, map_tensors
 from fastfip.data.outputs import logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
-from fastfip.nets.checkpointing import keeping_activations
 from fastfip.nets.checks import of_checkpointing
+from fastfip.nets.process import keeping_activations
 from fastfip.nets.state import LOW_PRECISION, fresh_caches, is_compiled
 
 #: Of each model the modes and the code of `forward=` with which its forward pass was tried, and whether it gave

@@ -17,7 +17,7 @@ from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.reading import as_real, own_gradients, topological
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
 from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
-from fastfip.nets.checkpointing import checkpoints_kept, checkpoints_met
+from fastfip.nets.process import checkpoints_kept, checkpoints_met
 from fastfip.nets.shards import Shards, on_parts
 
 #: Operations whose first derivative torch cannot differentiate. (Fused attention gives way to its mathematical form.)

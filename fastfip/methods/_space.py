@@ -19,7 +19,7 @@ from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_
 from fastfip.fisher.labels import Kind
 from fastfip.fisher.modes import readable
 from fastfip.methods.base import Groups, Method, Run
-from fastfip.nets.checkpointing import keeping_activations
+from fastfip.nets.process import keeping_activations
 from fastfip.nets.state import frozen_copy, requires_grad
 from fastfip.spectral import Rank, SpectralShifts
 from fastfip.spectral.fisher import delta_gradients, gradients_of_one, recording

@@ -25,7 +25,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     Their class is another one meanwhile, of the same name, which a copy of the model has as well. Parameters, buffers,
     hooks and names stay as they are; hooks of the module itself run once, those inside it again with it. Random numbers
-    are the same ones again. See `checkpointing.computed_again_alike` for BatchNorm and for modes that change.
+    are the same ones again. See `process.computed_again_alike` for BatchNorm and for modes that change.
 
     Args:
         blocks: modules that compute by the forward method of their class.

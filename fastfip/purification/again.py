@@ -6,27 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
-from fastfip.errors import ConfigError, ModelError
+from fastfip.errors import ModelError
 from fastfip.methods.run import Run
 from fastfip.nets.blocks import best_blocks, checkpointed
-from fastfip.nets.checkpointing import checkpoints_met, computed_again_alike
 from fastfip.nets.checks import of_checkpointing
+from fastfip.nets.process import checkpoints_met, computed_again_alike
 from fastfip.nets.state import eval_mode, requires_grad
 
-__all__ = ["blocks_of", "check_gradient_checkpointing", "first_samples", "has_checkpoints", "small_gradients"]
+__all__ = ["blocks_of", "first_samples", "has_checkpoints", "small_gradients"]
 
 #: Largest difference of gradients over their size with which they are the same: a device may add up in another order.
 SAME = 1e-3
-
-
-def check_gradient_checkpointing(value: object) -> None:
-    """Refuse what is no setting.
-
-    Raises:
-        ConfigError: anything but True, False and "auto".
-    """
-    if not (isinstance(value, bool) or value == "auto"):
-        raise ConfigError(f"gradient_checkpointing={value!r}: must be True, False or 'auto'")
 
 
 def blocks_of(run: Run) -> tuple[nn.Module, ...]:

@@ -18,9 +18,8 @@ from fastfip.data.task import Forward, Loss, Task
 from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run
-from fastfip.nets.checkpointing import computed_again_alike
 from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
-from fastfip.nets.process import PeakMemory, seeded
+from fastfip.nets.process import PeakMemory, computed_again_alike, seeded
 from fastfip.nets.state import as_written, is_sharded, without_caches
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import (

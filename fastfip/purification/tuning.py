@@ -22,10 +22,9 @@ from fastfip.methods import Method, MethodConfig
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
 from fastfip.nets.blocks import checkpointed
-from fastfip.nets.checks import check_amp
+from fastfip.nets.checks import check_amp, check_gradient_checkpointing
 from fastfip.nets.process import seeded
 from fastfip.nets.state import requires_grad
-from fastfip.purification.again import check_gradient_checkpointing
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import check_fit, choose_layout, with_answers
 from fastfip.purification.loop import fit

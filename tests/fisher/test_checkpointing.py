@@ -13,7 +13,7 @@ import fastfip
 from fastfip.errors import ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace
 from fastfip.fisher.sharpness import sharpness
-from fastfip.nets.checkpointing import checkpoints_kept, keeping_activations
+from fastfip.nets.process import checkpoints_kept, keeping_activations
 from fastfip.testing.definitions import loop_diagonal, worst_error
 
 N = 6

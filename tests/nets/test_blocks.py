@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastfip.nets.blocks import best_blocks, checkpointed
-from fastfip.nets.checkpointing import computed_again_alike
 from fastfip.nets.counting import tensor_peak
+from fastfip.nets.process import computed_again_alike
 
 CPU = torch.device("cpu")
 
