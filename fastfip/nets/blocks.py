@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +62,7 @@ class _Call:
     """One call of a module: the memory of what it is given, and of what is kept for its backward pass."""
 
     inputs: int
-    kept: dict[int, int] = field(default_factory=dict)  # by storage
+    kept: dict[int, int] = field(default_factory=dict)  # by the number of the storage
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def best_blocks(model: nn.Module, call: Callable[[], object]) -> Saving:
 
     Args:
         model: any.
-        call: runs its forward pass with a graph, and returns what holds the graph.
+        call: runs its forward pass with a graph, through which nothing goes backward.
     """
     calls, plain = _kept_by_calls(model, call)
     worst = {m: max(sum(c.kept.values()) for c in each) for m, each in calls.items()}
@@ -136,20 +138,25 @@ def _kept_by_calls(model: nn.Module, call: Callable[[], object]) -> tuple[dict[n
     def end(module: nn.Module, args: Any, output: Any) -> None:
         open_calls.pop()
 
-    def keep(t: Tensor) -> Tensor:
+    numbers: dict[int, int] = {}  # of storages that live: nothing is really kept, and their memory is used again
+    fresh = itertools.count()
+
+    def keep(t: Tensor) -> None:
         if t.layout == torch.strided and storage_key(t) not in own:
+            storage, key = t.untyped_storage(), storage_key(t)
+            if key not in numbers:
+                numbers[key] = next(fresh)
+                weakref.finalize(storage, numbers.pop, key, None)
             for one in open_calls:
-                one.kept[storage_key(t)] = t.untyped_storage().nbytes()
-        return t.detach()  # an operation that kept its own output itself would never be freed
+                one.kept[numbers[key]] = storage.nbytes()
 
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
             if module is not model and _may_be(module):
                 hooks.callback(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(end).remove)
-        with saved_tensors_hooks(keep, lambda t: t):
-            graph = call()
-    del graph
+        with saved_tensors_hooks(keep, lambda nothing: nothing):
+            call()
     return calls, sum(whole.kept.values())
 
 

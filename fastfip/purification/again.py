@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.errors import ModelError
 from fastfip.methods.run import Run
 from fastfip.nets.blocks import best_blocks, checkpointed
@@ -34,6 +34,8 @@ def blocks_of(run: Run) -> tuple[nn.Module, ...]:
             f"{saving.plain / 1e6:.1f} MB that the model keeps of the first samples"
         )
         return ()
+    n = run.task.size(batch)
+    batch = take(batch, torch.arange(1, device="cpu"), n)
     try:
         plain = _drawn_alike(run, batch)
         with computed_again_alike(run.model), checkpointed(saving.blocks):

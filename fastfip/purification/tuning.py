@@ -161,7 +161,8 @@ def tune(
         heldout = None if heldout is None else heldout.in_memory()
     notes += clean.notes
     with seeded(seed, device):
-        choose_layout(work, clean, task, device)
+        frugal = options.memory is not None or options.gradient_checkpointing is True
+        choose_layout(work, clean, task, device, 1 if frugal else task.most)
         notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
