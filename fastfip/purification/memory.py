@@ -12,6 +12,7 @@ one sample and of two. docs/scale.md has the terms for large models, and what th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -58,6 +59,8 @@ KEEP_RECEIVED = ("fisher_steps", "wfip")
 FISHER_SAMPLE = 2.2
 #: Copies of the largest matrix in float64 that its decomposition takes.
 WIDE = 4
+#: glibc's number of the size from which blocks are the system's own; set, it does not grow by itself.
+_M_MMAP_THRESHOLD = -3
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -240,6 +243,8 @@ def choose(
         model = measured(run, recipe, blocks) if blocks else model
         fits = model.samples(budget)
         if blocks and fits >= least:
+            if run.device.type == "cpu":
+                give_back_at_once()
             run.note(
                 f"gradient checkpointing is on, in {len(blocks)} modules: without it {_size(budget)} have no room for "
                 f"{least} sample{'s' * (least > 1)} in a pass; steps are the same and take longer"
@@ -257,6 +262,16 @@ def choose(
         f"(measured by passes of one and of two) and all else {_size(model.fixed + model.scratch + model.constant)}"
     )
     return most, blocks or ()
+
+
+def give_back_at_once() -> None:
+    """Let large blocks go back to the system when they are freed, for the rest of the process, where glibc can.
+
+    Of memory that is computed again and again the C library otherwise keeps gaps, more of them with every pass.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    trim()
 
 
 def _found(run: Run) -> tuple[nn.Module, ...]:
