@@ -342,6 +342,13 @@ def precision(amp: str) -> bool | str:
     return False if amp == "off" else amp
 
 
+def checkpointing(how: str) -> bool | str:
+    """Return what `gradient_checkpointing=` is for `--gradient-checkpointing`."""
+    if how not in ("auto", "on", "off"):
+        raise fail(f"--gradient-checkpointing={how}: must be auto, on or off")
+    return how if how == "auto" else how == "on"
+
+
 def as_logits(model: nn.Module, batches: Any) -> tuple[Any, list[str]]:
     """Return a `forward=` for a model with a softmax inside it (None for others), and what to say about it."""
     from fastfip.data.outputs import first_outputs, logits_task

@@ -62,6 +62,15 @@ def purify(
             "--memory", metavar="SIZE", help="memory to stay within, e.g. 12GB; --micro-batch is chosen for it"
         ),
     ] = None,
+    gradient_checkpointing: Annotated[
+        str,
+        typer.Option(
+            "--gradient-checkpointing",
+            metavar="HOW",
+            help="on takes less memory and more time: most activations are computed twice. auto does so where --memory "
+            "needs it",
+        ),
+    ] = "auto",
     seed: o.Seed = 0,
     amp: o.Amp = "off",
     fisher_trace: Annotated[
@@ -106,7 +115,7 @@ def purify(
         _check_leaderboard(leaderboard, [source, *inputs])
     check_state("--resume", resume, [source, *inputs])
     check_distinct(("OUT", out), ("--report", report), ("--resume", resume))
-    mixed = o.precision(amp)
+    mixed, checkpointing = o.precision(amp), o.checkpointing(gradient_checkpointing)
     scores.check()
     shape = clean.check()
     if epochs is not None and steps is not None:
@@ -145,6 +154,7 @@ def purify(
             input_shape=shape,
             micro_batch=micro_batch,
             memory=memory,
+            gradient_checkpointing=checkpointing,
             resume=state,
         )
     if not first:

@@ -19,6 +19,7 @@ from fastfip.fisher.graph.verify import cache_of, plan_for
 from fastfip.fisher.labels import LabelledPass
 from fastfip.fisher.modes import eagerly, readable
 from fastfip.fisher.squared_sum import SquaredSum
+from fastfip.nets.process import checkpoints_kept, checkpoints_met
 from fastfip.nets.state import fresh_caches, is_compiled
 
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of a loss in its batch and by itself
@@ -46,8 +47,12 @@ class BatchMeasure:
         if self.without_graph:
             with torch.no_grad(), eagerly(is_compiled(self.model)):
                 return self._cooled(task.forward(self.model, batch))
+        met, kept = checkpoints_met(), checkpoints_kept()
         with torch.enable_grad(), readable(self.model):
-            return self._cooled(task.forward(self.model, batch))
+            outputs = self._cooled(task.forward(self.model, batch))
+        met, kept = checkpoints_met() - met, checkpoints_kept() - kept
+        self.cache = cache_of(self.model, kept=kept > 0, once=met > kept)
+        return outputs
 
     def add(self, outputs: Tensor, one: LabelledPass) -> int:
         """Add one backward pass of a batch; return N."""

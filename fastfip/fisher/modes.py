@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, map_tensors
@@ -19,6 +16,7 @@ from fastfip.data.outputs import logits_task
 from fastfip.data.task import Task
 from fastfip.errors import DataError, ModelError
 from fastfip.nets.checks import of_checkpointing
+from fastfip.nets.process import keeping_activations
 from fastfip.nets.state import LOW_PRECISION, fresh_caches, is_compiled
 
 #: Of each model the modes and the code of `forward=` with which its forward pass was tried, and whether it gave
@@ -176,74 +174,6 @@ def readable(model: nn.Module, second_order: bool = False) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(CheapSecondOrder())
         yield
-
-
-#: Where torch looks up what runs before and after a function that is checkpointed.
-_PLACES = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
-_GENERATOR = "_checkpoint_without_reentrant_generator"
-_CHECKPOINTS = threading.Lock()
-_FOUND: dict[str, Callable[..., Iterator[None]]] = {}  # by place, while a thread is in a block
-_entered = 0  # how many blocks threads are in
-
-
-class _Here(threading.local):
-    """What holds in a thread: in how many blocks it is, by what they keep, and how many functions kept something."""
-
-    every = some = met = 0
-
-
-_HERE = _Here()
-
-
-@contextlib.contextmanager
-def keeping_activations(every: bool = True) -> Iterator[None]:
-    """Let checkpoint(use_reentrant=False) keep what it computes for a block, in this thread.
-
-    What is computed again in a backward pass, after the block, would be so without what holds in it, and torch refuses
-    what then differs. Where torch has no such function any more, it is left as it is.
-
-    Args:
-        every: False: only what can be gone through backward once, such as selective and composable checkpoints.
-    """
-    global _entered
-    entered = False
-    try:
-        with _CHECKPOINTS:
-            if not _entered:
-                modules = {place: sys.modules[place] for place in _PLACES if place in sys.modules}
-                _FOUND.update({k: getattr(m, _GENERATOR) for k, m in modules.items() if hasattr(m, _GENERATOR)})
-                for place, found in _FOUND.items():
-                    setattr(modules[place], _GENERATOR, partial(_kept, found))
-            _entered, entered = _entered + 1, True
-            _HERE.every += every
-            _HERE.some += 1
-        yield
-    finally:
-        if entered:
-            with _CHECKPOINTS:
-                _HERE.every -= every
-                _HERE.some -= 1
-                _entered -= 1
-                if not _entered:
-                    for place, found in _FOUND.items():
-                        setattr(sys.modules[place], _GENERATOR, found)
-                    _FOUND.clear()
-
-
-def _kept(found: Callable[..., Iterator[None]], fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Stand in for torch's generator, whose arguments are `fn`, whether to keep random states, contexts, and others."""
-    plain = torch.utils.checkpoint.noop_context_fn
-    own = args[1] if len(args) > 1 else kwargs.get("context_fn", plain)
-    if _HERE.every or (_HERE.some and own is not plain):
-        _HERE.met += 1
-        yield
-    else:
-        yield from found(fn, *args, **kwargs)
-
-
-def checkpoints_met() -> int:
-    """Return how many checkpointed functions have been run in this thread so far that kept what they computed."""
-    return _HERE.met
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from fastfip.fisher.graph.forms import GradientForm
 from fastfip.fisher.graph.plan import Plan, UseGroup, selected
 from fastfip.fisher.graph.reading import as_real, own_gradients, topological
 from fastfip.fisher.graph.verify import Cache, cache_of, plan_for
-from fastfip.fisher.modes import check_modes, checkpoints_met, fit_for_fisher, naming_precision, readable
+from fastfip.fisher.modes import check_modes, fit_for_fisher, naming_precision, readable
+from fastfip.nets.process import checkpoints_kept, checkpoints_met
 from fastfip.nets.shards import Shards, on_parts
 
 #: Operations whose first derivative torch cannot differentiate. (Fused attention gives way to its mathematical form.)
@@ -178,11 +179,12 @@ def trace_and_logits(
     with naming_precision(chosen.values(), batch):
         task = fit_for_fisher(model, task, batch, task.loss_hook is None)
     with torch.enable_grad():
-        met = checkpoints_met()
+        met, kept = checkpoints_met(), checkpoints_kept()
         with readable(model, second_order=create_graph), naming_precision(chosen.values(), batch):
             logits = task.forward(model, batch)
         losses = task.loss(logits, batch)
-        cache = cache_of(model, kept=checkpoints_met() != met)
+        met, kept = checkpoints_met() - met, checkpoints_kept() - kept
+        cache = cache_of(model, kept=kept > 0, once=met > kept)
         norms = squared_norms(losses, chosen, cache=cache, create_graph=create_graph)
         return TraceOutput(norms.mean(), losses, logits)
 

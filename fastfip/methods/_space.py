@@ -17,12 +17,13 @@ from fastfip.data.batch import Batch, take
 from fastfip.errors import ConfigError
 from fastfip.fisher import FisherPenalty, draw_labels, fisher_diagonal, squared_norms
 from fastfip.fisher.labels import Kind
-from fastfip.fisher.modes import keeping_activations, readable
+from fastfip.fisher.modes import readable
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods.base import Groups, Method, Run
+from fastfip.nets.process import keeping_activations
 from fastfip.nets.state import requires_grad
 from fastfip.spectral import Rank, SpectralShifts
-from fastfip.spectral.fisher import delta_gradients, recording
+from fastfip.spectral.fisher import delta_gradients, gradients_of_one, recording
 from fastfip.spectral.places import may_be_map, seen_as_maps
 
 __all__ = ["Space", "SpaceMethod", "Spectral", "Weights"]
@@ -213,6 +214,9 @@ class Spectral(Space):
         batches, labels = _samples(run, kind, run.generator)
         with run.eval_mode(), requires_grad(run.model.parameters(), True):
             for batch in batches:
+                if run.checkpointed:
+                    count += self._one_by_one(run, batch, sums)
+                    continue
                 batch, counts = _labelled(run, batch, labels, run.generator)
                 # A checkpointed block that is computed again would be so without the record.
                 with recording(self.shifts) as record, readable(run.model), keeping_activations():
@@ -231,6 +235,18 @@ class Spectral(Space):
             diagonal = _diagonal(run, kind, self.affine)
             squares += [diagonal[name] for name in self.affine]
         return squares
+
+    def _one_by_one(self, run: Run, batch: Batch, sums: list[Tensor]) -> int:
+        """Add the squares of the gradient of each sample's loss by a backward pass of its own; return how many.
+
+        What is computed again in it is computed without the record that the others need.
+        """
+        losses = run.task.loss(run.task.forward(run.model, batch), batch)
+        for k, loss in enumerate(losses):
+            gradients = gradients_of_one(self.shifts, loss, retain_graph=k + 1 < len(losses))
+            for total, each in zip(sums, gradients):
+                total += each.pow(2)
+        return len(losses)
 
     def trace(self, run: Run, batch: Batch) -> Tensor:
         """Return the trace of the Fisher of the shifts: N x R numbers, no gradient of a whole weight is formed.
@@ -274,7 +290,7 @@ def _samples(run: Run, kind: Kind, generator: torch.Generator) -> tuple[Iterable
 
     Batches that go through the model in parts have their labels drawn as a whole before, so that they are the same.
     """
-    if run.micro_batch is None:
+    if run.micro_batch is None and not run.checkpointed:
         return _first(run), kind
     return _in_parts(run, kind == "mc", generator), "empirical" if kind == "mc" else kind
 
@@ -285,7 +301,8 @@ def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batc
             with torch.no_grad():
                 batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
         n = run.task.size(batch)
-        few = max(1, (run.micro_batch or n) // FISHER_SHARE) * (1 if run.ranks is None else run.ranks.world)
+        few = 1 if run.checkpointed else max(1, (run.micro_batch or n) // FISHER_SHARE)
+        few *= 1 if run.ranks is None else run.ranks.world
         for place in torch.arange(n, device="cpu").tensor_split(-(-n // few)):
             yield take(batch, place, n)
 

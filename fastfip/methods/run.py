@@ -55,6 +55,8 @@ class Run:
         received: name -> value of the received model's parameters and buffers; nobody writes to them.
         micro_batch: samples that go through the model together where a graph is kept (see `parts`), of several
             processes in each; None: all.
+        blocks: modules that are checkpointed for the run. checkpointed: the memory is that of a model whose parts are
+            computed again in the backward pass, so that gradients of each sample are taken one sample at a time.
         diverged: whether the loss ran away. alerts: what the result should say before all else.
         ranks: the processes that share each batch, None for one alone: `task.forward` then runs this rank's rows and
             returns the outputs of all, and gradients have to be summed (`share`).
@@ -87,6 +89,8 @@ class Run:
     left: dict[str, str] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict, repr=False)
     micro_batch: int | None = None
+    blocks: tuple[nn.Module, ...] = ()
+    checkpointed: bool = False
     diverged: bool = False
     alerts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

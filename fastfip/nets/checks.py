@@ -14,6 +14,7 @@ from fastfip.errors import BackendError, ConfigError, FastFIPError, ModelError, 
 
 __all__ = [
     "check_amp",
+    "check_gradient_checkpointing",
     "check_initialised",
     "check_net",
     "check_seed",
@@ -99,6 +100,16 @@ def check_amp(amp: object) -> None:
     """
     if amp not in (False, True, "bf16", "fp16"):
         raise ConfigError(f"amp={amp!r}: must be False, True, 'bf16' or 'fp16'")
+
+
+def check_gradient_checkpointing(value: object) -> None:
+    """Refuse what is no setting.
+
+    Raises:
+        ConfigError: anything but True, False and "auto".
+    """
+    if not (isinstance(value, bool) or value == "auto"):
+        raise ConfigError(f"gradient_checkpointing={value!r}: must be True, False or 'auto'")
 
 
 def of_checkpointing(error: BaseException) -> bool:

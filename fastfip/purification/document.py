@@ -170,7 +170,9 @@ def _call(result: PurifyResult) -> str:
         config = {name: value for name, value in config.items() if usual.get(name) != value or name in chosen}
     parts = ["model", "clean_loader", repr(result.method)]
     parts += [
-        f"{name}={result.settings[name]!r}" for name in ("seed", "amp", "micro_batch") if result.settings.get(name)
+        f"{name}={result.settings[name]!r}"
+        for name in ("seed", "amp", "micro_batch", "gradient_checkpointing")
+        if result.settings.get(name)
     ]
     parts += [f"{name}={text}" for name, text in result.settings.get("arguments", {}).items()]
     parts += ["test_loader=test"] if result.after.on == "test_loader" and result.after.acc is not None else []

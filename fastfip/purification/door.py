@@ -225,14 +225,17 @@ def _answered(
             yield {**batch, LABEL_KEYS[0]: y} if isinstance(batch, Mapping) else (*batch, y)
 
 
-def choose_layout(work: WorkCopy, clean: CleanSet, task: Task, device: torch.device) -> None:
-    """Put a convolutional model on a CPU in channels_last, where it then gives the same and has a backward pass."""
+def choose_layout(work: WorkCopy, clean: CleanSet, task: Task, device: torch.device, most: int | None = None) -> None:
+    """Put a convolutional model on a CPU in channels_last, where it then gives the same and has a backward pass.
+
+    That is tried on `most` samples; nothing is checkpointed then.
+    """
     model = work.model
     if device.type != "cpu" or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return
     if is_compiled(model):  # its code is for the layout that it met first
         return
-    batch = next(iter(clean.batches(min(task.most or LAYOUT_SAMPLES, LAYOUT_SAMPLES, clean.n), device=device)))
+    batch = next(iter(clean.batches(min(most or LAYOUT_SAMPLES, LAYOUT_SAMPLES, clean.n), device=device)))
 
     def outputs() -> Tensor:
         with torch.random.fork_rng(devices=[]):

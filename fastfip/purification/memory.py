@@ -4,7 +4,7 @@ The memory of a purification, in bytes above what the process has when the model
 
     copies + factors + optimiser + data + max(decomposition, step, scratch + constant + m * per_sample)
 
-with m = micro_batch, or 2.2 where that is less and the Fisher diagonal is measured.
+with m = micro_batch, or 2.2 where that is less, the Fisher diagonal is measured and nothing is checkpointed.
 
 The first four, the decomposition and the step are arithmetic; `constant` and `per_sample` are measured, by passes of
 one sample and of two. docs/scale.md has the terms for large models, and what they are worth against measurement.
@@ -12,27 +12,28 @@ one sample and of two. docs/scale.md has the terms for large models, and what th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import re
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from fastfip.data.batch import take
-from fastfip.errors import ConfigError
+from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method
 from fastfip.methods._screen import CANDIDATES
 from fastfip.methods._search import SEARCH_BATCH
 from fastfip.methods.run import Run
+from fastfip.nets.blocks import checkpointed
+from fastfip.nets.counting import tensor_peak
 from fastfip.nets.process import resident_memory
-from fastfip.nets.state import LOW_PRECISION, eval_mode, requires_grad, still_received
+from fastfip.nets.state import LOW_PRECISION, still_received
+from fastfip.purification.again import blocks_of, first_samples, small_gradients
 from fastfip.spectral.places import places_of
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
     "note_statistics",
     "parse_memory",
     "takes_parts",
-    "tensor_peak",
 ]
 
 #: Buffers of the size of what is tuned, beside the weights themselves: the gradient, the momentum, and the last good
@@ -59,6 +59,8 @@ KEEP_RECEIVED = ("fisher_steps", "wfip")
 FISHER_SAMPLE = 2.2
 #: Copies of the largest matrix in float64 that its decomposition takes.
 WIDE = 4
+#: glibc's number of the size from which blocks are the system's own; set, it does not grow by itself.
+_M_MMAP_THRESHOLD = -3
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -216,20 +218,37 @@ def fixed_memory(
     )
 
 
-def choose(run: Run, recipe: type[Method], budget: int) -> int:
+def choose(
+    run: Run, recipe: type[Method], budget: int, blocks: tuple[nn.Module, ...] | None
+) -> tuple[int, tuple[nn.Module, ...]]:
     """Return how many samples may go through the model together within a budget, and note it.
 
     Args:
         run: before its method is set up.
         recipe: the method.
         budget: bytes: of the process's resident memory on a CPU, of tensors on a CUDA device.
+        blocks: modules that are checkpointed; None: such as are found, if it does not go without.
+
+    Returns:
+        The number of samples, and the modules to checkpoint.
 
     Raises:
         ConfigError: not even one sample fits (two, where BatchNorm takes statistics from the part).
     """
-    model, ranks = measured(run, recipe), run.ranks
     least = 2 if run.config.bn_mode == "train" and run.batchnorms else 1
+    model = measured(run, recipe, blocks or ())
     fits = model.samples(budget)
+    if fits < least and blocks is None and replace(model, constant=0, per_sample=0).peak(least) <= budget:
+        blocks = _found(run)
+        model = measured(run, recipe, blocks) if blocks else model
+        fits = model.samples(budget)
+        if blocks and fits >= least:
+            if run.device.type == "cpu":
+                give_back_at_once()
+            run.note(
+                f"gradient checkpointing is on, in {len(blocks)} modules: without it {_size(budget)} have no room for "
+                f"{least} sample{'s' * (least > 1)} in a pass; steps are the same and take longer"
+            )
     if fits < least:
         raise ConfigError(
             f"memory: {_size(budget)} are not enough for {recipe.name} on this model, which needs about "
@@ -237,24 +256,49 @@ def choose(run: Run, recipe: type[Method], budget: int) -> int:
             "in use already, the model and its copy included): give more, or take a smaller rank or another method"
         )
     batch = run.config.batch_size or run.clean.batch_size
-    world = 1 if ranks is None else ranks.world
+    world = 1 if run.ranks is None else run.ranks.world
     most = min(fits, -(-max(batch, SEARCH_BATCH) // world))
-    if ranks is not None:  # all take the same parts: those of the rank that has the least room
-        most = min(ranks.objects(most))
+    if run.ranks is not None:  # all take the same parts: those of the rank that has the least room
+        most = min(run.ranks.objects(most))
     run.note(
         f"memory of {_size(budget)}{' in each process' * (world > 1)}: micro_batch={most}, since a sample in a pass "
         f"takes {_size(model.per_sample)} (measured by passes of one and of two) and all else "
         f"{_size(model.fixed + model.scratch + model.constant)}"
     )
-    return most
+    return most, blocks or ()
 
 
-def measured(run: Run, recipe: type[Method]) -> MemoryModel:
-    """Return the terms for a run, those of a pass measured by one of one sample and one of two."""
+def give_back_at_once() -> None:
+    """Let large blocks go back to the system when they are freed, for the rest of the process, where glibc can.
+
+    Of memory that is computed again and again the C library otherwise keeps gaps, more of them with every pass.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    trim()
+
+
+def _found(run: Run) -> tuple[nn.Module, ...]:
+    try:
+        return blocks_of(run)
+    except ModelError:
+        run.note("no gradient checkpointing: parts of the model have other gradients when they are computed again")
+        return ()
+
+
+def measured(run: Run, recipe: type[Method], blocks: tuple[nn.Module, ...] = ()) -> MemoryModel:
+    """Return the terms for a run, those of a pass measured by one of one sample and one of two.
+
+    Args:
+        run: before its method is set up.
+        recipe: the method.
+        blocks: modules that are checkpointed.
+    """
     config: Any = run.config
-    batch = next(iter(run.clean.batches(min(2, run.clean.n), device=run.device)))
+    batch = first_samples(run)
     n = run.task.size(batch)
-    one, two = (_pass_peak(run, take(batch, torch.arange(m, device="cpu") % n, n)) for m in (1, 2))
+    with checkpointed(blocks):
+        one, two = (_pass_peak(run, take(batch, torch.arange(m, device="cpu") % n, n)) for m in (1, 2))
     per_sample, low = max(1, two - one), any(p.dtype in LOW_PRECISION for p in run.model.parameters())
     try:
         inputs = run.task.inputs(batch)
@@ -285,6 +329,7 @@ def measured(run: Run, recipe: type[Method]) -> MemoryModel:
         copies=terms.copies + kept,
         constant=max(0, one - per_sample) * (1 + low),
         per_sample=per_sample * (1 + low),  # 16 bits are tuned in 32
+        least=1 if blocks or run.checkpointed else terms.least,
     )
 
 
@@ -312,66 +357,7 @@ def trim() -> None:
 
 def _pass_peak(run: Run, batch: Any) -> int:
     """Return the bytes that a pass forward and backward takes above what is there, no weight's gradient counted."""
-    model = run.model
-    small: list[nn.Parameter] = [p for p in model.parameters() if p.dim() <= 1 and p.is_floating_point()]
-    small = small or list(model.parameters())[:1]
-
-    def once() -> None:
-        losses = run.alone.loss(run.alone.forward(model, batch), batch)
-        torch.autograd.grad(losses.sum(), small, allow_unused=True)
-
-    with eval_mode(model), torch.enable_grad(), requires_grad(model.parameters(), True):
-        return tensor_peak(once, run.device)
-
-
-def tensor_peak(call: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes of tensors that a call takes above what is there, at its peak."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Count() as count:
-        call()
-    return count.peak
-
-
-class _Count(TorchDispatchMode):
-    """Counts the memory of the tensors that operations of a block make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.present = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_key(t) for t in _tensors((args, kwargs or {}))}
-        out = func(*args, **(kwargs or {}))
-        for t in _tensors(out):
-            key = _key(t)
-            if key not in known and key not in self.live and t.device.type != "meta":
-                self.add(t, key)
-        return out
-
-    def add(self, t: Tensor, key: int) -> None:
-        storage = t.untyped_storage()
-        self.live[key] = storage.nbytes()
-        self.present += self.live[key]
-        self.peak = max(self.peak, self.present)
-        weakref.finalize(storage, self.gone, key)
-
-    def gone(self, key: int) -> None:
-        self.present -= self.live.pop(key, 0)
-
-
-def _key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    return tensor_peak(lambda: small_gradients(run, batch), run.device)
 
 
 def _size(count: int) -> str:

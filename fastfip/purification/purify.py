@@ -19,7 +19,7 @@ from fastfip.errors import ConfigError, ModelError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.methods.run import Run
 from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
-from fastfip.nets.process import PeakMemory, seeded
+from fastfip.nets.process import PeakMemory, computed_again_alike, seeded
 from fastfip.nets.state import as_written, is_sharded, without_caches
 from fastfip.purification.callbacks import Callback
 from fastfip.purification.door import (
@@ -69,6 +69,7 @@ def purify(
     input_shape: tuple[int, int, int] | None = None,
     micro_batch: int | None = None,
     memory: int | str | None = None,
+    gradient_checkpointing: bool | str = "auto",
     group: Any = "auto",
     resume: str | os.PathLike[str] | Resume | None = None,
     resume_every: float = 60.0,
@@ -121,7 +122,12 @@ def purify(
             from the parts (of two samples at least), and a note says so. Spectral methods then keep no second copy of
             the weights either. For methods whose step is a sum over samples. Of several processes, in each of them.
         memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
-            device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose.
+            device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose. Where not even
+            one sample has room, it turns `gradient_checkpointing` on.
+        gradient_checkpointing: True: parts of the model, those that keep most, keep only their inputs for the backward
+            pass and are computed again in it: steps are the same, take less memory and about a third longer. What the
+            gradients of each sample are taken for goes one sample at a time then. "auto": only where `memory=` needs
+            it. False: never. Checkpoints of the model's own stay as they are, see docs/scale.md.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
         group: the processes that share the work, see docs/distributed.md. "auto": those of the default group of
             torch.distributed, if it is initialised: every one of them has to make the same call, and gets the same
@@ -197,6 +203,7 @@ def purify(
         alerts=said,
         micro_batch=micro_batch,
         memory=memory,
+        gradient_checkpointing=gradient_checkpointing,
         shards=shards,
         whole=whole,
         chosen=chosen_of(config, steps, epochs, overrides),
@@ -208,6 +215,7 @@ def purify(
         try:
             with PeakMemory(work_device) as used, seeded(options.seed, work_device), ExitStack() as ends:
                 ends.enter_context(without_caches(work.model))
+                ends.enter_context(computed_again_alike(work.model))
                 run, history, before, after = tune(work, work_device, options, ends)
             moved = work.moved()
             result = work.finish(recipe.name)
@@ -222,8 +230,8 @@ def purify(
             if of_checkpointing(error):
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
-                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), "
-                    "give it use_reentrant=False, or take fine_tune"
+                    "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), or "
+                    "take fine_tune; gradient_checkpointing=True takes as little memory"
                 ) from error
             raise
     # After a resume the parts have the time of the run that was broken off as well.
@@ -248,6 +256,7 @@ def purify(
             "best_epoch": run.best_epoch,
             "peak_memory_of": used.what,
             "micro_batch": run.micro_batch,
+            "gradient_checkpointing": bool(run.blocks),
             "inputs": run.inputs,
             "classes": run.classes,
             "chosen": sorted(run.chosen),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastfip.data.batch import Batch, move_to
+from fastfip.data.batch import Batch, move_to, pick
 from fastfip.data.cleanset import CleanSet, class_indices
 from fastfip.data.outputs import binary_task, first_outputs, is_one_logit, logits_task
 from fastfip.data.stores import kept
@@ -22,7 +22,8 @@ from fastfip.errors import ConfigError, DataError, FastFIPError, reason
 from fastfip.methods import Method, MethodConfig
 from fastfip.methods.run import Run, autocast_dtype
 from fastfip.metrics.evaluation import Evaluation, evaluate
-from fastfip.nets.checks import check_amp
+from fastfip.nets.blocks import checkpointed
+from fastfip.nets.checks import check_amp, check_gradient_checkpointing
 from fastfip.nets.process import seeded
 from fastfip.nets.state import is_part, requires_grad
 from fastfip.purification.callbacks import Callback
@@ -74,6 +75,7 @@ class PurifyOptions:
     alerts: tuple[str, ...] = ()
     micro_batch: int | None = None
     memory: int | str | None = None
+    gradient_checkpointing: bool | str = "auto"
     shards: Shards | None = None
     whole: str | None = None
     chosen: frozenset[str] = frozenset()
@@ -87,6 +89,7 @@ class PurifyOptions:
         check_amp(self.amp)
         if self.frozen not in ("keep", "tune"):
             raise ConfigError(f"frozen={self.frozen!r}: must be 'keep' or 'tune'")
+        check_gradient_checkpointing(self.gradient_checkpointing)
         odd = [name for name in self.measure if name not in MEASURES]
         if self.in_parts:
             from fastfip.purification.memory import check_micro_batch
@@ -96,15 +99,27 @@ class PurifyOptions:
             raise ConfigError(f"measure={self.measure!r}: must be some of {', '.join(MEASURES)}")
 
 
-def _in_parts(run: Run, options: PurifyOptions) -> None:
-    """Let batches go through the model in parts: of the size that was given, or that the memory has room for."""
+def _within_memory(run: Run, options: PurifyOptions) -> tuple[nn.Module, ...]:
+    """Let batches go through the model in parts, as small as was given, or as the memory has room for.
+
+    Returns:
+        The modules of the model to checkpoint.
+    """
+    from fastfip.purification.again import blocks_of, has_checkpoints
     from fastfip.purification.memory import choose, note_statistics, parse_memory
 
-    if options.memory is not None:
-        with seeded(options.seed, run.device):
-            run.micro_batch = choose(run, options.recipe, parse_memory(options.memory))
-        run.task = replace(run.task, most=run.micro_batch)
+    alone = run.ranks is None  # of several processes each would look at, and find, its own
+    with seeded(options.seed, run.device):
+        blocks = blocks_of(run) if options.gradient_checkpointing is True else ()
+        run.checkpointed = bool(blocks) or (alone and options.in_parts and has_checkpoints(run))
+        if options.memory is not None:
+            free = options.gradient_checkpointing == "auto" and alone
+            budget = parse_memory(options.memory)
+            run.micro_batch, blocks = choose(run, options.recipe, budget, None if free else blocks)
+            run.task = replace(run.task, most=run.micro_batch)
+            run.checkpointed |= bool(blocks)
     note_statistics(run)
+    return blocks
 
 
 def tune(
@@ -119,6 +134,8 @@ def tune(
     model = work.model.eval()
     ranks = None
     if options.group is not None:
+        if options.gradient_checkpointing is True:
+            raise ConfigError("gradient_checkpointing=True is for one process: leave it out, or pass group=None")
         from fastfip.purification.ranked import begin, clean_of_all, over_ranks
 
         given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp,
@@ -155,7 +172,8 @@ def tune(
     notes += clean.notes
     with seeded(seed, device):
         if work.shards is None:
-            choose_layout(work, clean, task, device)
+            frugal = options.memory is not None or options.gradient_checkpointing is True
+            choose_layout(work, clean, task, device, 1 if frugal else task.most)
         notes += check_fit(model, clean, task, classes, device, options.force)
     run = Run(
         model=model,
@@ -183,8 +201,9 @@ def tune(
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")
-    if options.in_parts:
-        _in_parts(run, options)
+    if options.in_parts or options.gradient_checkpointing is True:
+        run.blocks = _within_memory(run, options)
+        ends.enter_context(checkpointed(run.blocks))
         task = run.task
     with run.timed("evaluation"):
         scorer = Scorer(run, task, work, options.test_loader, options.asr_loader, options.measure)
@@ -328,6 +347,8 @@ class Scorer:
         if "fisher_trace" in measure:
             order = itertools.islice(run.clean.batches(TRACE_SAMPLES // 4, device=run.device), 4)
             parts = [part for batch in order for part, _ in run.parts(batch)]
+            if run.checkpointed:  # a graph of several samples would be computed again for each of them
+                parts = [pick(part, n, task.size(part)) for part in parts for n in range(task.size(part))]
             self.sample = parts  # kept, so that augmentation does not change it between before and after
 
     def measure(self) -> Evaluation:

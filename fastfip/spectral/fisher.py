@@ -25,7 +25,7 @@ from fastfip.spectral.shift import SpectralShifts, is_transposed
 from fastfip.spectral.site import ForwardRecord, LayerUse
 from fastfip.spectral.weight import SpectralShift
 
-__all__ = ["delta_gradients", "recording"]
+__all__ = ["delta_gradients", "gradients_of_one", "recording"]
 
 #: Relative difference of one sample's gradient from its own backward pass above which a layer goes the slow way.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
@@ -89,6 +89,27 @@ def delta_gradients(
             value = losses.new_zeros(n, *shift.sigma.shape)
         result.append(value * (shift.sigma + shift.delta.detach() > 0))
     return result
+
+
+def gradients_of_one(shifts: SpectralShifts, loss: Tensor, retain_graph: bool = False) -> list[Tensor]:
+    """Return the gradient of a loss with respect to each delta, [G, R], by an ordinary backward pass.
+
+    No layer is recorded for it, so that blocks which are computed again can be gone through.
+
+    Args:
+        shifts: the shifts, with W(delta) in place.
+        loss: a scalar.
+        retain_graph: keep the graph for another one.
+    """
+    elsewhere = [(k, shift.value) for k, shift in enumerate(shifts.shifts) if shift.value is not None]
+    leaves = [*shifts.deltas, *(value for _, value in elsewhere)]
+    own, pulled = [], torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
+    for delta, g in zip(shifts.deltas, pulled):
+        own.append(torch.zeros_like(delta) if g is None else g)
+    for (k, _), g in zip(elsewhere, pulled[len(own) :]):
+        if g is not None:
+            own[k] = own[k] + shifts.shifts[k].pull(g)
+    return own
 
 
 def _refuted(

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import fastfip
 from fastfip.errors import ModelError
 from fastfip.fisher import backward_with_fisher, fisher_diagonal, fisher_trace
-from fastfip.fisher.modes import checkpoints_met, keeping_activations
 from fastfip.fisher.sharpness import sharpness
+from fastfip.nets.process import checkpoints_kept, keeping_activations
 from fastfip.testing.definitions import loop_diagonal, worst_error
 
 N = 6
@@ -106,22 +106,28 @@ class Checkpointed(Net):
 
 
 @pytest.mark.parametrize("method", ["fast_wfip", "fisher_steps"])
-def test_plain_gradient_checkpointing_changes_no_purification(method):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_plain_gradient_checkpointing_changes_no_purification(method, reentrant):
     torch.manual_seed(0)
     net, data = Checkpointed().double(), (torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3)
     plain = fastfip.purify(net, data, method, steps=2, progress=False, force=True).state_dict()
-    net.reentrant = False
+    net.reentrant = reentrant
     result = fastfip.purify(net, data, method, steps=2, progress=False, force=True)
     torch.testing.assert_close(result.state_dict(), plain)
-    assert not torch.equal(plain["head.weight"], net.head.weight) and result.model.reentrant is False
+    assert not torch.equal(plain["head.weight"], net.head.weight) and result.model.reentrant is reentrant
 
 
-def test_checkpoints_that_are_reentrant_are_one_line_that_says_so():
-    net, data = Checkpointed(), (torch.randn(N, 4), torch.arange(N) % 3)
-    net.reentrant = True
-    with pytest.raises(ModelError, match="give it use_reentrant=False, or take fine_tune"):
-        fastfip.purify(net, data, "fisher_steps", steps=2, progress=False, force=True)
-    assert fastfip.purify(net, data, "fine_tune", steps=2, progress=False, force=True).history
+def test_checkpoints_that_are_switched_on_later_have_the_diagonal_and_the_trace_of_the_model():
+    """What is known of the graph without them is not taken for theirs, which looks the same and can be read once."""
+    torch.manual_seed(0)
+    net, data = Checkpointed().double().eval(), (torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 3)
+    net.block = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()).double().eval()
+    want = loop_diagonal(net, data, N)
+    for reentrant in (None, False, None, False):
+        net.reentrant = reentrant
+        assert worst_error(fisher_diagonal(net, [data]), want) < 1e-12
+        with torch.no_grad():
+            assert float(fisher_trace(net, *data)) == pytest.approx(sum(float(value.sum()) for value in want.values()))
 
 
 def test_a_fault_of_the_models_own_is_not_taken_for_one_of_checkpointing():
@@ -137,7 +143,7 @@ def test_a_fault_of_the_models_own_is_not_taken_for_one_of_checkpointing():
 
 def test_another_thread_goes_on_checkpointing_and_is_not_counted():
     block, x = Block(), torch.randn(2, 4)
-    before = checkpoints_met()
+    before = checkpoints_kept()
 
     def theirs():
         checkpoint(block, x, use_reentrant=False).sum().backward()
@@ -146,9 +152,9 @@ def test_another_thread_goes_on_checkpointing_and_is_not_counted():
         other = threading.Thread(target=theirs)
         other.start()
         other.join()
-        assert len(block.runs) == 2 and checkpoints_met() == before
+        assert len(block.runs) == 2 and checkpoints_kept() == before
         checkpoint(block, x, use_reentrant=False).sum().backward()
-    assert len(block.runs) == 3 and checkpoints_met() == before + 1
+    assert len(block.runs) == 3 and checkpoints_kept() == before + 1
 
 
 def test_what_others_put_in_torchs_place_is_there_again_afterwards(monkeypatch):

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastfip
 from fastfip.errors import ModelError
-from fastfip.fisher.modes import keeping_activations
 from fastfip.fisher.second_order import CheapSecondOrder
+from fastfip.nets.process import keeping_activations
 from fastfip.testing.definitions import loop_trace, relative_error, worst_error
 from tests.support.fisher_problems import Lambda
 from tests.support.small_nets import values

@@ -10,7 +10,8 @@ from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError
 from fastfip.methods import get
 from fastfip.methods.run import Run
-from fastfip.purification.memory import MemoryModel, fixed_memory, measured, parse_memory, searched, tensor_peak
+from fastfip.nets.counting import tensor_peak
+from fastfip.purification.memory import MemoryModel, fixed_memory, measured, parse_memory, searched
 
 CPU = torch.device("cpu")
 

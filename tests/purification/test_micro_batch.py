@@ -9,6 +9,7 @@ from torch import nn
 import fastfip
 from fastfip.errors import ConfigError
 from fastfip.methods import get
+from fastfip.methods._space import Spectral
 from fastfip.methods.base import Method
 from tests.purification.test_ranks import samples, trained
 
@@ -51,6 +52,17 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(method, together):
     assert parts.settings["micro_batch"] == together and whole.settings["micro_batch"] is None
     shown = [record["loss"] for record in whole.history]
     assert [record["loss"] for record in parts.history] == pytest.approx(shown, rel=1e-4)
+
+
+def test_the_fisher_diagonal_is_the_same_in_parts(monkeypatch):
+    """That of biases and norms as well, of labels that are drawn from the model."""
+    found = []
+    plain = Spectral.diagonal
+    monkeypatch.setattr(Spectral, "diagonal", lambda *args: found.append(plain(*args)) or found[-1])
+    for together in (None, 2):
+        purified("fast_wfip", micro_batch=together, bn_mode="eval")
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-8)
+    assert len(found[0]) > 3  # three weights, and what lies beside them
 
 
 def test_no_more_samples_than_asked_for_go_through_the_model_together():

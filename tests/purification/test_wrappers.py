@@ -95,13 +95,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_works_or_is_named_as_what_to_turn_off(reentrant, inplace):
+def test_gradient_checkpointing_works(reentrant, inplace):
     model = Checkpointed(reentrant)
-    before = values(model)
-    if reentrant:
-        with pytest.raises(ModelError, match="gradient checkpointing cannot follow: turn it off"):
-            fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False)
-        assert same(values(model), before)
-    else:
-        assert fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False).coverage.tuned
+    assert fastfip.purify(model, data(24), "fast_wfip", steps=2, inplace=inplace, progress=False).coverage.tuned
     assert fastfip.purify(model, data(24), "fine_tune", steps=2, inplace=inplace, progress=False).coverage.tuned

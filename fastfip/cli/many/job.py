@@ -98,6 +98,7 @@ def _purified(row: ManyRow, out: Path, report: Path) -> str:
             ignore_fit=row.ignore_fit,
             micro_batch=row.micro_batch,
             memory=row.memory,
+            gradient_checkpointing=row.gradient_checkpointing,
             quiet=True,
         )
     except Interrupted:

@@ -32,8 +32,8 @@ class ManyRow:
         data, limit, per_class, input_shape: the clean images, or without any the shape of the inputs.
         scale, mean, std, size, channels, class_order, skip_broken, data_workers, batch_size: how images become inputs.
         test_data, asr_data, attack, target: what only scores.
-        method, config, settings, epochs, steps, seed, device, amp, ignore_fit, micro_batch, memory: how; `settings` are
-            KEY=VALUE.
+        method, config, settings, epochs, steps, seed, device, amp, ignore_fit, micro_batch, memory,
+            gradient_checkpointing: how; `settings` are KEY=VALUE.
     """
 
     checkpoint: str
@@ -70,6 +70,7 @@ class ManyRow:
     ignore_fit: bool = False
     micro_batch: int | None = None
     memory: str | None = None
+    gradient_checkpointing: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

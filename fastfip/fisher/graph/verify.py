@@ -44,11 +44,18 @@ class Known:
 Cache = MutableMapping[Any, Known]
 _CACHES: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
 _KEPT: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
+_ONCE: weakref.WeakKeyDictionary[nn.Module, Cache] = weakref.WeakKeyDictionary()
 
 
-def cache_of(model: nn.Module, kept: bool = False) -> Cache:
-    """What is known about the graphs of this model; `kept`: about those whose checkpointed parts can be read."""
-    return (_KEPT if kept else _CACHES).setdefault(model, {})
+def cache_of(model: nn.Module, kept: bool = False, once: bool = False) -> Cache:
+    """What is known about the graphs of this model.
+
+    Args:
+        model: the same in every call.
+        kept: the graphs have checkpointed parts, all of which can be read.
+        once: they have such parts that are computed again when they are read.
+    """
+    return (_ONCE if once else _KEPT if kept else _CACHES).setdefault(model, {})
 
 
 def plan_for(
