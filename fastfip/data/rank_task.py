@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,9 +39,9 @@ class RankTask(Task):
 
     def in_float32(self) -> Task:
         """Return the task for a model in float32 whose batches are of lower precision."""
-        plain = self.alone
+        plain = replace(self.alone, most=None)
         hook: Forward = lambda model, batch: plain.forward(model, float32_batch(batch))  # noqa: E731
-        return RankTask(hook, self.loss_hook, ranks=self.ranks)
+        return RankTask(hook, self.loss_hook, self.most, ranks=self.ranks)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of the whole batch, of which this rank has computed its rows."""

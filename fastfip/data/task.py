@@ -74,7 +74,8 @@ class Task:
 
     def in_float32(self) -> Task:
         """Return the task for a model in float32 whose batches are of lower precision."""
-        return Task(lambda model, batch: self.forward(model, float32_batch(batch)), self.loss_hook)
+        whole = replace(self, most=None)
+        return Task(lambda model, batch: whole.forward(model, float32_batch(batch)), self.loss_hook, self.most)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits [N, C] of a batch (of whatever shape `loss=` understands, if that is given).

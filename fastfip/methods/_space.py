@@ -243,8 +243,7 @@ class Spectral(Space):
         """
         losses = run.task.loss(run.task.forward(run.model, batch), batch)
         for k, loss in enumerate(losses):
-            gradients = gradients_of_one(self.shifts, loss, retain_graph=k + 1 < len(losses))
-            for total, each in zip(sums, gradients):
+            for total, each in zip(sums, gradients_of_one(self.shifts, loss, retain_graph=k + 1 < len(losses))):
                 total += each.pow(2)
         return len(losses)
 
@@ -301,8 +300,7 @@ def _in_parts(run: Run, draw: bool, generator: torch.Generator) -> Iterator[Batc
             with torch.no_grad():
                 batch = run.task.relabel(batch, draw_labels(run.task.forward(run.model, batch), generator))
         n = run.task.size(batch)
-        few = 1 if run.checkpointed else max(1, (run.micro_batch or n) // FISHER_SHARE)
-        few *= 1 if run.ranks is None else run.ranks.world
+        few = 1 if run.checkpointed else max(1, (run.micro_batch or n) // FISHER_SHARE) * run.world
         for place in torch.arange(n, device="cpu").tensor_split(-(-n // few)):
             yield take(batch, place, n)
 

@@ -200,9 +200,12 @@ class Run:
     @property
     def together(self) -> int | None:
         """Return how many samples of a batch go through the model together in all processes; None: the whole batch."""
-        if self.micro_batch is None or self.ranks is None:
-            return self.micro_batch
-        return self.micro_batch * self.ranks.world
+        return None if self.micro_batch is None else self.micro_batch * self.world
+
+    @property
+    def world(self) -> int:
+        """Return how many processes share each batch."""
+        return 1 if self.ranks is None else self.ranks.world
 
     def places(self, n: int) -> tuple[Tensor, ...]:
         """Return which of n samples go through the model together, int64 on the CPU, as evenly as can be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,9 +26,9 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {}
 def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let modules keep only their inputs for a backward pass, and be computed again in it, for a `with` block.
 
-    Their class is another one meanwhile, of the same name, which a copy of the model has as well. Parameters, buffers,
-    hooks and names stay as they are; hooks of the module itself run once, those inside it again with it. Random numbers
-    are the same ones again. See `process.computed_again_alike` for BatchNorm and for modes that change.
+    Their class is another one meanwhile, of the same name; a copy, or what is pickled, is of their own. Parameters,
+    buffers, hooks and names stay as they are; hooks of the module itself run once, those inside it again with it.
+    Random numbers are the same ones again. See `process.computed_again_alike` for BatchNorm and for modes that change.
 
     Args:
         blocks: modules that compute by the forward method of their class.
@@ -51,9 +52,23 @@ def _again_in_backward(kind: type[nn.Module]) -> type[nn.Module]:
                 return kind.forward(self, *args, **kwargs)
             return checkpoint(lambda *given: kind.forward(self, *given, **kwargs), *args, use_reentrant=False)
 
-        names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        def reduce(self: nn.Module, protocol: Any) -> Any:
+            mine = type(self)
+            self.__class__ = kind  # a copy, or what is pickled, is of the model's own class
+            try:
+                how = self.__reduce_ex__(protocol)
+            finally:
+                self.__class__ = mine
+            # The usual way is refused for what is of another class at the moment.
+            plain = isinstance(how, tuple) and how[0].__name__ == "__newobj__"
+            return (copyreg._reconstructor, (kind, object, None), *how[2:]) if plain else how  # type: ignore[attr-defined]
+
+        names = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__,
+                 "__qualname__": kind.__qualname__}  # fmt: skip
         meta: Any = type(kind)
-        _KINDS[kind] = meta(kind.__name__, (kind,), names)
+        made = meta(kind.__name__, (nn.Module,), names)
+        made.__bases__ = (kind,)  # afterwards: a class that is told of those below it does not hear of this one
+        _KINDS[kind] = made
     return _KINDS[kind]
 
 

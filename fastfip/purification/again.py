@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, take
-from fastfip.errors import ModelError
+from fastfip.errors import ModelError, reason
 from fastfip.methods.run import Run
 from fastfip.nets.blocks import best_blocks, checkpointed
-from fastfip.nets.checks import of_checkpointing
 from fastfip.nets.process import checkpoints_met, computed_again_alike
 from fastfip.nets.state import eval_mode, requires_grad
 
@@ -20,7 +19,7 @@ SAME = 1e-3
 
 
 def blocks_of(run: Run) -> tuple[nn.Module, ...]:
-    """Return the modules of the model to checkpoint, largest saving first found; none where little would be saved.
+    """Return the modules of the model to checkpoint, those with which least is kept; none where little would be saved.
 
     Raises:
         ModelError: their gradients are others when they are computed again.
@@ -41,14 +40,16 @@ def blocks_of(run: Run) -> tuple[nn.Module, ...]:
         with computed_again_alike(run.model), checkpointed(saving.blocks):
             again = _drawn_alike(run, batch)
         same = all(_close(a, b) for a, b in zip(plain, again))
-    except Exception as error:
-        if not of_checkpointing(error):
-            raise
-        same = False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a class that does not take another one in its place, a part that counts its calls, ...
+        raise ModelError(f"gradient_checkpointing=True: parts of the model cannot be computed again ({reason(error)}): "
+                         "leave it out") from error  # fmt: skip
     if not same:
         raise ModelError(
             "gradient_checkpointing=True: parts of the model have other gradients when they are computed again, as "
-            "they change what they were given or keep something between passes: leave it out"
+            "they change what they were given, keep something between passes, or are treated by their class: leave it "
+            "out"
         )
     return saving.blocks
 
@@ -59,10 +60,10 @@ def first_samples(run: Run) -> Batch:
 
 
 def has_checkpoints(run: Run) -> bool:
-    """Return whether the model checkpoints parts of itself as it is used in a run (in eval mode)."""
-    met = checkpoints_met()
-    with computed_again_alike(run.model), eval_mode(run.model), torch.no_grad():
-        run.task.forward(run.model, first_samples(run))
+    """Return whether the model checkpoints parts of itself as it is used in a run: in eval mode, with a graph."""
+    met, model = checkpoints_met(), run.model
+    with computed_again_alike(model), eval_mode(model), torch.enable_grad(), requires_grad(model.parameters(), True):
+        run.task.forward(model, first_samples(run))
     return checkpoints_met() > met
 
 

@@ -243,8 +243,6 @@ def choose(
         model = measured(run, recipe, blocks) if blocks else model
         fits = model.samples(budget)
         if blocks and fits >= least:
-            if run.device.type == "cpu":
-                give_back_at_once()
             run.note(
                 f"gradient checkpointing is on, in {len(blocks)} modules: without it {_size(budget)} have no room for "
                 f"{least} sample{'s' * (least > 1)} in a pass; steps are the same and take longer"
@@ -255,6 +253,8 @@ def choose(
             f"{_size(model.peak(least))} with {least} sample{'s' * (least > 1)} in a pass ({_size(model.now)} are "
             "in use already, the model and its copy included): give more, or take a smaller rank or another method"
         )
+    if blocks and run.device.type == "cpu":
+        give_back_at_once()
     batch = run.config.batch_size or run.clean.batch_size
     world = 1 if run.ranks is None else run.ranks.world
     most = min(fits, -(-max(batch, SEARCH_BATCH) // world))
@@ -282,7 +282,7 @@ def _found(run: Run) -> tuple[nn.Module, ...]:
     try:
         return blocks_of(run)
     except ModelError:
-        run.note("no gradient checkpointing: parts of the model have other gradients when they are computed again")
+        run.note("no gradient checkpointing: parts of the model cannot be computed again, or have other gradients then")
         return ()
 
 

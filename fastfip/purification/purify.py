@@ -123,11 +123,13 @@ def purify(
             the weights either. For methods whose step is a sum over samples. Of several processes, in each of them.
         memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
             device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose. Where not even
-            one sample has room, it turns `gradient_checkpointing` on.
+            one sample has room, it turns `gradient_checkpointing` on in a process alone; on a CPU the C library then
+            gives freed memory back at once, for the rest of the process.
         gradient_checkpointing: True: parts of the model, those that keep most, keep only their inputs for the backward
-            pass and are computed again in it: steps are the same, take less memory and about a third longer. What the
-            gradients of each sample are taken for goes one sample at a time then. "auto": only where `memory=` needs
-            it. False: never. Checkpoints of the model's own stay as they are, see docs/scale.md.
+            pass and are computed again in it: steps are the same, take less memory and one more forward pass. What the
+            gradients of each sample are taken for goes one sample at a time then, which takes longer. "auto": only
+            where `memory=` needs it, and in one process. False: never. Checkpoints of the model's own stay as they are,
+            see docs/scale.md.
         input_shape: without data, (channels, height, width) of the model's inputs; None: found out where it can be.
         group: the processes that share the work, see docs/distributed.md. "auto": those of the default group of
             torch.distributed, if it is initialised: every one of them has to make the same call, and gets the same
@@ -177,6 +179,8 @@ def purify(
         )
     work_device = None if device is None else usable_device(device)
     measure = (measure,) if isinstance(measure, str) else tuple(measure)
+    if gradient_checkpointing is True and _group_of(group) is not None:
+        raise ConfigError("gradient_checkpointing=True is for one process: leave it out, and take micro_batch=")
     if shards is not None:
         from fastfip.purification.sharded import why_whole
 
@@ -231,7 +235,7 @@ def purify(
                 raise ModelError(
                     f"{recipe.name} goes through the model in ways that gradient checkpointing cannot follow: turn it "
                     "off (model.gradient_checkpointing_disable(), in timm model.set_grad_checkpointing(False)), or "
-                    "take fine_tune; gradient_checkpointing=True takes as little memory"
+                    "take fine_tune"
                 ) from error
             raise
     # After a resume the parts have the time of the run that was broken off as well.

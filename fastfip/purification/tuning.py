@@ -134,8 +134,6 @@ def tune(
     model = work.model.eval()
     ranks = None
     if options.group is not None:
-        if options.gradient_checkpointing is True:
-            raise ConfigError("gradient_checkpointing=True is for one process: leave it out, or pass group=None")
         from fastfip.purification.ranked import begin, clean_of_all, over_ranks
 
         given = {"methods": options.recipe.name, "settings": str(config.to_dict()), "seeds": seed, "amp=": options.amp,

@@ -132,7 +132,8 @@ class AddedPoints(Perturbations):
         total = sums.total
         if self.ranks is not None:
             self.ranks.sum_([total], "perturbations")
-        length = total.float().norm(dim=2, keepdim=True).clamp_min(1e-20)
+        total = total.float()
+        length = total.norm(dim=2, keepdim=True).clamp_min(1e-20)
         share = (length / length.amax(1, keepdim=True)).sqrt()
         rows = self.store.rows(sums.classes) - step * self.radius * share * total / length
         self.store.put(sums.classes, torch.minimum(torch.maximum(rows, self.place.low), self.place.high))

@@ -1,7 +1,9 @@
 """Checkpointed blocks: which are found, that they keep less, and that nothing is left of it afterwards."""
 
 import copy
+import pickle
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -77,6 +79,7 @@ def test_gradients_hooks_names_and_copies_are_those_without():
         torch.testing.assert_close(gradients(model, x), right, rtol=0, atol=0)
         assert (len(outside), len(inside)) == (2, 4)  # used twice; what is inside runs again in the backward pass
         twin = copy.deepcopy(model)
+        assert [type(m) for m in twin.modules()] == kinds
         with torch.no_grad():
             model(x)
         assert (len(outside), len(inside)) == (4, 6)  # no graph, nothing to compute again
@@ -92,6 +95,33 @@ def test_classes_are_the_models_own_again_after_an_error():
     with pytest.raises(KeyError), checkpointed(tuple(model.stages)):
         raise KeyError
     assert {type(stage) for stage in model.stages} == {nn.Sequential}
+
+
+def test_what_is_pickled_meanwhile_is_of_the_models_own_classes() -> None:
+    model, x = Tower(), torch.randn(3, 8)
+    with checkpointed(tuple(model.stages)):
+        loaded = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+class Registered(nn.Sequential):
+    """A class that is told of those below it, and asks each for its kind."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.known.append(kind)
+
+
+def test_classes_are_not_told_of_those_that_take_their_place() -> None:
+    model = nn.Sequential(Registered(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    right = gradients(model, x)
+    with checkpointed((model[0],)):
+        assert isinstance(model[0], Registered) and type(model[0]) is not Registered
+        torch.testing.assert_close(gradients(model, x), right, rtol=0, atol=0)
+    assert type(model[0]) is Registered and Registered.known == []
 
 
 class Noisy(nn.Module):

@@ -42,7 +42,7 @@ class Maps(nn.Module):
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
-        self.reentrant, self.runs = reentrant, 0
+        self.reentrant = reentrant
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.2))
@@ -189,3 +189,23 @@ def test_a_model_without_such_parts_runs_as_it_is_with_a_note():
 def test_another_setting_is_refused(wrong):
     with pytest.raises(ConfigError, match="gradient_checkpointing="):
         purified(made(Maps), "fine_tune", gradient_checkpointing=wrong)
+
+
+class OnlyWithGradients(Maps):
+    """Checkpoints its blocks only where gradients reach their inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_checkpoints_of_its_own_are_seen_where_they_need_gradients() -> None:
+    seen = []
+    for net in (OnlyWithGradients(), Maps()):
+        fastfip.purify(
+            net, (X, Y), "fine_tune", steps=1, micro_batch=4, bn_mode="eval", force=True, progress=False,
+            callbacks=[lambda run, record: seen.append(run.checkpointed)],
+        )  # fmt: skip
+    assert seen == [True, False]

@@ -11,7 +11,6 @@ from fastfip.errors import ConfigError
 from fastfip.methods import get
 from fastfip.methods._space import Spectral
 from fastfip.methods.base import Method
-from tests.purification.test_ranks import samples, trained
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 4
@@ -157,10 +156,3 @@ def test_a_softmax_in_the_model_is_looked_through_in_parts_as_well():
     assert [n for n in whole.notes if "softmax" in n] == [n for n in parts.notes if "softmax" in n] != []
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value)
-
-
-def test_the_fisher_of_biases_has_drawn_labels_in_parts_as_well():
-    """On a trained net the true labels have another Fisher information than drawn ones, and steps are bounded by it."""
-    options = {"steps": 2, "batch_size": 16, "bn_mode": "eval", "optimizer": "sgd", "lr": 0.01, "progress": False}
-    whole, parts = (fastfip.purify(trained(), samples(), "fast_wfip", micro_batch=few, **options) for few in (None, 3))
-    assert distance(parts, whole) < 1e-5

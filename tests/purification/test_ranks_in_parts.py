@@ -89,3 +89,14 @@ def test_processes_that_were_given_other_parts_are_told_so(tmp_path):
         return None
 
     assert all("micro_batch=" in said for said in in_processes(2, tmp_path, work))
+
+
+def test_gradient_checkpointing_is_refused_before_anything_is_gathered(tmp_path):
+    def work(rank):
+        try:
+            run("fine_tune", "auto", gradient_checkpointing=True)
+        except FastFIPError as error:
+            return str(error)
+        return None
+
+    assert all("for one process: leave it out" in said for said in in_processes(2, tmp_path, work))

@@ -108,3 +108,11 @@ def test_drawn_words_are_drawn_by_each_process_for_its_own_texts():
     own = [Run.own_generator(SimpleNamespace(ranks=SimpleNamespace(rank=r), generator=shared[r])) for r in range(2)]
     assert own[0].initial_seed() != own[1].initial_seed()
     assert torch.equal(shared[0].get_state(), shared[1].get_state()), "what all draw alike goes on alike"
+
+
+def test_texts_of_a_model_in_16_bits_are_searched_in_parts_as_well():
+    done = fastfip.purify(
+        trained("attention", torch.bfloat16), texts(), "fisher_steps", steps=2, batch_size=8, micro_batch=2, force=True,
+        progress=False,
+    )  # fmt: skip
+    assert not done.alerts and any("worst_case_loss" in record for record in done.history)

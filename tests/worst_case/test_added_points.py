@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastfip
 from fastfip.data import Task
+from fastfip.testing.nets import PointNet
 from fastfip.worst_case import added_points
 from fastfip.worst_case.added_points import AddedPoints, PointPlace, scores
 from fastfip.worst_case.goals import TowardsClass
@@ -158,3 +160,12 @@ def test_many_starts_meet_it_without_a_step() -> None:
     assert torch.equal(found.store.values, again.store.values)
     few = AddedPoints.among(Planted(), Task(), iter([(x[:, :8], y)] * 9), x[:, :8], 1, TowardsClass(3), generator())
     assert few.store.values.shape == (3, 2, 3)  # a quarter of the points of a cloud at most
+
+
+@pytest.mark.parametrize("method", ["fisher_steps", "wfip", "fast_wfip"])
+def test_clouds_in_float64_are_purified(method: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = PointNet(3, widths=(8, 16), hidden=16).double(), clouds().double(), torch.arange(len(clouds())) % 3
+    result = fastfip.purify(model, (x, y), method, steps=4, batch_size=8, force=True, progress=False)
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in result.model.parameters())
+    assert any("reached_by_points" in record for record in result.history)

@@ -89,7 +89,7 @@ class WFIP(SpaceMethod):
         first = next(batches)
         self.clean = CleanTerms(run, self.turns, received, perturbable(run.task, first))
         self.perturbations = search(run, batches, config.radius_factor)
-        self.added = search_points(run)
+        self.added = search_points(run) if config.unlearn and config.weight else None
 
     def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
         """Return the config's optimiser; Adam forgets in a hundred steps, for gradients fall in the recovery."""
