@@ -14,8 +14,8 @@ SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
 #: would shorten the very steps that unlearn it.
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
-#: How far the weights go back where inputs are point clouds: on a PointNet accuracy returned, and no backdoor did.
-CLOUD_BACK = 0.7
+#: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
+CLOUD_BACK = 0.5
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
 
