@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.worst_case.goals import TowardsClass
-from fastfip.worst_case.places import Place
+from fastfip.worst_case.places import OfInputs
 from fastfip.worst_case.store import DeltaStore
 from fastfip.worst_case.universal import GradientSums, Perturbations
 
@@ -44,7 +44,7 @@ STRIDE = 1 / 3
 
 
 @dataclass(frozen=True)
-class PointPlace(Place):
+class PointPlace(OfInputs):
     """Some points of each cloud, drawn anew in every pass: points at given places take their places.
 
     Attributes:
@@ -57,14 +57,6 @@ class PointPlace(Place):
     low: Tensor
     high: Tensor
     generator: torch.Generator
-
-    def nbytes(self, task: Task, batch: Batch) -> int:
-        """Return the bytes of the clouds."""
-        return task.inputs(batch).nbytes
-
-    def dtype(self, task: Task, batch: Batch) -> torch.dtype:
-        """Return that of the clouds."""
-        return task.inputs(batch).dtype
 
     @contextlib.contextmanager
     def moved(self, model: nn.Module, task: Task, batch: Batch, used: Tensor) -> Iterator[Batch]:

@@ -25,7 +25,7 @@ from fastfip.worst_case.layers_of_ids import calls_of_lookups, chosen_lookup, id
 from fastfip.worst_case.lookups import Written, vectors_of_words
 from fastfip.worst_case.pixels import PixelRange
 
-__all__ = ["InputPlace", "Place", "TokenPlace"]
+__all__ = ["InputPlace", "OfInputs", "Place", "TokenPlace"]
 
 #: Vectors of a soft trigger. Several in a row turn over any short text, backdoor or not: docs/notes/trials.md.
 WIDTH = 1
@@ -60,11 +60,8 @@ class Place(ABC):
         """
 
 
-@dataclass(frozen=True)
-class InputPlace(Place):
-    """The model's input; moved inputs stay in the range of the clean ones."""
-
-    range: PixelRange
+class OfInputs(Place):
+    """A place in the model's input of real numbers."""
 
     def nbytes(self, task: Task, batch: Batch) -> int:
         """Return the bytes of the inputs."""
@@ -73,6 +70,13 @@ class InputPlace(Place):
     def dtype(self, task: Task, batch: Batch) -> torch.dtype:
         """Return that of the inputs."""
         return task.inputs(batch).dtype
+
+
+@dataclass(frozen=True)
+class InputPlace(OfInputs):
+    """The model's input; moved inputs stay in the range of the clean ones."""
+
+    range: PixelRange
 
     @contextlib.contextmanager
     def moved(self, model: nn.Module, task: Task, batch: Batch, used: Tensor) -> Iterator[Batch]:
