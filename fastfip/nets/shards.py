@@ -211,7 +211,7 @@ class Shards:
         """
 
         def give_back(module: Any, *_: object) -> None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and _is_fsdp2(type(module)):  # a plain copy has the hook as well
                 module.reshard()
 
         units = [m for m in self.model.modules() if _is_fsdp2(type(m))]
