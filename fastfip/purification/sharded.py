@@ -138,8 +138,9 @@ def own_passes(shards: Shards, ranks: Ranks) -> Iterator[None]:
         BackendError: a process of the group is gone.
     """
 
-    def meet(*_: object) -> None:
-        ranks.any(False)
+    def meet(module: nn.Module, *_: object) -> None:
+        if module is shards.model:  # a plain copy has the hook as well, and its passes are no matter of all ranks
+            ranks.any(False)
 
     hooks = [shards.model.register_forward_pre_hook(meet, prepend=True), *shards.hook_passes()]
     try:

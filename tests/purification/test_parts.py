@@ -230,9 +230,23 @@ def in_two(tmp_path_factory):
             "whys": whys(folder),
             "norms": norms(rank),
             "words": words(rank),
+            "copy": of_a_copy(rank),
         }
 
     return in_processes(2, folder, work)
+
+
+def of_a_copy(rank):
+    """The weights of a run in which one rank alone uses a plain copy of the model, without gradients and with them."""
+
+    def use(run, record):
+        twin = run.shards.twin
+        if rank == 0:
+            with torch.no_grad():
+                twin(samples()[0][:3])
+            twin(samples()[0][:3])
+
+    return whole(run(sharded(trained(), "fsdp"), "fine_tune", inplace=True, callbacks=[use]).state_dict())
 
 
 def words(rank):
@@ -317,6 +331,10 @@ def test_what_is_frozen_stays_to_the_bit(in_two):
     for rank in in_two:
         assert apart(rank["frozen"], weights) <= 1e-5
         assert torch.equal(rank["frozen"]["4.weight"], trained().state_dict()["4.weight"])
+
+
+def test_passes_of_a_plain_copy_are_no_matter_of_the_other_ranks(in_two, right):
+    assert all(apart(rank["copy"], right) <= 1e-5 for rank in in_two)
 
 
 def test_what_a_training_loop_has_set_is_no_matter_and_stays(in_two, right):
