@@ -8,6 +8,8 @@ TRITON := .venv/.triton
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
+# Some machines set it: then each of the processes that tests start compiles the package again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel newcomer triton gpu clean
 

@@ -1,5 +1,6 @@
 """What every test file may use."""
 
+import gc
 import os
 
 # Before torch: two workers share two cores, and sums must not depend on how many threads there are.
@@ -10,6 +11,12 @@ import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        # Else torch keeps every seed, with a printed stack, until the device is there: 2 ms for each device.
+        device.manual_seed_all = lambda seed: None
+
+gc.disable()  # until all files are imported: next to nothing of them is garbage
 
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
 NUMERIC = {
@@ -32,6 +39,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("numeric")
 
 
+def pytest_collection_finish():
+    """What is imported stays: it is not looked through again in each collection of garbage."""
+    gc.enable()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same numbers in every run and every order of the tests."""
@@ -46,6 +59,19 @@ def untrained_models_pass(request, monkeypatch):
 
         check = tuning.check_fit
         monkeypatch.setattr(tuning, "check_fit", lambda *arguments: check(*arguments[:-1], force=True))
+
+
+@pytest.fixture(scope="module")
+def short_search():
+    """Look for the worst case in few steps, where tests ask what every run promises, not how well it unlearns.
+
+    The radius grows to as much as otherwise, in fewer and larger parts.
+    """
+    values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "fisher_steps.LAST": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(f"fastfip.methods.{name}", value)
+        yield
 
 
 @pytest.fixture
