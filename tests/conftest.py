@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.support.short_search import short_search  # noqa: F401
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 for device in (torch.cuda, torch.xpu, torch.mtia):
@@ -16,15 +18,20 @@ for device in (torch.cuda, torch.xpu, torch.mtia):
         # Else torch keeps every seed, with a printed stack, until the device is there: 2 ms for each device.
         device.manual_seed_all = lambda seed: None
 
+# Workers of a loader that an error has ended do not end by themselves: torch waits for each of them, else for 5 s.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
 gc.disable()  # until all files are imported: next to nothing of them is garbage
 
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
+# Of the command line the demo alone: the others ask for words, files, exit codes. Comparisons say what `purify` says.
 NUMERIC = {
-    "attacks", "auditing", "comparison", "fisher", "methods", "metrics", "ops", "purification", "spectral",
-    "worst_case", "cli", "test_doc_examples", "test_outputs", "test_released_fip",
+    "attacks", "auditing", "fisher", "methods", "metrics", "ops", "purification", "spectral",
+    "worst_case", "test_demo", "test_doc_examples", "test_outputs", "test_released_fip",
 }  # fmt: skip
 # What compiles for another machine, or runs CUDA code thread by thread, has no instruction set of this CPU in it.
-ELSEWHERE = {"test_cuda_build", "test_cuda_kernels", "test_cuda_on_cpu", "test_triton"}
+# Several processes, and models in parts, add up what one process multiplies, with the kernels that other tests run.
+ELSEWHERE = {"test_triton", "test_parts", "test_ranks", "test_ranks_in_parts", "test_ranks_of_texts", "test_sharded"}
 
 
 def pytest_collectstart():
@@ -35,7 +42,8 @@ def pytest_collectstart():
 def pytest_collection_modifyitems(items):
     """Mark the tests of `NUMERIC`."""
     for item in items:
-        if NUMERIC & {item.path.stem, item.path.parent.name} and item.path.stem not in ELSEWHERE:
+        name = item.path.stem
+        if NUMERIC & {name, item.path.parent.name} and name not in ELSEWHERE and not name.startswith("test_cuda_"):
             item.add_marker("numeric")
 
 
@@ -59,19 +67,6 @@ def untrained_models_pass(request, monkeypatch):
 
         check = tuning.check_fit
         monkeypatch.setattr(tuning, "check_fit", lambda *arguments: check(*arguments[:-1], force=True))
-
-
-@pytest.fixture(scope="module")
-def short_search():
-    """Look for the worst case in few steps, where tests ask what every run promises, not how well it unlearns.
-
-    The radius grows to as much as otherwise, in fewer and larger parts.
-    """
-    values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "fisher_steps.LAST": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setattr(f"fastfip.methods.{name}", value)
-        yield
 
 
 @pytest.fixture
