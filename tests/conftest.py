@@ -21,7 +21,6 @@ for device in (torch.cuda, torch.xpu, torch.mtia):
 # Workers of a loader that an error has ended do not end by themselves: torch waits for each of them, else for 5 s.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
-gc.disable()  # until all files are imported: next to nothing of them is garbage
 
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
 # Of the command line the demo alone: the others ask for words, files, exit codes. Comparisons say what `purify` says.
@@ -35,7 +34,11 @@ ELSEWHERE = {"test_triton", "test_parts", "test_ranks", "test_ranks_in_parts", "
 
 
 def pytest_collectstart():
-    """The same weights in what a file builds while it is imported: parameters of tests, constants."""
+    """The same weights in what a file builds while it is imported: parameters of tests, constants.
+
+    Next to nothing of what is imported is garbage, so that none is looked for.
+    """
+    gc.disable()
     torch.manual_seed(0)
 
 
