@@ -8,6 +8,10 @@ TRITON := .venv/.triton
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 export OMP_NUM_THREADS ?= 1
+# Some machines set it: then each of the processes that tests start compiles the package again.
+export PYTHONDONTWRITEBYTECODE =
+# Each worker has half of the files, so that what a file makes once is made by one of them, and takes from the other at the end.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: setup demo test cuda test-lesser fuzz zoo lint format real suite bench picture docs browse wheel newcomer triton gpu clean
 
@@ -28,18 +32,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -q -m "not nvcc" $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -q -m "not nvcc" $(ARGS)
 
 # The CUDA kernels for sm_80 and sm_100, as far as this nvcc knows them: about a minute and a half; skipped without nvcc. What
 # nvcc makes of them for sm_90, and the kernels thread by thread on the CPU, are part of `make test`.
 cuda: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q -m nvcc tests/ops/test_cuda_build.py $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -q -m nvcc tests/ops/test_cuda_build.py $(ARGS)
 
 # As on a CPU without AVX-512: tests must not hang on the rounding of one machine. torch's convolutions and products are
 # oneDNN's, which has a variable of its own.
 test-lesser: $(STAMP)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 FASTFIP_ISA=portable \
-		$(BIN)/python -m pytest -n 2 -q -m numeric $(ARGS)
+		$(BIN)/python -m pytest $(WORKERS) -q -m numeric $(ARGS)
 
 # Mutated files for every reader of files, e.g. ARGS="--minutes 30". atheris has no wheel for every Python: without it,
 # mutations are drawn at random.

@@ -1,5 +1,6 @@
 """What every test file may use."""
 
+import gc
 import os
 
 # Before torch: two workers share two cores, and sums must not depend on how many threads there are.
@@ -8,28 +9,51 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.support.short_search import short_search  # noqa: F401
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        # Else torch keeps every seed, with a printed stack, until the device is there: 2 ms for each device.
+        device.manual_seed_all = lambda seed: None
+
+# Workers of a loader that an error has ended do not end by themselves: torch waits for each of them, else for 5 s.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 # Folders whose tests train or multiply, and files of others: what they find must not hang on the rounding of one CPU.
+# Of the command line the demo alone: the others ask for words, files, exit codes. Comparisons say what `purify` says.
 NUMERIC = {
-    "attacks", "auditing", "comparison", "fisher", "methods", "metrics", "ops", "purification", "spectral",
-    "worst_case", "cli", "test_doc_examples", "test_outputs", "test_released_fip",
+    "attacks", "auditing", "fisher", "methods", "metrics", "ops", "purification", "spectral",
+    "worst_case", "test_demo", "test_doc_examples", "test_outputs", "test_released_fip",
 }  # fmt: skip
 # What compiles for another machine, or runs CUDA code thread by thread, has no instruction set of this CPU in it.
-ELSEWHERE = {"test_cuda_build", "test_cuda_kernels", "test_cuda_on_cpu", "test_triton"}
+# Several processes, and models in parts, add up what one process multiplies, with the kernels that other tests run.
+ELSEWHERE = {"test_triton", "test_parts", "test_ranks", "test_ranks_in_parts", "test_ranks_of_texts", "test_sharded"}
 
 
 def pytest_collectstart():
-    """The same weights in what a file builds while it is imported: parameters of tests, constants."""
+    """The same weights in what a file builds while it is imported: parameters of tests, constants.
+
+    Next to nothing of what is imported is garbage, so that none is looked for.
+    """
+    gc.disable()
     torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
     """Mark the tests of `NUMERIC`."""
     for item in items:
-        if NUMERIC & {item.path.stem, item.path.parent.name} and item.path.stem not in ELSEWHERE:
+        name = item.path.stem
+        if NUMERIC & {name, item.path.parent.name} and name not in ELSEWHERE and not name.startswith("test_cuda_"):
             item.add_marker("numeric")
+
+
+def pytest_collection_finish():
+    """What is imported stays: it is not looked through again in each collection of garbage."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

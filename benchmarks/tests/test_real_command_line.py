@@ -12,8 +12,12 @@ import pytest
 from benchmarks.purification import real_data
 from fastfip.cli import main
 from fastfip.data.pictures import read_image
+from tests.support.short_search import short_search  # noqa: F401
 
-pytestmark = pytest.mark.skipif(not real_data.available(), reason="no ../shared/data (FASTFIP_DATA)")
+pytestmark = [
+    pytest.mark.skipif(not real_data.available(), reason="no ../shared/data (FASTFIP_DATA)"),
+    pytest.mark.usefixtures("short_search"),
+]
 
 #: The checkpoint's names and shapes, flattened as its authors flatten, in place where they work in place.
 MODEL = """
@@ -36,8 +40,8 @@ class SignNet(nn.Module):
         out = out.view(out.size(0), -1)
         return self.classifier(out)
 """
-CLEAN = 10  # images a class
-TEST = 4  # every fourth image of the test set
+CLEAN = 5  # images a class
+TEST = 12  # every twelfth image of the test set
 NET = ["net.pth", "--arch", "sign_net:SignNet"]
 TRIGGER = ["--attack", "badnets:size=4,margin=1", "--target", "8"]
 
@@ -79,7 +83,7 @@ def test_inspect_names_the_scaling_and_the_order_of_classes(place, capsys):
     assert found["next"][0].startswith("fastfip purify net.pth net-purified.pth --arch sign_net:SignNet --data clean")
     assert found["next"][0].endswith("--data clean")
     for wrong in (["--scale", "255"], ["--mean", "imagenet"], ["--class-order", "text"]):
-        found = figures(capsys, "inspect", *NET, "--data", "clean", "--limit", "200", *wrong)
+        found = figures(capsys, "inspect", *NET, "--data", "clean", "--limit", "100", *wrong)
         assert found["accuracy"]["given"]["acc"] < found["accuracy"]["best"]["acc"] - 0.03
         assert "does not fit as given" in found["accuracy"]["words"][0]
         assert "x/255, classes by number gives ACC" in found["accuracy"]["words"][0]

@@ -1,7 +1,11 @@
 """What took long to compute is not lost: a full disk, Ctrl-C while it is written, SIGTERM."""
 
+import contextlib
+import functools
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from fastfip.checkpoint import load_checkpoint
 from fastfip.cli import main
 from fastfip.cli.errors import undisturbed
 from tests.support.command_line import NET, PURIFY, fails, work
+from tests.support.peak_memory import in_child
 
 __all__ = ["work"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,18 +65,20 @@ def test_a_disk_that_is_full_everywhere(full, capsys, monkeypatch):
     assert "it is lost" in capsys.readouterr().err
 
 
-def test_a_limit_of_the_system_on_the_size_of_files(work):
+def test_a_limit_of_the_system_on_the_size_of_files(work, monkeypatch):
     """As `ulimit -f`: every write beyond it fails, that of safetensors too."""
-    code = (
-        "import resource, sys; from fastfip.cli import main; import torch\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); sys.exit(main(sys.argv[1:]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(work)}
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
+
+    def limited(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        said = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
+            return main([*arguments]), *(text.getvalue() for text in said)
+
     for name in ("out.pth", "out.safetensors"):
-        arguments = ["purify", "in.pth", name, *PURIFY[3:], *STEP]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 4 and "unexpected" not in done.stderr, done.stderr
-        assert f"{name}: cannot be written" in done.stderr and "fine_tune on 60" in done.stdout
+        (code, out, err), _ = in_child(functools.partial(limited, "purify", "in.pth", name, *PURIFY[3:], *STEP))
+        assert code == 4 and "unexpected" not in err, err
+        assert f"{name}: cannot be written" in err and "fine_tune on 60" in out
         assert not Path(name).exists()
 
 

@@ -14,6 +14,8 @@ from fastfip.methods.run import Run
 from fastfip.methods.wfip import search
 from fastfip.purification import memory
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 #: What is asked for, and what it comes to where there is room.
 HOW = {"auto": False, False: False, True: True}
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))

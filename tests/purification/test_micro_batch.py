@@ -12,6 +12,8 @@ from fastfip.methods import get
 from fastfip.methods._space import Spectral
 from fastfip.methods.base import Method
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 4
 

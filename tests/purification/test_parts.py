@@ -26,6 +26,7 @@ from tests.support.sharded import sharded, whole
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("short_search"),
 ]
 
 #: The methods that tune the parts of an FSDP2 model as they are.

@@ -17,7 +17,7 @@ from fastfip.methods.config import MethodConfig
 from tests.support.small_nets import CLASSES, OF, TiedNet, conv_net, data, loader, plain_net, same, values
 
 METHODS = methods.names()
-pytestmark = pytest.mark.parametrize("method", METHODS)
+pytestmark = [pytest.mark.parametrize("method", METHODS), pytest.mark.usefixtures("short_search")]
 
 
 def run(model, clean, method, **options):

@@ -12,7 +12,10 @@ import fastfip
 from fastfip.fisher import fisher_diagonal, fisher_trace
 from tests.support.processes import in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
+    pytest.mark.usefixtures("short_search"),
+]
 
 #: Method, settings and dtype, with the largest difference from one process. The default method divides by sizes:
 #: of gradients that are nothing but rounding (a bias before BatchNorm), of differences, of perturbations. So it is

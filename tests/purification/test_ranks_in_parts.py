@@ -11,7 +11,10 @@ from fastfip.errors import FastFIPError
 from tests.purification.test_ranks import furthest, samples, trained
 from tests.support.processes import in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
+    pytest.mark.usefixtures("short_search"),
+]
 
 #: Adam's first steps are the signs of gradients, those of rounding included; `fisher_steps` multiplies rounding.
 RUNS = {

@@ -14,7 +14,10 @@ from fastfip.methods.run import Run
 from tests.purification.test_ranks import furthest
 from tests.support.processes import in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
+    pytest.mark.usefixtures("short_search"),
+]
 
 WORDS, LENGTH, CLASSES = 40, 9, 3
 #: What is compared with one process: method, settings, dtype, difference. `fisher_steps` draws words for the texts that

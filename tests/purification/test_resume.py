@@ -12,6 +12,8 @@ from fastfip.purification.resume import Resume
 from fastfip.testing.nets import PointNet
 from tests.support.small_nets import conv_net, data
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 #: Where each method is killed: while it unlearns, and after samples were left out.
 KILLED = {
     "fine_tune": (4,),

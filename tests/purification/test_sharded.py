@@ -17,6 +17,7 @@ from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("short_search"),
 ]
 
 METHODS = {

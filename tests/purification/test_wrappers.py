@@ -12,7 +12,10 @@ import fastfip
 from fastfip.errors import ConfigError, ModelError
 from tests.support.small_nets import conv_net, data, same, values
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("short_search"),
+]
 
 
 @pytest.fixture

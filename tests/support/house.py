@@ -27,7 +27,13 @@ REFERENCE = re.compile(r"(See|As for|Like)( also)? (:\w+:)?`*~?[\w.]+`*\.?")
 def sources(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
     """Every Python file below a folder, with what it says."""
     for path in sorted(folder.rglob("*.py")):
-        yield path, ast.parse(path.read_text())
+        yield path, parsed(path.read_text())
+
+
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """What a text says; several rules ask for the same files."""
+    return ast.parse(text)
 
 
 def loose_files(root: Path) -> list[str]:
