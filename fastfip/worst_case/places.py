@@ -248,7 +248,7 @@ class TokenPlace(Place):
 
         def new(ids: Tensor) -> tuple[Tensor, Tensor]:
             n, length = ids.shape
-            begin, end = self._ends(ids)
+            begin, end = self.ends(ids)
             spliced = uniform(n) < SPLICED
             most = torch.where(spliced, PIECE, WORDS)
             most = torch.minimum(most, ((end - begin) // 2).clamp_min(1))
@@ -282,7 +282,7 @@ class TokenPlace(Place):
             if len(ids) != len(phrases):
                 return ids, torch.zeros_like(ids, dtype=torch.bool)
             n, length = ids.shape
-            begin, end = self._ends(ids)
+            begin, end = self.ends(ids)
             width = torch.minimum((phrases >= 0).sum(1), end - begin)
             start = begin + (at * (end - begin - width + 1)).long()
             offset = torch.arange(length, device="cpu") - start[:, None]
@@ -320,13 +320,13 @@ class TokenPlace(Place):
         """
         n, length = ids.shape
         width = min(self.width, length)
-        begin, end = self._ends(ids)
+        begin, end = self.ends(ids)
         room = (end - begin - width).clamp_min(0) + 1
         start = begin + (share * room).long()
         start = start.clamp(max=length - width)
         return (start[:, None] + torch.arange(width, device="cpu")).to(ids.device)
 
-    def _ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first column of each text of ids [N, T] that may be written over and the one after its last."""
         text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
         begin = text.int().argmax(1).cpu() + self.head
