@@ -102,5 +102,7 @@ def _improve(run: Run, phrases: Phrases, batch: Batch, turn: int) -> None:
 
 def _from_first(run: Run, phrases: Phrases) -> None:
     if run.ranks is not None:
-        found = phrases.ids, phrases.success, phrases.kept, phrases.next
-        phrases.ids, phrases.success, phrases.kept, phrases.next = run.ranks.from_first(found)
+        known = ("ids", "success", "kept", "next", "found")
+        first = run.ranks.from_first(tuple(getattr(phrases, name) for name in known))
+        for name, value in zip(known, first, strict=True):
+            setattr(phrases, name, value)

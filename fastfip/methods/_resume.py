@@ -141,8 +141,11 @@ def _perturbations(
     return kind(**fields, history=known, generator=run.generator, ranks=run.ranks)
 
 
-def _phrases(home: _Home, ids: Tensor, success: Tensor, kept: Tensor, next: Tensor, **fields: Any) -> Phrases:
-    return Phrases(**fields, ids=ids.cpu(), success=success.cpu(), kept=kept.cpu(), next=next.cpu())
+def _phrases(home: _Home, **fields: Any) -> Phrases:
+    on_cpu: dict[str, Any] = {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in fields.items()
+    }
+    return Phrases(**on_cpu)
 
 
 _PERTURBED = ("store", "place", "goal", "unit", "radius", "success", "outside", "history", "together")
@@ -160,7 +163,7 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
     ),
     Phrases: (
-        ("place", "goal", "ids", "success", "together", "order", "kept", "next"),
+        ("place", "goal", "ids", "success", "together", "order", "kept", "next", "found"),
         _phrases,
     ),
     TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),

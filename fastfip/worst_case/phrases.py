@@ -28,6 +28,8 @@ LENGTHS = (1, 1, 3)
 SHARPNESS = 4.0
 #: Exchanges of a word that are tried in a step, on so many texts, and the texts of one pass at most.
 TRIED, TEXTS, TOGETHER = 8, 8, 64
+#: A phrase that reached such a share of its texts is written again to the end, into this share of the texts.
+FOUND, AGAIN = 0.85, 0.6
 #: Words of each row that are kept after the trial of all, the texts that these are tried on, and how many rows at most
 #: are tried so; how many of them are tried again at the turn of a phrase whose success was below a share.
 KEPT, KEPT_TEXTS, KEPT_ROWS, RECALLED, KEEP = 48, 16, 20, 8, 0.9
@@ -46,6 +48,7 @@ class Phrases:
         order: numbers of the phrases, in the order in which they are improved; None: as they stand.
         kept: [R, M] int64 on the CPU, words that did most when each was tried alone, the best first; M may be 0.
         next: [R] int64 on the CPU, which of the kept words are tried again next.
+        found: [M, 1 + K] int64 on the CPU, the row and the words of each phrase that ever reached most texts.
     """
 
     place: TokenPlace
@@ -56,6 +59,7 @@ class Phrases:
     order: list[int] | None = None
     kept: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long, device="cpu"))
     next: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long, device="cpu"))
+    found: Tensor = field(default_factory=lambda: torch.empty(0, 1 + max(LENGTHS), dtype=torch.long, device="cpu"))
 
     @classmethod
     def of(cls, model: nn.Module, place: TokenPlace, goal: Goal, generator: torch.Generator) -> Phrases | None:
@@ -89,7 +93,8 @@ class Phrases:
     def draw(self, task: Task, batch: Batch) -> Tensor:
         """Return a phrase for each text of a batch, [N, K]: the likelier the better it works, none of its own class.
 
-        A text for which even the best one works for a part of the others alone often gets none: -1 throughout.
+        A text for which even the best one works for a part of the others alone often gets none: -1 throughout. A part
+        of the texts gets those that worked once, as what is unlearned comes back with the steps that follow.
         """
         own, n = self.goal.own(task, batch), task.size(batch)
         weight = self.success.clamp_min(0.05).pow(SHARPNESS).expand(n, -1, -1).clone()
@@ -98,7 +103,20 @@ class Phrases:
         weight = weight.flatten(1)
         drawn = torch.multinomial(weight, 1, generator=self.place.generator)[:, 0]
         none = torch.rand(n, generator=self.place.generator, device="cpu", dtype=torch.float32) > weight.amax(1)
-        return self.ids.flatten(0, 1)[drawn].masked_fill(none[:, None], -1)
+        now = self.ids.flatten(0, 1)[drawn].masked_fill(none[:, None], -1)
+        return self._again(own, now) if len(self.found) else now
+
+    def _again(self, own: Tensor | None, now: Tensor) -> Tensor:
+        """Return the phrases `now` [N, K] of texts of classes `own`, some of them exchanged for those found before."""
+        n = len(now)
+        usable = torch.ones(n, len(self.found), device="cpu", dtype=torch.float32)
+        if own is not None:
+            usable[self.found[:, 0] == own.cpu()[:, None]] = 0
+        others = usable.sum(1) > 0
+        usable[~others] = 1
+        drawn = self.found[torch.multinomial(usable, 1, generator=self.place.generator)[:, 0], 1:]
+        again = torch.rand(n, generator=self.place.generator, device="cpu", dtype=torch.float32) < AGAIN
+        return torch.where((again & others)[:, None], drawn, now)
 
     def try_words(self, model: nn.Module, task: Task, batch: Batch) -> None:
         """Try every word of the table alone, and let the phrases begin with the best ones.
@@ -131,7 +149,7 @@ class Phrases:
                 self.kept[row], share = words[row][best], hits[best] / len(few)
             for number in range(min(len(LENGTHS), words.shape[1])):
                 self.ids[row, number, 0] = self.kept[row, number]
-                self.success[row, number] = share[number]
+                self._take(row, number, float(share[number]))
 
     def improve(self, model: nn.Module, task: Task, batch: Batch, number: int) -> None:
         """Exchange one word of a phrase for the best of those that the gradient names, or none if all are worse.
@@ -160,7 +178,14 @@ class Phrases:
             loss, hits = torch.stack([self._try(model, task, some, tried, at, row) for some, at in parts]).sum(0)
         best = int(loss.argmin())
         self.ids[row, number, : len(phrase)] = tried[best]
-        self.success[row, number] = hits[best] / len(few)
+        self._take(row, number, float(hits[best]) / len(few))
+
+    def _take(self, row: int, number: int, success: float) -> None:
+        """Note how much a phrase reaches, and the phrase itself if that is most texts."""
+        self.success[row, number] = success
+        new = torch.cat([torch.tensor([row], device="cpu"), self.ids[row, number]])
+        if success >= FOUND and not (self.found == new).all(1).any():
+            self.found = torch.cat([self.found, new[None]])
 
     def _gradient(self, model: nn.Module, task: Task, batch: Batch, phrase: Tensor, where: Tensor, row: int) -> Tensor:
         """Return the gradient of the goal's loss in the vectors of a phrase, [K, d], summed over the texts."""

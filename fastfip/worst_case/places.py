@@ -33,7 +33,8 @@ WIDTH = 1
 SHARE, WORDS = 0.75, 3
 #: Share of those texts that get a piece of another text instead, and its words at most.
 SPLICED, PIECE = 0.5, 8
-
+#: Share of the words of a text that are exchanged at most by `scrambled`.
+EXCHANGED = 0.8
 
 #: Ids -> those that are looked up in their place, and where they are others.
 Rewording = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -262,6 +263,32 @@ class TokenPlace(Place):
             piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
             drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
             chosen = torch.where(spliced[:, None], piece, drawn)
+            inside = inside.to(ids.device)
+            return torch.where(inside, chosen.to(ids.device), ids), inside
+
+        return new
+
+    def scrambled(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
+        """Return what exchanges many words of each text, each for itself, for words of other texts or of the table.
+
+        In a text any share of the words from none to `EXCHANGED` is equally likely. A trigger of several words stays
+        out of such texts, and what the model knows of single words shows in them. `generator` is on the CPU; None: the
+        place's own.
+        """
+        words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
+        generator = self.generator if generator is None else generator
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            n, length = ids.shape
+            begin, end = self.ends(ids)
+            column = torch.arange(length, device="cpu")
+            within = (column >= begin[:, None]) & (column < end[:, None])
+            share = EXCHANGED * self._uniform(n, generator)
+            inside = within & (self._uniform(n * length, generator).view(n, length) < share[:, None])
+            known = ids.cpu()[within] if bool(within.any()) else ids.cpu().flatten()
+            other = known[torch.randint(0, len(known), (n, length), generator=generator, device="cpu")]
+            drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
+            chosen = torch.where(self._uniform(n * length, generator).view(n, length) < 0.5, drawn, other)
             inside = inside.to(ids.device)
             return torch.where(inside, chosen.to(ids.device), ids), inside
 
