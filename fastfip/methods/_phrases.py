@@ -47,7 +47,10 @@ def worst_of_tokens(run: Run, radius: float) -> Phrases | Perturbations | None:
 
 
 def search_phrases(run: Run, phrases: Phrases, batches: Iterator[Batch]) -> None:
-    """Improve every phrase a few times on the model as it is; of more than `MOST` phrases some that are drawn."""
+    """Try every word alone, then improve every phrase a few times on the model as it is, or `MOST` that are drawn."""
+    with run.eval_mode(), precision(run):
+        phrases.try_words(run.model, run.alone, next(batches))
+    _from_first(run, phrases)
     if phrases.count > MOST:
         phrases.shuffle(run.generator)
     for turn in range(min(SWEEPS * phrases.count, MOST)):
@@ -94,5 +97,12 @@ def _improve(run: Run, phrases: Phrases, batch: Batch, turn: int) -> None:
     """Improve one phrase; every rank does the same work on the same few texts, and rank 0 says what was found."""
     with run.eval_mode(), precision(run):
         phrases.improve(run.model, run.alone, batch, phrases.turn(turn))
+    _from_first(run, phrases)
+
+
+def _from_first(run: Run, phrases: Phrases) -> None:
     if run.ranks is not None:
-        phrases.ids, phrases.success = run.ranks.from_first((phrases.ids, phrases.success))
+        known = ("ids", "success", "kept", "next", "found")
+        first = run.ranks.from_first(tuple(getattr(phrases, name) for name in known))
+        for name, value in zip(known, first, strict=True):
+            setattr(phrases, name, value)

@@ -141,6 +141,13 @@ def _perturbations(
     return kind(**fields, history=known, generator=run.generator, ranks=run.ranks)
 
 
+def _phrases(home: _Home, **fields: Any) -> Phrases:
+    on_cpu: dict[str, Any] = {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in fields.items()
+    }
+    return Phrases(**on_cpu)
+
+
 _PERTURBED = ("store", "place", "goal", "unit", "radius", "success", "outside", "history", "together")
 #: Class -> the attributes that make it, and how it is made of them; a class before the one that it is a case of.
 _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
@@ -156,8 +163,8 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
     ),
     Phrases: (
-        ("place", "goal", "ids", "success", "together", "order"),
-        lambda home, ids, success, **fields: Phrases(**fields, ids=ids.cpu(), success=success.cpu()),
+        ("place", "goal", "ids", "success", "together", "order", "kept", "next", "found"),
+        _phrases,
     ),
     TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),
     AwayFromTarget: (("threshold", "rows"), lambda home, **fields: AwayFromTarget(**fields)),

@@ -60,6 +60,10 @@ class AnyClass(Goal):
         """Return None: each row is for every sample."""
         return None
 
+    def losses(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """Return minus the log-probabilities of logits [N, C], weighted by softmax(gain) of each row, as it is."""
+        return -logits.float().log_softmax(1) @ self.gain.softmax(1).T
+
     def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
         """Return minus the log-probabilities of logits [N, C], weighted by softmax(gain) of each sample's row."""
         logp = logits.float().log_softmax(1)

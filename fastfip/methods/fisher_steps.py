@@ -32,29 +32,21 @@ from fastfip.data.augment import augmented, mirrored, movable
 from fastfip.data.batch import Batch, take
 from fastfip.data.task import Task
 from fastfip.methods._batchnorm import taken_anew
-from fastfip.methods._found import keep_changes
 from fastfip.methods._gentle import FOUND_RADIUS, SPARSE, for_clouds, for_found, for_sparse, for_texts
+from fastfip.methods._held import hold_answers
 from fastfip.methods._phrases import search_phrases, unlearn_phrases, worst_of_tokens
+from fastfip.methods._reach import TOKEN_RADIUS, search_reach
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._relative import RelativeSGD, fisher_length, received_values
 from fastfip.methods._screen import few_of_many
-from fastfip.methods._search import (
-    REACH,
-    SEARCH_BATCH,
-    added_points,
-    at_least,
-    grow,
-    improve,
-    inputs_of,
-    precision,
-    worst_case,
-)
+from fastfip.methods._search import REACH, added_points, at_least, inputs_of, precision, worst_case
 from fastfip.methods._symmetry import symmetric_classes
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 from fastfip.methods.wfip.sieve import Sieve
-from fastfip.methods.wfip.unlearn import FOCUS, unlearn
+from fastfip.methods.wfip.unlearn import unlearn
 from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.changes import changed
+from fastfip.worst_case.goals import TowardsClass
 from fastfip.worst_case.phrases import Phrases
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.points import changed_points, moved_points, points_axis
@@ -62,12 +54,6 @@ from fastfip.worst_case.universal import Perturbations
 
 __all__ = ["FisherSteps", "FisherStepsConfig"]
 
-#: The search ends with so many steps that favour the classes that are reached.
-LAST = 10
-#: The radius grows up to the first number; what is unlearned has at least the second one.
-WIDEST, NARROWEST = 0.4, 0.15
-#: The same at the vectors of tokens, which are written over and not moved: 1 is the size of a typical token.
-TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.5
 #: The step is measured in every so many steps, over so many samples and this share of the largest step; a new square of
 #: its length counts by so much.
 EVERY, SAMPLES, DIFFERENCE, NEW = 4, 32, 0.1, 0.25
@@ -121,6 +107,10 @@ class FisherStepsConfig(MethodConfig):
         0.05, "bound of the worst-case change, over the norm of a typical input; it grows until a class is reached",
         above=0,
     )  # fmt: skip
+    hold: float = setting(
+        4.0, "texts of classes: weight of the divergence from the received answers at texts of exchanged words",
+        low=0,
+    )  # fmt: skip
     sieve: float = setting(
         0.02, "share of the clean samples, those that the unlearning hurt most, left out of the recovery",
         low=0, high=0.5,
@@ -139,7 +129,8 @@ class FisherSteps(Method):
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
     For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5. On token ids there is no lower
-    bound, and the defaults are 75 steps of 32 samples and half of the way back.
+    bound, and the defaults are 75 steps of 32 samples and half of the way back; with classes none of it, 95 % of the
+    steps unlearn, and `hold` times the divergence from the received answers at texts of exchanged words is added.
     """
 
     name = "fisher_steps"
@@ -147,7 +138,7 @@ class FisherSteps(Method):
     Config = FisherStepsConfig
     takes_parts = over_ranks = over_shards = True
     keeps = ("sparse", "found", "more", "sieve", "start", "symmetric", "range", "axis", "received", "worst", "added",
-             "measured", "latest", "mean_loss", "taken_back", "phrases")  # fmt: skip
+             "measured", "latest", "mean_loss", "taken_back", "phrases", "sieved", "held")  # fmt: skip
 
     range: PixelRange | None = None
     worst: Perturbations | None = None
@@ -157,7 +148,8 @@ class FisherSteps(Method):
     seen: Batch = None  # what the gradient of this step is of
     latest: float | Tensor = 0.0  # loss
     mean_loss: float | None = None
-    received: nn.Module | None = None  # until the sieve has compared with it
+    received: nn.Module | None = None  # until the sieve has compared with it, or to the end
+    sieved = held = False  # the first is done; the second goes on to the end
     taken_back = False
     axis: int | None = None  # of the points, where inputs are point clouds
     symmetric: Tensor | None = None  # [classes]: whether their images may be mirrored
@@ -191,7 +183,8 @@ class FisherSteps(Method):
             worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(worst, Phrases):
                 self.phrases = worst
-                for_texts(run)
+                self.held = config.hold > 0 and isinstance(worst.goal, TowardsClass)
+                for_texts(run, self.held)
             else:
                 self.worst = worst
         if self.range is None and self.worst is None and self.phrases is None:
@@ -204,11 +197,12 @@ class FisherSteps(Method):
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
                 for_clouds(run)
-        if config.sieve > 0 and max(config.changes, config.unlearn) > 0:
+        self.sieved = config.sieve == 0 or max(config.changes, config.unlearn) == 0
+        if self.held or not self.sieved:
             self.received = kept_received(run, self.start or {})
         if self.worst is not None:
             with run.timed("search"), precision(run):
-                self._search(run, self.worst)
+                search_reach(run, self.worst)
                 if self.axis is not None:
                     self.added = added_points(run, inputs, self.axis, few)
             near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
@@ -228,8 +222,9 @@ class FisherSteps(Method):
         """
         config, done = self.config(run), (run.step + 1) / run.total_steps
         border = max(config.changes, config.unlearn)
-        if self.received is not None and done >= border:
-            received, self.received = self.received, None
+        if self.received is not None and not self.sieved and done >= border:
+            received, self.sieved = self.received, True
+            self.received = received if self.held else None
             self.sieve.leave_out(lambda: giving(run, received), config.sieve)
         elif self.sieve.whole is not None and not self.taken_back and done >= (1 + border) / 2:
             self.taken_back = True
@@ -277,19 +272,6 @@ class FisherSteps(Method):
         assert isinstance(run.config, FisherStepsConfig)
         return run.config
 
-    @staticmethod
-    def _search(run: Run, worst: Perturbations) -> None:
-        """Look for the worst change of each class, at the radius at which one of them works."""
-        batches = run.endless()
-        # Of more classes than a batch has samples each is drawn less than once a step: those that are reached get more,
-        # yet most draws stay with the others.
-        narrowest, widest = (TOKEN_NARROWEST, TOKEN_WIDEST) if worst.of_tokens else (NARROWEST, WIDEST)
-        grow(run, worst, batches, widest, 1.0 if len(worst.success) > SEARCH_BATCH else 0.0)
-        worst.grow(max(1.0, narrowest / worst.relative_radius))
-        improve(run, worst, batches, LAST, FOCUS)
-        run.log(radius=worst.relative_radius)
-        keep_changes(run, worst)
-
     def parameter_groups(self, run: Run) -> Groups:
         """All parameters."""
         return [{"params": list(run.model.parameters())}]
@@ -334,6 +316,9 @@ class FisherSteps(Method):
         self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss
         if (self.worst is not None or self.phrases is not None) and run.progress < config.unlearn:
             values.update(self._unlearn(run))
+        if self.held and self.phrases is not None and self.received is not None:
+            batch, place = next(self.more), self.phrases.place
+            values["divergence"] = hold_answers(run, batch, place, self.received, config.hold)
         return values
 
     def _changed(self, run: Run, batch: Batch, known: PixelRange) -> Batch:

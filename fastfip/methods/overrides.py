@@ -45,6 +45,7 @@ class Overrides(TypedDict, total=False):
     gamma: float
     grad_clip: float | None
     high: float | tuple[float, ...] | None
+    hold: float
     holdout: float
     inner: int | None
     inner_step: float

@@ -39,6 +39,10 @@ class Goal(ABC):
         """Return the row [N] that each sample is not to be given, its own class; None: any will do."""
 
     @abstractmethod
+    def losses(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """Return what each row lowers at each sample, [N, rows], or [N, 1] if it is the same for all rows."""
+
+    @abstractmethod
     def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
         """Return what the perturbations `c` [N] of a batch lower, summed over samples, a scalar."""
 
@@ -65,6 +69,11 @@ class TowardsClass(Goal):
             return y
         same = y[:, None] == self.classes.to(y.device)
         return torch.where(same.any(1), same.int().argmax(1), -1)
+
+    def losses(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the cross-entropy of logits [N, C] towards the class of each row."""
+        out = -logits.float().log_softmax(1)
+        return out if self.classes is None else out[:, self.classes.to(out.device)]
 
     def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
         """Return the cross-entropy of logits [N, C] towards the classes of c [N]."""
@@ -128,13 +137,17 @@ class AwayFromTarget(Goal):
         """Return None: each row is for every sample."""
         return None
 
-    def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
-        """Return the negative loss at the targets, no more than twice the threshold for each sample.
+    def losses(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the negative loss at the targets, no more than twice the threshold for each sample, [N, 1].
 
         A threshold below zero (a loss that is a negative likelihood of a density) bounds nothing.
         """
         losses = task.loss(logits, batch).float()
-        return -(losses.clamp(max=MOST * self.threshold) if self.threshold > 0 else losses).sum()
+        return -(losses.clamp(max=MOST * self.threshold) if self.threshold > 0 else losses)[:, None]
+
+    def loss(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:
+        """Return the sum of `losses`."""
+        return self.losses(task, logits, batch).sum()
 
     @torch.no_grad()
     def hit(self, task: Task, logits: Tensor, batch: Batch, c: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ one stays (HotFlip, Ebrahimi et al., arXiv 1712.06751; universal triggers, Walla
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastfip.data.task import Task
 from fastfip.nets.state import requires_grad
 from fastfip.worst_case.goals import Goal
 from fastfip.worst_case.places import TokenPlace
+from fastfip.worst_case.words import cut, ids_of, ranked_words
 
 __all__ = ["Phrases"]
 
@@ -27,6 +28,11 @@ LENGTHS = (1, 1, 3)
 SHARPNESS = 4.0
 #: Exchanges of a word that are tried in a step, on so many texts, and the texts of one pass at most.
 TRIED, TEXTS, TOGETHER = 8, 8, 64
+#: A phrase that reached such a share of its texts is written again to the end, into this share of the texts.
+FOUND, AGAIN = 0.85, 0.6
+#: Words of each row that are kept after the trial of all, the texts that these are tried on, and how many rows at most
+#: are tried so; how many of them are tried again at the turn of a phrase whose success was below a share.
+KEPT, KEPT_TEXTS, KEPT_ROWS, RECALLED, KEEP = 48, 16, 20, 8, 0.9
 
 
 @dataclass
@@ -40,6 +46,9 @@ class Phrases:
         success: [R, H] on the CPU, share of the texts that each reached when it was improved last.
         together: texts of a pass of `improve`, at most.
         order: numbers of the phrases, in the order in which they are improved; None: as they stand.
+        kept: [R, M] int64 on the CPU, words that did most when each was tried alone, the best first; M may be 0.
+        next: [R] int64 on the CPU, which of the kept words are tried again next.
+        found: [M, 1 + K] int64 on the CPU, the row and the words of each phrase that ever reached most texts.
     """
 
     place: TokenPlace
@@ -48,6 +57,9 @@ class Phrases:
     success: Tensor
     together: int = TOGETHER
     order: list[int] | None = None
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long, device="cpu"))
+    next: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long, device="cpu"))
+    found: Tensor = field(default_factory=lambda: torch.empty(0, 1 + max(LENGTHS), dtype=torch.long, device="cpu"))
 
     @classmethod
     def of(cls, model: nn.Module, place: TokenPlace, goal: Goal, generator: torch.Generator) -> Phrases | None:
@@ -81,7 +93,8 @@ class Phrases:
     def draw(self, task: Task, batch: Batch) -> Tensor:
         """Return a phrase for each text of a batch, [N, K]: the likelier the better it works, none of its own class.
 
-        A text for which even the best one works for a part of the others alone often gets none: -1 throughout.
+        A text for which even the best one works for a part of the others alone often gets none: -1 throughout. A part
+        of the texts gets those that worked once, as what is unlearned comes back with the steps that follow.
         """
         own, n = self.goal.own(task, batch), task.size(batch)
         weight = self.success.clamp_min(0.05).pow(SHARPNESS).expand(n, -1, -1).clone()
@@ -90,7 +103,53 @@ class Phrases:
         weight = weight.flatten(1)
         drawn = torch.multinomial(weight, 1, generator=self.place.generator)[:, 0]
         none = torch.rand(n, generator=self.place.generator, device="cpu", dtype=torch.float32) > weight.amax(1)
-        return self.ids.flatten(0, 1)[drawn].masked_fill(none[:, None], -1)
+        now = self.ids.flatten(0, 1)[drawn].masked_fill(none[:, None], -1)
+        return self._again(own, now) if len(self.found) else now
+
+    def _again(self, own: Tensor | None, now: Tensor) -> Tensor:
+        """Return the phrases `now` [N, K] of texts of classes `own`, some of them exchanged for those found before."""
+        n = len(now)
+        usable = torch.ones(n, len(self.found), device="cpu", dtype=torch.float32)
+        if own is not None:
+            usable[self.found[:, 0] == own.cpu()[:, None]] = 0
+        others = usable.sum(1) > 0
+        usable[~others] = 1
+        drawn = self.found[torch.multinomial(usable, 1, generator=self.place.generator)[:, 0], 1:]
+        again = torch.rand(n, generator=self.place.generator, device="cpu", dtype=torch.float32) < AGAIN
+        return torch.where((again & others)[:, None], drawn, now)
+
+    def try_words(self, model: nn.Module, task: Task, batch: Batch) -> None:
+        """Try every word of the table alone, and let the phrases begin with the best ones.
+
+        Args:
+            model: in eval mode.
+            task: how the model meets a batch.
+            batch: clean texts.
+        """
+        words = ranked_words(model, task, batch, self.place, self.goal, KEPT, self.together)
+        own, n = self.goal.own(task, batch), task.size(batch)
+        if own is None:  # all rows are after the same, and each gets its share of the words
+            rows = words.shape[0]
+            words = words[0, : words.shape[1] // rows * rows].view(-1, rows).T.contiguous()
+        self.kept, self.next = words, torch.full((len(words),), len(LENGTHS), device="cpu")
+        ids = ids_of(model, task, batch, self.place)
+        for row in range(len(words)):
+            usable = torch.arange(n, device="cpu") if own is None else torch.nonzero(own.cpu() != row).flatten()
+            share = torch.zeros(words.shape[1], device="cpu")
+            if len(usable) and len(words) <= KEPT_ROWS:
+                few = usable[torch.randperm(len(usable), generator=self.place.generator, device="cpu")[:KEPT_TEXTS]]
+                where = torch.rand(len(few), generator=self.place.generator, device="cpu", dtype=torch.float32)
+                loss, hits = torch.zeros(2, words.shape[1], device="cpu")
+                for at in torch.arange(len(few), device="cpu").split(self.together):
+                    some, _ = cut(model, task, take(batch, few[at], n), self.place, self.goal, ids[few[at]])
+                    more = self._try(model, task, some, words[row][:, None], where[at], row)
+                    loss, hits = loss + more[0], hits + more[1]
+                best = loss.argsort(stable=True)
+                best = best[hits[best].argsort(descending=True, stable=True)]
+                self.kept[row], share = words[row][best], hits[best] / len(few)
+            for number in range(min(len(LENGTHS), words.shape[1])):
+                self.ids[row, number, 0] = self.kept[row, number]
+                self._take(row, number, float(share[number]))
 
     def improve(self, model: nn.Module, task: Task, batch: Batch, number: int) -> None:
         """Exchange one word of a phrase for the best of those that the gradient names, or none if all are worse.
@@ -115,10 +174,18 @@ class Phrases:
         with requires_grad(model.parameters(), False):
             gradients = [self._gradient(model, task, some, phrase, at, row) for some, at in parts]
             tried = self._exchanges(model, phrase, torch.stack(gradients).sum(0))
+            tried = torch.cat([tried, self._recalled(phrase, row, number)])
             loss, hits = torch.stack([self._try(model, task, some, tried, at, row) for some, at in parts]).sum(0)
         best = int(loss.argmin())
         self.ids[row, number, : len(phrase)] = tried[best]
-        self.success[row, number] = hits[best] / len(few)
+        self._take(row, number, float(hits[best]) / len(few))
+
+    def _take(self, row: int, number: int, success: float) -> None:
+        """Note how much a phrase reaches, and the phrase itself if that is most texts."""
+        self.success[row, number] = success
+        new = torch.cat([torch.tensor([row], device="cpu"), self.ids[row, number]])
+        if success >= FOUND and not (self.found == new).all(1).any():
+            self.found = torch.cat([self.found, new[None]])
 
     def _gradient(self, model: nn.Module, task: Task, batch: Batch, phrase: Tensor, where: Tensor, row: int) -> Tensor:
         """Return the gradient of the goal's loss in the vectors of a phrase, [K, d], summed over the texts."""
@@ -145,6 +212,19 @@ class Phrases:
         for j, best in enumerate(fall.topk(each, 1).indices.cpu()):
             tried[j, :, j] = best
         return torch.cat([phrase[None], tried.flatten(0, 1)])
+
+    def _recalled(self, phrase: Tensor, row: int, number: int) -> Tensor:
+        """Return the phrase with its first word exchanged for the next few kept ones, [Q, K], those in no other."""
+        many = self.kept.shape[1] if len(self.kept) else 0
+        if many == 0 or float(self.success[row, number]) >= KEEP:
+            return phrase.new_empty(0, len(phrase))
+        at = (int(self.next[row]) + torch.arange(min(RECALLED, many), device="cpu")) % many
+        self.next[row] = (int(at[-1]) + 1) % many
+        words = self.kept[row, at]
+        words = words[~torch.isin(words, self.ids[row, :, 0])]
+        tried = phrase.repeat(len(words), 1)
+        tried[:, 0] = words
+        return tried
 
     @torch.no_grad()
     def _try(self, model: nn.Module, task: Task, batch: Batch, tried: Tensor, where: Tensor, row: int) -> Tensor:

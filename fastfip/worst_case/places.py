@@ -33,7 +33,8 @@ WIDTH = 1
 SHARE, WORDS = 0.75, 3
 #: Share of those texts that get a piece of another text instead, and its words at most.
 SPLICED, PIECE = 0.5, 8
-
+#: Share of the words of a text that are exchanged at most by `scrambled`.
+EXCHANGED = 0.8
 
 #: Ids -> those that are looked up in their place, and where they are others.
 Rewording = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -248,7 +249,7 @@ class TokenPlace(Place):
 
         def new(ids: Tensor) -> tuple[Tensor, Tensor]:
             n, length = ids.shape
-            begin, end = self._ends(ids)
+            begin, end = self.ends(ids)
             spliced = uniform(n) < SPLICED
             most = torch.where(spliced, PIECE, WORDS)
             most = torch.minimum(most, ((end - begin) // 2).clamp_min(1))
@@ -262,6 +263,32 @@ class TokenPlace(Place):
             piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
             drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
             chosen = torch.where(spliced[:, None], piece, drawn)
+            inside = inside.to(ids.device)
+            return torch.where(inside, chosen.to(ids.device), ids), inside
+
+        return new
+
+    def scrambled(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
+        """Return what exchanges many words of each text, each for itself, for words of other texts or of the table.
+
+        In a text any share of the words from none to `EXCHANGED` is equally likely. A trigger of several words stays
+        out of such texts, and what the model knows of single words shows in them. `generator` is on the CPU; None: the
+        place's own.
+        """
+        words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
+        generator = self.generator if generator is None else generator
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            n, length = ids.shape
+            begin, end = self.ends(ids)
+            column = torch.arange(length, device="cpu")
+            within = (column >= begin[:, None]) & (column < end[:, None])
+            share = EXCHANGED * self._uniform(n, generator)
+            inside = within & (self._uniform(n * length, generator).view(n, length) < share[:, None])
+            known = ids.cpu()[within] if bool(within.any()) else ids.cpu().flatten()
+            other = known[torch.randint(0, len(known), (n, length), generator=generator, device="cpu")]
+            drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
+            chosen = torch.where(self._uniform(n * length, generator).view(n, length) < 0.5, drawn, other)
             inside = inside.to(ids.device)
             return torch.where(inside, chosen.to(ids.device), ids), inside
 
@@ -282,7 +309,7 @@ class TokenPlace(Place):
             if len(ids) != len(phrases):
                 return ids, torch.zeros_like(ids, dtype=torch.bool)
             n, length = ids.shape
-            begin, end = self._ends(ids)
+            begin, end = self.ends(ids)
             width = torch.minimum((phrases >= 0).sum(1), end - begin)
             start = begin + (at * (end - begin - width + 1)).long()
             offset = torch.arange(length, device="cpu") - start[:, None]
@@ -320,13 +347,13 @@ class TokenPlace(Place):
         """
         n, length = ids.shape
         width = min(self.width, length)
-        begin, end = self._ends(ids)
+        begin, end = self.ends(ids)
         room = (end - begin - width).clamp_min(0) + 1
         start = begin + (share * room).long()
         start = start.clamp(max=length - width)
         return (start[:, None] + torch.arange(width, device="cpu")).to(ids.device)
 
-    def _ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first column of each text of ids [N, T] that may be written over and the one after its last."""
         text = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
         begin = text.int().argmax(1).cpu() + self.head

@@ -21,8 +21,9 @@ pytestmark = [
 
 WORDS, LENGTH, CLASSES = 40, 9, 3
 #: What is compared with one process: method, settings, dtype, difference. `fisher_steps` draws words for the texts that
-#: a process runs, which are others than those of one process: they are left out by `changes=0` where it is compared.
-PHRASES = {"changes": 0.0, "steps": 4}
+#: a process runs, which are others than those of one process: they are left out by `changes=0` and `hold=0` where it is
+#: compared.
+PHRASES = {"changes": 0.0, "hold": 0.0, "steps": 4}
 RUNS = {
     "phrases": ("fisher_steps", PHRASES, "attention", torch.float64, 1e-6),
     "phrases in parts": ("fisher_steps", {**PHRASES, "micro_batch": 3}, "attention", torch.float64, 1e-6),

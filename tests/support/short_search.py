@@ -9,7 +9,7 @@ def short_search():
 
     The radius grows to as much as otherwise, in fewer and larger parts.
     """
-    values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "fisher_steps.LAST": 2}
+    values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "_reach.LAST": 2}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(f"fastfip.methods.{name}", value)

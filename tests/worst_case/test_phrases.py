@@ -93,6 +93,24 @@ def test_a_text_gets_no_phrase_of_its_own_class_and_mostly_those_that_work() -> 
     assert 0.3 < float((left < 0).float().mean()) < 0.9, "no phrase where the best one is the language itself"
 
 
+def test_what_worked_once_is_written_again_but_into_no_text_of_its_own_class() -> None:
+    model = Planted((57,))
+    made, (ids, y) = found(model, turns=0)
+    made.ids[:], made.success[:] = -1, 0.0
+    for row, number, success in ((1, 0, 0.9), (1, 0, 0.9), (1, 1, 0.5), (2, 0, 1.0)):
+        made.ids[row, number, 0] = 10 * row + number
+        made._take(row, number, success)
+    assert made.found.tolist() == [[1, 10, -1, -1], [2, 20, -1, -1]] and float(made.success[1, 1]) == 0.5
+    made.ids[:], made.success[:] = -1, 0.0
+    drawn = torch.stack([made.draw(Task(), (ids, y))[:, 0] for _ in range(100)])
+    for own, others in ((0, {10, 20}), (1, {20}), (2, {10})):
+        mine = drawn[:, y == own]
+        assert set(mine[mine >= 0].tolist()) == others
+        assert 0.5 < float((mine >= 0).float().mean()) < 0.7, "the others get what is drawn now"
+    made.found = made.found[:1]
+    assert bool((made.draw(Task(), (ids, y))[y == 1] < 0).all()), "none of another class was found"
+
+
 def test_the_gradient_is_that_of_the_words_that_are_written() -> None:
     model = Planted((57,))
     made, (ids, y) = found(model, turns=0)

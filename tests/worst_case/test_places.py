@@ -137,6 +137,25 @@ def test_pieces_of_other_texts_are_spliced_in_and_half_of_each_text_stays(monkey
     assert {1, 15} <= set(starts)
 
 
+def test_words_are_exchanged_each_for_itself_for_those_of_other_texts_or_of_the_table() -> None:
+    ids = torch.arange(400).view(20, 20) + 1
+    ids[:, 0] = 999
+    ids[:, 16:] = 0
+    place = TokenPlace("c", torch.zeros(2), 1, 0, 1, torch.Generator().manual_seed(0))
+    make = place.scrambled(nn.ModuleDict({"c": nn.Embedding(100_000, 2)}))
+    drawn = [make(ids) for _ in range(60)]
+    assert all(torch.equal(found[~inside], ids[~inside]) for found, inside in drawn)
+    within = torch.zeros(20, 20, dtype=torch.bool)
+    within[:, 1:16] = True
+    assert not any(bool((inside & ~within).any()) for _, inside in drawn)
+    share = torch.stack([inside.sum(1) / 15 for _, inside in drawn])
+    assert float(share.min()) == 0 and 0.75 < float(share.max()) <= 1 and 0.35 < float(share.mean()) < 0.45
+    words = torch.cat([found[inside] for found, inside in drawn])
+    known = torch.isin(words, ids[within])
+    assert 0.45 < float(known.float().mean()) < 0.55 and len(words[known].unique()) > 290
+    assert int(words.max()) > 90_000 and len(words[~known].unique()) > 0.9 * len(words[~known])
+
+
 def test_a_phrase_is_written_in_a_row_where_it_is_asked_for() -> None:
     ids = tokens(3)
     ids[0, 1:] = torch.tensor([5, 6, 7, 8, 9, 0, 0, 0])
