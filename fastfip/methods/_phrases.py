@@ -47,10 +47,14 @@ def worst_of_tokens(run: Run, radius: float) -> Phrases | Perturbations | None:
 
 
 def search_phrases(run: Run, phrases: Phrases, batches: Iterator[Batch]) -> None:
-    """Try every word alone, then improve every phrase a few times on the model as it is, or `MOST` that are drawn."""
-    with run.eval_mode(), precision(run):
-        phrases.try_words(run.model, run.alone, next(batches))
-    _from_first(run, phrases)
+    """Improve every phrase a few times on the model as it is; of more than `MOST` phrases some that are drawn.
+
+    Where phrases are remembered, every word is tried alone before.
+    """
+    if phrases.remembers:
+        with run.eval_mode(), precision(run):
+            phrases.try_words(run.model, run.alone, next(batches))
+        _from_first(run, phrases)
     if phrases.count > MOST:
         phrases.shuffle(run.generator)
     for turn in range(min(SWEEPS * phrases.count, MOST)):

@@ -163,7 +163,7 @@ _KINDS: dict[type, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda home, **fields: TokenPlace(**fields, generator=home.run.generator),
     ),
     Phrases: (
-        ("place", "goal", "ids", "success", "together", "order", "kept", "next", "found"),
+        ("place", "goal", "ids", "success", "together", "order", "kept", "next", "found", "remembers"),
         _phrases,
     ),
     TowardsClass: (("rows", "classes"), lambda home, **fields: TowardsClass(**fields)),

@@ -108,7 +108,7 @@ class FisherStepsConfig(MethodConfig):
         above=0,
     )  # fmt: skip
     hold: float = setting(
-        4.0, "texts of classes: weight of the divergence from the received answers at texts of exchanged words",
+        0.0, "texts of classes: weight of the divergence from the received answers at texts of exchanged words",
         low=0,
     )  # fmt: skip
     sieve: float = setting(
@@ -129,8 +129,9 @@ class FisherSteps(Method):
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
     For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5. On token ids there is no lower
-    bound, and the defaults are 75 steps of 32 samples and half of the way back; with classes none of it, 95 % of the
-    steps unlearn, and `hold` times the divergence from the received answers at texts of exchanged words is added.
+    bound, and the defaults are 75 steps of 32 samples and half of the way back. With `hold` and classes it is none of
+    it, 95 % of the steps unlearn, and `hold` times the divergence from the received answers at texts of exchanged words
+    is added.
     """
 
     name = "fisher_steps"
@@ -183,7 +184,7 @@ class FisherSteps(Method):
             worst = worst_case(run, inputs, config.radius, few) if inputs else worst_of_tokens(run, TOKEN_RADIUS)
             if isinstance(worst, Phrases):
                 self.phrases = worst
-                self.held = config.hold > 0 and isinstance(worst.goal, TowardsClass)
+                self.held = worst.remembers = config.hold > 0 and isinstance(worst.goal, TowardsClass)
                 for_texts(run, self.held)
             else:
                 self.worst = worst

@@ -28,7 +28,8 @@ LENGTHS = (1, 1, 3)
 SHARPNESS = 4.0
 #: Exchanges of a word that are tried in a step, on so many texts, and the texts of one pass at most.
 TRIED, TEXTS, TOGETHER = 8, 8, 64
-#: A phrase that reached such a share of its texts is written again to the end, into this share of the texts.
+#: A phrase that reached such a share of its texts is written again to the end, into this share of the texts, where
+#: phrases are remembered.
 FOUND, AGAIN = 0.85, 0.6
 #: Words of each row that are kept after the trial of all, the texts that these are tried on, and how many rows at most
 #: are tried so; how many of them are tried again at the turn of a phrase whose success was below a share.
@@ -49,6 +50,7 @@ class Phrases:
         kept: [R, M] int64 on the CPU, words that did most when each was tried alone, the best first; M may be 0.
         next: [R] int64 on the CPU, which of the kept words are tried again next.
         found: [M, 1 + K] int64 on the CPU, the row and the words of each phrase that ever reached most texts.
+        remembers: whether `found` gets them, and is written again.
     """
 
     place: TokenPlace
@@ -60,6 +62,7 @@ class Phrases:
     kept: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long, device="cpu"))
     next: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long, device="cpu"))
     found: Tensor = field(default_factory=lambda: torch.empty(0, 1 + max(LENGTHS), dtype=torch.long, device="cpu"))
+    remembers: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, place: TokenPlace, goal: Goal, generator: torch.Generator) -> Phrases | None:
@@ -184,7 +187,7 @@ class Phrases:
         """Note how much a phrase reaches, and the phrase itself if that is most texts."""
         self.success[row, number] = success
         new = torch.cat([torch.tensor([row], device="cpu"), self.ids[row, number]])
-        if success >= FOUND and not (self.found == new).all(1).any():
+        if self.remembers and success >= FOUND and not (self.found == new).all(1).any():
             self.found = torch.cat([self.found, new[None]])
 
     def _gradient(self, model: nn.Module, task: Task, batch: Batch, phrase: Tensor, where: Tensor, row: int) -> Tensor:

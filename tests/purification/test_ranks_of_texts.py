@@ -21,9 +21,8 @@ pytestmark = [
 
 WORDS, LENGTH, CLASSES = 40, 9, 3
 #: What is compared with one process: method, settings, dtype, difference. `fisher_steps` draws words for the texts that
-#: a process runs, which are others than those of one process: they are left out by `changes=0` and `hold=0` where it is
-#: compared.
-PHRASES = {"changes": 0.0, "hold": 0.0, "steps": 4}
+#: a process runs, which are others than those of one process: they are left out by `changes=0` where it is compared.
+PHRASES = {"changes": 0.0, "steps": 4}
 RUNS = {
     "phrases": ("fisher_steps", PHRASES, "attention", torch.float64, 1e-6),
     "phrases in parts": ("fisher_steps", {**PHRASES, "micro_batch": 3}, "attention", torch.float64, 1e-6),
@@ -33,7 +32,7 @@ RUNS = {
         "fast_wfip", {"steps": 4, "unlearn": 0.5, "optimizer": "sgd", "lr": 0.01}, "attention", torch.float32, 1e-5,
     ),
     "bags": ("wfip", {"steps": 4, "unlearn": 0.5}, "bag", torch.float32, 1e-5),
-    "phrases and drawn words": ("fisher_steps", {"steps": 6}, "attention", torch.float64, None),
+    "phrases and drawn words": ("fisher_steps", {"steps": 6, "hold": 4.0}, "attention", torch.float64, None),
 }  # fmt: skip
 
 

@@ -96,6 +96,9 @@ def test_a_text_gets_no_phrase_of_its_own_class_and_mostly_those_that_work() -> 
 def test_what_worked_once_is_written_again_but_into_no_text_of_its_own_class() -> None:
     model = Planted((57,))
     made, (ids, y) = found(model, turns=0)
+    made._take(0, 0, 1.0)
+    assert len(made.found) == 0, "not unless it is asked to"
+    made.remembers = True
     made.ids[:], made.success[:] = -1, 0.0
     for row, number, success in ((1, 0, 0.9), (1, 0, 0.9), (1, 1, 0.5), (2, 0, 1.0)):
         made.ids[row, number, 0] = 10 * row + number
