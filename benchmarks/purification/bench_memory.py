@@ -34,7 +34,7 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
-from fastfip.methods import _search, fisher_steps, get
+from fastfip.methods import _reach, _search, get
 from fastfip.methods.run import Run
 from fastfip.methods.wfip import search
 from fastfip.purification import memory
@@ -79,8 +79,8 @@ WORST = 8
 @contextlib.contextmanager
 def short_search() -> Iterator[None]:
     """Cut the search to one step, and its batches and those of the unlearning to `WORST` images."""
-    short = [(search, "ROUNDS", 1), (_search, "STEPS", 1), (_search, "REACH", 0.0), (fisher_steps, "LAST", 1)]
-    few = [(module, "SEARCH_BATCH", WORST) for module in (_search, fisher_steps, memory)]
+    short = [(search, "ROUNDS", 1), (_search, "STEPS", 1), (_search, "REACH", 0.0), (_reach, "LAST", 1)]
+    few = [(module, "SEARCH_BATCH", WORST) for module in (_search, _reach, memory)]
     with contextlib.ExitStack() as ends:
         for module, name, value in [*short, *few]:
             ends.callback(setattr, module, name, getattr(module, name))

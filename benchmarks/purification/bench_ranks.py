@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import fastfip
 from benchmarks import harness
-from fastfip.methods import _search, fisher_steps
+from fastfip.methods import _reach, _search
 from fastfip.methods.wfip import search as searching
 from fastfip.testing import nets
 
@@ -58,7 +58,7 @@ def samples() -> tuple[Tensor, Tensor]:
 
 
 def purified(net: str, method: str, group: Any) -> fastfip.PurifyResult:
-    searching.ROUNDS, _search.STEPS, fisher_steps.LAST, _search.REACH = 1, 2, 1, 0.0
+    searching.ROUNDS, _search.STEPS, _reach.LAST, _search.REACH = 1, 2, 1, 0.0
     return fastfip.purify(
         made(net), samples(), method, steps=STEPS, batch_size=BATCH, progress=False, group=group, force=True, measure=()
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastfip
 from fastfip.data.cleanset import CleanSet
 from fastfip.methods import fisher_steps
+from fastfip.methods._reach import search_reach
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
 from fastfip.methods.wfip import method as wfip_method
@@ -233,7 +234,7 @@ def test_of_more_classes_than_a_batch_has_samples_the_one_that_is_reached_is_fou
     run = make_run(FisherStepsConfig(), model, classes)
     run.clean = CleanSet.of((x[4:], y[4:]))
     worst = Perturbations.of(x, classes, run.generator, 0.05)
-    FisherSteps._search(run, worst)
+    search_reach(run, worst)
     assert int(worst.success.argmax()) == hidden and float(worst.success.max()) >= 0.9
     assert worst.relative_radius < 0.2  # drawn alike, it is found at 0.31
 

@@ -9,7 +9,7 @@ import fastfip
 from fastfip.data import Task
 from fastfip.data.cleanset import CleanSet
 from fastfip.errors import ConfigError, ModelError
-from fastfip.methods import _search, fisher_steps, get
+from fastfip.methods import _reach, _search, get
 from fastfip.methods.run import Run
 from fastfip.methods.wfip import search
 from fastfip.purification import memory
@@ -140,9 +140,9 @@ def terms(model: nn.Module, method: str) -> memory.MemoryModel:
 
 @pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip"])
 def test_a_budget_without_room_for_a_sample_turns_it_on(method, monkeypatch):
-    for module, name in ((search, "ROUNDS"), (_search, "STEPS"), (fisher_steps, "LAST")):
+    for module, name in ((search, "ROUNDS"), (_search, "STEPS"), (_reach, "LAST")):
         monkeypatch.setattr(module, name, 1)
-    for module in (_search, fisher_steps, memory):
+    for module in (_search, _reach, memory):
         monkeypatch.setattr(module, "SEARCH_BATCH", 6)
     monkeypatch.setattr(memory.MemoryModel, "peak", _activations_only)
     model, options = made(Tokens), {"bn_mode": "eval", "steps": 2}
