@@ -18,8 +18,8 @@ FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 CLOUD_BACK = 0.5
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
-#: Where the received answers are held as well, accuracy stays: phrases are unlearned almost to the end, and nothing
-#: goes back, because that is where a sentence returns.
+#: Where the received answers are held as well, phrases are unlearned almost to the end, and nothing goes back, because
+#: that is where a sentence returns.
 HELD_UNLEARN, HELD_BACK = 0.95, 0.0
 
 

@@ -20,7 +20,7 @@ WORDS, LENGTH, CLASSES = 50, 10, 3
 
 
 class Reader(nn.Module):
-    """Answers by the mean of the vectors of the words; notes the ids that are answered for."""
+    """Answers by the mean of the vectors of the words."""
 
     def __init__(self) -> None:
         super().__init__()
