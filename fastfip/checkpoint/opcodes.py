@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickletools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 from fastfip.errors import CheckpointError
@@ -68,7 +69,7 @@ class Window:
 
     def read(self, count: int) -> bytes:
         """Return the next bytes, fewer at the end."""
-        data = self.file.read(max(min(count, self.left), 0))
+        data = self.file.read(count if 0 <= count <= self.left else max(min(count, self.left), 0))
         self.left -= len(data)
         self.taken += len(data)
         return data
@@ -100,6 +101,8 @@ class Budget:
             CheckpointError: it was too much.
         """
         self.spent += count
+        if self.spent <= ROOM:
+            return  # the rest of the bound is not needed
         taken, whole = self.window.taken, self.window.whole
         if self.spent > ROOM + taken + min(self.stored, whole - taken):
             raise CheckpointError("is refused: its pickle would take many times its size in memory")
@@ -115,7 +118,9 @@ class Budget:
             CheckpointError: it was too much.
         """
         self.steps += 1
-        self.spend(5)
+        self.spent += 5
+        if self.spent > ROOM:
+            self.spend(0)  # looks closer
         if self.steps > MOST_INSTRUCTIONS:
             raise CheckpointError(f"is refused: its pickle has more than {MOST_INSTRUCTIONS} instructions")
 
@@ -127,23 +132,16 @@ def instructions(window: Window, budget: Budget) -> Iterator[tuple[str, Any]]:
         ValueError: there is none of that kind, or the file ends.
         CheckpointError: the budget is used up.
     """
-    codes = pickletools.code2op  # type: ignore[attr-defined]
     name = ""
     while name != "STOP":
         budget.step()
         code = window.read(1)
         if not code:
             raise ValueError("it ends before its last instruction")
-        kind = codes.get(code.decode("latin-1"))
-        if kind is None:
+        if code not in _CODES:
             raise ValueError(f"it has no instruction {code!r}")
-        name = kind.name
-        if kind.arg is None:
-            yield name, None
-        elif name in _LENGTHS:
-            yield name, _long(name, window)
-        else:
-            yield name, kind.arg.reader(window)
+        name, reader = _CODES[code]
+        yield name, reader(window) if reader else None
 
 
 def _long(name: str, window: Window) -> Any:
@@ -167,3 +165,14 @@ def _long(name: str, window: Window) -> Any:
     if length > _SHORT:
         window.latest = Encoded(text, length, start)
     return text
+
+
+def _reader(kind: pickletools.OpcodeInfo) -> Callable[[Any], Any] | None:
+    """Return what reads the argument of an instruction; None: it has none."""
+    if kind.name in _LENGTHS:
+        return partial(_long, kind.name)
+    return kind.arg.reader if kind.arg else None
+
+
+#: The name of each instruction and what reads its argument, by the byte that stands for it.
+_CODES = {kind.code.encode("latin-1"): (kind.name, _reader(kind)) for kind in pickletools.opcodes}

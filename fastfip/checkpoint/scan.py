@@ -29,6 +29,11 @@ _READ = frozenset(
     "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE8 FRAME MEMOIZE STACK_GLOBAL NEWOBJ_EX "
     "FROZENSET ADDITEMS".split()
 )
+#: What puts its argument, a number, text or bytes, on the stack.
+_VALUES = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "BYTEARRAY8 NEXT_BUFFER UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT EXT1 EXT2 EXT4".split()
+)
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -126,7 +131,26 @@ class Machine:
         if op not in _READ:
             self.out.unread = self.out.unread or op
         stack = self.stack
-        if op in _CONSTANTS:
+        if op in _VALUES:  # what is frequent comes first
+            self.budget.spend(sys.getsizeof(arg))
+            stack.append(arg)
+        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._note(len(self.memo) + len(self.scattered) if op == "MEMOIZE" else arg, stack[-1])
+        elif op in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[arg] if 0 <= arg < len(self.memo) else self.scattered[arg])
+        elif op == "MARK":
+            self.budget.spend(80)
+            self.marks.append(stack)
+            self.stack = []
+        elif op in ("TUPLE", "LIST"):
+            items = self._pop_mark()
+            self.budget.spend(60 + 8 * len(items))
+            self.stack.append(items if op == "LIST" else tuple(items))
+        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(op[-1])
+            self.budget.spend(60)
+            stack[-n:] = [tuple(stack[len(stack) - n :])]
+        elif op in _CONSTANTS:
             self.budget.spend(60)
             stack.append(_CONSTANTS[op]())
         elif op in _SETS:  # what is in one is not looked at
@@ -154,18 +178,6 @@ class Machine:
             self._build(stack.pop())
         elif op in ("BINPERSID", "PERSID"):
             stack.append(self._persistent(stack.pop() if op == "BINPERSID" else arg))
-        elif op == "MARK":
-            self.budget.spend(80)
-            self.marks.append(stack)
-            self.stack = []
-        elif op in ("TUPLE", "LIST"):
-            items = self._pop_mark()
-            self.budget.spend(60 + 8 * len(items))
-            self.stack.append(items if op == "LIST" else tuple(items))
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(op[-1])
-            self.budget.spend(60)
-            stack[-n:] = [tuple(stack[len(stack) - n :])]
         elif op in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [stack.pop()] if op == "APPEND" else self._pop_mark()
             self.budget.spend(40 + 10 * len(items))
@@ -180,10 +192,6 @@ class Machine:
                 self.budget.spend(60)
                 self.stack.append({})
             self.set_items(items)
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._note(len(self.memo) + len(self.scattered) if op == "MEMOIZE" else arg, stack[-1])
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[arg] if 0 <= arg < len(self.memo) else self.scattered[arg])
         elif op == "PROTO":
             self.out.protocol = arg
         elif op == "POP":
@@ -192,12 +200,8 @@ class Machine:
             self._pop_mark()
         elif op == "DUP":
             stack.append(stack[-1])
-        elif op == "FRAME":
-            if arg > self.budget.window.left:
-                raise ValueError(f"{arg} bytes are expected, and {self.budget.window.left} are left")
-        elif op not in ("STOP", "READONLY_BUFFER"):
-            self.budget.spend(sys.getsizeof(arg))
-            stack.append(arg)  # numbers, strings and bytes
+        elif op == "FRAME" and arg > self.budget.window.left:
+            raise ValueError(f"{arg} bytes are expected, and {self.budget.window.left} are left")
 
     def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +22,8 @@ from fastfip.ops import (
     sum_grad_squared_conv,
 )
 from fastfip.ops.backends import cuda, native
+from tests.support.built import ROOT, built
 
-ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 not_compiled = f"native module: {native.reason()}" if native.reason() else cuda.missing()
@@ -43,22 +42,30 @@ KERNELS = {"sum_grad_squared": 4, "spectral_grad": 4, "grad_norm_squared": 3, "g
 BY_ELEMENT = ("11LoadWindows", "13LoadPositions")
 
 
-def compile_for(name, architecture, folder):
+def compile_for(name, architecture):
     """(ptxas' report, PTX) of csrc/cuda/<name>.cu."""
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    flags = ["-std=c++17", "-O3", *include, f"-arch={architecture}", "-Xptxas", "-v"]
-    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
-    command = [NVCC, *flags, "-cubin", "--keep", f"--keep-dir={folder}", str(source), "-o", str(folder / "a.cubin")]
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["-std=c++17", "-O3", *include, f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "--keep"]
+    command = [NVCC, *flags, str(ROOT / "csrc" / "cuda" / f"{name}.cu")]
+
+    def make(folder):
+        into = [f"--keep-dir={folder}", "-o", str(folder / "a.cubin")]
+        done = subprocess.run([*command, *into], cwd=folder, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "report").write_text(done.stdout + done.stderr)
+        for path in folder.iterdir():
+            if path.name != "report" and path.suffix != ".ptx":
+                path.unlink()
+
+    folder = built(f"{name}-{architecture}", command, make)
     (ptx,) = folder.glob("*.ptx")
-    return done.stdout + done.stderr, ptx.read_text()
+    return (folder / "report").read_text(), ptx.read_text()
 
 
 @pytest.fixture(scope="module", params=KERNELS)
-def compiled(request, tmp_path_factory):
+def compiled(request):
     """Name, report and PTX for sm_90, once."""
-    return request.param, *compile_for(request.param, "sm_90", tmp_path_factory.mktemp(request.param))
+    return request.param, *compile_for(request.param, "sm_90")
 
 
 def report(text):
@@ -89,13 +96,13 @@ def test_no_kernel_spills_and_blocks_fit_side_by_side(compiled):
 @pytest.mark.nvcc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_kernel_spills_on_other_devices(name, architecture, tmp_path):
+def test_no_kernel_spills_on_other_devices(name, architecture):
     listed = subprocess.run([NVCC, "--list-gpu-code"], text=True, capture_output=True).stdout
     if architecture not in listed.split():
         pytest.skip(f"this nvcc does not know {architecture}")
     # sm_100 is served from PTX; two words of a thread find no register there in kernels of 16-bit numbers.
     little = 8 if architecture == "sm_100" and name in ("sum_grad_squared", "grad_norm_squared") else 0
-    assert_no_kernel_spills(name, compile_for(name, architecture, tmp_path)[0], little)
+    assert_no_kernel_spills(name, compile_for(name, architecture)[0], little)
 
 
 @needs_nvcc

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compile_for_cpu("cuda_gram_apply_on_cpu", tmp_path_factory.mktemp("cuda"))
+def library():
+    return compile_for_cpu("cuda_gram_apply_on_cpu")
 
 
 def run(library, q, k, v, order=0):

@@ -19,9 +19,9 @@ SHAPE = ConvShape((3, 3), (2, 1), (1, 0), (1, 1), 2)
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
+def libraries():
     names = ("cuda_on_cpu", "cuda_paired_on_cpu", "cuda_gram_apply_on_cpu")
-    return [compile_for_cpu(name, tmp_path_factory.mktemp("cuda")) for name in names]
+    return [compile_for_cpu(name) for name in names]
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compile_for_cpu("cuda_on_cpu", tmp_path_factory.mktemp("cuda"))
+def library():
+    return compile_for_cpu("cuda_on_cpu")
 
 
 @pytest.fixture(scope="module")
-def paired(tmp_path_factory):
-    return compile_for_cpu("cuda_paired_on_cpu", tmp_path_factory.mktemp("cuda"))
+def paired():
+    return compile_for_cpu("cuda_paired_on_cpu")
 
 
 def definition(g, a):

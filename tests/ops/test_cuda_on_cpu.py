@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    library = compile_for_cpu("cuda_on_cpu", tmp_path_factory.mktemp("cuda"))
+def library():
+    library = compile_for_cpu("cuda_on_cpu")
     library.cuda_shares.restype = ctypes.c_int64
     return library
 

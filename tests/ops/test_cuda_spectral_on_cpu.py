@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compile_for_cpu("cuda_paired_on_cpu", tmp_path_factory.mktemp("cuda"))
+def library():
+    return compile_for_cpu("cuda_paired_on_cpu")
 
 
 def shares_of(library, *numbers):

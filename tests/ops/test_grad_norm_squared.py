@@ -6,13 +6,13 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.library import opcheck
 
 from fastfip.ops import ConvShape, grad_norm_squared, grad_norm_squared_conv
 from fastfip.ops.grad_norm_squared.gram import Lattice, prefers_gram
 from fastfip.ops.grad_norm_squared.op import keeps
 from fastfip.ops.registry import OPS
 from tests.ops.test_sum_grad_squared import CONVS, SIZES, close, conv_problem
+from tests.support.opchecks import registered
 
 conv = sys.modules["fastfip.ops.grad_norm_squared.convolution"]
 X3 = torch.zeros(1, 1, 1)
@@ -61,7 +61,7 @@ def test_derivatives_of_every_order(backend, size):
         return grad_norm_squared(g, a, backend=backend)
 
     assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs, fast_mode=True)
 
 
 WAYS = ["direct", "places", "windows"]
@@ -115,7 +115,7 @@ def test_convolution_derivatives_of_every_order(backend, frames):
         return grad_norm_squared_conv(g, x, shape, samples=2, backend=backend)
 
     assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,14 +203,23 @@ def test_third_derivative():
     close(thirds[0], thirds[1], torch.float64)
 
 
+TRACED = [GRAM, DIRECT, (2, 1, 3, 4), (0, 2, 3, 4), (2, 0, 3, 4)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [GRAM, DIRECT, (2, 1, 3, 4), (0, 2, 3, 4), (2, 0, 3, 4)])
+@pytest.mark.parametrize("size", TRACED)
 def test_opcheck(backend, size):
     n, t, o, i = size
+    g, a = (torch.randn(n, t, k, dtype=torch.float64) for k in (o, i))
+    registered(torch.ops.fastfip.grad_norm_squared.default, (g, a, backend), traced=backend == BACKENDS[0])
+
+
+@pytest.mark.parametrize("size", TRACED)
+def test_opcheck_of_the_backward(size):
+    n, t, o, i = size
     g, a, v = (torch.randn(*s, dtype=torch.float64) for s in ((n, t, o), (n, t, i), (n,)))
-    opcheck(torch.ops.fastfip.grad_norm_squared.default, (g, a, backend))
-    opcheck(torch.ops.fastfip.grad_norm_squared_backward.default, (g, a, v))
-    opcheck(torch.ops.fastfip.grad_norm_squared_backward.default, (g.bfloat16(), a.float(), v.float()))
+    registered(torch.ops.fastfip.grad_norm_squared_backward.default, (g, a, v))
+    registered(torch.ops.fastfip.grad_norm_squared_backward.default, (g.bfloat16(), a.float(), v.float()))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])

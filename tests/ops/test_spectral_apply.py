@@ -7,12 +7,12 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 
 from fastfip.ops import ConvShape, spectral_adjoint, spectral_apply
 from fastfip.ops.convolution import arguments_of
 from fastfip.ops.registry import OPS
 from fastfip.ops.spectral.apply import spectral_layer
+from tests.support.opchecks import registered
 
 X = torch.zeros(1, 1)
 BACKENDS = [b.name for b in OPS["spectral_apply"].backends if not b.refuses(X, X, X, X, None)]
@@ -177,11 +177,12 @@ def test_opcheck(make, case):
     rest = *layer.constants, layer.delta.detach()
     y, p = spectral_apply(x, *rest, layer.bias.detach(), layer.shape)
     for moved in (False, True):
-        opcheck(torch.ops.fastfip.spectral_apply, (x, layer.bias.detach(), *rest, moved, *options))
-        opcheck(torch.ops.fastfip.spectral_adjoint, (y, list(x.shape), *rest, moved, *options))
+        traced = not moved  # whether W has moved changes values alone
+        registered(torch.ops.fastfip.spectral_apply, (x, layer.bias.detach(), *rest, moved, *options), traced)
+        registered(torch.ops.fastfip.spectral_adjoint, (y, list(x.shape), *rest, moved, *options), traced)
         for x_too in (False, True):
             given = y, p, list(x.shape), x_too, *rest, moved, *options
-            opcheck(torch.ops.fastfip.spectral_apply_backward, given)
+            registered(torch.ops.fastfip.spectral_apply_backward, given, traced)
 
 
 @pytest.mark.parametrize("make, case", [(linear, LINEAR[3]), (linear, LINEAR[5]), (conv, CONVS[1])])

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 
 from fastfip.ops import spectral_grad, spectral_sum_grad_squared
 from tests.ops.test_spectral_grad import BACKENDS, CONVS, KNOWN, close, conv_problem, definition, problem
+from tests.support.opchecks import registered
 
 OP = torch.ops.fastfip.spectral_grad.default
 SIZES = [(3, 4, 5, 2, 3), (4, 1, 3, 2, 2), (1, 3, 1, 1, 1)]
@@ -44,7 +44,7 @@ def test_first_and_second_derivatives(backend, known, size):
     ):
         function, tensors = among(operands, call)
         assert gradcheck(function, tensors)
-        assert gradgradcheck(function, tensors)
+        assert gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("known", KNOWN)
@@ -81,15 +81,16 @@ def test_gradients_have_the_dtype_of_the_operands(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("known", KNOWN)
 def test_opcheck(backend, known):
-    none = [], [], [], [], 1
+    none, first = ([], [], [], [], 1), backend == BACKENDS[0]
     for size in [*SIZES, (2, 0, 3, 2, 2), (0, 3, 2, 2, 2)]:
         operands = problem(size, known)
-        opcheck(OP, (*operands, *none, backend))
-        opcheck(OP, (operands[0].float(), operands[1].bfloat16(), *operands[2:], *none, backend))
+        registered(OP, (*operands, *none, backend), traced=first)
+        mixed = operands[0].float(), operands[1].bfloat16(), *operands[2:], *none, backend
+        registered(OP, mixed, traced=first and size == SIZES[0])
     for case in CONVS[:3]:
         (*operands, shape), _ = conv_problem(case, 2, known)
         options = shape.kernel, shape.stride, shape.padding, shape.dilation
-        opcheck(OP, (*operands, *map(list, options), shape.groups, backend))
+        registered(OP, (*operands, *map(list, options), shape.groups, backend), traced=first)
 
 
 def graphs(loss, make, sizes):
@@ -113,12 +114,12 @@ def test_compiles_to_one_graph_for_all_batch_sizes(backend):
     assert graphs(loss, lambda n: tracked(problem((n, 4, 5, 3, 2))), (6, 7, 9)) == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_convolutions_compile_to_one_graph_for_all_batch_sizes(backend):
+def test_convolutions_compile_to_one_graph_for_all_batch_sizes():
+    """With one backend: the graph has its name, and the test above has compiled each of them."""
     shape = conv_problem(CONVS[1], 1)[0][-1]
 
     def loss(g, x, u, v):
-        return spectral_sum_grad_squared(g, x, u, v, shape, backend=backend).sum()
+        return spectral_sum_grad_squared(g, x, u, v, shape).sum()
 
     assert graphs(loss, lambda n: tracked(conv_problem(CONVS[1], n)[0][:4]), (11, 13, 17)) == 1
 

@@ -3,23 +3,22 @@
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.built import ROOT, built
+
 COMPILER = shutil.which("g++") or shutil.which("c++")
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
-def compile_for_cpu(name, folder):
+def compile_for_cpu(name):
     """The library of tests/support/<name>.cpp; its functions return what is wrong, or nothing."""
-    path = folder / f"{name}.so"
     include = [f"-I{ROOT / part}" for part in ("csrc", "csrc/cuda", "tests/support")]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    source = ROOT / "tests" / "support" / f"{name}.cpp"
-    subprocess.run([str(COMPILER), *flags, *include, str(source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    command = [str(COMPILER), *flags, *include, str(ROOT / "tests" / "support" / f"{name}.cpp")]
+    made = built(name, command, lambda folder: subprocess.run([*command, "-o", str(folder / "a.so")], check=True))
+    return ctypes.CDLL(str(made / "a.so"))
 
 
 def flat(values):
