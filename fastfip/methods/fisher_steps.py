@@ -197,7 +197,9 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
-                for_clouds(run)
+                for_clouds(run, run.task.inputs(some).shape[self.axis])
+                if self.worst is not None:
+                    self.worst.together = run.together
         self.sieved = config.sieve == 0 or max(config.changes, config.unlearn) == 0
         if self.held or not self.sieved:
             self.received = kept_received(run, self.start or {})
