@@ -19,7 +19,7 @@ FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 CLOUD_BACK = 0.5
 #: Points of the clouds that go through the model together on a CPU: the activations of a batch of clouds are so much
 #: larger than the clouds that memory is taken from the system, and given back, in every pass.
-CLOUD_POINTS = 4096
+CLOUD_POINTS = 2048
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
 #: Where the received answers are held as well, phrases are unlearned almost to the end, and nothing goes back, because
