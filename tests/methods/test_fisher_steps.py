@@ -574,14 +574,18 @@ ADDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 def test_points_are_added_to_clouds_and_to_nothing_else(
     kind: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every step that unlearns."""
+    """In every step that unlearns; `fisher_steps` takes half of a batch of at least 64 samples for each of the two."""
     make, shape, taken = ADDED[kind]
     seen: list[type] = []
+    sizes: set[int] = set()
+    radii: list[float] = []
     module = fisher_steps if method == "fisher_steps" else wfip_method
     real = module.unlearn
 
     def spy(run, batch, worst, *others):
         seen.append(type(worst))
+        sizes.add(run.task.size(batch))
+        radii.extend(radius for radius, _ in worst.history[:1])
         return real(run, batch, worst, *others)
 
     monkeypatch.setattr(module, "unlearn", spy)
@@ -591,6 +595,9 @@ def test_points_are_added_to_clouds_and_to_nothing_else(
     result = fastfip.purify(make(), (x, torch.arange(40) % 4), method, **settings)
     assert seen == ([Perturbations, AddedPoints] * 3 if taken else [Perturbations] * 3)
     assert any("reached_by_points" in record for record in result.history) == taken
+    assert sizes == {32 if taken and method == "fisher_steps" else 64}
+    if method == "fisher_steps":  # what is unlearned has a radius of 0.15 at least: clouds are not searched below that
+        assert radii == pytest.approx([0.15 if taken else 0.05] * len(radii)) and radii
 
 
 NAMED: dict[str, tuple[dict[str, Any], tuple]] = {
