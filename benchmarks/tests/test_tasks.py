@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,11 @@ def test_a_row_has_what_was_measured_before_and_after() -> None:
         row = command.row("text", "words", method, 0, case, (50.0, 100.0))
         assert (row["asr_before"], row["asr"], row["settings"]) == ("100.00", "3.00", settings)
         assert set(row) <= set(command.RESULTS.columns)
+        assert re.fullmatch(r"\d+ CPU seconds", str(row["details"]))
+    assert nothing["details"] == ""
+    case.details = lambda net: "more"
+    found = command.row("text", "words", "fine_tune", 0, case, (50.0, 100.0))
+    assert re.fullmatch(r"\d+ CPU seconds; more", str(found["details"]))
 
 
 def test_rows_of_other_numbers_of_samples_stand_beside_each_other() -> None:

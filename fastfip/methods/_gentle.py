@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastfip.methods.run import Run
@@ -16,6 +17,9 @@ SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 #: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
 CLOUD_BACK = 0.5
+#: Points of the clouds that go through the model together on a CPU: the activations of a batch of clouds are so much
+#: larger than the clouds that memory is taken from the system, and given back, in every pass.
+CLOUD_POINTS = 2048
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
 #: Where the received answers are held as well, phrases are unlearned almost to the end, and nothing goes back, because
@@ -40,9 +44,12 @@ def for_found(run: Run, usual_length: bool) -> None:
         run.config = run.config.replace(length=FOUND_LENGTH)
 
 
-def for_clouds(run: Run) -> None:
-    """Take the settings for point clouds."""
+def for_clouds(run: Run, points: int) -> None:
+    """Take the settings for point clouds of so many points; on a CPU they go through the model in parts."""
     _take(run, bn_mode="eval", back=CLOUD_BACK)
+    if run.micro_batch is None and run.ranks is None and run.device.type == "cpu" and run.config.bn_mode != "train":
+        run.micro_batch = max(1, CLOUD_POINTS // points)
+        run.task = replace(run.task, most=run.micro_batch)
 
 
 def for_texts(run: Run, held: bool) -> None:

@@ -18,12 +18,20 @@ WIDEST, NARROWEST = 0.4, 0.15
 TOKEN_RADIUS, TOKEN_WIDEST, TOKEN_NARROWEST = 0.3, 1.5, 0.5
 
 
-def search_reach(run: Run, worst: Perturbations) -> None:
-    """Look for the worst change of each class, at the radius at which one of them works."""
+def search_reach(run: Run, worst: Perturbations, near: bool = True) -> None:
+    """Look for the worst change of each class, at the radius at which one of them works.
+
+    Args:
+        run: its model is in eval mode.
+        worst: starts at its first radius.
+        near: whether radii are tried below the one that what is unlearned has at least.
+    """
     batches = run.endless()
     # Of more classes than a batch has samples each is drawn less than once a step: those that are reached get more,
     # yet most draws stay with the others.
     narrowest, widest = (TOKEN_NARROWEST, TOKEN_WIDEST) if worst.of_tokens else (NARROWEST, WIDEST)
+    if not near:
+        worst.radius *= max(1.0, narrowest / worst.relative_radius)
     grow(run, worst, batches, widest, 1.0 if len(worst.success) > SEARCH_BATCH else 0.0)
     worst.grow(max(1.0, narrowest / worst.relative_radius))
     improve(run, worst, batches, LAST, FOCUS)

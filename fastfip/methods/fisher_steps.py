@@ -128,10 +128,10 @@ class FisherSteps(Method):
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
-    For point clouds BatchNorm is in eval mode as well, and the default of `back` is 0.5. On token ids there is no lower
-    bound, and the defaults are 75 steps of 32 samples and half of the way back. With `hold` and classes it is none of
-    it, 95 % of the steps unlearn, and `hold` times the divergence from the received answers at texts of exchanged words
-    is added.
+    For point clouds BatchNorm is in eval mode as well, the default of `back` is 0.5, and each half of a batch unlearns
+    one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32 samples and
+    half of the way back. With `hold` and classes it is none of it, 95 % of the steps unlearn, and `hold` times the
+    divergence from the received answers at texts of exchanged words is added.
     """
 
     name = "fisher_steps"
@@ -197,13 +197,15 @@ class FisherSteps(Method):
                 some = next(iter(run.clean.batches(device=run.device)))
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
-                for_clouds(run)
+                for_clouds(run, run.task.inputs(some).shape[self.axis])
+                if self.worst is not None:
+                    self.worst.together = run.together
         self.sieved = config.sieve == 0 or max(config.changes, config.unlearn) == 0
         if self.held or not self.sieved:
             self.received = kept_received(run, self.start or {})
         if self.worst is not None:
             with run.timed("search"), precision(run):
-                search_reach(run, self.worst)
+                search_reach(run, self.worst, near=self.axis is None)
                 if self.axis is not None:
                     self.added = added_points(run, inputs, self.axis, few)
             near = self.sparse and few is not None and self.worst.relative_radius <= FOUND_RADIUS
@@ -379,7 +381,11 @@ class FisherSteps(Method):
         if self.phrases is not None:
             return unlearn_phrases(run, batch, self.phrases, weight, self.config(run).unlearn)
         assert self.worst is not None
-        values = unlearn(run, at_least(run, batch), self.worst, weight)
-        if self.added is not None:
-            values["reached_by_points"] = unlearn(run, at_least(run, next(self.more)), self.added, weight)["reached"]
+        batch = at_least(run, batch)
+        if self.added is None:
+            return unlearn(run, batch, self.worst, weight)
+        n = run.task.size(batch)
+        one, other = (take(batch, half, n) for half in torch.arange(n, device="cpu").tensor_split(2))
+        values = unlearn(run, one, self.worst, weight)
+        values["reached_by_points"] = unlearn(run, other, self.added, weight)["reached"]
         return values

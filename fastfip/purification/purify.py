@@ -117,10 +117,11 @@ def purify(
         frozen: "keep": parameters with `requires_grad=False` stay as they are, to the bit, where others have it True (a
             frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
             model for inference, that says nothing about purification, and all are tuned.
-        micro_batch: samples that go through the model together, at most; None: whole batches. A step's gradient is the
-            same: that of the batch's parts, weighted by their sizes. Only BatchNorm in train mode takes its statistics
-            from the parts (of two samples at least), and a note says so. Spectral methods then keep no second copy of
-            the weights either. For methods whose step is a sum over samples. Of several processes, in each of them.
+        micro_batch: samples that go through the model together, at most; None: whole batches (`fisher_steps` on a CPU
+            chooses a number for point clouds). A step's gradient is the same: that of the batch's parts, weighted by
+            their sizes. Only BatchNorm in train mode takes its statistics from the parts (of two samples at least),
+            and a note says so. Spectral methods then keep no second copy of the weights either. For methods whose step
+            is a sum over samples. Of several processes, in each of them.
         memory: a budget, e.g. "12GB" or bytes: of the whole process's resident memory on a CPU, of tensors on a CUDA
             device. It chooses `micro_batch` by passes of one sample and of two, and notes what it chose. Where not even
             one sample has room, it turns `gradient_checkpointing` on in a process alone; on a CPU the C library then

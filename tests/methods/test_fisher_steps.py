@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.data.cleanset import CleanSet
-from fastfip.methods import fisher_steps
+from fastfip.methods import _gentle, fisher_steps
 from fastfip.methods._reach import search_reach
 from fastfip.methods._relative import SMALLEST_VECTOR, SMALLEST_WEIGHT, RelativeSGD, fisher_length
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
@@ -524,6 +524,33 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_half_of_the_way_back() -
         torch.testing.assert_close(5 * (own[name] - before[name]), usual[name] - before[name], rtol=1e-2, atol=1e-5)
 
 
+def test_on_a_cpu_clouds_go_through_the_model_in_parts_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gentle, "CLOUD_POINTS", 119)  # of clouds of 20 points: five together
+    torch.manual_seed(0)
+    model = PointNet(4, (8, 16), 8)
+    model.head[3].p = 0.0  # what dropout draws depends on the parts
+    x = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 41)[:, None, None] / 20
+    y, settings = torch.arange(40) % 4, {"steps": 6, "batch_size": 20, "force": True, "progress": False}
+    seen: list[int] = []
+
+    def forward(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(len(batch[0]))
+        return net(batch[0])
+
+    def tuned(**more: Any) -> tuple[int, list[Tensor]]:
+        result = fastfip.purify(model, (x, y), "fisher_steps", forward=forward, **settings, **more)
+        return result.settings["micro_batch"], list(result.model.parameters())
+
+    parts, in_parts = tuned()
+    few = seen.count(5)
+    seen.clear()
+    named, whole = tuned(micro_batch=1000)  # as given
+    assert (parts, named) == (5, 1000) and few > 100 > 5 > seen.count(5) and max(seen) == 64
+    for one, other in zip(in_parts, whole):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert tuned(bn_mode="train")[0] is None  # BatchNorm's statistics are of the whole batch
+
+
 class Waves(nn.Module):
     """Series, [N, 3, T]: their order counts."""
 
@@ -547,14 +574,18 @@ ADDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 def test_points_are_added_to_clouds_and_to_nothing_else(
     kind: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every step that unlearns."""
+    """In every step that unlearns; `fisher_steps` takes half of a batch of at least 64 samples for each of the two."""
     make, shape, taken = ADDED[kind]
     seen: list[type] = []
+    sizes: set[int] = set()
+    radii: list[float] = []
     module = fisher_steps if method == "fisher_steps" else wfip_method
     real = module.unlearn
 
     def spy(run, batch, worst, *others):
         seen.append(type(worst))
+        sizes.add(run.task.size(batch))
+        radii.extend(radius for radius, _ in worst.history[:1])
         return real(run, batch, worst, *others)
 
     monkeypatch.setattr(module, "unlearn", spy)
@@ -564,6 +595,9 @@ def test_points_are_added_to_clouds_and_to_nothing_else(
     result = fastfip.purify(make(), (x, torch.arange(40) % 4), method, **settings)
     assert seen == ([Perturbations, AddedPoints] * 3 if taken else [Perturbations] * 3)
     assert any("reached_by_points" in record for record in result.history) == taken
+    assert sizes == {32 if taken and method == "fisher_steps" else 64}
+    if method == "fisher_steps":  # what is unlearned has a radius of 0.15 at least: clouds are not searched below that
+        assert radii == pytest.approx([0.15 if taken else 0.05] * len(radii)) and radii
 
 
 NAMED: dict[str, tuple[dict[str, Any], tuple]] = {

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastfip
 from fastfip.errors import CheckpointError, ConfigError
+from fastfip.methods import _gentle
 from fastfip.purification.resume import Resume
 from fastfip.testing.nets import PointNet
 from tests.support.small_nets import conv_net, data
@@ -114,8 +115,9 @@ def test_a_killed_run_on_texts_ends_with_the_same_weights(classes, tmp_path, mon
 
 
 @pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip"])
-def test_a_killed_run_on_point_clouds_ends_with_the_same_weights(method, tmp_path):
-    """Points at learned places go on from where they were."""
+def test_a_killed_run_on_point_clouds_ends_with_the_same_weights(method, tmp_path, monkeypatch):
+    """Points at learned places go on from where they were, and clouds in the parts that they went in."""
+    monkeypatch.setattr(_gentle, "CLOUD_POINTS", 200)  # ten clouds together
     torch.manual_seed(0)
     x = torch.randn(48, 20, 3) * torch.arange(1, 49)[:, None, None] / 24
     clouds = PointNet(4, (8, 16), 8).eval(), (x, torch.arange(48) % 4)
