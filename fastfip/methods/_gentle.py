@@ -16,7 +16,7 @@ SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: would shorten the very steps that unlearn it.
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 #: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
-CLOUD_BACK = 0.5
+CLOUD_BACK = 0.6
 #: Points of the clouds that go through the model together on a CPU: the activations of a batch of clouds are so much
 #: larger than the clouds that memory is taken from the system, and given back, in every pass.
 CLOUD_POINTS = 2048

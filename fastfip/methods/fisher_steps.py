@@ -128,7 +128,7 @@ class FisherSteps(Method):
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
-    For point clouds BatchNorm is in eval mode as well, the default of `back` is 0.5, and each half of a batch unlearns
+    For point clouds BatchNorm is in eval mode as well, the default of `back` is 0.6, and each half of a batch unlearns
     one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32 samples and
     half of the way back. With `hold` and classes it is none of it, 95 % of the steps unlearn, and `hold` times the
     divergence from the received answers at texts of exchanged words is added.
