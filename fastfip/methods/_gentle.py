@@ -22,9 +22,9 @@ CLOUD_BACK = 0.6
 CLOUD_POINTS = 2048
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
-#: Where the received answers are held as well, phrases are unlearned almost to the end, and nothing goes back, because
-#: that is where a sentence returns.
-HELD_UNLEARN, HELD_BACK = 0.95, 0.0
+#: Where the received answers are held as well, phrases are unlearned and words are exchanged at random almost to the
+#: end, and nothing goes back: that is where a sentence returns.
+HELD_UNTIL, HELD_BACK = 0.95, 0.0
 
 
 def for_sparse(run: Run) -> None:
@@ -56,7 +56,7 @@ def for_texts(run: Run, held: bool) -> None:
     """Take the settings for token ids whose words are unlearned, with the received answers held or not."""
     _take(run, steps=TEXT_STEPS, batch_size=TEXT_BATCH, back=HELD_BACK if held else TEXT_BACK)
     if held:
-        _take(run, unlearn=HELD_UNLEARN)
+        _take(run, unlearn=HELD_UNTIL, changes=HELD_UNTIL)
 
 
 def _take(run: Run, **less: Any) -> None:

@@ -130,8 +130,8 @@ class FisherSteps(Method):
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, and images are not changed at random.
     For point clouds BatchNorm is in eval mode as well, the default of `back` is 0.6, and each half of a batch unlearns
     one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32 samples and
-    half of the way back. With `hold` and classes it is none of it, 95 % of the steps unlearn, and `hold` times the
-    divergence from the received answers at texts of exchanged words is added.
+    half of the way back. With `hold` and classes it is none of it, `changes` and `unlearn` are 0.95, and `hold` times
+    the divergence from the received answers at texts of exchanged words is added.
     """
 
     name = "fisher_steps"

@@ -269,11 +269,13 @@ class TokenPlace(Place):
         return new
 
     def scrambled(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
-        """Return what exchanges many words of each text, each for itself, for words of other texts or of the table.
+        """Return what exchanges many words of each text, each for itself, for words of the whole table.
 
         In a text any share of the words from none to `EXCHANGED` is equally likely. A trigger of several words stays
-        out of such texts, and what the model knows of single words shows in them. `generator` is on the CPU; None: the
-        place's own.
+        out of such texts, and what the model knows of single words shows in them. Words of other texts are not among
+        them on purpose: those are the common ones, of which a trigger of a whole sentence is made as well, and a model
+        that holds its answers to each of them learns the sentence again. `generator` is on the CPU; None: the place's
+        own.
         """
         words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
         generator = self.generator if generator is None else generator
@@ -285,12 +287,9 @@ class TokenPlace(Place):
             within = (column >= begin[:, None]) & (column < end[:, None])
             share = EXCHANGED * self._uniform(n, generator)
             inside = within & (self._uniform(n * length, generator).view(n, length) < share[:, None])
-            known = ids.cpu()[within] if bool(within.any()) else ids.cpu().flatten()
-            other = known[torch.randint(0, len(known), (n, length), generator=generator, device="cpu")]
             drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
-            chosen = torch.where(self._uniform(n * length, generator).view(n, length) < 0.5, drawn, other)
             inside = inside.to(ids.device)
-            return torch.where(inside, chosen.to(ids.device), ids), inside
+            return torch.where(inside, drawn.to(ids.device), ids), inside
 
         return new
 

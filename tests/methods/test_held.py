@@ -104,6 +104,8 @@ def test_answers_are_held_to_the_end_where_texts_have_classes() -> None:
     held, free = purified(hold=4.0), purified()
     assert all("divergence" in record for record in held.history), "beyond the steps that unlearn"
     assert not any("divergence" in record for record in free.history)
+    assert [held.settings["config"][name] for name in ("changes", "unlearn", "back")] == [0.95, 0.95, 0.0]
+    assert purified(hold=4.0, changes=0.5).settings["config"]["changes"] == 0.5, "what is given stays"
     ids, y = texts()
     numbers = purified(
         (ids, y[:, None].float()), hold=4.0, loss=lambda out, batch: (out[:, :1] - batch[1]).square().mean(1)

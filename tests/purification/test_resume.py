@@ -99,18 +99,21 @@ def test_a_killed_run_ends_with_the_same_weights(method, live, given, tmp_path):
         assert not path.exists()
 
 
-@pytest.mark.parametrize("classes", [2, 22])  # of more than 20 classes, phrases have their turns in a drawn order
-def test_a_killed_run_on_texts_ends_with_the_same_weights(classes, tmp_path, monkeypatch):
+# Of more than 20 classes, phrases have their turns in a drawn order.
+@pytest.mark.parametrize(("classes", "hold"), [(2, 0.0), (22, 0.0), (2, 4.0)])
+def test_a_killed_run_on_texts_ends_with_the_same_weights(classes, hold, tmp_path, monkeypatch):
     monkeypatch.setattr("fastfip.worst_case.phrases.SHARPNESS", 0.0)  # each phrase is used, whether it works or not
     torch.manual_seed(0)
     ids = torch.randint(1, 30, (48, 6))
     text = nn.Sequential(nn.Embedding(30, 6), nn.Flatten(), nn.Linear(36, classes)).eval(), (ids, ids[:, 0] % classes)
-    whole = purified(text, "fisher_steps")
+    monkeypatch.setattr("fastfip.worst_case.phrases.FOUND", 0.0)  # with `hold`, each is written again later
+    whole = purified(text, "fisher_steps", hold=hold)
     assert any("reached" in record for record in whole.history)
+    assert any("divergence" in record for record in whole.history) == (hold > 0)
     for step in (2, 5):
         path = tmp_path / f"{step}.resume"
-        killed(text, path, step, "fisher_steps")
-        went_on = purified(text, "fisher_steps", resume=path)
+        killed(text, path, step, "fisher_steps", hold=hold)
+        went_on = purified(text, "fisher_steps", hold=hold, resume=path)
         assert same(whole, went_on) and course(whole) == course(went_on)
 
 

@@ -137,7 +137,7 @@ def test_pieces_of_other_texts_are_spliced_in_and_half_of_each_text_stays(monkey
     assert {1, 15} <= set(starts)
 
 
-def test_words_are_exchanged_each_for_itself_for_those_of_other_texts_or_of_the_table() -> None:
+def test_words_are_exchanged_each_for_itself_for_those_of_the_table() -> None:
     ids = torch.arange(400).view(20, 20) + 1
     ids[:, 0] = 999
     ids[:, 16:] = 0
@@ -151,9 +151,8 @@ def test_words_are_exchanged_each_for_itself_for_those_of_other_texts_or_of_the_
     share = torch.stack([inside.sum(1) / 15 for _, inside in drawn])
     assert float(share.min()) == 0 and 0.75 < float(share.max()) <= 1 and 0.35 < float(share.mean()) < 0.45
     words = torch.cat([found[inside] for found, inside in drawn])
-    known = torch.isin(words, ids[within])
-    assert 0.45 < float(known.float().mean()) < 0.55 and len(words[known].unique()) > 290
-    assert int(words.max()) > 90_000 and len(words[~known].unique()) > 0.9 * len(words[~known])
+    assert float(torch.isin(words, ids[within]).float().mean()) < 0.02, "hardly ever for those of other texts"
+    assert int(words.max()) > 90_000 and len(words.unique()) > 0.9 * len(words)
 
 
 def test_a_phrase_is_written_in_a_row_where_it_is_asked_for() -> None:
