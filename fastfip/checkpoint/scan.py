@@ -200,8 +200,12 @@ class Machine:
             self._pop_mark()
         elif op == "DUP":
             stack.append(stack[-1])
-        elif op == "FRAME" and arg > self.budget.window.left:
-            raise ValueError(f"{arg} bytes are expected, and {self.budget.window.left} are left")
+        elif op == "FRAME":
+            if arg > self.budget.window.left:
+                raise ValueError(f"{arg} bytes are expected, and {self.budget.window.left} are left")
+        elif op not in ("STOP", "READONLY_BUFFER"):  # one that a later Python has
+            self.budget.spend(sys.getsizeof(arg))
+            stack.append(arg)
 
     def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()

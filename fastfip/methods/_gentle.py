@@ -17,9 +17,9 @@ SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
 #: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
 CLOUD_BACK = 0.6
-#: Points of the clouds that go through the model together on a CPU: the activations of a batch of clouds are so much
-#: larger than the clouds that memory is taken from the system, and given back, in every pass.
-CLOUD_POINTS = 2048
+#: Points of the clouds that go through the model together on a CPU, and the fewest clouds: the activations of a batch
+#: of clouds are so much larger than the clouds that memory is taken from the system, and given back, in every pass.
+CLOUD_POINTS, FEWEST_CLOUDS = 2048, 4
 #: Where words are unlearned: steps, samples a step, and how far back, which returns accuracy long before the backdoor.
 TEXT_STEPS, TEXT_BATCH, TEXT_BACK = 75, 32, 0.5
 #: Where the received answers are held as well, phrases are unlearned and words are exchanged at random almost to the
@@ -48,7 +48,7 @@ def for_clouds(run: Run, points: int) -> None:
     """Take the settings for point clouds of so many points; on a CPU they go through the model in parts."""
     _take(run, bn_mode="eval", back=CLOUD_BACK)
     if run.micro_batch is None and run.ranks is None and run.device.type == "cpu" and run.config.bn_mode != "train":
-        run.micro_batch = max(1, CLOUD_POINTS // points)
+        run.micro_batch = max(FEWEST_CLOUDS, CLOUD_POINTS // points)
         run.task = replace(run.task, most=run.micro_batch)
 
 

@@ -5,16 +5,17 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
 1. The step. Each tensor moves by a share of its own norm, between 0.5 and 2 % (less on texts, and where samples are
    few): so far that the whole step has a given length in the Fisher metric of the model as it is, sqrt(d^T F d). One
    setting serves networks with and without normalisation.
-2. Images changed at random that keep their labels, in the first third of the steps (`fastfip.worst_case.changes`);
-   clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`); in texts words are exchanged.
+2. Images changed at random that keep their labels, in the first third of the steps by default
+   (`fastfip.worst_case.changes`); clips alike in all frames, point clouds their own way (`fastfip.worst_case.points`);
+   in texts words are exchanged.
 3. The worst case: for each class the universal change of the input that sends samples there, unlearned meanwhile. In
    point clouds it is a few points at places of their own as well (`fastfip.worst_case.added_points`), in texts phrases
    of the model's own words (`fastfip.worst_case.phrases`), in bags of words their vectors are changed; without classes
    it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
-accuracy returns sooner than the backdoor. Nothing holds the model to the received one's answers: a divergence from
-these kept backdoors and saved no accuracy. docs/purification.md has the evidence.
+accuracy returns sooner than the backdoor. Nothing but `hold`, for texts, holds the model to the received one's answers:
+on images a divergence from these kept backdoors and saved no accuracy. docs/purification.md has the evidence.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def purify(
             frozen backbone, the base of a LoRA model); "tune": they are tuned as well. Where all are frozen, as in a
             model for inference, that says nothing about purification, and all are tuned.
         micro_batch: samples that go through the model together, at most; None: whole batches (`fisher_steps` on a CPU
-            chooses a number for point clouds). A step's gradient is the same: that of the batch's parts, weighted by
+            may choose a number for point clouds). A step's gradient is the same: that of the batch's parts, weighted by
             their sizes. Only BatchNorm in train mode takes its statistics from the parts (of two samples at least),
             and a note says so. Spectral methods then keep no second copy of the weights either. For methods whose step
             is a sum over samples. Of several processes, in each of them.

@@ -549,6 +549,8 @@ def test_on_a_cpu_clouds_go_through_the_model_in_parts_and_come_to_the_same(monk
     for one, other in zip(in_parts, whole):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert tuned(bn_mode="train")[0] is None  # BatchNorm's statistics are of the whole batch
+    monkeypatch.setattr(_gentle, "CLOUD_POINTS", 19)
+    assert tuned()[0] == 4, "clouds at least, however large they are"
 
 
 class Waves(nn.Module):

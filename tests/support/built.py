@@ -1,5 +1,6 @@
 """What compilers make of the C++ and CUDA sources: kept in build/tests until a source, flag or compiler changes."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -32,7 +33,10 @@ def built(name, command, make):
                 assert folder.is_dir()
         for old in KEPT.glob(f"{name}-*"):
             if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+                gone = Path(tempfile.mkdtemp(dir=KEPT)) / "old"
+                with contextlib.suppress(OSError):  # the other worker was first
+                    os.rename(old, gone)  # at once, so that no folder is there in part
+                shutil.rmtree(gone.parent, ignore_errors=True)
     return folder
 
 
