@@ -274,8 +274,7 @@ class TokenPlace(Place):
         In a text any share of the words from none to `EXCHANGED` is equally likely. A trigger of several words stays
         out of such texts, and what the model knows of single words shows in them. Words of other texts are not among
         them on purpose: those are the common ones, of which a trigger of a whole sentence is made as well, and holding
-        the answers to each of them may teach the sentence again. `generator` is on the CPU; None: the place's
-        own.
+        the answers to each of them may teach the sentence again. `generator` is on the CPU; None: the place's own.
         """
         words = len(model.get_submodule(self.name).weight)  # type: ignore[arg-type]
         generator = self.generator if generator is None else generator
