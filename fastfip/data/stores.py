@@ -30,6 +30,7 @@ __all__ = [
     "Store",
     "bytes_of",
     "count_of",
+    "first_of",
     "half_of_memory",
     "kept",
     "live_loader",
@@ -308,6 +309,20 @@ def count_of(data: Any) -> int | None:
         return len(data[0]) if data[0].dim() else None
     counts = [count_of(batch) for batch in data]
     return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def first_of(data: Any, most: int) -> Batch:
+    """Return a batch of the first samples, at most so many of a data set, of data that `count_of` counts.
+
+    Of a loader, what its data set and its collate function give for the first indices; what they draw is theirs.
+    """
+    if isinstance(data, (Mapping, Tensor)):
+        return data
+    if isinstance(data, (tuple, list)):
+        return data if isinstance(data[0], Tensor) else first_of(data[0], most)
+    loader = data if isinstance(data, DataLoader) else DataLoader(data)
+    dataset: Any = loader.dataset
+    return loader.collate_fn([dataset[i] for i in range(min(most, len(dataset)))])
 
 
 def tensors_of(loader: DataLoader[Any]) -> Any | None:

@@ -8,6 +8,7 @@ is ruined by every method without a sign of it, so that is asked first, of the m
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,18 +20,20 @@ from torch import Tensor, nn
 
 from fastfip.data.batch import Batch, move_to, to_tensors
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, live_loader
+from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, first_of, live_loader
 from fastfip.data.task import LABEL_KEYS, Task, check_inputs, read_batches
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.metrics.evaluation import binomial_tail, wilson
-from fastfip.nets.state import eval_mode, is_compiled, requires_grad
+from fastfip.nets.process import seeded
+from fastfip.nets.state import eval_mode, is_compiled, is_sharded, requires_grad
 from fastfip.purification.workcopy import WorkCopy
+from fastfip.worst_case.points import points_axis
 
 __all__ = [
     "FEW_SAMPLES",
     "MANY",
-    "by_count",
+    "by_data",
     "by_settings",
     "check_fit",
     "choose_layout",
@@ -39,10 +42,13 @@ __all__ = [
     "with_answers",
 ]
 
-#: What `method="auto"` takes: the second where there are fewer clean samples than the third, and no `loss=`.
+#: What `method="auto"` takes: the second where there are fewer clean samples than the third, which are no point clouds,
+#: and no `loss=`.
 MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
 #: What the result says of that.
 FEW_SAMPLES = f"{FEW} was taken for fewer than {ENOUGH} clean samples; {MANY} is the default for more"
+#: Samples that are asked whether they are point clouds.
+CLOUD_SAMPLES = 8
 #: Samples with which the layouts are compared.
 LAYOUT_SAMPLES = 8
 #: Clean samples that are asked whether the model fits them, at most.
@@ -62,14 +68,37 @@ _REMEDY = (
 )
 
 
-def by_count(data: Any, own_loss: bool = False) -> str:
+def by_data(model: nn.Module, data: Any, task: Task, seed: int) -> str:
     """Return the name of the method that `method="auto"` stands for with these clean samples.
 
-    Where a loss of the user's own says what outputs are (`own_loss`: boxes, pixels, tokens), the second method leaves
-    more of a backdoor at any number of samples: docs/tasks.md.
+    Where a loss of the user's own says what outputs are (boxes, pixels, tokens), and where inputs are point clouds, the
+    first method leaves less of a backdoor at any number of samples: docs/tasks.md.
+
+    Args:
+        model: left as it is.
+        data: what a user passes as clean data.
+        task: how the model takes a batch.
+        seed: of what the data set draws for its first samples, which are looked at where there are few.
     """
-    count = None if own_loss else count_of(data)
-    return FEW if count is not None and count < ENOUGH else MANY
+    count = None if task.loss_hook is not None else count_of(data)
+    return FEW if count is not None and count < ENOUGH and not _are_clouds(model, data, task, seed) else MANY
+
+
+def _are_clouds(model: nn.Module, data: Any, task: Task, seed: int) -> bool:
+    """Return whether inputs are [N, P, 3] or [N, 3, P] and a copy of the model does not ask for the points' order."""
+    if is_sharded(model):
+        return False
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with seeded(seed, device), torch.no_grad():
+            batch = to_tensors(first_of(data, CLOUD_SAMPLES))
+            batch = move_to((batch,) if isinstance(batch, Tensor) else batch, device)
+            if task.inputs(batch).dim() != 3:
+                return False
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            return points_axis(copy.deepcopy(model).eval(), task, batch, generator) is not None
+    except Exception:  # of a user's data or forward; the run meets it again, and says it better
+        return False
 
 
 def by_settings(config: Any) -> str:

@@ -22,14 +22,7 @@ from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
 from fastfip.nets.process import PeakMemory, computed_again_alike, seeded
 from fastfip.nets.state import as_written, is_sharded, without_caches
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.door import (
-    FEW_SAMPLES,
-    MANY,
-    by_count,
-    by_settings,
-    chosen_of,
-    config_of,
-)
+from fastfip.purification.door import FEW_SAMPLES, MANY, by_data, by_settings, chosen_of, config_of
 from fastfip.purification.no_data import DRAWN, NO_DATA, without_data
 from fastfip.purification.result import PurifyResult
 from fastfip.purification.tuning import PurifyOptions, coverage_of, tune
@@ -171,7 +164,8 @@ def purify(
     elif input_shape is not None:
         raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")
     if method == "auto":
-        method = by_settings(config) if config or overrides else by_count(clean_loader, loss is not None)
+        task = Task.of(forward, loss)
+        method = by_settings(config) if config or overrides else by_data(model, clean_loader, task, seed)
         few = method != MANY and not config
     recipe = get(method) if isinstance(method, str) else method
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,24 +11,64 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import fastfip
-from fastfip.data.stores import count_of
+from fastfip.data.stores import count_of, first_of
+from fastfip.data.task import Task
+from fastfip.purification.door import by_data
+from fastfip.testing.nets import PointNet
 from tests.support.small_nets import conv_net, data
 
+FORMS = [
+    lambda x, y: (x, y),
+    lambda x, y: {"x": x, "label": y},
+    lambda x, y: x,
+    lambda x, y: TensorDataset(x, y),
+    lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True),
+    lambda x, y: list(zip(x.split(7), y.split(7))),
+    lambda x, y: [{"x": a, "label": b} for a, b in zip(x.split(7), y.split(7))],
+]
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x, y: (x, y),
-        lambda x, y: {"x": x, "label": y},
-        lambda x, y: x,
-        lambda x, y: TensorDataset(x, y),
-        lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True),
-        lambda x, y: list(zip(x.split(7), y.split(7))),
-        lambda x, y: [{"x": a, "label": b} for a, b in zip(x.split(7), y.split(7))],
-    ],
-)
+
+@pytest.mark.parametrize("make", FORMS)
 def test_the_samples_are_counted_without_reading_them(make: Any) -> None:
     assert count_of(make(*data(30))) == 30
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_the_first_samples_are_those_that_were_given(make: Any) -> None:
+    x, y = data(30)
+    found = first_of(make(x, y), 5)
+    values = list(found.values()) if isinstance(found, dict) else [found] if isinstance(found, torch.Tensor) else found
+    for value, given in zip(values, (x, y)):
+        assert torch.equal(value, given[: len(value)]) and len(value) in (5, 7, 30)
+
+
+class Series(nn.Module):
+    """Takes [N, P, 3] as a cloud does, in an order that matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(96, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_few_point_clouds_take_fisher_steps_and_series_do_not(make: Any) -> None:
+    torch.manual_seed(0)
+    given, y = torch.randn(30, 32, 3), torch.randint(10, (30,))
+    for model, expected in ((PointNet(10, widths=(8, 8), hidden=8), "fisher_steps"), (Series(), "fast_wfip")):
+        before, mode, state = copy.deepcopy(model.state_dict()), model.training, torch.get_rng_state()
+        assert by_data(model, make(given, y), Task.of(), 0) == expected
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.training == mode and torch.equal(state, torch.get_rng_state())
+
+
+def test_few_clouds_are_purified_by_fisher_steps_without_a_word_of_too_few() -> None:
+    torch.manual_seed(0)
+    clouds = torch.randn(30, 32, 3), torch.randint(10, (30,))
+    result = fastfip.purify(PointNet(10, widths=(8, 8), hidden=8), clouds, steps=2, force=True, progress=False)
+    assert result.method == "fisher_steps" and not any("fast_wfip" in note for note in result.notes)
 
 
 def test_what_cannot_be_counted_is_many() -> None:
