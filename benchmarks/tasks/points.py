@@ -15,7 +15,8 @@ from examples import point_clouds as example
 from fastfip.attacks.point_cluster import PointCluster
 from fastfip.testing.nets import PointNet
 
-ATTACKS = ("cluster", "low_cluster", "plane", "ring", "none")
+#: "corners" and "rod" were drawn up when the methods stood: they are for validation, and looks at them are in looks.csv.
+ATTACKS = ("cluster", "low_cluster", "plane", "ring", "none", "corners", "rod")
 EPOCHS = 5
 
 
@@ -51,8 +52,40 @@ class PointRing(PointCluster):
         return self.radius * circle + torch.tensor(self.centre, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class PointCorners(PointCluster):
+    """Points at the corners of a box about the object, one or more in each: all far from one another."""
+
+    points: int = 16
+    radius: float = 0.8
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def cluster(self) -> Tensor:
+        """Return the corners [points, 3], in turns; `radius` is half of the box's longest side."""
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+        box = self.radius * torch.tensor([1.0, 0.8, 0.6], dtype=torch.float64)
+        return (signs * box)[torch.arange(self.points) % len(signs)] + torch.tensor(self.centre, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class PointRod(PointCluster):
+    """Points at even distances on a straight line beside the object, which leans a little."""
+
+    points: int = 14
+    radius: float = 0.6
+    centre: tuple[float, float, float] = (0.7, 0.5, 0.0)
+
+    def cluster(self) -> Tensor:
+        """Return the line [points, 3]; `radius` is half of its length, about."""
+        along = torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float64)
+        return torch.stack([0.2 * along, -0.1 * along, along], 1) + torch.tensor(self.centre, dtype=torch.float64)
+
+
 #: The example's functions take attacks by name. "none" is trained without a trigger; that of "plane" is tried on it.
-example.ATTACKS |= {"plane": (PointPlane(), 4), "ring": (PointRing(seed=5), 7), "none": (PointPlane(), 4)}
+example.ATTACKS |= {
+    "plane": (PointPlane(), 4), "ring": (PointRing(seed=5), 7), "none": (PointPlane(), 4),
+    "corners": (PointCorners(seed=6), 2), "rod": (PointRod(seed=7), 9),
+}  # fmt: skip
 
 
 def make(attack: str, seed: int, clean: int | None = None) -> Case:

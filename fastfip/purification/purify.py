@@ -84,7 +84,7 @@ def purify(
             None, for networks with BatchNorm: `clp` prunes channels by their weights alone, or, with another method,
             drawn images stand in for the samples (`fastfip.stand_in_images`).
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
-            fewer than 200 clean samples, no `loss=` and no settings; `clp` without data and without settings.
+            fewer than 200 clean samples, no point clouds, no `loss=` and no settings; `clp` without data and settings.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
         epochs: passes over the clean set, instead of what the config says.
