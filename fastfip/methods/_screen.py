@@ -23,7 +23,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.methods._search import IMPROVE_STEP, SEARCH_BATCH, at_least, precision
 from fastfip.methods.base import Run
-from fastfip.worst_case.changes import KINDS, SMALLEST, random_change
+from fastfip.worst_case.changes import KINDS, LOCAL_KINDS, SMALLEST, random_change
 from fastfip.worst_case.goals import Goal
 from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.universal import Perturbations
@@ -32,8 +32,9 @@ __all__ = ["AnyClass", "few_of_many", "screened"]
 
 #: Classes that are looked at one by one afterwards.
 CANDIDATES = 16
-#: Batches of clean samples, and of those that are changed in each way.
-BATCHES = 4
+#: Batches of clean samples, and of those that are changed in each way; and the patches on an image. Few patches of any
+#: size and pattern are like a trigger: of 256 images with one each, two went to the target of a pattern of 37 in 224.
+BATCHES, PATCHES = 4, 4
 #: Perturbations that no class is named for, the steps at each radius, and the radii, over a typical input's norm.
 ROWS, STEPS, RADII = 4, 10, (0.1, 0.3)
 #: Weight of a new batch in a running mean.
@@ -118,7 +119,9 @@ def _by_chance(run: Run, known: PixelRange, batches: Iterator[Batch], plain: Ten
             x = run.task.inputs(batch)
             if x.dim() != 4 or min(x.shape[-2:]) < SMALLEST:
                 return []
-            other = run.task.replace_inputs(batch, random_change(x, known, run.generator, (kind,)))
+            for _ in range(PATCHES if kind in LOCAL_KINDS else 1):
+                x = random_change(x, known, run.generator, (kind,))
+            other = run.task.replace_inputs(batch, x)
             seen.append(run.forward(other).float().softmax(1))
         gains.append(torch.cat(seen).mean(0) - plain)
     return gains

@@ -21,7 +21,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.worst_case.pixels import PixelRange, perturbable
 
-__all__ = ["KINDS", "changed", "random_change"]
+__all__ = ["KINDS", "LOCAL_KINDS", "changed", "random_change"]
 
 #: `change(images to change, all images of the batch, generator)`, images in [0, 1].
 ImageChange = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -155,7 +155,10 @@ def _toned(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(coarse, (x * levels).round() / levels, x.pow(gamma))
 
 
+#: See the first lines of this file.
 KINDS: tuple[ImageChange, ...] = (_mixed, _added, _warped, _patched, _toned)
+#: Those that leave most of an image as it is, so that several at once show a model more in the same pass.
+LOCAL_KINDS: tuple[ImageChange, ...] = (_patched,)
 
 
 def _patterns(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
