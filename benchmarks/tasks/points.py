@@ -15,7 +15,7 @@ from examples import point_clouds as example
 from fastfip.attacks.point_cluster import PointCluster
 from fastfip.testing.nets import PointNet
 
-#: "corners" and "rod" were drawn up when the methods stood: they are for validation, and looks at them are in looks.csv.
+#: "corners" and "rod" were drawn up when the methods stood: they are for validation, with looks logged in looks.csv.
 ATTACKS = ("cluster", "low_cluster", "plane", "ring", "none", "corners", "rod")
 EPOCHS = 5
 

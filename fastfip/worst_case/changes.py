@@ -155,7 +155,6 @@ def _toned(x: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(coarse, (x * levels).round() / levels, x.pow(gamma))
 
 
-#: See the first lines of this file.
 KINDS: tuple[ImageChange, ...] = (_mixed, _added, _warped, _patched, _toned)
 #: Those that leave most of an image as it is, so that several at once show a model more in the same pass.
 LOCAL_KINDS: tuple[ImageChange, ...] = (_patched,)

@@ -14,7 +14,9 @@ from fastfip.data.task import Task
 from fastfip.methods import _gentle, _screen
 from fastfip.methods._screen import AnyClass, screened
 from fastfip.methods.fisher_steps import FisherSteps, FisherStepsConfig
+from fastfip.worst_case.changes import KINDS
 from fastfip.worst_case.goals import TowardsClass
+from fastfip.worst_case.pixels import PixelRange
 from fastfip.worst_case.universal import Perturbations
 from tests.support.fip_runs import make_run
 
@@ -68,6 +70,32 @@ def test_its_cost_does_not_grow_with_the_classes(monkeypatch: pytest.MonkeyPatch
     run.clean = CleanSet.of((x, y))
     screened(run, [x], run.endless())
     assert set(rows) == {_screen.ROWS} and len(steps) == _screen.STEPS * len(_screen.RADII)
+
+
+class Green(nn.Module):
+    """Sends images with a green square of three pixels a side to class 70 of 100, and no others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (x[:, 1] > 0.999) & (x[:, 0] < 0.001) & (x[:, 2] < 0.001)
+        square = -nn.functional.max_pool2d(-pixels[:, None].float(), 3, 1)
+        logits = torch.zeros(len(x), 100) + 0 * x.sum()
+        logits[:, 70] = 40 * square.amax((1, 2, 3)) - 20
+        return logits
+
+
+def test_several_patches_on_an_image_show_a_rare_answer_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = 0.25 + 0.5 * torch.rand(128, 3, 24, 24)
+    x[0, :, 0, 0], x[1, :, 0, 0] = 0.0, 1.0  # the range of the pixels
+    run = make_run(FisherStepsConfig(), Green(), 100)
+    run.clean = CleanSet.of((x, torch.zeros(128, dtype=torch.long)))
+    gains = []
+    for patches in (1, _screen.PATCHES):
+        monkeypatch.setattr(_screen, "PATCHES", patches)
+        found = _screen._by_chance(run, PixelRange.of_inputs(x), run.endless(), torch.zeros(100))
+        gains.append(float(found[[kind.__name__ for kind in KINDS].index("_patched")][70]))
+    assert 0 < gains[0] < 0.08 and gains[1] > 2 * gains[0]
+    assert 70 in screened(run, [x], run.endless()).tolist()
 
 
 def test_its_gradient_is_that_of_the_log_sum_of_the_mean_gains() -> None:
