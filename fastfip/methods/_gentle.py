@@ -13,8 +13,8 @@ __all__ = ["FOUND_RADIUS", "SPARSE", "for_clouds", "for_found", "for_sparse", "f
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: Where one of very many classes is reached within this radius, it is unlearned with this weight by steps of this
 #: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
-#: would shorten the very steps that unlearn it.
-FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH = 0.2, 2.0, 0.15
+#: would shorten the very steps that unlearn it. So far the weights go back: classes without a sample lose most.
+FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH, FOUND_BACK = 0.2, 2.0, 0.15, 0.3
 #: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
 CLOUD_BACK = 0.6
 #: Points of the clouds that go through the model together on a CPU, and the fewest clouds: the activations of a batch
@@ -39,7 +39,7 @@ def for_found(run: Run, usual_length: bool) -> None:
         run: after `for_sparse`.
         usual_length: the length was the default before that.
     """
-    _take(run, weight=FOUND_WEIGHT)
+    _take(run, weight=FOUND_WEIGHT, back=FOUND_BACK)
     if usual_length and "length" not in run.chosen:
         run.config = run.config.replace(length=FOUND_LENGTH)
 
