@@ -14,8 +14,9 @@ A backdoor falls to large steps, which also ruin a model that cannot bear them. 
    it is what raises every sample's loss. Of more than 64 classes 16 likely ones are looked at.
 
 At the end the weights go a part of the way back towards the received ones: on the straight line between them clean
-accuracy returns sooner than the backdoor. Nothing but `hold`, for texts, holds the model to the received one's answers:
-on images a divergence from these kept backdoors and saved no accuracy. docs/purification.md has the evidence.
+accuracy returns sooner than the backdoor. Nothing but `hold`, for point clouds and texts, holds the model to the
+received one's answers: on images a divergence from these kept backdoors and saved no accuracy. docs/purification.md has
+the evidence.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class FisherStepsConfig(MethodConfig):
         above=0,
     )  # fmt: skip
     hold: float = setting(
-        0.0, "texts of classes: weight of the divergence from the received answers at texts of exchanged words",
+        0.0, "weight of the divergence from the received answers at texts of exchanged words, or at moved point clouds",
         low=0,
     )  # fmt: skip
     sieve: float = setting(
@@ -129,10 +130,10 @@ class FisherSteps(Method):
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
     is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, `back` 0.3, and no image is changed.
-    For point clouds BatchNorm is in eval mode as well, the default of `back` is 0.6, and each half of a batch unlearns
+    For point clouds BatchNorm is in eval mode as well, `back` is 0.3 and `hold` 1, and each half of a batch unlearns
     one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32 samples and
-    half of the way back. With `hold` and classes it is none of it, `changes` and `unlearn` are 0.95, and `hold` times
-    the divergence from the received answers at texts of exchanged words is added.
+    half of the way back. With `hold` and classes it is none of it, and `changes` and `unlearn` are 0.95. `hold` times
+    the divergence from the received answers is added at moved clouds and at texts of exchanged words.
     """
 
     name = "fisher_steps"
@@ -199,6 +200,7 @@ class FisherSteps(Method):
                 self.axis = points_axis(run.model, run.task, some, run.generator)
             if self.axis is not None:
                 for_clouds(run, run.task.inputs(some).shape[self.axis])
+                self.held = self.config(run).hold > 0
                 if self.worst is not None:
                     self.worst.together = run.together
         self.sieved = config.sieve == 0 or max(config.changes, config.unlearn) == 0
@@ -320,8 +322,9 @@ class FisherSteps(Method):
         self.mean_loss = loss if self.mean_loss is None else 0.9 * self.mean_loss + 0.1 * loss
         if (self.worst is not None or self.phrases is not None) and run.progress < config.unlearn:
             values.update(self._unlearn(run))
-        if self.held and self.phrases is not None and self.received is not None:
-            batch, place = next(self.more), self.phrases.place
+        if self.held and self.received is not None:
+            batch, place = next(self.more), None if self.phrases is None else self.phrases.place
+            batch = batch if self.axis is None else self._moved(run, batch)
             values["divergence"] = hold_answers(run, batch, place, self.received, config.hold)
         return values
 

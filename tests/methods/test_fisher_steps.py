@@ -495,14 +495,15 @@ def test_point_clouds_are_changed_and_moved_their_own_way(monkeypatch: pytest.Mo
     y = torch.arange(40) % 4
     settings = {"steps": 10, "batch_size": 20, "force": True, "progress": False}
     fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", **settings)
-    assert len(seen["changed_points"]) == 4 and len(seen["moved_points"]) == 10
+    # In each step those that it learns from, and those at which the received answers are held.
+    assert len(seen["changed_points"]) == 4 and len(seen["moved_points"]) == 2 * 10
     assert {*seen["changed_points"], *seen["moved_points"]} == {1}
     seen["moved_points"].clear()
     fastfip.purify(PointNet(4, (8, 16), 8), (x, y), "fisher_steps", augment="none", changes=0.0, **settings)
     assert not seen["moved_points"] and len(seen["changed_points"]) == 4
 
 
-def test_point_clouds_keep_batchnorms_statistics_and_go_most_of_the_way_back() -> None:
+def test_point_clouds_keep_batchnorms_statistics_and_go_three_tenths_back() -> None:
     torch.manual_seed(0)
     model = PointNet(4, (8, 16), 8)
     x = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 41)[:, None, None] / 20
@@ -511,17 +512,17 @@ def test_point_clouds_keep_batchnorms_statistics_and_go_most_of_the_way_back() -
     def tuned(**more: Any) -> dict[str, Tensor]:
         result = fastfip.purify(model, (x, torch.arange(40) % 4), "fisher_steps", **settings, **more)
         used = result.settings["config"]  # what was used is said
-        assert (used["bn_mode"], used["back"]) == ("eval", more.get("back", 0.6))
+        assert (used["bn_mode"], used["back"]) == ("eval", more.get("back", 0.3))
         return result.model.state_dict()
 
     assert tuned(back=0.1) is not None  # the default for images, but named
-    usual, named, own = tuned(), tuned(back=0.6), tuned(back=0.9)
+    usual, named, own = tuned(), tuned(back=0.3), tuned(back=0.9)
     before = model.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, usual[name])}
     assert moved == {name for name, _ in model.named_parameters()}  # no buffer is among them
     for name in moved:
         assert torch.equal(usual[name], named[name])
-        torch.testing.assert_close(4 * (own[name] - before[name]), usual[name] - before[name], rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(7 * (own[name] - before[name]), usual[name] - before[name], rtol=1e-2, atol=1e-5)
 
 
 def test_on_a_cpu_clouds_go_through_the_model_in_parts_and_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-"""The received model's answers at texts of exchanged words: their divergence, its gradient, and who takes it."""
+"""The received model's answers at other texts and moved clouds: their divergence, its gradient, who takes it."""
 
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from fastfip.methods import _held, fisher_steps
 from fastfip.methods._held import hold_answers
 from fastfip.methods._received import kept_received
 from fastfip.methods.run import Run
+from fastfip.testing.nets import PointNet
 from fastfip.worst_case.places import TokenPlace
 from tests.support.departures import make_run
 
 WORDS, LENGTH, CLASSES = 50, 10, 3
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Reader(nn.Module):
@@ -39,7 +42,7 @@ def texts(n: int = 30) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(n) % CLASSES
 
 
-def moved(model: Reader) -> Reader:
+def moved(model: Net) -> Net:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
@@ -51,7 +54,7 @@ def place_of(seed: int) -> TokenPlace:
     return TokenPlace("table", torch.zeros(6), 1, 0, 0, torch.Generator().manual_seed(seed))
 
 
-def run_on(model: Reader, batch: tuple[Tensor, Tensor], micro_batch: int | None = None) -> Run:
+def run_on(model: nn.Module, batch: tuple[Tensor, Tensor], micro_batch: int | None = None) -> Run:
     run = make_run(fisher_steps.FisherStepsConfig(), model, batch)
     run.micro_batch = micro_batch
     return run
@@ -124,3 +127,46 @@ def test_a_heavier_weight_keeps_the_answers_nearer() -> None:
         return float((p.exp() * (p - q)).sum(1).mean())
 
     assert away(100.0) < 0.7 * away(0.0)
+
+
+def clouds(**options: object) -> fastfip.PurifyResult:
+    torch.manual_seed(0)
+    x = torch.randn(40, 20, 3) * torch.arange(1, 41)[:, None, None] / 20
+    settings = {"steps": 6, "batch_size": 20, "force": True, "progress": False, "method": "fisher_steps", **options}
+    return fastfip.purify(PointNet(4, (8, 16), 8), (x, torch.arange(40) % 4), **settings)
+
+
+def test_answers_are_held_at_moved_point_clouds_unless_somebody_says_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, float]] = []
+    hold = fisher_steps.hold_answers
+
+    def noted(run: object, batch: tuple[Tensor, Tensor], place: object, *rest: object) -> object:
+        assert place is None
+        seen.append((batch[0], rest[1]))
+        return hold(run, batch, place, *rest)
+
+    monkeypatch.setattr(fisher_steps, "hold_answers", noted)
+    result = clouds()
+    assert all(record["divergence"] > 0 for record in result.history) and result.settings["config"]["hold"] == 1.0
+    assert len(seen) == 6 and {weight for _, weight in seen} == {1.0}
+    given = torch.randn(40, 20, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 41)[:, None, None] / 20
+    assert not any(bool((cloud == other).all()) for x, _ in seen for cloud in x for other in given), "they are moved"
+    free = clouds(hold=0.0)
+    assert len(seen) == 6 and not any("divergence" in record for record in free.history)
+
+
+def test_the_gradient_at_samples_as_they_are_is_that_of_the_divergence() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(12, 20, 3, dtype=torch.float64), torch.arange(12) % 4
+    received = PointNet(4, (8, 16), 8).double().eval()
+    tuned = moved(received)
+    run = run_on(tuned, (x, y), 5)
+    value = hold_answers(run, (x, y), None, received, 2.0)
+    again = copy.deepcopy(tuned).eval()
+    again.zero_grad()
+    p, q = received(x).log_softmax(1).detach(), again(x).log_softmax(1)
+    expected = (p.exp() * (p - q)).sum(1).mean()
+    (2 * expected).backward()
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-5) and float(expected.detach()) > 1e-4
+    for p_, q_ in zip(tuned.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p_.grad, q_.grad, rtol=1e-3, atol=1e-7)
