@@ -34,6 +34,7 @@ __all__ = [
     "half_of_memory",
     "kept",
     "live_loader",
+    "spread",
     "tensors_of",
 ]
 
@@ -312,17 +313,34 @@ def count_of(data: Any) -> int | None:
 
 
 def first_of(data: Any, most: int) -> Batch:
-    """Return a batch of the first samples, at most so many of a data set, of data that `count_of` counts.
+    """Return a batch of some samples of data that `count_of` can count.
 
-    Of a loader, what its data set and its collate function give for the first indices; what they draw is theirs.
+    Of a data set or loader they are at most `most` samples, spread evenly over those that the loader gives, and read as
+    it reads them. Of a list of batches they are the first batches, until there are so many; of one batch it is all.
     """
-    if isinstance(data, (Mapping, Tensor)):
+    if isinstance(data, (Mapping, Tensor)) or (isinstance(data, (tuple, list)) and isinstance(data[0], Tensor)):
         return data
     if isinstance(data, (tuple, list)):
-        return data if isinstance(data[0], Tensor) else first_of(data[0], most)
-    loader = data if isinstance(data, DataLoader) else DataLoader(data)
-    dataset: Any = loader.dataset
-    return loader.collate_fn([dataset[i] for i in range(min(most, len(dataset)))])
+        few, have = [], 0
+        for batch in data:
+            few.append(batch)
+            have += count_of(batch) or 0
+            if have >= most:
+                break
+        return map_batch(lambda *values: torch.cat(values) if isinstance(values[0], Tensor) else values[0], *few)
+    live = live_loader(data)
+    if live is None:
+        raise DataError(f"{type(data).__name__} is no data set and no loader of one")
+    store = Live(live[0])
+    try:
+        return store.get([int(live[1][i]) for i in spread(len(live[1]), most)])
+    finally:
+        store.close()
+
+
+def spread(n: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers below n, at even distances."""
+    return sorted({int(i) for i in torch.linspace(0, n - 1, min(n, most)).round()}) if n else []
 
 
 def tensors_of(loader: DataLoader[Any]) -> Any | None:

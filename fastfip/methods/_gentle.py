@@ -13,10 +13,10 @@ __all__ = ["FOUND_RADIUS", "SPARSE", "for_clouds", "for_found", "for_sparse", "f
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
 #: Where one of very many classes is reached within this radius, it is unlearned with this weight by steps of this
 #: length, and images are seen as they are: those changed at random answer the target, and their part in the Fisher
-#: would shorten the very steps that unlearn it. So far the weights go back: classes without a sample lose most.
+#: would shorten the very steps that unlearn it. The last number is how far back: classes without a sample lose most.
 FOUND_RADIUS, FOUND_WEIGHT, FOUND_LENGTH, FOUND_BACK = 0.2, 2.0, 0.15, 0.3
-#: How far the weights go back where inputs are point clouds: further, accuracy returns, and some backdoors do as well.
-#: And the weight of the divergence from the received answers at moved clouds, which saves more accuracy than that.
+#: Where inputs are point clouds: how far the weights go back, and the weight of the divergence from the received
+#: answers at moved clouds. More of either saves accuracy, and brings some backdoors back.
 CLOUD_BACK, CLOUD_HOLD = 0.3, 1.0
 #: Points of the clouds that go through the model together on a CPU, and the fewest clouds: the activations of a batch
 #: of clouds are so much larger than the clouds that memory is taken from the system, and given back, in every pass.

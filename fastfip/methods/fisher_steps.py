@@ -129,11 +129,11 @@ class FisherSteps(Method):
     `length` fall together along the schedule; in the first part `length` is wider where the loss is below `peak`. At
     the end w <- w + back (w_received - w). With fewer than three clean samples a class there is no lower bound, nothing
     is wider, BatchNorm is in eval mode, and the defaults are 75 steps of length 0.1; where one of more than 64 classes
-    is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, `back` 0.3, and no image is changed.
-    For point clouds BatchNorm is in eval mode as well, `back` is 0.3 and `hold` 1, and each half of a batch unlearns
-    one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32 samples and
-    half of the way back. With `hold` and classes it is none of it, and `changes` and `unlearn` are 0.95. `hold` times
-    the divergence from the received answers is added at moved clouds and at texts of exchanged words.
+    is reached all the same within a radius of 0.2, `weight` is 2, `length` 0.15, `back` 0.3, and images are not changed
+    at random. For point clouds BatchNorm is in eval mode as well, `back` is 0.3 and `hold` 1, and each half of a batch
+    unlearns one of the two worst cases. On token ids there is no lower bound, and the defaults are 75 steps of 32
+    samples and half of the way back; with `hold`, texts of classes go none of it, and `changes` and `unlearn` are 0.95.
+    `hold` times the divergence from the received answers is added, at moved clouds and at texts of exchanged words.
     """
 
     name = "fisher_steps"

@@ -8,7 +8,6 @@ is ruined by every method without a sign of it, so that is asked first, of the m
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,17 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.batch import Batch, float32_batch, move_to, take, to_tensors
 from fastfip.data.cleanset import CleanSet
-from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, first_of, live_loader
+from fastfip.data.stores import DEFAULT_BATCH, Live, count_of, first_of, live_loader, spread
 from fastfip.data.task import LABEL_KEYS, Task, check_inputs, read_batches
 from fastfip.errors import ConfigError, DataError
 from fastfip.methods import Method, MethodConfig, get
 from fastfip.metrics.evaluation import binomial_tail, wilson
 from fastfip.nets.process import seeded
-from fastfip.nets.state import eval_mode, is_compiled, is_sharded, requires_grad
+from fastfip.nets.state import (
+    LOW_PRECISION,
+    as_written,
+    copied,
+    eval_mode,
+    is_compiled,
+    is_sharded,
+    requires_grad,
+    unwrapped,
+)
 from fastfip.purification.workcopy import WorkCopy
-from fastfip.worst_case.points import points_axis
+from fastfip.worst_case.points import points_axis, shaped_as_clouds
 
 __all__ = [
     "FEW_SAMPLES",
@@ -75,10 +83,10 @@ def by_data(model: nn.Module, data: Any, task: Task, seed: int) -> str:
     first method leaves less of a backdoor at any number of samples: docs/tasks.md.
 
     Args:
-        model: left as it is.
+        model: left as it is. Of one whose parts are on several processes the number of samples alone decides.
         data: what a user passes as clean data.
         task: how the model takes a batch.
-        seed: of what the data set draws for its first samples, which are looked at where there are few.
+        seed: of what the data set draws for the samples that are looked at where there are few.
     """
     count = None if task.loss_hook is not None else count_of(data)
     return FEW if count is not None and count < ENOUGH and not _are_clouds(model, data, task, seed) else MANY
@@ -86,17 +94,22 @@ def by_data(model: nn.Module, data: Any, task: Task, seed: int) -> str:
 
 def _are_clouds(model: nn.Module, data: Any, task: Task, seed: int) -> bool:
     """Return whether inputs are [N, P, 3] or [N, 3, P] and a copy of the model does not ask for the points' order."""
-    if is_sharded(model):
+    if not isinstance(model, nn.Module) or is_sharded(model):
         return False
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with seeded(seed, device), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), seeded(seed, device), as_written(model):
             batch = to_tensors(first_of(data, CLOUD_SAMPLES))
-            batch = move_to((batch,) if isinstance(batch, Tensor) else batch, device)
-            if task.inputs(batch).dim() != 3:
+            batch = (batch,) if isinstance(batch, Tensor) else batch
+            n = task.size(batch)
+            batch = take(batch, torch.tensor(spread(n, CLOUD_SAMPLES), device="cpu"), n)
+            if not shaped_as_clouds(task.inputs(batch)):
                 return False
+            twin = copied(unwrapped(model), "").eval()
+            if any(p.dtype in LOW_PRECISION for p in twin.parameters()):  # as the run takes such a model
+                twin = twin.float()
             generator = torch.Generator(device="cpu").manual_seed(seed)
-            return points_axis(copy.deepcopy(model).eval(), task, batch, generator) is not None
+            return points_axis(twin, task, move_to(float32_batch(batch), device), generator) is not None
     except Exception:  # of a user's data or forward; the run meets it again, and says it better
         return False
 

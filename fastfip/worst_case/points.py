@@ -16,7 +16,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.worst_case.pixels import perturbable
 
-__all__ = ["POINT_KINDS", "changed_points", "moved_points", "points_axis"]
+__all__ = ["POINT_KINDS", "changed_points", "moved_points", "points_axis", "shaped_as_clouds"]
 
 #: `change(clouds [N, P, 3], generator)`.
 PointChange = Callable[[Tensor, torch.Generator], Tensor]
@@ -30,6 +30,11 @@ SAME = 0.1
 #: angle of a turn; of the shares of points that are left out, and that gather in a ball.
 JITTER, BALL, STRETCH, TURN = (0.005, 0.04), (0.02, 0.2), 0.2, math.pi / 9
 DROP, GATHER = (0.1, 0.6), (0.01, 0.12)
+
+
+def shaped_as_clouds(x: Tensor) -> bool:
+    """Return whether inputs are [N, P, 3] or [N, 3, P] with at least 16 points, as clouds are, and series may be."""
+    return x.dim() == 3 and 3 in x.shape[1:] and max(x.shape[1:]) >= FEWEST
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def points_axis(model: nn.Module, task: Task, batch: Batch, generator: torch.Gen
     if not perturbable(task, batch):
         return None
     x = task.inputs(batch)
-    if x.dim() != 3 or 3 not in x.shape[1:] or max(x.shape[1:]) < FEWEST:
+    if not shaped_as_clouds(x):
         return None
     axis = 1 if x.shape[2] == 3 else 2
     order = torch.randperm(x.shape[axis], generator=generator).to(x.device)

@@ -78,7 +78,7 @@ class Green(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = (x[:, 1] > 0.999) & (x[:, 0] < 0.001) & (x[:, 2] < 0.001)
         square = -nn.functional.max_pool2d(-pixels[:, None].float(), 3, 1)
-        logits = torch.zeros(len(x), 100) + 0 * x.sum()
+        logits = torch.zeros(len(x), 100)
         logits[:, 70] = 40 * square.amax((1, 2, 3)) - 20
         return logits
 
@@ -95,7 +95,6 @@ def test_several_patches_on_an_image_show_a_rare_answer_more_often(monkeypatch: 
         found = _screen._by_chance(run, PixelRange.of_inputs(x), run.endless(), torch.zeros(100))
         gains.append(float(found[[kind.__name__ for kind in KINDS].index("_patched")][70]))
     assert 0 < gains[0] < 0.08 and gains[1] > 2 * gains[0]
-    assert 70 in screened(run, [x], run.endless()).tolist()
 
 
 def test_its_gradient_is_that_of_the_log_sum_of_the_mean_gains() -> None:
