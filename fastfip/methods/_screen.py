@@ -33,7 +33,7 @@ __all__ = ["AnyClass", "few_of_many", "screened"]
 #: Classes that are looked at one by one afterwards.
 CANDIDATES = 16
 #: Batches of clean samples, and of those that are changed in each way; and the patches on an image. Few patches of any
-#: size and pattern are like a trigger: about one in fifty went to the target of a pattern of 37 pixels in 224.
+#: size and pattern are like a trigger: about one in fifty is like a checker of 37 pixels in 224.
 BATCHES, PATCHES = 4, 4
 #: Perturbations that no class is named for, the steps at each radius, and the radii, over a typical input's norm.
 ROWS, STEPS, RADII = 4, 10, (0.1, 0.3)
