@@ -15,7 +15,8 @@ from examples import point_clouds as example
 from fastfip.attacks.point_cluster import PointCluster
 from fastfip.testing.nets import PointNet
 
-#: "corners" and "rod" were drawn up when the methods stood: they are for validation, with looks logged in looks.csv.
+#: "corners" and "rod" are for validation: they were written down before the last change of the method, and run once,
+#: after it. Looks at them are logged in looks.csv.
 ATTACKS = ("cluster", "low_cluster", "plane", "ring", "none", "corners", "rod")
 EPOCHS = 5
 
