@@ -9,7 +9,7 @@ from fastfip.data.batch import Batch
 from fastfip.data.task import Task
 from fastfip.errors import DataError
 
-__all__ = ["augmented", "crop_flip", "mirrored", "movable", "shifted"]
+__all__ = ["augmented", "crop_flip", "mirrored", "movable", "pieced", "shifted"]
 
 #: Share of the height and width that a crop moves by, at most: 4 pixels of 32.
 REACH = 1 / 8
@@ -47,6 +47,35 @@ def mirrored(task: Task, batch: Batch, which: Tensor) -> Batch | None:
         return None
     which = which.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
     return task.replace_inputs(batch, torch.where(which, x.flip(-1), x))
+
+
+def pieced(task: Task, batch: Batch, generator: torch.Generator) -> Batch:
+    """Return the batch with a rectangle of the next image written over each of its images (CutMix, arXiv 1905.04899).
+
+    The rectangle's area, any share of the image with the same probability, and its place are drawn for each image; its
+    place is the same in both images. Labels are those of the image written over. Clips get it in all their frames.
+
+    Args:
+        task: where the images are in the batch.
+        batch: left as it is; the same is returned where inputs are no images or clips.
+        generator: on the CPU.
+    """
+    x = _images(task, batch)
+    if x is None:
+        return batch
+    n = len(x)
+
+    def span(length: int, share: Tensor) -> Tensor:
+        """Return bool [N, length], true in a row of `share` of the columns."""
+        width = (share * length).round()
+        start = (torch.rand(n, generator=generator, device="cpu", dtype=torch.float32) * (length - width + 1)).floor()
+        column = torch.arange(length, device="cpu")
+        return (column >= start[:, None]) & (column < (start + width)[:, None])
+
+    side = torch.rand(n, generator=generator, device="cpu", dtype=torch.float32).sqrt()
+    inside = span(x.shape[-2], side)[:, :, None] & span(x.shape[-1], side)[:, None, :]
+    inside = inside.reshape(n, *[1] * (x.dim() - 3), *inside.shape[1:]).to(x.device)
+    return task.replace_inputs(batch, torch.where(inside, x.roll(1, 0), x))
 
 
 def movable(task: Task, batch: Batch, classes: int | None) -> bool:

@@ -257,16 +257,44 @@ class TokenPlace(Place):
             start = begin + (uniform(n) * (end - begin - width + 1).clamp_min(1)).long()
             column = torch.arange(length, device="cpu")
             inside = (column >= start[:, None]) & (column < (start + width)[:, None])
-            # What is spliced in is a piece of the next text, from a place of its own.
-            other, (b, e) = ids.roll(1, 0).cpu(), (begin.roll(1), end.roll(1))
-            first = b + (uniform(n) * (e - b - width + 1).clamp_min(1)).long()
-            piece = other.gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
+            piece = self._pieces(ids, start, width, uniform)
             drawn = torch.randint(0, words, (n, length), generator=generator, device="cpu")
             chosen = torch.where(spliced[:, None], piece, drawn)
             inside = inside.to(ids.device)
             return torch.where(inside, chosen.to(ids.device), ids), inside
 
         return new
+
+    def pieced(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
+        """Return what writes a piece of the next text over as many words of each: from one word up to all of them.
+
+        Such texts are made of words as they stand together in clean ones. `generator` is on the CPU; None: the place's
+        own.
+        """
+        uniform = functools.partial(self._uniform, generator=self.generator if generator is None else generator)
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            n, length = ids.shape
+            begin, end = self.ends(ids)
+            most = torch.minimum(end - begin, (end - begin).roll(1))
+            width = torch.minimum(1 + (uniform(n) * most).long(), most)
+            start = begin + (uniform(n) * (end - begin - width + 1)).long()
+            column = torch.arange(length, device="cpu")
+            inside = ((column >= start[:, None]) & (column < (start + width)[:, None])).to(ids.device)
+            return torch.where(inside, self._pieces(ids, start, width, uniform).to(ids.device), ids), inside
+
+        return new
+
+    def _pieces(self, ids: Tensor, start: Tensor, width: Tensor, uniform: Callable[[int], Tensor]) -> Tensor:
+        """Return [N, T] on the CPU, with `width` words of the text before each row from its column `start` on.
+
+        They are a piece of that text from a place of its own. What the other columns hold means nothing.
+        """
+        n, length = ids.shape
+        begin, end = self.ends(ids.roll(1, 0))
+        first = begin + (uniform(n) * (end - begin - width + 1).clamp_min(1)).long()
+        column = torch.arange(length, device="cpu")
+        return ids.roll(1, 0).cpu().gather(1, (first[:, None] + column - start[:, None]).clamp(0, length - 1))
 
     def scrambled(self, model: nn.Module, generator: torch.Generator | None = None) -> Rewording:
         """Return what exchanges many words of each text, each for itself, for words of the whole table.

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import fastfip
 from fastfip.data import Task
-from fastfip.data.augment import augmented, mirrored, movable, shifted
+from fastfip.data.augment import augmented, mirrored, movable, pieced, shifted
 from fastfip.methods.fine_tune import FineTune
 from tests.support.small_nets import conv_net, data, plain_net
 
@@ -117,3 +117,26 @@ def test_images_whose_labels_speak_of_places_are_not_moved():
     )  # fmt: skip
     assert all((image == x).flatten(1).all(1).any() for batch in seen for image in batch)
     assert any("places" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("shape", [(40, 2, 12, 9), (40, 2, 3, 12, 9)])
+def test_images_are_pieced_together_of_a_rectangle_of_the_next_one(shape):
+    x = torch.arange(40.0).reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    areas, corners = [], set()
+    for number in range(30):
+        found, y = pieced(Task(), (x, torch.arange(40)), seed(number))
+        assert torch.equal(y, torch.arange(40))
+        for n in range(40):
+            assert set(found[n].unique().tolist()) <= {float(n), float((n - 1) % 40)}
+            other = found[n] == (n - 1) % 40
+            flat = other.flatten(0, -3)
+            assert bool((flat == flat[0]).all()), "all channels and frames alike"
+            rows, columns = flat[0].any(1), flat[0].any(0)
+            assert torch.equal(flat[0], rows[:, None] & columns), "a rectangle"
+            areas.append(float(flat[0].float().mean()))
+            if areas[-1]:
+                corners.add((int(rows.int().argmax()), int(columns.int().argmax())))
+    assert min(areas) < 0.02 and max(areas) == 1 and 0.47 < sum(areas) / len(areas) < 0.53
+    assert len(corners) > 40
+    same = torch.rand(4, 7), torch.arange(4)
+    assert pieced(Task(), same, seed()) is same, "no images"

@@ -137,6 +137,30 @@ def test_pieces_of_other_texts_are_spliced_in_and_half_of_each_text_stays(monkey
     assert {1, 15} <= set(starts)
 
 
+def test_texts_are_pieced_together_of_any_share_of_the_next_one() -> None:
+    ids = torch.arange(400).view(20, 20) + 1
+    ids[:, 0] = 999
+    ids[:, 16:] = 0
+    ids[3, 5:] = 0  # a text of four words
+    ids[7, 1:] = 0  # one of none
+    place = TokenPlace("c", torch.zeros(2), 1, 0, 1, torch.Generator().manual_seed(0))
+    make = place.pieced(nn.ModuleDict({"c": nn.Embedding(1000, 2)}))
+    widths = []
+    for _ in range(60):
+        found, inside = make(ids)
+        assert torch.equal(found != ids, inside) and not bool(inside[:, 0].any()) and not bool(inside[:, 16:].any())
+        assert inside[3].sum() <= 4 and inside[4].sum() <= 4 and not bool(inside[7:9].any())
+        for n in set(range(20)) - {3, 4, 7, 8}:
+            at = torch.nonzero(inside[n]).flatten()
+            piece = found[n][at]
+            widths.append(len(at))
+            assert torch.equal(at, torch.arange(len(at)) + at[0]), "in a row"
+            assert torch.equal(piece, torch.arange(len(piece)) + piece[0]), "words that stood together"
+            assert int((piece[0] - 1) // 20) == (n - 1) % 20, "of the next text"
+    assert set(widths) == set(range(1, 16)) and 7 < sum(widths) / len(widths) < 9
+    assert not torch.equal(make(ids)[0], make(ids)[0])
+
+
 def test_words_are_exchanged_each_for_itself_for_those_of_the_table() -> None:
     ids = torch.arange(400).view(20, 20) + 1
     ids[:, 0] = 999
