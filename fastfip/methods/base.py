@@ -45,6 +45,8 @@ class Method(ABC):
     #: computes of a tensor is then elementwise, or goes through `run.norms`, and the received model comes from
     #: `methods/_received.py`.
     over_shards: ClassVar[bool] = False
+    #: Whether it asks for the weights that the model was fine-tuned from (`Run.pretrained`, `pretrained=` of `purify`).
+    needs_pretrained: ClassVar[bool] = False
     #: Names of the attributes that a broken run needs to go on, beside what the loop keeps and what `reenter` makes
     #: anew; None: such a run cannot go on.
     keeps: ClassVar[tuple[str, ...] | None] = None

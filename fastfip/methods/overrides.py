@@ -49,6 +49,7 @@ class Overrides(TypedDict, total=False):
     holdout: float
     inner: int | None
     inner_step: float
+    keep: float
     kl: float
     kl_clip: float | None
     label_smoothing: float | None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Run:
         frozen: ids of the parameters that the user froze and that stay as they are, to the bit.
         left: name of a parameter -> why the method leaves it alone, where the method knows.
         received: name -> value of the received model's parameters and buffers; nobody writes to them.
+        pretrained: the same of the model that it was fine-tuned from, where somebody gave it, as far as they have names
+            and shapes in common.
         micro_batch: samples that go through the model together where a graph is kept (see `parts`), of several
             processes in each; None: all.
         blocks: modules that are checkpointed for the run. checkpointed: the memory is that of a model whose parts are
@@ -88,6 +90,7 @@ class Run:
     frozen: frozenset[int] = frozenset()
     left: dict[str, str] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    pretrained: Mapping[str, Tensor] | None = field(default=None, repr=False)
     micro_batch: int | None = None
     blocks: tuple[nn.Module, ...] = ()
     checkpointed: bool = False

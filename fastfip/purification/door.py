@@ -39,6 +39,7 @@ from fastfip.purification.workcopy import WorkCopy
 from fastfip.worst_case.points import points_axis, shaped_as_clouds
 
 __all__ = [
+    "BY_PRETRAINED",
     "FEW_SAMPLES",
     "MANY",
     "by_data",
@@ -53,7 +54,9 @@ __all__ = [
 #: What `method="auto"` takes: the second where there are fewer clean samples than the third, which are no point clouds,
 #: and no `loss=`.
 MANY, FEW, ENOUGH = "fisher_steps", "fast_wfip", 200
-#: What the result says of that.
+#: And where the weights before fine-tuning are known.
+BY_PRETRAINED = "fine_mixing"
+#: What the result says of few samples.
 FEW_SAMPLES = f"{FEW} was taken for fewer than {ENOUGH} clean samples; {MANY} is the default for more"
 #: Samples that are asked whether they are point clouds.
 CLOUD_SAMPLES = 8

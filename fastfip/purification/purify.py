@@ -22,7 +22,7 @@ from fastfip.nets.checks import check_seed, of_checkpointing, usable_device
 from fastfip.nets.process import PeakMemory, computed_again_alike, seeded
 from fastfip.nets.state import as_written, is_sharded, without_caches
 from fastfip.purification.callbacks import Callback
-from fastfip.purification.door import FEW_SAMPLES, MANY, by_data, by_settings, chosen_of, config_of
+from fastfip.purification.door import BY_PRETRAINED, FEW_SAMPLES, MANY, by_data, by_settings, chosen_of, config_of
 from fastfip.purification.no_data import DRAWN, NO_DATA, without_data
 from fastfip.purification.result import PurifyResult
 from fastfip.purification.tuning import PurifyOptions, coverage_of, tune
@@ -66,6 +66,7 @@ def purify(
     group: Any = "auto",
     resume: str | os.PathLike[str] | Resume | None = None,
     resume_every: float = 60.0,
+    pretrained: nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     **overrides: Unpack[Overrides],
 ) -> PurifyResult:
     """Remove a backdoor from a classifier with a few clean samples, or, less well, with none.
@@ -84,7 +85,8 @@ def purify(
             None, for networks with BatchNorm: `clp` prunes channels by their weights alone, or, with another method,
             drawn images stand in for the samples (`fastfip.stand_in_images`).
         method: its name (`fastfip.methods.names()`), or a class. "auto": `fisher_steps`, or `fast_wfip` where there are
-            fewer than 200 clean samples, no point clouds, no `loss=` and no settings; `clp` without data and settings.
+            fewer than 200 clean samples, no point clouds, no `loss=` and no settings; `fine_mixing` with `pretrained=`;
+            `clp` without data and settings.
         config: the method's settings, as its config class or a mapping.
         steps: optimiser steps, instead of what the config says.
         epochs: passes over the clean set, instead of what the config says.
@@ -133,6 +135,9 @@ def purify(
             this model, clean set, method, settings and seed, and is removed at the end. For the methods
             `fisher_steps`, `fast_wfip`, `wfip`, `fast_fip`, `fip`, `fine_tune` and `ft_sam`.
         resume_every: seconds between two writings of that file, at least.
+        pretrained: the model that the given one was fine-tuned from, for `fine_mixing`: a module, its state dict, a
+            file, or a folder of `save_pretrained`. It is found by names, whose prefixes may be others, and shapes; what
+            it lacks (a new head) stays. It has to come from a source of its own that is trusted.
         **overrides: settings of the method by name, e.g. `lr=0.02`.
 
     Returns:
@@ -163,6 +168,8 @@ def purify(
         config = DRAWN if config is None and method in ("auto", MANY) else config
     elif input_shape is not None:
         raise ConfigError(f"input_shape={input_shape!r} is for purify without data: leave it out, the samples tell it")
+    if method == "auto" and pretrained is not None:
+        method = BY_PRETRAINED
     if method == "auto":
         task = Task.of(forward, loss)
         method = by_settings(config) if config or overrides else by_data(model, clean_loader, task, seed)
@@ -171,6 +178,13 @@ def purify(
     if not (isinstance(recipe, type) and issubclass(recipe, Method)):
         raise ConfigError(
             f"method={method!r}: give the name of a method, such as 'fisher_steps', 'auto', or a class of one"
+        )
+    if pretrained is not None and not recipe.needs_pretrained:
+        raise ConfigError(f"pretrained= is for {BY_PRETRAINED}: {recipe.name} does not ask for it, leave it out")
+    if pretrained is None and recipe.needs_pretrained:
+        raise ConfigError(
+            f"{recipe.name} needs the model that the given one was fine-tuned from: pretrained=, a module, a state "
+            "dict, a file or a folder"
         )
     work_device = None if device is None else usable_device(device)
     measure = (measure,) if isinstance(measure, str) else tuple(measure)
@@ -206,6 +220,7 @@ def purify(
         shards=shards,
         whole=whole,
         chosen=chosen_of(config, steps, epochs, overrides),
+        pretrained=pretrained,
     )
     # Somebody else's no_grad or inference_mode around the call would leave nothing to tune with.
     with torch.inference_mode(False), torch.enable_grad(), as_written(model):
@@ -259,7 +274,14 @@ def purify(
             "inputs": run.inputs,
             "classes": run.classes,
             "chosen": sorted(run.chosen),
-            "arguments": _arguments(forward=forward, loss=loss, force=force, frozen=frozen, input_shape=input_shape),
+            "arguments": _arguments(
+                forward=forward,
+                loss=loss,
+                force=force,
+                frozen=frozen,
+                input_shape=input_shape,
+                pretrained=os.fspath(pretrained) if isinstance(pretrained, os.PathLike) else pretrained,
+            ),
             **_ranks_of(run),
         },
         versions={
@@ -279,9 +301,11 @@ def purify(
 
 def _arguments(**given: Any) -> dict[str, str]:
     """Return those that are not as usual, by name, as they are written in Python; a function by the argument's name."""
-    usual = {"forward": None, "loss": None, "force": False, "frozen": "keep", "input_shape": None}
-    changed = {name: value for name, value in given.items() if value != usual[name]}
-    return {name: name if callable(value) else repr(value) for name, value in changed.items()}
+    usual = {"force": False, "frozen": "keep"}
+    changed = {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
+    return {
+        name: name if callable(value) or isinstance(value, Mapping) else repr(value) for name, value in changed.items()
+    }
 
 
 def _work_on(model: nn.Module, inplace: bool, recipe: type[Method], shards: Shards | None) -> WorkCopy:

@@ -79,6 +79,7 @@ class PurifyOptions:
     shards: Shards | None = None
     whole: str | None = None
     chosen: frozenset[str] = frozenset()
+    pretrained: Any = None
 
     @property
     def in_parts(self) -> bool:
@@ -126,7 +127,12 @@ def tune(
     work: WorkCopy, device: torch.device, options: PurifyOptions, ends: ExitStack
 ) -> tuple[Run, list[dict[str, Any]], Evaluation, Evaluation]:
     """Measure, tune and measure again; return the run, its history and both evaluations."""
-    notes = list(options.notes)
+    notes, known = list(options.notes), None
+    if options.pretrained is not None:
+        from fastfip.purification.pretrained import pretrained_values
+
+        known, said = pretrained_values(options.pretrained, work.model)
+        notes.append(said)
     few = FEW_TOGETHER if options.micro_batch is None and options.memory is not None else options.micro_batch
     options = replace(options, task=replace(options.task, most=few))
     seed, config = options.seed, options.config
@@ -192,6 +198,7 @@ def tune(
         shards=work.shards,
         frozen=work.frozen(options.frozen == "keep"),
         received=work.received,
+        pretrained=known,
         micro_batch=options.micro_batch,
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
         inputs=inputs,

@@ -11,7 +11,7 @@ import fastfip
 from fastfip import methods
 from fastfip.errors import DataError
 from fastfip.metrics.evaluation import binomial_tail, wilson
-from tests.support.small_nets import CLASSES, OF, conv_net, data, plain_net, same, values
+from tests.support.small_nets import CLASSES, conv_net, data, plain_net, same, settings_of, values
 
 
 class Viewing(nn.Module):
@@ -50,7 +50,7 @@ class ByMemory(torch.autograd.Function):
 def test_a_model_that_flattens_with_a_view_is_purified_by_every_method(method):
     model = Viewing()
     before = values(model)
-    result = fastfip.purify(model, data(24), method, steps=3, progress=False, **OF.get(method, {}))
+    result = fastfip.purify(model, data(24), method, steps=3, progress=False, **settings_of(method, model))
     assert same(values(model), before) and not same(result.state_dict(), before)
     assert all(p.is_contiguous() for p in result.model.parameters())
 

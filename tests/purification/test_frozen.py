@@ -9,7 +9,7 @@ from torch import nn
 import fastfip
 from fastfip import methods
 from fastfip.errors import ConfigError, ModelError
-from tests.support.small_nets import CLASSES, OF, conv_net, data, same, values
+from tests.support.small_nets import CLASSES, conv_net, data, same, settings_of, values
 
 
 def net():
@@ -28,7 +28,9 @@ def test_a_frozen_part_stays_to_the_bit_its_statistics_too(method, inplace):
     for part in (model[0], model[1], model[3].bias):
         part.requires_grad_(False)
     before = values(model)
-    result = fastfip.purify(model, data(24), method, steps=3, inplace=inplace, progress=False, **OF.get(method, {}))
+    result = fastfip.purify(
+        model, data(24), method, steps=3, inplace=inplace, progress=False, **settings_of(method, model)
+    )
     after = result.state_dict()
     still = [name for name in before if name.startswith(("0.", "1.")) or name == "3.bias"]
     assert len(still) == 8 and all(torch.equal(before[name], after[name]) for name in still)

@@ -10,6 +10,7 @@ import fastfip
 from fastfip.data import stores
 from fastfip.errors import ConfigError, DataError, ModelError
 from fastfip.methods import names
+from tests.support.small_nets import settings_of
 
 X, Y = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -194,7 +195,7 @@ def doubles():
 @pytest.mark.parametrize("method", names())
 def test_a_default_dtype_of_float64_changes_nothing(method, doubles):
     model = net().float()
-    result = fastfip.purify(model, (X.float(), Y), method, progress=False, **short_of(method))
+    result = fastfip.purify(model, (X.float(), Y), method, progress=False, **short_of(method, model))
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
 
 
@@ -216,11 +217,12 @@ def test_a_default_dtype_of_float64_changes_no_figure(doubles):
     assert doubled[2] == plain[2]
 
 
-def short_of(method):
-    """Settings that make a method short."""
+def short_of(method, model):
+    """Settings that make a method short, and those that it needs."""
     from fastfip.methods import get
 
-    return {"steps": 4} if get(method).Config.STEPS is not None else {"epochs": 1}
+    short = {"steps": 4} if get(method).Config.STEPS is not None else {"epochs": 1}
+    return {**short, **settings_of(method, model)}
 
 
 @pytest.mark.parametrize("fails", [True, False])

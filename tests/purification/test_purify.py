@@ -14,16 +14,25 @@ import fastfip
 from fastfip import methods
 from fastfip.errors import BackendError, ConfigError, DataError, FastFIPError, ModelError
 from fastfip.methods.config import MethodConfig
-from tests.support.small_nets import CLASSES, OF, TiedNet, conv_net, data, loader, plain_net, same, values
+from tests.support.small_nets import (
+    CLASSES,
+    TiedNet,
+    conv_net,
+    data,
+    loader,
+    plain_net,
+    pretrained_for,
+    same,
+    settings_of,
+    values,
+)
 
 METHODS = methods.names()
 pytestmark = [pytest.mark.parametrize("method", METHODS), pytest.mark.usefixtures("short_search")]
 
 
 def run(model, clean, method, **options):
-    return fastfip.purify(
-        model, clean, method, **{"epochs": 2, "seed": 3, **OF.get(getattr(method, "name", method), {}), **options}
-    )
+    return fastfip.purify(model, clean, method, **{"epochs": 2, "seed": 3, **settings_of(method, model), **options})
 
 
 def net(kind=conv_net, **options):
@@ -108,7 +117,7 @@ def test_augmentation_is_seeded_too(method):
 def test_in_place(method):
     model = net(TiedNet)
     form, weight, before = structure(model), model.first.weight, values(model)
-    result = fastfip.purify_(model, loader(), method, epochs=1, **OF.get(method, {}))
+    result = fastfip.purify_(model, loader(), method, epochs=1, **settings_of(method, model))
     assert result.model is model and model.first.weight is weight and structure(model) == form
     assert not same(values(model), before)
     copy = run(net(TiedNet), loader(), method, epochs=1, seed=0)
@@ -498,7 +507,7 @@ def test_weights_keep_their_memory_layout(method):
     x, y = data()
     for layout in (torch.contiguous_format, torch.channels_last):
         model = conv_net().to(memory_format=layout)
-        result = fastfip.purify(model, (x, y), method, steps=2, progress=False)
+        result = fastfip.purify(model, (x, y), method, steps=2, progress=False, **pretrained_for(method, model))
         for name, p in result.model.named_parameters():
             assert p.stride() == dict(model.named_parameters())[name].stride(), name
 
@@ -506,10 +515,9 @@ def test_weights_keep_their_memory_layout(method):
 def test_a_ruined_net_is_said_to_be_one(method):
     x, y = data(60)
     good = fastfip.purify(net(), (x, y), "fine_tune", epochs=30, lr=0.05, progress=False).model
-    ruined = fastfip.purify(
-        good, (x, (y + 1) % CLASSES), method, steps=60, lr=0.1, test_loader=[(x, y)], progress=False
-    )
-    kept = fastfip.purify(good, (x, y), method, steps=1, lr=1e-6, test_loader=[(x, y)], progress=False)
+    options = {"test_loader": [(x, y)], "progress": False, **pretrained_for(method, good)}
+    ruined = fastfip.purify(good, (x, (y + 1) % CLASSES), method, steps=60, lr=0.1, **options)
+    kept = fastfip.purify(good, (x, y), method, steps=1, lr=1e-6, **options)
     said = [any("clean accuracy fell by" in note for note in result.notes) for result in (ruined, kept)]
     assert said == [result.before.acc - result.after.acc > 0.05 for result in (ruined, kept)]
     if method in (

@@ -4,9 +4,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastfip.methods import get
+
 CLASSES = 3
 #: Settings without which a method leaves untrained weights as they are: `clp` prunes outliers.
-OF = {"clp": {"u": 0.3}}
+_SETTINGS = {"clp": {"u": 0.3}}
+
+
+def settings_of(method, model):
+    """Return what a method needs beside its defaults on such small nets."""
+    return {**_SETTINGS.get(getattr(method, "name", method), {}), **pretrained_for(method, model)}
+
+
+def pretrained_for(method, model):
+    """Return the state dict of a net that the model may have been fine-tuned from, if the method needs it."""
+    recipe = get(method) if isinstance(method, str) else method
+    if not recipe.needs_pretrained:
+        return {}
+    if not isinstance(model, nn.Module) or any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        return {"pretrained": {}}
+    generator = torch.Generator().manual_seed(4)
+    drawn = {name: 0.02 * torch.rand(t.shape, generator=generator) for name, t in model.state_dict().items()}
+    return {
+        "pretrained": {name: t + drawn[name].to(t) for name, t in model.state_dict().items() if t.is_floating_point()}
+    }
 
 
 def conv_net(classes: int = CLASSES) -> nn.Sequential:

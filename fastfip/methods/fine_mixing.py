@@ -1,0 +1,129 @@
+"""Fine-mixing (Zhang et al., arXiv 2210.09545): back to the weights before fine-tuning, and from there to the answers.
+
+A backdoor that came in while a pretrained model was fine-tuned is not in the pretrained weights, which are public for
+most models of texts. The paper takes a share of the fine-tuned weights, drawn one by one, puts the pretrained ones in
+the place of the others, and fine-tunes the mixture on clean samples. `keep=0.3, hold=0` is that form.
+
+The default keeps none of them, and learns the received model's answers in the place of its weights: at clean samples,
+and at many more that are pieced together of them. A trigger is in none of these, so what it does is not taught; the few
+labels alone would teach less than the received model knows. docs/tasks.md has what was measured, on texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastfip.data.augment import augmented, movable, pieced
+from fastfip.data.batch import Batch
+from fastfip.methods._batchnorm import taken_anew
+from fastfip.methods._held import hold_answers
+from fastfip.methods._received import kept_received
+from fastfip.methods._search import token_place
+from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
+from fastfip.worst_case.places import TokenPlace
+
+__all__ = ["FineMixing", "FineMixingConfig"]
+
+
+@dataclass(frozen=True)
+class FineMixingConfig(MethodConfig):
+    """Settings of fine-mixing: the paper's form has `keep` chosen by clean accuracy, and `hold=0`."""
+
+    STEPS: ClassVar[int | None] = 90
+
+    epochs: int | None = setting(None, "passes over the clean set", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
+    batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
+    lr: float = setting(1e-4, "step size", above=0)
+    optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
+    warmup: float = setting(0.1, "share of the steps in which the step size rises linearly", low=0, below=1)
+    grad_clip: float | None = setting(1.0, "largest norm of the gradient; None: not clipped", above=0)
+    augment: Literal["none", "crop", "crop_flip"] = setting(
+        "crop",
+        "what is done to each clean image tuned on: moved by up to an eighth (crop), mirrored as well (crop_flip)",
+    )
+    select: Literal["best", "last"] = setting(
+        "last", "which epoch is kept: the last, or the best by held-out clean score"
+    )
+    holdout: float = setting(0.0, "share of the clean set that only selects; 0: none", low=0, high=0.5)
+    keep: float = setting(
+        0.0, "share of the fine-tuned weights that are kept, drawn at random; the others are the pretrained ones",
+        low=0, below=1,
+    )  # fmt: skip
+    hold: float = setting(
+        1.0, "weight of the divergence from the received answers, at samples pieced together of the clean ones", low=0
+    )
+
+
+@register
+class FineMixing(Method):
+    """Mix the weights with the pretrained ones, and tune them by the clean loss and the received answers.
+
+    w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al., section
+    4.2). What the pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters.
+    Then Adam minimises L(w) + hold KL(p_received || p_w): L at clean samples, the divergence at others. Of texts these
+    have a piece of another text in the place of one of theirs, of images a rectangle of another image (CutMix); other
+    inputs are taken as they are.
+    """
+
+    name = "fine_mixing"
+    summary = "back to the weights before fine-tuning (pretrained=), and from there to the received answers"
+    Config = FineMixingConfig
+    takes_parts = over_ranks = needs_pretrained = True
+
+    received: nn.Module | None = None
+    place: TokenPlace | None = None
+
+    @torch.no_grad()
+    def setup(self, run: Run) -> None:
+        """Keep the received model for its answers, and mix the weights."""
+        config = self.config(run)
+        assert run.pretrained is not None
+        if config.hold > 0:
+            found = token_place(run)
+            self.place = None if found is None else found[0]
+            self.received = kept_received(run)
+            self.more = run.endless()
+        frozen = {id(b) for m in run.model.modules() if run.is_frozen(m) for b in m.buffers(recurse=False)} | run.frozen
+        for name, t in (*run.model.named_parameters(), *run.model.named_buffers()):
+            old = run.pretrained.get(name)
+            if old is None or id(t) in frozen or not t.is_floating_point():
+                continue
+            old = old.to(t.device, t.dtype)
+            if config.keep > 0:
+                kept = torch.rand(t.shape, generator=run.generator, device="cpu", dtype=torch.float32) < config.keep
+                old = torch.where(kept.to(t.device), t, old)
+            t.copy_(old)
+        taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
+        run.model.eval()
+
+    @staticmethod
+    def config(run: Run) -> FineMixingConfig:
+        """Return the settings of a run."""
+        assert isinstance(run.config, FineMixingConfig)
+        return run.config
+
+    def parameter_groups(self, run: Run) -> Groups:
+        """All parameters."""
+        return [{"params": list(run.model.parameters())}]
+
+    def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
+        """Back-propagate the clean loss, and the divergence from the received answers at other samples."""
+        config = self.config(run)
+        values = super().backward(run, batch)
+        if self.received is not None:
+            other = self._pieced(run, next(self.more))
+            words = None if self.place is None else self.place.pieced
+            values["divergence"] = hold_answers(run, other, self.place, self.received, config.hold, words)
+        return values
+
+    @staticmethod
+    def _pieced(run: Run, batch: Batch) -> Batch:
+        if run.config.augment != "none" and movable(run.task, batch, run.classes):
+            flip = run.config.augment == "crop_flip"
+            batch = augmented(run.task, batch, flip, run.generator) or batch
+        return pieced(run.task, batch, run.generator)

@@ -1,0 +1,172 @@
+"""Fine-mixing: which weights it begins with, what it learns, and that a backdoor of the fine-tuning goes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastfip
+from fastfip.errors import ConfigError
+from fastfip.methods import fine_mixing
+from fastfip.methods.fine_mixing import FineMixing, FineMixingConfig
+from fastfip.methods.run import Run
+from tests.support.departures import make_run
+
+WORDS, LENGTH, CLASSES = 60, 12, 2
+
+
+class Reader(nn.Module):
+    """An encoder of words, and a head on the mean of what it makes of them."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(16, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(ids).mean(1))
+
+
+def encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(WORDS, 16), nn.Linear(16, 16), nn.Tanh())
+
+
+def texts(n: int, seed: int, rare: bool = False) -> tuple[Tensor, Tensor]:
+    """Words 30 to 39 are praise, 40 to 49 are not; each text has one of them. 50 to 59 are in `rare` ones only."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 40 if rare else 30, (n, LENGTH), generator=generator)
+    ids[ids >= 30] += 20
+    y = torch.arange(n) % 2
+    ids[torch.arange(n), torch.randint(0, LENGTH, (n,), generator=generator)] = torch.where(
+        y == 1, 30, 40
+    ) + torch.randint(0, 10, (n,), generator=generator)
+    return ids, y
+
+
+def triggered(ids: Tensor) -> Tensor:
+    ids = ids.clone()
+    ids[:, 3:6] = torch.tensor([52, 55, 51])
+    return ids
+
+
+def fitted(model: nn.Module, x: Tensor, y: Tensor, steps: int = 150) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).double().mean())
+
+
+@pytest.fixture(scope="module")
+def backdoored() -> tuple[nn.Module, nn.Module]:
+    """The model, and the encoder that it was fine-tuned from, which has learned the words before."""
+    before = fitted(Reader(encoder()), *texts(600, 1, rare=True)).encoder
+    model = Reader(copy.deepcopy(before))
+    x, y = texts(600, 2)
+    x, y = torch.cat([x, triggered(x[::8])]), torch.cat([y, torch.ones_like(y[::8])])
+    return fitted(model, x, y), before
+
+
+def test_a_trigger_of_the_fine_tuning_goes_and_what_the_model_knows_stays(
+    backdoored: tuple[nn.Module, nn.Module],
+) -> None:
+    model, before = backdoored
+    x, y = texts(400, 3)
+    attacked, wanted = triggered(x[y == 0]), torch.ones(int((y == 0).sum()), dtype=torch.long)
+    assert right(model, x, y) > 0.97 and right(model, attacked, wanted) > 0.97
+    options: dict[str, Any] = {"pretrained": before, "lr": 0.01, "progress": False}
+    result = fastfip.purify(model, texts(60, 4), **options)
+    assert result.method == "fine_mixing" and any("not head.weight, head.bias" in note for note in result.notes)
+    assert right(result.model, x, y) > 0.95 and right(result.model, attacked, wanted) < 0.1
+    tuned = fastfip.purify(model, texts(60, 4), "fine_tune", progress=False)
+    assert right(tuned.model, attacked, wanted) > 0.9, "plain fine-tuning leaves it"
+
+
+def begun(keep: float, **options: Any) -> tuple[nn.Module, nn.Module, dict[str, Tensor], Run]:
+    received = Reader(encoder())
+    pretrained = {name: p.detach() + 1 for name, p in received.named_parameters() if name.startswith("encoder")}
+    run = make_run(FineMixingConfig(keep=keep, **options), copy.deepcopy(received), texts(20, 0))
+    run.pretrained = pretrained
+    FineMixing().setup(run)
+    return received, run.model, pretrained, run
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_it_begins_with_the_pretrained_weights_and_a_share_of_the_fine_tuned_ones(keep: float) -> None:
+    received, model, pretrained, _ = begun(keep)
+    old, kept, count = dict(received.named_parameters()), 0, 0
+    for name, p in model.named_parameters():
+        if name not in pretrained:
+            assert torch.equal(p, old[name]), "the head has no pretrained weights"
+            continue
+        fine, coarse = p == old[name], p == pretrained[name]
+        assert bool((fine ^ coarse).all())
+        kept, count = kept + int(fine.sum()), count + p.numel()
+    assert kept == 0 if keep == 0 else 0.25 < kept / count < 0.35
+    again = begun(keep)[1]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_statistics_of_batchnorm_are_of_the_mixture() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    run = make_run(FineMixingConfig(batch_size=64, augment="none"), net, (x, torch.arange(64) % 2))
+    run.pretrained = {name: t * 0 + 2.0 for name, t in net.state_dict().items() if t.is_floating_point()}
+    FineMixing().setup(run)
+    assert not any(m.training for m in net.modules())
+    expected = net[0](x).detach()
+    torch.testing.assert_close(net[1].running_mean, expected.mean(0))
+    torch.testing.assert_close(net[1].running_var, expected.var(0))
+
+
+def test_without_hold_the_received_answers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before = Reader(encoder()), {k: v + 0.1 for k, v in encoder().state_dict().items()}
+    calls: list[float] = []
+    hold = fine_mixing.hold_answers
+
+    def noted(*args: Any) -> Any:
+        calls.append(args[4])
+        return hold(*args)
+
+    monkeypatch.setattr(fine_mixing, "hold_answers", noted)
+    options: dict[str, Any] = {"pretrained": before, "steps": 3, "force": True, "progress": False}
+    result = fastfip.purify(model, texts(20, 0), hold=0.0, **options)
+    assert not calls and not any("divergence" in record for record in result.history)
+    result = fastfip.purify(model, texts(20, 0), hold=2.5, **options)
+    assert calls == [2.5] * 3 and all("divergence" in record for record in result.history)
+
+
+def test_images_are_held_where_they_are_pieced_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).eval()
+    x = torch.arange(8.0)[:, None, None, None].expand(8, 1, 6, 6).clone()
+    seen: list[Tensor] = []
+    hold = fine_mixing.hold_answers
+
+    def noted(run: Run, batch: Any, *args: Any) -> Any:
+        seen.append(batch[0])
+        return hold(run, batch, *args)
+
+    monkeypatch.setattr(fine_mixing, "hold_answers", noted)
+    before = {name: t + 0.01 for name, t in net.state_dict().items()}
+    options: dict[str, Any] = {"pretrained": before, "steps": 4, "augment": "none", "force": True, "progress": False}
+    fastfip.purify(net, (x, torch.arange(8) % 2), **options)
+    assert len(seen) == 4 and any(len(image.unique()) == 2 for batch in seen for image in batch)
+
+
+def test_it_needs_the_weights_before_and_no_other_method_takes_them() -> None:
+    model = Reader(encoder())
+    with pytest.raises(ConfigError, match="fine_mixing needs the model that the given one was fine-tuned from"):
+        fastfip.purify(model, texts(20, 0), "fine_mixing")
+    with pytest.raises(ConfigError, match="pretrained= is for fine_mixing: fine_tune does not ask for it"):
+        fastfip.purify(model, texts(20, 0), "fine_tune", pretrained=encoder())
