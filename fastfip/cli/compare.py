@@ -42,6 +42,7 @@ def compare(
         Path | None, typer.Option("--plot", metavar="FILE", help="draw ACC against ASR into a .png, .svg or .pdf file")
     ] = None,
     report: o.ReportFile = None,
+    pretrained: o.Pretrained = None,
     amp: o.Amp = "off",
     force: Annotated[bool, typer.Option("--force", help="replace --out, --plot and --report if they exist")] = False,
     ignore_fit: o.IgnoreFit = False,
@@ -56,7 +57,7 @@ def compare(
     drawn = _seeds(seeds)
     mixed = o.precision(amp)
     scores.check()
-    inputs = inputs_of(source, clean.data, scores.test_data, scores.asr_data)
+    inputs = inputs_of(source, clean.data, scores.test_data, scores.asr_data, pretrained)
     _check_outputs(out, plot, resume, force, inputs)
     check_report(report, force, inputs)
     check_distinct(("--out", out), ("--plot", plot), ("--report", report))
@@ -65,7 +66,7 @@ def compare(
     from fastfip.errors import CheckpointError
     from fastfip.reporting.table import show, to_json
 
-    chosen = _choices(methods, settings or [])
+    chosen = _choices(methods, settings or [], pretrained is not None)
     opened = net.opened(source)
     images = clean.load(opened.how, 0)
     test, asr = scores.load(opened.how, opened.model, images, opened.attack)
@@ -82,6 +83,7 @@ def compare(
         amp=mixed,
         progress=o.progress(quiet),
         force=ignore_fit,
+        pretrained=pretrained,
     )
     comparison.notes += [*scores.unmeasured(opened.attack), *images.words()]
     comparison.images = images.to_dict()
@@ -122,11 +124,13 @@ def _check_outputs(out: Path | None, plot: Path | None, resume: bool, force: boo
     check_drawing("--plot", plot, force, inputs)
 
 
-def _choices(methods: str | None, settings: list[str]) -> list[tuple[str, dict[str, str]]]:
+def _choices(methods: str | None, settings: list[str], pretrained: bool) -> list[tuple[str, dict[str, str]]]:
     """Return the methods with their settings, which are read as the types that they have."""
-    from fastfip.methods import names
+    from fastfip.comparison.compare import all_methods
 
-    chosen = names() if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    chosen = (
+        all_methods(pretrained) if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    )
     changes: dict[str, dict[str, str]] = {name: {} for name in chosen}
     for text in settings:
         left, equals, value = text.partition("=")

@@ -166,6 +166,15 @@ ReportFile = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="write a report: a web page if FILE ends in .html, else JSON"),
 ]
+Pretrained = Annotated[
+    Path | None,
+    typer.Option(
+        "--pretrained",
+        metavar="FILE",
+        help="weights that the model was fine-tuned from: a checkpoint, or a folder of save_pretrained; the method is "
+        "then fine_mixing",
+    ),
+]
 IgnoreFit = Annotated[
     bool, typer.Option("--ignore-fit", help="go on although IN does no better than guessing on the clean images")
 ]

@@ -71,6 +71,7 @@ def purify(
             "needs it",
         ),
     ] = "auto",
+    pretrained: o.Pretrained = None,
     seed: o.Seed = 0,
     amp: o.Amp = "off",
     fisher_trace: Annotated[
@@ -109,7 +110,7 @@ def purify(
     work; the first of them prints and writes the result.
     """
     out = default_out(source) if out is None else out
-    inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config)
+    inputs = inputs_of(clean.data, scores.test_data, scores.asr_data, config, pretrained)
     check_outputs(source, out, report, force, inputs)
     if leaderboard is not None:
         _check_leaderboard(leaderboard, [source, *inputs])
@@ -127,7 +128,7 @@ def purify(
     from fastfip.purification.resume import Resume
     from fastfip.reporting.table import show
 
-    chosen = settings_of(method, config, settings or [])
+    chosen = settings_of(method, config, settings or [], pretrained is not None)
     state = None if resume is None else Resume(resume, resume_every, keep=True)
     with together(net) as first:
         opened = net.opened(source)
@@ -156,6 +157,7 @@ def purify(
             memory=memory,
             gradient_checkpointing=checkpointing,
             resume=state,
+            pretrained=pretrained,
         )
     if not first:
         return
@@ -194,15 +196,15 @@ def purify(
         raise NotPurified(f"{'; '.join(result.alerts)} ({written})")
 
 
-def settings_of(method: str, path: Path | None, settings: list[str]) -> MethodConfig | None:
+def settings_of(method: str, path: Path | None, settings: list[str], pretrained: bool = False) -> MethodConfig | None:
     """Return the settings of `--method`, `--config` and `--set`; None: what is taken depends on the images."""
     from fastfip.methods import get
-    from fastfip.purification.door import MANY
+    from fastfip.purification.door import BY_PRETRAINED, MANY
 
     if method == "auto":
         if path is None and not settings:
             return None
-        method = MANY
+        method = BY_PRETRAINED if pretrained else MANY
 
     kind: Any = get(method).Config
     chosen: MethodConfig = kind() if path is None else kind.load(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastfip
 from fastfip.comparison.result import BASELINE, Comparison, Row
@@ -29,7 +29,7 @@ from fastfip.nets.process import resident_memory, seeded
 from fastfip.purification.purify import purify
 from fastfip.reporting.progress import Beat
 
-__all__ = ["Choice", "compare"]
+__all__ = ["Choice", "all_methods", "compare"]
 
 #: A method by its name or class, or with settings of its own.
 Choice = str | type[Method] | tuple[str | type[Method], Mapping[str, Any]]
@@ -53,6 +53,7 @@ def compare(
     forward: Forward | None = None,
     loss: Loss | None = None,
     force: bool = False,
+    pretrained: Any = None,
 ) -> Comparison:
     """Run methods on one model and put them side by side.
 
@@ -64,7 +65,8 @@ def compare(
     Args:
         model: any net that `fastfip.purify` takes.
         clean_loader: as for `fastfip.purify`; a generator is read once.
-        methods: names, classes, or pairs (name, settings); None: all that are registered, with their defaults.
+        methods: names, classes, or pairs (name, settings); None: all that are registered, with their defaults (those
+            that need `pretrained` only with it).
         test_loader: clean test samples. Without them ACC is of the held-out clean samples, which `acc_on` says.
         asr_loader: triggered samples, see `fastfip.evaluate`. Without them there is no ASR, RA, DER.
         seeds: each method runs once for each.
@@ -80,6 +82,7 @@ def compare(
         forward: as for `fastfip.purify`.
         loss: as for `fastfip.purify`.
         force: as for `fastfip.purify`.
+        pretrained: as for `fastfip.purify`; methods that do not ask for it do not get it.
 
     Returns:
         the rows, with `.table()`, `.to_csv()`, `.to_json()`, `.plot()`.
@@ -89,7 +92,7 @@ def compare(
         DataError: data that cannot be used, or an `out` that holds something else.
         BackendError: a device that is not here.
     """
-    plan = [_choice(choice) for choice in (names() if methods is None else methods)]
+    plan = [_choice(choice) for choice in (all_methods(pretrained is not None) if methods is None else methods)]
     drawn = list(dict.fromkeys(seeds))
     _check(plan, drawn, out, resume)
     run_device = device_of(model) if device is None else usable_device(device)
@@ -118,16 +121,22 @@ def compare(
     known = {row.key: row for row in old.rows if not row.error}
     lines = progress if callable(progress) else False
     options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force, "progress": lines}
+    state = None if pretrained is None else _state_of(pretrained)
     with _shown(done, progress) as show:
         try:
             for seed, (method, config, label) in itertools.product(drawn, plan):
-                row = Row(method=method.name, label=label, config=config.to_dict(), seed=seed, **common)
+                mine: dict[str, Any] = dict(options)
+                settings = config.to_dict()
+                if state is not None and method.needs_pretrained:
+                    mine["pretrained"] = state
+                    settings["pretrained"] = fingerprint.of_values(x for item in state.items() for x in item)[:16]
+                row = Row(method=method.name, label=label, config=settings, seed=seed, **common)
                 if row.key in known:
                     # The same settings may have been written in another way, and rows are grouped by their label.
                     done.rows.append(dataclasses.replace(known[row.key], label=label))
                     continue
                 show(label, seed)
-                _run(row, model, clean, method, config, measured, test, asr, options)
+                _run(row, model, clean, method, config, measured, test, asr, mine)
                 if row.interrupted:
                     done.interrupted = True
                     break
@@ -155,6 +164,17 @@ def _check(plan: Sequence[Any], seeds: Sequence[int], out: str | Path | None, re
         raise ConfigError("resume=True needs out=, the file of the broken run")
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise ConfigError(f"out={str(out)!r}: must end in .csv or .json")
+
+
+def _state_of(pretrained: Any) -> dict[str, Tensor]:
+    from fastfip.purification.pretrained import state_of
+
+    return state_of(pretrained)
+
+
+def all_methods(pretrained: bool) -> list[str]:
+    """Return the names of the methods that can run, with or without the weights before fine-tuning."""
+    return [name for name in names() if pretrained or not get(name).needs_pretrained]
 
 
 def _choice(choice: Choice) -> tuple[type[Method], MethodConfig, str]:

@@ -229,6 +229,10 @@ def test_all_methods_are_the_default_and_bad_usage_comes_first(monkeypatch):
     plan = []
     monkeypatch.setattr("fastfip.comparison.compare._run", lambda row, *args: plan.append(row.method))
     fastfip.compare(conv_net(), loader())
+    assert plan == [name for name in fastfip.methods.names() if not fastfip.methods.get(name).needs_pretrained]
+    plan.clear()
+    model = conv_net()
+    fastfip.compare(model, loader(), pretrained=conv_net())
     assert plan == fastfip.methods.names()
     with pytest.raises(ConfigError, match="did you mean"):
         fastfip.compare(conv_net(), loader(), ["fine_tuna"])

@@ -99,6 +99,7 @@ def _purified(row: ManyRow, out: Path, report: Path) -> str:
             micro_batch=row.micro_batch,
             memory=row.memory,
             gradient_checkpointing=row.gradient_checkpointing,
+            pretrained=None if row.pretrained is None else Path(row.pretrained),
             quiet=True,
         )
     except Interrupted:

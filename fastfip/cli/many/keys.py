@@ -17,7 +17,7 @@ _CHUNK = 1 << 22
 #: Hexadecimal digits of a key: two of a million rows share one by a chance of 1 to 10^18.
 _LENGTH = 24
 #: Columns that name files; what is in them counts, not how they are called.
-_FILES = ("checkpoint", "data", "test_data", "asr_data", "config")
+_FILES = ("checkpoint", "data", "test_data", "asr_data", "config", "pretrained")
 
 
 def sha256(path: Path) -> str:

@@ -33,7 +33,7 @@ class ManyRow:
         scale, mean, std, size, channels, class_order, skip_broken, data_workers, batch_size: how images become inputs.
         test_data, asr_data, attack, target: what only scores.
         method, config, settings, epochs, steps, seed, device, amp, ignore_fit, micro_batch, memory,
-            gradient_checkpointing: how; `settings` are KEY=VALUE.
+            gradient_checkpointing: how; `settings` are KEY=VALUE. pretrained: the weights before fine-tuning.
     """
 
     checkpoint: str
@@ -71,6 +71,7 @@ class ManyRow:
     micro_batch: int | None = None
     memory: str | None = None
     gradient_checkpointing: str = "auto"
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

@@ -141,9 +141,10 @@ def _keyed(rows: list[ManyRow], base: Path) -> dict[str, ManyRow]:
         try:
             if row.epochs is not None and row.steps is not None:
                 raise ConfigError("epochs and steps: give only one of them")
-            how = (row.method, row.config, row.settings)
+            how = (row.method, row.config, row.settings, row.pretrained is None)
             if how not in checked and ":" not in row.method:  # a class of the user's is for the workers to import
-                settings_of(row.method, None if row.config is None else base / row.config, list(row.settings))
+                config = None if row.config is None else base / row.config
+                settings_of(row.method, config, list(row.settings), row.pretrained is not None)
                 checked.add(how)
             key = digests.key(row)
         except FastFIPError as error:
