@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.purification import real_models, real_tables
 from benchmarks.purification.real_tables import BADNETS
 from benchmarks.suite import tables
-from benchmarks.suite.slices import own_methods
+from benchmarks.suite.slices import measurable_methods, own_methods
 from fastfip import methods
 from fastfip.methods import MethodConfig
 
@@ -99,7 +99,7 @@ def main() -> None:
     for mark, make in (("methods", registry), ("measured", measured), ("papers", papers)):
         harness.splice(FILE, mark, make())
     real_models.write_documents()
-    harness.splice(harness.README, "suite", tables.readme(tables.validation(), own_methods()))
+    harness.splice(harness.README, "suite", tables.readme(tables.validation(), measurable_methods()))
 
 
 if __name__ == "__main__":

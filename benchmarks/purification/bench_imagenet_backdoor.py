@@ -119,7 +119,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=NUMBER", help="settings of the methods")
     parser.add_argument("--table", action="store_true", help="only write the table to docs/results.md anew")
     options = parser.parse()
-    settings = {key: int(value) if value.isdigit() else float(value) for key, value in (word.split("=") for word in options.set)}
+    settings = {
+        key: int(value) if value.isdigit() else float(value) for key, value in (word.split("=") for word in options.set)
+    }
     if not options.table:
         torch.set_num_threads(options.threads)
         have = {RESULTS.key(row) for row in RESULTS.read()}

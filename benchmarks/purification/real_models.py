@@ -29,6 +29,7 @@ import fastfip
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.purification import real_data, real_tables
+from benchmarks.suite.slices import measurable_methods
 from fastfip.cli.many.pool import Outcome, Processes, outcomes
 from fastfip.metrics import Evaluation, der
 
@@ -177,7 +178,7 @@ def main() -> None:
         for seed in args.seeds
         for fraction in args.fractions
         for net in args.nets or real_data.names()
-        for method in args.methods or fastfip.methods.names()
+        for method in args.methods or measurable_methods()
         if setting != "hidden" or real_data.SPECS[net].trigger is not None
     ]
     there = set() if args.again else {RESULTS.key(r) for r in RESULTS.read() if not (args.retry and r["error"])}

@@ -8,7 +8,7 @@ import fastfip
 from benchmarks.suite.cells import FLOOR, Cell
 from benchmarks.suite.networks import NETWORKS, Network
 
-__all__ = ["SLICES", "cells", "methods", "networks", "own_methods"]
+__all__ = ["SLICES", "cells", "measurable_methods", "methods", "networks", "own_methods"]
 
 #: Networks with six attacks in all: four of them in one network, an all-to-all one, one with 43 classes.
 SMOKE = ("resnet20-four", "digits-badnets-all", "gtsrb-badnets")
@@ -23,9 +23,14 @@ def own_methods() -> list[str]:
     return [name for name in fastfip.methods.names() if fastfip.methods.get(name).__module__.startswith("fastfip.")]
 
 
+def measurable_methods() -> list[str]:
+    """Return those of them that ask for nothing that the networks here have not: the weights before fine-tuning."""
+    return [name for name in own_methods() if not fastfip.methods.get(name).needs_pretrained]
+
+
 def methods() -> list[str]:
     """Return all methods, the floor first, what is slow last."""
-    rest = [name for name in own_methods() if name not in FLOOR]
+    rest = [name for name in measurable_methods() if name not in FLOOR]
     return [*FLOOR, *sorted(rest, key=lambda name: (SLOW.index(name) if name in SLOW else -1, name))]
 
 

@@ -15,7 +15,7 @@ from statistics import mean
 from benchmarks import harness
 from benchmarks.suite.cells import FLOOR, SETTINGS, kept, results
 from benchmarks.suite.networks import NETWORKS
-from benchmarks.suite.slices import own_methods
+from benchmarks.suite.slices import measurable_methods
 
 __all__ = ["by_attack", "by_method", "missing", "write"]
 
@@ -106,10 +106,10 @@ def missing(rows: list[Row], of: str) -> str:
     wanted = [n.name for n in NETWORKS.values() if n.backdoors and n.set == of]
     lacking = []
     for fraction in (0.05, 0.01):
-        none = [f"`{m}`" for m in [*FLOOR[1:], *own_methods()] if not have[m, fraction]]
+        none = [f"`{m}`" for m in [*FLOOR[1:], *measurable_methods()] if not have[m, fraction]]
         if none:
             lacking.append(f"- at {fraction:.0%}, on every network: {', '.join(none)}")
-        for method in (m for m in [*FLOOR[1:], *own_methods()] if have[m, fraction]):
+        for method in (m for m in [*FLOOR[1:], *measurable_methods()] if have[m, fraction]):
             absent = [name for name in wanted if name not in have[method, fraction]]
             seeds = min(have[method, fraction].values())
             if absent:
@@ -257,4 +257,4 @@ def write() -> None:
         rows = results(of).read()
         if rows:
             print(of, by_method(rows), sep="\n")
-    harness.splice(harness.README, "suite", readme(validation(), own_methods()))
+    harness.splice(harness.README, "suite", readme(validation(), measurable_methods()))

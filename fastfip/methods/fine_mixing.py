@@ -63,8 +63,8 @@ class FineMixingConfig(MethodConfig):
 class FineMixing(Method):
     """Mix the weights with the pretrained ones, and tune them by the clean loss and the received answers.
 
-    w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al., section
-    4.2). What the pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters.
+    w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al.).
+    What the pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters.
     Then Adam minimises L(w) + hold KL(p_received || p_w): L at clean samples, the divergence at others. Of texts these
     have a piece of another text in the place of one of theirs, of images a rectangle of another image (CutMix); other
     inputs are taken as they are.
@@ -77,6 +77,7 @@ class FineMixing(Method):
 
     received: nn.Module | None = None
     place: TokenPlace | None = None
+    latest: float | Tensor = 0.0  # loss
 
     @torch.no_grad()
     def setup(self, run: Run) -> None:
@@ -115,11 +116,18 @@ class FineMixing(Method):
         """Back-propagate the clean loss, and the divergence from the received answers at other samples."""
         config = self.config(run)
         values = super().backward(run, batch)
+        self.latest = values["loss"]
         if self.received is not None:
             other = self._pieced(run, next(self.more))
             words = None if self.place is None else self.place.pieced
             values["divergence"] = hold_answers(run, other, self.place, self.received, config.hold, words)
         return values
+
+    def score(self, run: Run) -> dict[str, float]:
+        """Return the loss of the latest step where nothing is chosen by a score: no pass is spent on one."""
+        if run.heldout is None and run.config.select == "last":
+            return {"score": float(self.latest)}
+        return super().score(run)
 
     @staticmethod
     def _pieced(run: Run, batch: Batch) -> Batch:

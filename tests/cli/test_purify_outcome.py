@@ -1,5 +1,6 @@
 """`fastfip purify` says by its exit code that what it was given does not fit, or that there is no purified network."""
 
+import json
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastfip
 from fastfip.cli import main
 from fastfip.methods.fine_tune import FineTune
 
@@ -62,3 +64,44 @@ def test_a_run_that_diverged_is_written_and_ends_with_a_code_of_its_own(work, ca
     out, err = capsys.readouterr()
     assert "DIVERGED, stopped in epoch 2 of 9" in out.splitlines()[0] and "lower lr" in err
     assert "out.pth holds the last good state" in err and (work / "out.pth").exists()
+
+
+@pytest.fixture
+def before(work):
+    """A file with the weights before fine-tuning, under the prefix of another wrapper."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    torch.save({"state_dict": {f"module.{name}": t for name, t in net.state_dict().items()}}, work / "before.pth")
+    return net
+
+
+def test_weights_before_fine_tuning_choose_the_method_that_takes_them(work, before, capsys):
+    command = [*PURIFY[:-2], "--pretrained", "before.pth", "--ignore-fit", "--steps", "1"]
+    assert main([*command, "--set", "lr=1e-12"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fine_mixing on 60 clean samples") and "pretrained= has 100.0 % of the model's weights" in out
+    written = torch.load("out.pth")
+    assert all(torch.allclose(written[name], t) for name, t in before.state_dict().items())
+    assert main([*command, "--method", "fine_tune", "--force"]) == 5
+    assert "fine_tune does not ask for it" in capsys.readouterr().err
+    assert main([*PURIFY[:-2], "--pretrained", "data.npz", "--ignore-fit", "--force"]) == 3
+    assert "data.npz" in capsys.readouterr().err
+
+
+def test_compare_runs_it_with_them_and_leaves_it_out_without(work, before, capsys, monkeypatch):
+    pairs = [["fine_tune", "fine_mixing"], ["fine_tune"]]
+    monkeypatch.setattr("fastfip.comparison.compare.names", lambda: ["fine_mixing", "fine_tune"])
+    compare = ["compare", *PURIFY[1:2], *PURIFY[3:7], "--ignore-fit", "--set", "fine_tune.steps=1", "--json"]
+    for more, methods in zip((["--pretrained", "before.pth"], []), pairs, strict=True):
+        assert main([*compare, *more]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert sorted(row["method"] for row in rows if row["method"] != "none") == sorted(methods)
+        assert not any(row["error"] for row in rows)
+        names = {row["method"]: "pretrained" in row["config"] for row in rows}
+        assert names.get("fine_mixing", True) and not names["fine_tune"]
+
+
+def test_a_row_of_many_takes_them(work, before):
+    row = {"checkpoint": "in.pth", "arch": "outcome_arch:net", "data": "data.npz", "ignore_fit": True, "steps": 1}
+    result = fastfip.purify_many([{**row, "pretrained": "before.pth"}, {**row, "method": "fine_tune"}], "out")
+    assert [line["method"] for line in result.done] == ["fine_mixing", "fine_tune"]
