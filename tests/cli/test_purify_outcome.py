@@ -84,7 +84,7 @@ def test_weights_before_fine_tuning_choose_the_method_that_takes_them(work, befo
     assert all(torch.allclose(written[name], t) for name, t in before.state_dict().items())
     assert main([*command, "--method", "fine_tune", "--force"]) == 5
     assert "fine_tune does not ask for it" in capsys.readouterr().err
-    assert main([*PURIFY[:-2], "--pretrained", "data.npz", "--ignore-fit", "--force"]) == 3
+    assert main([*PURIFY[:-2], "--pretrained", "data.npz", "--ignore-fit", "--force"]) == 4
     assert "data.npz" in capsys.readouterr().err
 
 
