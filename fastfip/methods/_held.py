@@ -1,15 +1,13 @@
-"""The received model's answers, held at samples made of clean ones, whose labels are not learned in that pass.
+"""The received model's answers, held at clean samples whose labels are not learned in that pass.
 
-These are point clouds, moved a little, images and texts that are pieced together of two, and texts whose words are
-exchanged at random. A few clean texts hold few of the words that a model knows. Texts of any words at all show what it
-knows of the others, and hardly ever a trigger of several words; one of a single word is among them as rarely as any
-other word.
+These are point clouds, moved a little, and texts whose words are exchanged at random. A few clean texts hold few of the
+words that a model knows. Texts of any words at all show what it knows of the others, and hardly ever a trigger of
+several words; one of a single word is among them as rarely as any other word.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +18,11 @@ from fastfip.methods.base import Run
 from fastfip.methods.wfip.clean import divergence
 from fastfip.worst_case.places import Rewording, TokenPlace
 
-__all__ = ["Reworder", "hold_answers"]
-
-#: A model and a generator -> what exchanges words of the texts that it is given.
-Reworder = Callable[[nn.Module, "torch.Generator | None"], Rewording]
+__all__ = ["hold_answers"]
 
 
 def hold_answers(
-    run: Run,
-    batch: Batch,
-    place: TokenPlace | None,
-    received: nn.Module,
-    weight: float,
-    words: Reworder | None = None,
+    run: Run, batch: Batch, place: TokenPlace | None, received: nn.Module, weight: float
 ) -> Tensor | float:
     """Add the gradient of the divergence from the received model's answers.
 
@@ -42,17 +32,15 @@ def hold_answers(
         place: exchanges the words of texts, others in each call; None: the samples are taken as they are.
         received: what `kept_received` returned.
         weight: of the divergence, in nats.
-        words: how they are exchanged; None: `place.scrambled`.
 
     Returns:
         the divergence, the mean over the samples.
     """
     generator = run.own_generator() if place is not None else None
-    words = place.scrambled if words is None and place is not None else words
     total: Tensor | float = 0.0
     with run.bn("eval"):
         for part, share in run.parts(batch):
-            new = None if words is None else _once(words(run.model, generator))
+            new = None if place is None else _once(place.scrambled(run.model, generator))
             with torch.no_grad(), giving(run, received) as given, _reworded(place, given, new), run.autocast():
                 target = run.task.forward(given, part)
             with _reworded(place, run.model, new):

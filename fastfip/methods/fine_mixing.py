@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastfip.data.augment import augmented, movable, pieced
+from fastfip.data.augment import augmented, movable
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import taken_anew
-from fastfip.methods._held import hold_answers
-from fastfip.methods._received import kept_received
-from fastfip.methods._search import token_place
+from fastfip.methods._taught import Teacher
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
-from fastfip.worst_case.places import TokenPlace
 
 __all__ = ["FineMixing", "FineMixingConfig"]
 
@@ -33,10 +30,10 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing: the paper's form has `keep` chosen by clean accuracy, and `hold=0`."""
 
-    STEPS: ClassVar[int | None] = 90
+    STEPS: ClassVar[int | None] = 60
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 60 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -50,12 +47,16 @@ class FineMixingConfig(MethodConfig):
         "last", "which epoch is kept: the last, or the best by held-out clean score"
     )
     holdout: float = setting(0.0, "share of the clean set that only selects; 0: none", low=0, high=0.5)
+    dropout: bool = setting(True, "whether dropout is active while tuning")
     keep: float = setting(
         0.0, "share of the fine-tuned weights that are kept, drawn at random; the others are the pretrained ones",
         low=0, below=1,
     )  # fmt: skip
     hold: float = setting(
         1.0, "weight of the divergence from the received answers, at samples pieced together of the clean ones", low=0
+    )
+    states: float = setting(
+        3.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
 
 
@@ -75,19 +76,16 @@ class FineMixing(Method):
     Config = FineMixingConfig
     takes_parts = over_ranks = needs_pretrained = True
 
-    received: nn.Module | None = None
-    place: TokenPlace | None = None
+    teacher: Teacher | None = None
     latest: float | Tensor = 0.0  # loss
 
     @torch.no_grad()
     def setup(self, run: Run) -> None:
-        """Keep the received model for its answers, and mix the weights."""
+        """Ask the received model what it knows, and mix the weights."""
         config = self.config(run)
         assert run.pretrained is not None
         if config.hold > 0:
-            found = token_place(run)
-            self.place = None if found is None else found[0]
-            self.received = kept_received(run)
+            self.teacher = Teacher(run, config.states > 0)
             self.more = run.endless()
         frozen = {id(b) for m in run.model.modules() if run.is_frozen(m) for b in m.buffers(recurse=False)} | run.frozen
         for name, t in (*run.model.named_parameters(), *run.model.named_buffers()):
@@ -117,10 +115,8 @@ class FineMixing(Method):
         config = self.config(run)
         values = super().backward(run, batch)
         self.latest = values["loss"]
-        if self.received is not None:
-            other = self._pieced(run, next(self.more))
-            words = None if self.place is None else self.place.pieced
-            values["divergence"] = hold_answers(run, other, self.place, self.received, config.hold, words)
+        if self.teacher is not None:
+            values.update(self.teacher.backward(run, self._moved(run, next(self.more)), config.hold, config.states))
         return values
 
     def score(self, run: Run) -> dict[str, float]:
@@ -130,8 +126,6 @@ class FineMixing(Method):
         return super().score(run)
 
     @staticmethod
-    def _pieced(run: Run, batch: Batch) -> Batch:
-        if run.config.augment != "none" and movable(run.task, batch, run.classes):
-            flip = run.config.augment == "crop_flip"
-            batch = augmented(run.task, batch, flip, run.generator) or batch
-        return pieced(run.task, batch, run.generator)
+    def _moved(run: Run, batch: Batch) -> Batch:
+        how = run.config.augment if movable(run.task, batch, run.classes) else "none"
+        return batch if how == "none" else augmented(run.task, batch, how == "crop_flip", run.generator) or batch

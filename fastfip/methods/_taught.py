@@ -1,0 +1,163 @@
+"""What the received model knows, taught to weights that never had its backdoor.
+
+Its answers, and its last states, are learned at clean samples that are pieced together of two. What a backdoor left in
+it beside the trigger itself, a leaning towards the target, is kept out twice: the answers are calibrated by the labels
+of the clean samples, and a piece of which the received model then thinks otherwise than its label says is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfip.data.augment import pieced
+from fastfip.data.batch import Batch
+from fastfip.methods._received import giving, kept_received
+from fastfip.methods._search import token_place
+from fastfip.methods._states import LastStates, Seen
+from fastfip.methods.run import Run
+from fastfip.worst_case.places import Rewording, TokenPlace
+
+__all__ = ["Calibration", "Teacher"]
+
+#: Steps of the solver at most, and the weight of the squares of what it finds: without it a class that is never wrong
+#: would be shifted without an end.
+MOST, RIDGE = 200, 1e-3
+#: The inverse of the temperature is kept in this range.
+SHARPEST, FLATTEST = 1.0, 0.05
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Answers `scale * logits + shift`, by which the received model fits the clean labels best.
+
+    One temperature and a shift for each class (Platt, 1999; Guo et al., arXiv 1706.04599), by the cross-entropy. What a
+    fine-tuned model says too loudly is said less so, and never more.
+    """
+
+    scale: float
+    shift: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Calibration:
+        """Fit both to logits [n, C] and labels [n] by L-BFGS, in float64."""
+        z, y = logits.detach().double().cpu(), labels.detach().cpu().long()
+        scale = torch.ones((), dtype=torch.float64, device="cpu", requires_grad=True)
+        shift = torch.zeros(z.shape[1], dtype=torch.float64, device="cpu", requires_grad=True)
+        solver = torch.optim.LBFGS([scale, shift], max_iter=MOST, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            far = (scale - 1).square() + shift.square().sum()
+            value = F.cross_entropy(scale * z + shift, y) + RIDGE / 2 * far
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            solver.step(loss)
+        found = shift.detach() - shift.detach().mean()
+        return cls(min(SHARPEST, max(FLATTEST, float(scale.detach()))), found.float())
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return calibrated logits [N, C], in float32."""
+        return self.scale * logits.float() + self.shift.to(logits.device)
+
+
+class Teacher:
+    """The received model, from what it was to the end of the run.
+
+    Attributes:
+        received: what `giving` needs.
+        place: where words are exchanged; None: the model takes no token ids.
+        states: its last states; None: only answers are taught.
+        calibration: of its answers; None where there are no classes.
+    """
+
+    def __init__(self, run: Run, states: bool) -> None:
+        """Ask the model as it is for all that is known of it later; nothing is tuned yet."""
+        found = token_place(run)
+        self.place: TokenPlace | None = None if found is None else found[0]
+        self.received: nn.Module = kept_received(run)
+        self.states = LastStates.of(run, self.place) if states else None
+        self.calibration: Calibration | None = None
+        if run.classes is not None:
+            logits, labels = [], []
+            with run.eval_mode(), torch.no_grad():
+                for batch in run.clean.batches(device=run.device):
+                    logits.append(run.forward(batch).float())
+                    labels.append(run.task.labels(batch))
+            self.calibration = Calibration.of(torch.cat(logits), torch.cat(labels))
+
+    def backward(self, run: Run, batch: Batch, weight: float, states: float) -> dict[str, float | Tensor]:
+        """Add the gradient of the departure from the received answers and states at the batch, pieced together.
+
+        Args:
+            run: its model has BatchNorm in eval mode meanwhile.
+            batch: clean samples; they go through the model in the run's parts.
+            weight: of the divergence of the answers, in nats.
+            states: weight of the departure of the states.
+
+        Returns:
+            both, means over the samples, and the share of the samples that was taught.
+        """
+        generator = run.own_generator() if self.place is not None else None
+        batch = pieced(run.task, batch, run.generator)
+        sums: dict[str, float | Tensor] = {}
+        with run.bn("eval"):
+            for part, share in run.parts(batch):
+                for name, value in self._part(run, part, share, generator, weight, states).items():
+                    sums[name] = sums.get(name, 0.0) + share * value
+        return sums
+
+    def _part(
+        self,
+        run: Run,
+        part: Batch,
+        share: float,
+        generator: torch.Generator | None,
+        weight: float,
+        states: float,
+    ) -> dict[str, Tensor]:
+        new = None if self.place is None else _once(self.place.pieced(run.model, generator))
+        with torch.no_grad(), giving(run, self.received) as given, self._reworded(given, new), run.autocast():
+            with self._watched(given) as old:
+                target = run.task.forward(given, part)
+        taken = torch.ones(len(target), device=target.device)
+        if self.calibration is not None:
+            target = self.calibration(target)
+            taken = (target.argmax(1) == run.task.labels(part).to(target.device)).float()
+        with self._reworded(run.model, new), self._watched(run.model) as mine:
+            with run.autocast():
+                answer = run.forward(part)
+            p, q = (x.float().log_softmax(-1).clamp_min(-100) for x in (target, answer))
+            each = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+            kl = (each.flatten(1).mean(1) if each.dim() > 1 else each) @ taken / len(taken)
+            departed = None
+            if self.states is not None:
+                departed = self.states.departure(run, run.task.size(part), old, mine, taken)
+            more = 0.0 if departed is None else states * departed
+            run.backward(share * (weight * kl + more))
+        values = {"divergence": kl.detach(), "taught": taken.mean()}
+        return values if departed is None else {**values, "departure": departed.detach()}
+
+    def _watched(self, model: nn.Module) -> contextlib.AbstractContextManager[Seen]:
+        return contextlib.nullcontext(Seen()) if self.states is None else self.states.watched(model)
+
+    def _reworded(self, model: nn.Module, new: Rewording | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.place is None or new is None else self.place.reworded(model, new)
+
+
+def _once(new: Rewording) -> Rewording:
+    """Return what exchanges the same words whenever it is called: of two models that read the same texts."""
+    drawn: list[tuple[Tensor, Tensor]] = []
+
+    def same(ids: Tensor) -> tuple[Tensor, Tensor]:
+        if not drawn:
+            drawn.append(new(ids))
+        return drawn[0]
+
+    return same

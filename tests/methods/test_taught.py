@@ -1,0 +1,174 @@
+"""What the received model teaches: its calibrated answers and last states, where they agree with the labels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfip.methods import _taught
+from fastfip.methods._states import LastStates
+from fastfip.methods._taught import Calibration, Teacher
+from fastfip.methods.fine_mixing import FineMixingConfig
+from fastfip.methods.run import Run
+from fastfip.worst_case.places import TokenPlace
+from tests.support.departures import make_run
+
+WORDS, CLASSES = 40, 3
+
+
+class Encoder(nn.Module):
+    """Vectors of words, a layer of hidden states, their mean over what is no padding, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.layer, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids[:, : int((ids != 0).sum(1).max())]
+        shown = (ids != 0).to(self.table.weight.dtype)[:, :, None]
+        hidden = self.layer(self.table(ids)).tanh()
+        return self.head((hidden * shown).sum(1) / shown.sum(1))
+
+
+def texts(n: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, WORDS, (n, 9), generator=generator)
+    ids[:, 7:] = 0
+    ids[::3, 4:] = 0
+    return ids, torch.arange(n) % CLASSES
+
+
+def moved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(p), alpha=0.3)
+    return model
+
+
+def taught(micro_batch: int | None = None, loud: float = 8.0) -> tuple[Run, Teacher, nn.Module]:
+    """Return a run whose model has moved, what teaches it, and the received model."""
+    received = Encoder().double()
+    with torch.no_grad():
+        received.head.weight.mul_(loud)
+    run = make_run(FineMixingConfig(batch_size=24), copy.deepcopy(received), texts())
+    teacher = Teacher(run, states=True)
+    moved(run.model)
+    run.micro_batch = micro_batch
+    return run, teacher, received
+
+
+def test_calibration_is_the_best_scale_and_shift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(400, CLASSES, generator=generator, dtype=torch.float64)
+    y = torch.multinomial((truth + torch.tensor([0.8, 0.0, -0.3])).softmax(1), 1, generator=generator)[:, 0]
+    found = Calibration.of((4 * truth).float(), y)
+    assert found.scale == pytest.approx(0.25, abs=0.05) and float(found.shift.sum()) == pytest.approx(0, abs=1e-5)
+    assert (found.shift - torch.tensor([0.63, -0.17, -0.47])).abs().max() < 0.2
+    scale = torch.tensor(found.scale, dtype=torch.float64, requires_grad=True)
+    shift = found.shift.double().requires_grad_()
+    loss = F.cross_entropy(scale * 4 * truth + shift, y)
+    loss = loss + _taught.RIDGE / 2 * ((scale - 1).square() + shift.square().sum())
+    assert all(float(g.abs().max()) < 1e-4 for g in torch.autograd.grad(loss, [scale, shift]))
+    assert torch.equal(found(truth), found.scale * truth.float() + found.shift)
+
+
+def test_calibration_never_makes_answers_louder_and_shifts_nothing_without_an_end() -> None:
+    y = torch.arange(40) % 2
+    quiet = Calibration.of(F.one_hot(y, 3).float() * 0.1, y)
+    assert quiet.scale == 1.0 and float(quiet.shift.abs().max()) < 10
+    assert Calibration.of(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)) * 100, y).scale == 0.05
+    many = Calibration.of(torch.randn(50, 500, generator=torch.Generator().manual_seed(0)), torch.arange(50))
+    assert bool(many.shift.isfinite().all()) and len(many.shift) == 500
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
+    micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, teacher, received = taught(micro_batch)
+    assert teacher.states is not None and teacher.states.name == "layer" and teacher.calibration is not None
+    x, y = texts()
+    drawn: list[tuple[Tensor, Tensor]] = []
+    own = _taught._once
+
+    def noted(new: Any) -> Any:
+        def kept(ids: Tensor) -> tuple[Tensor, Tensor]:
+            drawn.append(new(ids))
+            return drawn[-1]
+
+        return own(kept)
+
+    monkeypatch.setattr(_taught, "_once", noted)
+    values = teacher.backward(run, (x, y), 2.0, 3.0)
+    changed = torch.cat([F.pad(found, (0, 7 - found.shape[1])) for found, _ in drawn])
+    assert changed.shape == (24, 7) and float((changed != x[:, :7]).double().mean()) > 0.2
+    shown = (x[:, :7] != 0).double()
+
+    def passed(model: Any) -> tuple[Tensor, Tensor]:
+        raw = model.layer(model.table(changed))
+        return raw, model.head((raw.tanh() * shown[:, :, None]).sum(1) / shown.sum(1)[:, None])
+
+    with torch.no_grad():
+        old, target = passed(received)
+        plain = received.layer(received.table(x[:, :7]))  # states of padding count in what they are measured by
+    target = teacher.calibration(target).double()
+    agrees = (target.argmax(1) == y).double()
+    assert 2 < int(agrees.sum()) < 22
+    again = copy.deepcopy(run.model)
+    again.zero_grad()
+    new, answer = passed(again)
+    kl = ((target.softmax(1) * (target.log_softmax(1) - answer.log_softmax(1))).sum(1) * agrees).sum() / 24
+    each = ((new - old).square().mean(2) * shown).sum(1) / shown.sum(1)
+    departure = (each * agrees).sum() / 24 / float(plain.square().mean())
+    (2 * kl + 3 * departure).backward()
+    assert float(values["divergence"]) == pytest.approx(float(kl), rel=1e-5)
+    assert float(values["departure"]) == pytest.approx(float(departure), rel=1e-5)
+    assert float(values["taught"]) == pytest.approx(float(agrees.mean()))
+    for p, q in zip(run.model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in teacher.received.parameters())
+
+
+def test_the_received_model_itself_departs_from_nothing_but_its_calibration() -> None:
+    run, teacher, received = taught()
+    run.model.load_state_dict(received.state_dict())
+    teacher.calibration = None
+    values = teacher.backward(run, texts(), 1.0, 1.0)
+    assert float(values["divergence"]) == pytest.approx(0, abs=1e-9) and float(values["taught"]) == 1
+    assert float(values["departure"]) == pytest.approx(0, abs=1e-12)
+
+
+def states_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> LastStates | None:
+    return LastStates.of(make_run(FineMixingConfig(), net, batch), None)
+
+
+def test_the_last_states_of_images_are_the_last_feature_maps_and_of_vectors_there_are_none() -> None:
+    images = torch.randn(8, 1, 6, 6), torch.arange(8) % 2
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    found = states_of(net, images)
+    assert found is not None and found.name == "4"  # the pooled map still has its places, one
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    assert states_of(flat, images) is None
+
+
+def test_a_language_model_s_own_answers_are_no_states() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.block, self.words = nn.Embedding(WORDS, 6), nn.Linear(6, 6), nn.Linear(6, WORDS)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.words(self.block(self.table(ids)))
+
+    place = TokenPlace("table", torch.zeros(6), 1, 0, 0, torch.Generator())
+    found = LastStates.of(make_run(FineMixingConfig(), Model(), texts()), place)
+    assert found is not None and found.name == "block"
