@@ -13,6 +13,7 @@ from fastfip.methods import _reach, _search, get
 from fastfip.methods.run import Run
 from fastfip.methods.wfip import search
 from fastfip.purification import memory
+from tests.support.small_nets import pretrained_for
 
 pytestmark = pytest.mark.usefixtures("short_search")
 
@@ -80,6 +81,7 @@ def purified(model: nn.Module, method: str, **options: object) -> fastfip.Purify
     dtype = next(model.parameters()).dtype
     # Adam's first steps are the signs of gradients, those of rounding included.
     given = {"steps": 3, "batch_size": 6, "force": True, "progress": False, "optimizer": "sgd"}
+    given |= pretrained_for(method, model)
     return fastfip.purify(model, (X.to(dtype), Y), method, **(given | options))
 
 
@@ -101,7 +103,9 @@ def test_purified_weights_are_those_without(kind, method, dtype, close):
     assert again.after.fisher_trace == pytest.approx(plain.after.fisher_trace, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["fine_tune", "wfip", "super_fine_tune", "ft_sam", "fip", "fast_fip", "i_bau"])
+@pytest.mark.parametrize(
+    "method", ["fine_tune", "wfip", "super_fine_tune", "ft_sam", "fip", "fast_fip", "i_bau", "fine_mixing"]
+)
 def test_other_methods_work_as_well(method):
     model = made(Maps, torch.float64)
     options = {"trust": 0.01} if method == "wfip" else {"optimizer": "adam"} if method == "i_bau" else {}

@@ -11,6 +11,7 @@ from fastfip.errors import ConfigError
 from fastfip.methods import get
 from fastfip.methods._space import Spectral
 from fastfip.methods.base import Method
+from tests.support.small_nets import pretrained_for
 
 pytestmark = pytest.mark.usefixtures("short_search")
 
@@ -33,6 +34,7 @@ def small_net(norm: bool = True) -> nn.Module:
 
 def purified(method: str, model: nn.Module | None = None, **options) -> fastfip.PurifyResult:
     model = small_net() if model is None else model
+    options |= pretrained_for(method, model)
     return fastfip.purify(model, (X, Y), method, steps=5, batch_size=8, force=True, progress=False, **options)
 
 
@@ -41,11 +43,14 @@ def distance(a: fastfip.PurifyResult, b: fastfip.PurifyResult) -> float:
     return max(float((p - q).norm() / (q.norm() + 1e-12)) for p, q in pairs)
 
 
-@pytest.mark.parametrize("method", ["fine_tune", "super_fine_tune", "wfip", "fast_wfip", "fisher_steps"])
+@pytest.mark.parametrize("method", ["fine_tune", "super_fine_tune", "wfip", "fast_wfip", "fisher_steps", "fine_mixing"])
 @pytest.mark.parametrize("together", [1, 3])
 def test_parts_of_a_batch_make_the_step_of_the_whole(method, together):
     options = {"bn_mode": "eval"}
-    if method == "fast_wfip":  # Adam's first steps are the signs of gradients, those of rounding included
+    if method in (
+        "fast_wfip",
+        "fine_mixing",
+    ):  # Adam's first steps are the signs of gradients, those of rounding included
         options |= {"optimizer": "sgd", "lr": 0.01}
     whole, parts = purified(method, **options), purified(method, micro_batch=together, **options)
     assert distance(parts, whole) < 1e-5

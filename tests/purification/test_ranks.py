@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import fastfip
 from fastfip.fisher import fisher_diagonal, fisher_trace
 from tests.support.processes import in_processes
+from tests.support.small_nets import pretrained_for
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -28,8 +29,9 @@ RUNS = {
     "wfip": ({"steps": 4, "unlearn": 0.5}, torch.float32, 1e-5),
     "fast_wfip": ({"steps": 6}, torch.float32, 1e-5),
     "fisher_steps": ({"steps": 6}, torch.float64, 1e-6),
+    "fine_mixing": ({"steps": 6, "keep": 0.3, "optimizer": "sgd", "lr": 0.01}, torch.float64, 1e-6),
 }
-IN_FOUR = ("fine_tune", "fast_wfip", "fisher_steps")
+IN_FOUR = ("fine_tune", "fast_wfip", "fisher_steps", "fine_mixing")
 CLASSES = 4
 
 
@@ -60,16 +62,19 @@ def trained(dtype=torch.float32):
 
 def run(name, group, batch_size=16):
     settings, dtype, _ = RUNS[name]
-    x, y = samples()
+    model, (x, y) = trained(dtype), samples()
     done = fastfip.purify(
-        trained(dtype),
+        model,
         (x.to(dtype), y),
         name.split()[0],
         batch_size=batch_size,
         progress=False,
         group=group,
         **settings,
+        **pretrained_for(name, model),
     )
+    if name == "fine_mixing":
+        assert all({"divergence", "departure", "taught"} <= set(record) for record in done.history)
     return dict(done.state_dict()), done.settings.get("ranks"), done.history[-1]["loss"]
 
 

@@ -13,6 +13,7 @@ import fastfip
 from fastfip.methods.run import Run
 from tests.purification.test_ranks import furthest
 from tests.support.processes import in_processes
+from tests.support.small_nets import pretrained_for
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -32,6 +33,7 @@ RUNS = {
         "fast_wfip", {"steps": 4, "unlearn": 0.5, "optimizer": "sgd", "lr": 0.01}, "attention", torch.float32, 1e-5,
     ),
     "bags": ("wfip", {"steps": 4, "unlearn": 0.5}, "bag", torch.float32, 1e-5),
+    "drawn pieces": ("fine_mixing", {"steps": 6, "dropout": False}, "attention", torch.float64, None),
     "phrases and drawn words": ("fisher_steps", {"steps": 6, "hold": 4.0}, "attention", torch.float64, None),
 }  # fmt: skip
 
@@ -76,9 +78,9 @@ def trained(kind, dtype):
 
 def run(name, group):
     method, settings, kind, dtype, _ = RUNS[name]
-    done = fastfip.purify(
-        trained(kind, dtype), texts(), method, batch_size=16, group=group, progress=False, amp=False, **settings
-    )
+    model = trained(kind, dtype)
+    settings = {**settings, **pretrained_for(method, model)}
+    done = fastfip.purify(model, texts(), method, batch_size=16, group=group, progress=False, amp=False, **settings)
     worst = [record["worst_case_loss"] for record in done.history if "worst_case_loss" in record]
     return dict(done.state_dict()), worst, done.settings.get("ranks")
 
