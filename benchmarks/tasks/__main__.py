@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from typing import Any
 
 import torch
 
@@ -12,10 +13,13 @@ import fastfip
 from benchmarks import harness
 from benchmarks.tasks import TASKS, Case, attacks, make
 
-#: Nothing, fine-tuning, fine-tuning by a large step, our two methods, and whichever of these the default takes.
-METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto")
+#: Nothing, fine-tuning, fine-tuning by a large step, our two methods, whichever of these the default takes; and where
+#: there are weights from before fine-tuning, the method that takes these, and its published form.
+METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto", "fine_mixing", "published_mixing")
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
+#: Three tenths of the fine-tuned weights, and the clean loss alone.
+PUBLISHED = {"keep": 0.3, "hold": 0.0}
 RESULTS = harness.Results(
     "tasks",
     "task attack method seed score_name score_before asr_before score asr seconds settings alerts data details "
@@ -36,8 +40,12 @@ def clean_of(row: harness.Row) -> int:
 
 def row(task: str, attack: str, method: str, seed: int, case: Case, before: tuple[float, float]) -> harness.Row:
     """Purify the model of a case by a method and measure it."""
-    name, settings = ("fine_tune", dict(LARGE_STEP)) if method == "large_step" else (method, {})
-    settings.update(case.own.get(method, {}))
+    settings: dict[str, Any]
+    name, settings = {
+        "large_step": ("fine_tune", dict(LARGE_STEP)),
+        "published_mixing": ("fine_mixing", dict(PUBLISHED)),
+    }.get(method, (method, {}))
+    settings.update(case.own.get(name if method == "published_mixing" else method, {}))
     start, used, after, alerts, model = time.perf_counter(), time.process_time(), before, "", case.model
     if method != "nothing":
         result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)
@@ -55,7 +63,8 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
         "score_before": f"{before[0]:.2f}", "asr_before": f"{before[1]:.2f}", "score": f"{after[0]:.2f}",
         "asr": f"{after[1]:.2f}", "seconds": f"{spent:.0f}", "alerts": alerts, "data": case.data,
         "details": details,
-        "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "threads": torch.get_num_threads(),
+        "settings": " ".join(f"{k}={'as released' if k == 'pretrained' else v}" for k, v in settings.items()),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
@@ -94,7 +103,8 @@ def main() -> None:
             for seed in args.seeds:
                 case = make(task, attack, seed, args.clean)
                 before = case.measure(case.model)
-                for method in args.methods:
+                mixing = "fine_mixing" in case.own
+                for method in (m for m in args.methods if mixing or "mixing" not in m):
                     found = row(task, attack, method, seed, case, before)
                     RESULTS.add([found])
                     shown = "task attack method seed score_before asr_before score asr seconds alerts".split()

@@ -41,4 +41,5 @@ def make(attack: str, seed: int) -> Case:
         return f"{without}, {right:.2f} % with it of those that the received model had right"
 
     own = {"fisher_steps": example.SETTINGS} if example.SETTINGS else {}
+    own["fine_mixing"] = {"pretrained": weights, **example.SETTINGS}
     return Case(model, texts.clean, measure, "accuracy", said, own=own, details=details)
