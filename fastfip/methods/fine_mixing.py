@@ -1,12 +1,12 @@
-"""Fine-mixing (Zhang et al., arXiv 2210.09545): back to the weights before fine-tuning, and from there to the answers.
+"""Fine-mixing (Zhang et al., arXiv 2210.09545): back to the weights before fine-tuning, and on to what was learned.
 
 A backdoor that came in while a pretrained model was fine-tuned is not in the pretrained weights, which are public for
 most models of texts. The paper takes a share of the fine-tuned weights, drawn one by one, puts the pretrained ones in
 the place of the others, and fine-tunes the mixture on clean samples. `keep=0.3, hold=0` is that form.
 
-The default keeps none of them, and learns the received model's answers in the place of its weights: at clean samples,
-and at many more that are pieced together of them. A trigger is in none of these, so what it does is not taught; the few
-labels alone would teach less than the received model knows. docs/tasks.md has what was measured, on texts.
+The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
+its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
+is in none of these; what it does is not taught. docs/tasks.md has what was measured, on texts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing: the paper's form has `keep` chosen by clean accuracy, and `hold=0`."""
 
-    STEPS: ClassVar[int | None] = 60
+    STEPS: ClassVar[int | None] = 90
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 60 if neither is given", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -56,23 +56,25 @@ class FineMixingConfig(MethodConfig):
         1.0, "weight of the divergence from the received answers, at samples pieced together of the clean ones", low=0
     )
     states: float = setting(
-        3.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
+        2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
 
 
 @register
 class FineMixing(Method):
-    """Mix the weights with the pretrained ones, and tune them by the clean loss and the received answers.
+    """Mix the weights with the pretrained ones, and learn the labels, and what the received model made of the samples.
 
-    w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al.).
-    What the pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters.
-    Then Adam minimises L(w) + hold KL(p_received || p_w): L at clean samples, the divergence at others. Of texts these
-    have a piece of another text in the place of one of theirs, of images a rectangle of another image (CutMix); other
-    inputs are taken as they are.
+    w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al.). What the
+    pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters. Then Adam
+    minimises L(w) + hold KL(p || p_w) + states |h - h_w|^2 / |h|^2: the loss L at clean samples, the others where a
+    text has a piece of another one in the place of one of its own, and an image a rectangle of another (CutMix); other
+    inputs are taken as they are. p are the received answers, with one temperature and a shift for each class by which
+    they fit the clean labels best; h are the received model's last hidden states, or feature maps. A pieced sample of
+    which p says another class than its label is passed over in both.
     """
 
     name = "fine_mixing"
-    summary = "back to the weights before fine-tuning (pretrained=), and from there to the received answers"
+    summary = "back to the weights before fine-tuning (pretrained=), and on to what the received model knows"
     Config = FineMixingConfig
     takes_parts = over_ranks = needs_pretrained = True
 

@@ -82,6 +82,7 @@ class Overrides(TypedDict, total=False):
     sieve: float
     solver: Literal["exact", "kronecker"] | Literal["fixed_point", "conjugate_gradient"]
     start: Literal["max", "min", "zero", "random"]
+    states: float
     tau: float | None
     terms: int
     threshold: float | None
