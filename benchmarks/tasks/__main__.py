@@ -19,7 +19,7 @@ METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "a
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
 #: Three tenths of the fine-tuned weights, and the clean loss alone.
-PUBLISHED = {"keep": 0.3, "hold": 0.0}
+PUBLISHED = {"keep": 0.3, "hold": 0.0, "states": 0.0}
 RESULTS = harness.Results(
     "tasks",
     "task attack method seed score_name score_before asr_before score asr seconds settings alerts data details "

@@ -171,8 +171,8 @@ Pretrained = Annotated[
     typer.Option(
         "--pretrained",
         metavar="FILE",
-        help="weights that the model was fine-tuned from: a checkpoint, or a folder of save_pretrained; the method is "
-        "then fine_mixing",
+        help="weights that the model was fine-tuned from, for the method fine_mixing (--method auto then is that one): "
+        "a checkpoint, or a folder of save_pretrained",
     ),
 ]
 IgnoreFit = Annotated[

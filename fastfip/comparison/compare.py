@@ -122,6 +122,7 @@ def compare(
     lines = progress if callable(progress) else False
     options = {"device": device, "amp": amp, "forward": forward, "loss": loss, "force": force, "progress": lines}
     state = None if pretrained is None else _state_of(pretrained)
+    state_name = "" if state is None else fingerprint.of_values(x for item in state.items() for x in item)[:16]
     with _shown(done, progress) as show:
         try:
             for seed, (method, config, label) in itertools.product(drawn, plan):
@@ -129,7 +130,7 @@ def compare(
                 settings = config.to_dict()
                 if state is not None and method.needs_pretrained:
                     mine["pretrained"] = state
-                    settings["pretrained"] = fingerprint.of_values(x for item in state.items() for x in item)[:16]
+                    settings["pretrained"] = state_name
                 row = Row(method=method.name, label=label, config=settings, seed=seed, **common)
                 if row.key in known:
                     # The same settings may have been written in another way, and rows are grouped by their label.

@@ -6,6 +6,7 @@ They say far more of a sample than its answer does, which for two classes is one
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,9 @@ from fastfip.worst_case.layers_of_ids import ids_of_call
 from fastfip.worst_case.places import TokenPlace
 
 __all__ = ["LastStates", "Seen"]
+
+#: Clean samples by which the layer is found.
+FEW = 8
 
 
 @dataclass
@@ -44,19 +48,22 @@ class LastStates:
 
     @classmethod
     def of(cls, run: Run, place: TokenPlace | None) -> LastStates | None:
-        """Find the last layer that returns a tensor of real numbers [N, ..., ...] and is not the model's own output.
+        """Find the last layer that returns real numbers [N, T, d] or [N, channels, ...] of more places than one.
+
+        It is not the lookup of words, and has not as many numbers at a place as the model's outputs.
 
         Returns:
-            None where there is no such layer (vectors alone, compiled code), or its states are all zero.
+            None where there is no such layer: vectors alone, or compiled code.
         """
-        batch = next(iter(run.clean.batches(device=run.device)))
+        batch = next(iter(run.clean.batches(min(FEW, run.clean.n), device=run.device)))
         whole = replace(run.alone, most=None)  # the layer is found by the rows of a batch, which has to go as one
-        n, found = whole.size(batch), list[tuple[str, Tensor]]()
+        n, found = whole.size(batch), list[tuple[str, torch.Size, float]]()
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
-                if isinstance(out, Tensor) and out.is_floating_point() and out.dim() >= 3 and len(out) == n:
-                    found.append((name, out))
+                x = _first(out)
+                if x is not None and x.dim() >= 3 and len(x) == n and x[0, 0].numel() > 1:
+                    found.append((name, x.shape, float(x.float().square().mean())))
 
             return hook
 
@@ -67,11 +74,11 @@ class LastStates:
         finally:
             for handle in handles:
                 handle.remove()
-        found = [(name, out) for name, out in found if name and out.shape != answer.shape]
-        if not found:
-            return None
-        square = float(found[-1][1].float().square().mean())
-        return cls(found[-1][0], square, place) if 0 < square < float("inf") else None
+        looked_up = None if place is None else place.name
+        for name, shape, square in reversed(found):
+            if name and name != looked_up and not _speaks_of_outputs(shape, answer.shape) and 0 < square < math.inf:
+                return cls(name, square, place)
+        return None
 
     @contextlib.contextmanager
     def watched(self, model: nn.Module) -> Iterator[Seen]:
@@ -79,8 +86,9 @@ class LastStates:
         seen = Seen()
 
         def states(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor):
-                seen.states = [out]
+            x = _first(out)
+            if x is not None:
+                seen.states = [x]
 
         def tokens(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             ids = ids_of_call(args, kwargs)
@@ -124,3 +132,17 @@ class LastStates:
         if run.ranks is None:
             return total
         return run.once(total) if run.ranks.rows(n) is None else run.total(total)
+
+
+def _first(out: Any) -> Tensor | None:
+    """Return a tensor of real numbers, or the first one of a tuple: recurrent layers return more beside it."""
+    out = out[0] if isinstance(out, (tuple, list)) and out else out
+    return out if isinstance(out, Tensor) and out.is_floating_point() else None
+
+
+def _speaks_of_outputs(shape: torch.Size, answer: torch.Size) -> bool:
+    """Return whether a tensor has as many numbers at each place as the model's outputs: logits before they are cut."""
+    if len(answer) < 2:
+        return False
+    classes = answer[-1] if len(shape) == 3 and len(answer) != 4 else answer[1]
+    return classes == (shape[-1] if len(shape) == 3 else shape[1])

@@ -29,6 +29,8 @@ __all__ = ["Calibration", "Teacher"]
 MOST, RIDGE = 200, 1e-3
 #: The inverse of the temperature is kept in this range.
 SHARPEST, FLATTEST = 1.0, 0.05
+#: Share of the pieced samples that is learned from; with less, the result says so.
+FEW = 0.3
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,28 @@ class Teacher:
         received: what `giving` needs.
         place: where words are exchanged; None: the model takes no token ids.
         states: its last states; None: only answers are taught.
-        calibration: of its answers; None where there are no classes.
+        calibration: of its answers; None where these are not taught.
     """
 
-    def __init__(self, run: Run, states: bool) -> None:
-        """Ask the model as it is for all that is known of it later; nothing is tuned yet."""
+    def __init__(self, run: Run, answers: bool, states: bool) -> None:
+        """Ask the model as it is for all that is known of it later; nothing is tuned yet.
+
+        Args:
+            run: with the received values.
+            answers: whether its answers are taught, which takes outputs that are logits of classes.
+            states: whether its last states are.
+        """
         found = token_place(run)
         self.place: TokenPlace | None = None if found is None else found[0]
         self.received: nn.Module = kept_received(run)
         self.states = LastStates.of(run, self.place) if states else None
         self.calibration: Calibration | None = None
+        self.answers, self.share = answers and run.classes is not None, list[Tensor]()
+        self.last: Tensor | None = None
+        if answers and not self.answers:
+            run.note("the outputs are not logits of classes: the received model's answers were not taught")
+        if states and self.states is None:
+            run.note("no layer of the model keeps places apart: the received model's states were not taught")
         if run.classes is not None:
             logits, labels = [], []
             with run.eval_mode(), torch.no_grad():
@@ -102,7 +116,7 @@ class Teacher:
             states: weight of the departure of the states.
 
         Returns:
-            both, means over the samples, and the share of the samples that was taught.
+            both, means over the samples, and the share of the samples that was learned from.
         """
         generator = run.own_generator() if self.place is not None else None
         batch = pieced(run.task, batch, run.generator)
@@ -122,27 +136,56 @@ class Teacher:
         weight: float,
         states: float,
     ) -> dict[str, Tensor]:
-        new = None if self.place is None else _once(self.place.pieced(run.model, generator))
+        new = None if self.place is None else _once(self._neighbour(self.place.pieced(run.model, generator)))
         with torch.no_grad(), giving(run, self.received) as given, self._reworded(given, new), run.autocast():
             with self._watched(given) as old:
                 target = run.task.forward(given, part)
-        taken = torch.ones(len(target), device=target.device)
+        n = run.task.size(part)
+        taken = torch.ones(n, device=target.device)
         if self.calibration is not None:
             target = self.calibration(target)
             taken = (target.argmax(1) == run.task.labels(part).to(target.device)).float()
+        self.share.append(taken.mean())
+        values = {"learned_from": taken.mean()}
         with self._reworded(run.model, new), self._watched(run.model) as mine:
             with run.autocast():
                 answer = run.forward(part)
-            p, q = (x.float().log_softmax(-1).clamp_min(-100) for x in (target, answer))
-            each = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-            kl = (each.flatten(1).mean(1) if each.dim() > 1 else each) @ taken / len(taken)
-            departed = None
-            if self.states is not None:
-                departed = self.states.departure(run, run.task.size(part), old, mine, taken)
-            more = 0.0 if departed is None else states * departed
-            run.backward(share * (weight * kl + more))
-        values = {"divergence": kl.detach(), "taught": taken.mean()}
-        return values if departed is None else {**values, "departure": departed.detach()}
+            total: Tensor | float = 0.0
+            if self.answers:
+                p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
+                kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / n
+                total, values["divergence"] = weight * kl, kl.detach()
+            departed = None if self.states is None else self.states.departure(run, n, old, mine, taken)
+            if departed is not None:
+                total, values["departure"] = total + states * departed, departed.detach()
+            if isinstance(total, Tensor):
+                run.backward(share * total)
+        return values
+
+    def _neighbour(self, pieces: Rewording) -> Rewording:
+        """Return what puts the last text of the part before in front: a part of one text has no other of its own."""
+
+        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
+            last, self.last = self.last, ids[-1:]
+            if last is None or len(ids) > 1:
+                return pieces(ids)
+            assert self.place is not None
+            missing = ids.shape[1] - last.shape[1]
+            if missing > 0 and self.place.padding is None:
+                return pieces(ids)
+            last = F.pad(last, (0, max(0, missing)), value=self.place.padding or 0)[:, : ids.shape[1]]
+            found, inside = pieces(torch.cat([last.to(ids.device), ids]))
+            return found[1:], inside[1:]
+
+        return new
+
+    def say(self, run: Run) -> None:
+        """Say in the result if hardly anything was taught."""
+        if self.share and float(torch.stack(self.share).mean()) < FEW:
+            run.note(
+                "the received model's answers contradict the labels of most samples that were pieced together: hardly "
+                "anything but the labels was learned"
+            )
 
     def _watched(self, model: nn.Module) -> contextlib.AbstractContextManager[Seen]:
         return contextlib.nullcontext(Seen()) if self.states is None else self.states.watched(model)

@@ -2,7 +2,8 @@
 
 A backdoor that came in while a pretrained model was fine-tuned is not in the pretrained weights, which are public for
 most models of texts. The paper takes a share of the fine-tuned weights, drawn one by one, puts the pretrained ones in
-the place of the others, and fine-tunes the mixture on clean samples. `keep=0.3, hold=0` is that form.
+the place of the others, and fine-tunes the mixture on clean samples: `hold=0, states=0`, and a `keep` that is chosen by
+clean accuracy, 0.3 say. Its second part, which looks for odd vectors among those of words (E-PUR), is not here.
 
 The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
 its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
@@ -28,7 +29,7 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 
 @dataclass(frozen=True)
 class FineMixingConfig(MethodConfig):
-    """Settings of fine-mixing: the paper's form has `keep` chosen by clean accuracy, and `hold=0`."""
+    """Settings of fine-mixing; the published form has `hold=0`, `states=0` and a `keep` chosen by clean accuracy."""
 
     STEPS: ClassVar[int | None] = 90
 
@@ -80,14 +81,15 @@ class FineMixing(Method):
 
     teacher: Teacher | None = None
     latest: float | Tensor = 0.0  # loss
+    scored = False  # an epoch was
 
     @torch.no_grad()
     def setup(self, run: Run) -> None:
         """Ask the received model what it knows, and mix the weights."""
         config = self.config(run)
         assert run.pretrained is not None
-        if config.hold > 0:
-            self.teacher = Teacher(run, config.states > 0)
+        if config.hold > 0 or config.states > 0:
+            self.teacher = Teacher(run, config.hold > 0, config.states > 0)
             self.more = run.endless()
         frozen = {id(b) for m in run.model.modules() if run.is_frozen(m) for b in m.buffers(recurse=False)} | run.frozen
         for name, t in (*run.model.named_parameters(), *run.model.named_buffers()):
@@ -101,6 +103,17 @@ class FineMixing(Method):
             t.copy_(old)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
+        run.pretrained = None  # nobody needs them any more
+
+    @torch.no_grad()
+    def fold(self, run: Run) -> None:
+        """Give the received values back where a run was broken off before any epoch was scored."""
+        if run.interrupted and not self.scored:
+            for name, t in (*run.model.named_parameters(), *run.model.named_buffers()):
+                if name in run.received:
+                    t.copy_(run.received[name])
+        elif self.teacher is not None:
+            self.teacher.say(run)
 
     @staticmethod
     def config(run: Run) -> FineMixingConfig:
@@ -123,6 +136,7 @@ class FineMixing(Method):
 
     def score(self, run: Run) -> dict[str, float]:
         """Return the loss of the latest step where nothing is chosen by a score: no pass is spent on one."""
+        self.scored = True
         if run.heldout is None and run.config.select == "last":
             return {"score": float(self.latest)}
         return super().score(run)

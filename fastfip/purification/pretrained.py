@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastfip.checkpoint.align import find_state, is_state
 from fastfip.checkpoint.prefixes import align
-from fastfip.errors import ConfigError
+from fastfip.errors import CheckpointError, ConfigError
 from fastfip.nets.state import unwrapped
 
 __all__ = ["pretrained_values", "state_of"]
@@ -20,11 +20,11 @@ __all__ = ["pretrained_values", "state_of"]
 ENOUGH = 0.5
 #: Names that an error or a note shows at most.
 SHOWN = 4
-#: Files of a folder that holds a model, in the order in which they are looked for.
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def pretrained_values(pretrained: Any, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+def pretrained_values(
+    pretrained: Any, model: nn.Module, frozen: frozenset[int] = frozenset()
+) -> tuple[dict[str, Tensor], str]:
     """Return what `pretrained` holds under the names of the model, and a sentence on it.
 
     Args:
@@ -32,35 +32,52 @@ def pretrained_values(pretrained: Any, model: nn.Module) -> tuple[dict[str, Tens
             `save_pretrained` writes it. Its names may have other prefixes than the model's: those of the encoder alone,
             where the model has a head as well.
         model: the received one.
+        frozen: ids of its parameters that stay as they are, which do not count.
 
     Raises:
-        ConfigError: it is nothing of that kind, has less than half of the model's weights, other numbers than finite
-            ones, or the received values themselves.
+        ConfigError: it is nothing of that kind, has less than half of the weights that are tuned, other numbers than
+            finite ones, or the received values themselves.
         CheckpointError: a file that cannot be read.
     """
-    state = state_of(pretrained)
-    own = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()}
-    found = {name: state[theirs] for name, theirs in align(state, own).items() if name in own}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    own = {name: t for name, t in named if t.is_floating_point()}
+    state = state_of(pretrained, own)
+    try:
+        names = align(state, own)
+    except CheckpointError as error:
+        raise ConfigError(f"pretrained= {error}, or pass the state dict of one of them") from None
+    found = {name: state[theirs] for name, theirs in names.items() if name in own and id(own[name]) not in frozen}
     found = {name: value for name, value in found.items() if value.shape == own[name].shape}
-    size = sum(t.numel() for t in own.values())
-    met = sum(own[name].numel() for name in found)
+    tuned = {name: t for name, t in own.items() if id(t) not in frozen}
+    size = sum(t.numel() for t in {id(t): t for t in tuned.values()}.values())
+    met = sum(t.numel() for t in {id(own[name]): own[name] for name in found}.values())
     if met < ENOUGH * size:
+        still = " Frozen ones stay as they are, unless frozen='tune'." if frozen else ""
         raise ConfigError(
-            f"pretrained= has {met:,} of the model's {size:,} numbers under the same names and shapes: give the "
-            f"weights that it was fine-tuned from (the model's names are {_names(own)}, the others {_names(state)})"
+            f"pretrained= has {met:,} of the {size:,} numbers that are tuned under the same names and shapes: give "
+            f"the weights that the model was fine-tuned from (its names are {_names(own)}, "
+            f"the others {_names(state) or 'none'}).{still}"
         )
-    odd = [name for name, value in found.items() if not bool(torch.isfinite(value).all())]
+    if any(value.is_meta for value in found.values()):
+        raise ConfigError("pretrained= is on the meta device and has no values: load its weights first")
+    odd = [name for name, value in found.items() if not bool(torch.isfinite(value.float()).all())]
     if odd:
         raise ConfigError(f"pretrained= has values that are not finite: {_names(odd)}")
     if all(torch.equal(value.to(own[name]), own[name]) for name, value in found.items()):
         raise ConfigError("pretrained= holds the received weights: give those that the model had before fine-tuning")
-    rest = [name for name in own if name not in found]
-    said = f"pretrained= has {100 * met / size:.1f} % of the model's weights"
-    return found, said + (f", and not {_names(rest)}" if rest else "")
+    rest = [name for name in tuned if name not in found]
+    said = f"pretrained= has {100 * met / size:.1f} % of the weights that are tuned"
+    said += f", and not {_names(rest)}" if rest else ""
+    left = [name for name, t in own.items() if id(t) in frozen]
+    return found, said + (f"; frozen, and as received: {_names(left)}" if left else "")
 
 
-def state_of(pretrained: Any) -> dict[str, Tensor]:
+def state_of(pretrained: Any, expected: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Return the real numbers of a module, a state dict, a file or a folder, by name.
+
+    Args:
+        pretrained: one of these; a dict may hold the state dict among other things, as checkpoints do.
+        expected: the names that are looked for where a dict has several.
 
     Raises:
         ConfigError: it is nothing of that kind.
@@ -71,13 +88,17 @@ def state_of(pretrained: Any) -> dict[str, Tensor]:
     elif isinstance(pretrained, (str, os.PathLike)):
         from fastfip.checkpoint import load_checkpoint
 
-        path = Path(pretrained)
-        inside = next((path / name for name in FILES if path.is_dir() and (path / name).exists()), path)
-        pretrained = load_checkpoint(inside)
+        pretrained = load_checkpoint(pretrained)
     if not isinstance(pretrained, Mapping):
         raise ConfigError(
-            f"pretrained is a {type(pretrained).__name__}: give a module, a state dict, or a file with one"
+            f"pretrained= is a {type(pretrained).__name__}: give a module, a state dict, a checkpoint file or a folder"
         )
+    if pretrained and not is_state(pretrained):
+        try:
+            for part in find_state(pretrained, None, expected):
+                pretrained = pretrained[part]
+        except CheckpointError as error:
+            raise ConfigError(f"pretrained= {error}") from None
     return {
         name: value.detach()
         for name, value in pretrained.items()

@@ -161,6 +161,8 @@ def purify(
         from fastfip.purification.ranked import parts_of
 
         shards = parts_of(model, group, inplace)
+    if clean_loader is None and pretrained is not None:
+        raise ConfigError("pretrained= needs clean samples as well: pass them, or leave it out")
     if clean_loader is None:
         model = model if shards is None else shards.twin
         method = NO_DATA if method == "auto" and not (config or overrides or steps or epochs) else method

@@ -131,7 +131,7 @@ def tune(
     if options.pretrained is not None:
         from fastfip.purification.pretrained import pretrained_values
 
-        known, said = pretrained_values(options.pretrained, work.model)
+        known, said = pretrained_values(options.pretrained, work.model, work.frozen(options.frozen == "keep"))
         notes.append(said)
     few = FEW_TOGETHER if options.micro_batch is None and options.memory is not None else options.micro_batch
     options = replace(options, task=replace(options.task, most=few))
@@ -203,6 +203,7 @@ def tune(
         seconds=dict.fromkeys(("fisher", "svd", "train", "score", "evaluation"), 0.0),
         inputs=inputs,
     )
+    del known
     if tuned.n < 2 and config.bn_mode == "train" and run.batchnorms:
         run.config = config.replace(bn_mode="eval")
         run.note("one clean sample has no batch statistics: BatchNorm is kept in eval mode")

@@ -79,7 +79,10 @@ def test_weights_before_fine_tuning_choose_the_method_that_takes_them(work, befo
     command = [*PURIFY[:-2], "--pretrained", "before.pth", "--ignore-fit", "--steps", "1"]
     assert main([*command, "--set", "lr=1e-12"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("fine_mixing on 60 clean samples") and "pretrained= has 100.0 % of the model's weights" in out
+    assert (
+        out.startswith("fine_mixing on 60 clean samples")
+        and "pretrained= has 100.0 % of the weights that are tuned" in out
+    )
     written = torch.load("out.pth")
     assert all(torch.allclose(written[name], t) for name, t in before.state_dict().items())
     assert main([*command, "--method", "fine_tune", "--force"]) == 5

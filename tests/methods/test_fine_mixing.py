@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastfip
 from fastfip.errors import ConfigError
+from fastfip.methods import fine_mixing
 from fastfip.methods._taught import Teacher
 from fastfip.methods.fine_mixing import FineMixing, FineMixingConfig
 from fastfip.methods.run import Run
@@ -98,6 +99,7 @@ def begun(keep: float, **options: Any) -> tuple[nn.Module, nn.Module, dict[str, 
     run = make_run(FineMixingConfig(keep=keep, **options), copy.deepcopy(received), texts(20, 0))
     run.pretrained = pretrained
     FineMixing().setup(run)
+    assert run.pretrained is None, "nothing holds them any longer"
     return received, run.model, pretrained, run
 
 
@@ -140,7 +142,7 @@ def test_without_hold_the_received_answers_are_not_asked(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Teacher, "backward", noted)
     options: dict[str, Any] = {"pretrained": before, "steps": 3, "force": True, "progress": False}
-    result = fastfip.purify(model, texts(20, 0), hold=0.0, **options)
+    result = fastfip.purify(model, texts(20, 0), hold=0.0, states=0.0, **options)
     assert not calls and not any("divergence" in record for record in result.history)
     result = fastfip.purify(model, texts(20, 0), hold=2.5, **options)
     assert calls == [2.5] * 3 and all("divergence" in record for record in result.history)
@@ -170,3 +172,26 @@ def test_it_needs_the_weights_before_and_no_other_method_takes_them() -> None:
         fastfip.purify(model, texts(20, 0), "fine_mixing")
     with pytest.raises(ConfigError, match="pretrained= is for fine_mixing: fine_tune does not ask for it"):
         fastfip.purify(model, texts(20, 0), "fine_tune", pretrained=encoder())
+
+
+@pytest.mark.parametrize("where", ["setup", "first step", "second epoch"])
+def test_a_run_that_is_broken_off_before_anything_was_scored_gives_the_received_values(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = Reader(encoder()), {k: v + 0.1 for k, v in encoder().state_dict().items()}
+    broken = {"setup": "taken_anew", "first step": "backward", "second epoch": "backward"}[where]
+    home: Any = fine_mixing if where == "setup" else Teacher
+    own = getattr(home, broken)
+    calls: list[int] = []
+
+    def stop(*args: Any) -> Any:
+        calls.append(1)
+        if where != "second epoch" or len(calls) > 2:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr(home, broken, stop)
+    result = fastfip.purify(model, texts(20, 0), pretrained=before, epochs=3, batch_size=20, force=True, progress=False)
+    assert result.interrupted
+    as_given = all(torch.equal(p, q) for p, q in zip(result.model.parameters(), model.parameters(), strict=True))
+    assert as_given == (where != "second epoch")

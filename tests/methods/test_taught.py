@@ -57,7 +57,7 @@ def taught(micro_batch: int | None = None, loud: float = 8.0) -> tuple[Run, Teac
     with torch.no_grad():
         received.head.weight.mul_(loud)
     run = make_run(FineMixingConfig(batch_size=24), copy.deepcopy(received), texts())
-    teacher = Teacher(run, states=True)
+    teacher = Teacher(run, answers=True, states=True)
     moved(run.model)
     run.micro_batch = micro_batch
     return run, teacher, received
@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
 
     with torch.no_grad():
         old, target = passed(received)
-        plain = received.layer(received.table(x[:, :7]))  # states of padding count in what they are measured by
+        plain = received.layer(received.table(x[:8, :7]))  # of eight samples, with their padding
     target = teacher.calibration(target).double()
     agrees = (target.argmax(1) == y).double()
     assert 2 < int(agrees.sum()) < 22
@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
     (2 * kl + 3 * departure).backward()
     assert float(values["divergence"]) == pytest.approx(float(kl), rel=1e-5)
     assert float(values["departure"]) == pytest.approx(float(departure), rel=1e-5)
-    assert float(values["taught"]) == pytest.approx(float(agrees.mean()))
+    assert float(values["learned_from"]) == pytest.approx(float(agrees.mean()))
     for p, q in zip(run.model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
     assert all(p.grad is None for p in teacher.received.parameters())
@@ -140,7 +140,7 @@ def test_the_received_model_itself_departs_from_nothing_but_its_calibration() ->
     run.model.load_state_dict(received.state_dict())
     teacher.calibration = None
     values = teacher.backward(run, texts(), 1.0, 1.0)
-    assert float(values["divergence"]) == pytest.approx(0, abs=1e-9) and float(values["taught"]) == 1
+    assert float(values["divergence"]) == pytest.approx(0, abs=1e-9) and float(values["learned_from"]) == 1
     assert float(values["departure"]) == pytest.approx(0, abs=1e-12)
 
 
@@ -155,20 +155,78 @@ def test_the_last_states_of_images_are_the_last_feature_maps_and_of_vectors_ther
         nn.Linear(4, 2),
     ).eval()  # fmt: skip
     found = states_of(net, images)
-    assert found is not None and found.name == "4"  # the pooled map still has its places, one
+    assert found is not None and found.name == "3", "the pooled map has one place only"
     flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     assert states_of(flat, images) is None
 
 
-def test_a_language_model_s_own_answers_are_no_states() -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_language_model_s_own_answers_are_no_states(shifted: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.table, self.block, self.words = nn.Embedding(WORDS, 6), nn.Linear(6, 6), nn.Linear(6, WORDS)
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.words(self.block(self.table(ids)))
+            logits = self.words(self.block(self.table(ids)))
+            return logits[:, :-1] if shifted else logits
 
     place = TokenPlace("table", torch.zeros(6), 1, 0, 0, torch.Generator())
     found = LastStates.of(make_run(FineMixingConfig(), Model(), texts()), place)
     assert found is not None and found.name == "block"
+
+
+def test_nor_are_vectors_of_words_or_maps_of_classes_and_recurrent_layers_are_read() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.rnn, self.head = nn.Embedding(WORDS, 6), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.rnn(self.table(ids))[0][:, -1])
+
+    place = TokenPlace("table", torch.zeros(6), 1, 0, 0, torch.Generator())
+    found = LastStates.of(make_run(FineMixingConfig(), Recurrent(), texts()), place)
+    assert found is not None and found.name == "rnn"
+    bag = nn.Sequential(nn.Embedding(WORDS, 6), nn.Flatten(), nn.Linear(54, 3))
+    zero = TokenPlace("0", torch.zeros(6), 1, 0, 0, torch.Generator())
+    assert LastStates.of(make_run(FineMixingConfig(), bag, texts()), zero) is None
+
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.maps = nn.Conv2d(1, 5, 3), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.maps(self.body(x)).mean((2, 3))
+
+    images = torch.randn(8, 1, 6, 6), torch.arange(8) % 2
+    found = states_of(Mapped(), images)
+    assert found is not None and found.name == "body"
+
+
+def test_a_part_of_one_text_gets_pieces_of_the_part_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, teacher, _ = taught(micro_batch=1)
+    seen: list[Tensor] = []
+    own = _taught._once
+
+    def noted(new: Any) -> Any:
+        def kept(ids: Tensor) -> tuple[Tensor, Tensor]:
+            found, inside = new(ids)
+            seen.append((found != ids).any())
+            return found, inside
+
+        return own(kept)
+
+    monkeypatch.setattr(_taught, "_once", noted)
+    teacher.backward(run, texts(), 1.0, 1.0)
+    assert len(seen) == 24 and sum(map(int, seen)) > 18
+
+
+def test_outputs_that_are_no_classes_are_not_taught_and_it_is_said() -> None:
+    run, _, received = taught()
+    run.classes = None
+    teacher = Teacher(run, answers=True, states=True)
+    values = teacher.backward(run, texts(), 1.0, 1.0)
+    assert "divergence" not in values and float(values["departure"]) == 0 and float(values["learned_from"]) == 1
+    assert any("answers were not taught" in note for note in run.notes)

@@ -67,9 +67,9 @@ def test_a_head_of_another_shape_is_left_out_and_another_head_of_the_same_is_not
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (3, "pretrained is a int: give a module, a state dict, or a file"),
-        (conv_net(), "has 0 of the model's 683 numbers.*the model's names are bert.0.weight"),
-        ({}, "has 0 of the model's 683 numbers"),
+        (3, "pretrained= is a int: give a module, a state dict, a checkpoint file or a folder"),
+        (conv_net(), "has 0 of the 683 numbers.*its names are bert.0.weight"),
+        ({}, "has 0 of the 683 numbers.*the others none"),
         (
             {name: t * float("nan") for name, t in body(1).state_dict().items()},
             "values that are not finite: bert.0.weight",
@@ -109,3 +109,39 @@ def test_low_precision_is_mixed_in_full_and_rounded_at_the_end() -> None:
     old = dict(before.named_parameters())
     for name, p in result.model.bert.named_parameters():
         assert float((p.float() - old[name]).abs().max()) < 0.02
+
+
+def test_frozen_parts_do_not_count_and_are_named() -> None:
+    model, before = Whole(body(0)), body(1)
+    model.bert[0].requires_grad_(False)
+    options = {"pretrained": before, "steps": 1, "progress": False, "force": True, "batch_size": 8}
+    result = fastfip.purify(model, data(24), **options)
+    assert torch.equal(result.model.bert[0].weight, model.bert[0].weight)
+    assert any("frozen, and as received: bert.0.weight, bert.0.bias" in note for note in result.notes)
+    model.bert.requires_grad_(False)
+    with pytest.raises(ConfigError, match="has 0 of the 27 numbers that are tuned.*unless frozen='tune'"):
+        fastfip.purify(model, data(24), **options)
+    tuned = fastfip.purify(model, data(24), frozen="tune", **options)
+    assert not any("frozen" in note for note in tuned.notes)
+
+
+def test_nested_tied_meta_and_ambiguous_ones() -> None:
+    model, before = Whole(body(0)), body(1)
+    state = before.state_dict()
+    found = pretrained_values({"state_dict": state, "epoch": 3}, model)[0]
+    assert torch.equal(found["bert.0.weight"], state["0.weight"])
+    with pytest.raises(ConfigError, match="pretrained= is on the meta device"):
+        pretrained_values(body(1).to("meta"), model)
+    twice = {f"{who}.bert.{name}": t for who in ("student", "teacher") for name, t in state.items()}
+    heads = {f"{who}.head.{name}": t for who in ("student", "teacher") for name, t in model.head.state_dict().items()}
+    with pytest.raises(ConfigError, match="pretrained= has the names of the model under 'student.' and 'teacher.'"):
+        pretrained_values({**twice, **heads}, model)
+    tied = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    tied[1].weight = tied[0].weight
+    found, said = pretrained_values({"1.weight": torch.ones(8, 8)}, tied)
+    assert set(found) == {"1.weight"} and "100.0 %" in said
+
+
+def test_without_samples_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pretrained= needs clean samples as well"):
+        fastfip.purify(conv_net(), pretrained=conv_net())

@@ -74,7 +74,7 @@ def run(name, group, batch_size=16):
         **pretrained_for(name, model),
     )
     if name == "fine_mixing":
-        assert all({"divergence", "departure", "taught"} <= set(record) for record in done.history)
+        assert all({"divergence", "departure", "learned_from"} <= set(record) for record in done.history)
     return dict(done.state_dict()), done.settings.get("ranks"), done.history[-1]["loss"]
 
 

@@ -56,9 +56,10 @@ class Digests:
         from fastfip.cli.outputs import inputs_of
 
         path = inputs_of(spec)[0]
-        after = spec[len(os.fspath(path)) :] if name != "checkpoint" else ""
+        weights = name in ("checkpoint", "pretrained")
+        after = "" if weights else spec[len(os.fspath(path)) :]
         whole = self.base / path
-        if name == "checkpoint" and whole.suffix == ".json":  # an index, which names files beside it
+        if weights and whole.suffix == ".json":  # an index, which names files beside it
             whole = whole.parent
         return self._file(name, whole) + after
 
