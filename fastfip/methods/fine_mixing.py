@@ -92,10 +92,13 @@ class FineMixing(Method):
             self.teacher = Teacher(run, config.hold > 0, config.states > 0)
             self.more = run.endless()
         frozen = {id(b) for m in run.model.modules() if run.is_frozen(m) for b in m.buffers(recurse=False)} | run.frozen
-        for name, t in (*run.model.named_parameters(), *run.model.named_buffers()):
+        named = (*run.model.named_parameters(remove_duplicate=False), *run.model.named_buffers(remove_duplicate=False))
+        done = set(frozen)
+        for name, t in named:  # a file may have tied weights under either name
             old = run.pretrained.get(name)
-            if old is None or id(t) in frozen or not t.is_floating_point():
+            if old is None or id(t) in done or not t.is_floating_point():
                 continue
+            done.add(id(t))
             old = old.to(t.device, t.dtype)
             if config.keep > 0:
                 kept = torch.rand(t.shape, generator=run.generator, device="cpu", dtype=torch.float32) < config.keep

@@ -140,6 +140,9 @@ def test_nested_tied_meta_and_ambiguous_ones() -> None:
     tied[1].weight = tied[0].weight
     found, said = pretrained_values({"1.weight": torch.ones(8, 8)}, tied)
     assert set(found) == {"1.weight"} and "100.0 %" in said
+    options = {"steps": 1, "lr": 1e-12, "progress": False, "force": True}
+    purified = fastfip.purify(tied, (torch.rand(16, 8), torch.arange(16) % 8), pretrained=found, **options).model
+    assert purified[0].weight is purified[1].weight and bool((purified[0].weight == 1).all())
 
 
 def test_without_samples_it_is_refused() -> None:
