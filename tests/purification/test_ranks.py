@@ -12,6 +12,7 @@ import fastfip
 from fastfip.fisher import fisher_diagonal, fisher_trace
 from tests.support.processes import in_processes
 from tests.support.small_nets import pretrained_for
+from tests.support.trained_once import trained_once
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -45,6 +46,7 @@ def samples(n=50):
     return x, y
 
 
+@trained_once
 def trained(dtype=torch.float32):
     """A small net with BatchNorm, and with biases before it, that answers `samples` rightly."""
     torch.manual_seed(0)

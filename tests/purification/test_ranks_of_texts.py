@@ -14,6 +14,7 @@ from fastfip.methods.run import Run
 from tests.purification.test_ranks import furthest
 from tests.support.processes import in_processes
 from tests.support.small_nets import pretrained_for
+from tests.support.trained_once import trained_once
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -64,6 +65,7 @@ def texts(n=50):
     return ids * (torch.arange(LENGTH) < lengths[:, None]), y
 
 
+@trained_once
 def trained(kind, dtype):
     """A small model that answers `texts` rightly."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from fastfip.errors import CheckpointError, ConfigError, ModelError
 from tests.purification.test_ranks import samples
 from tests.support.processes import in_processes
 from tests.support.sharded import SHARDINGS, OfParts, sharded, whole
+from tests.support.trained_once import trained_once
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"),
@@ -34,6 +35,7 @@ GATHERED = {
 }
 
 
+@trained_once
 def trained():
     """A net with BatchNorm that knows `samples`; its first layer has an odd number of rows, for parts of two sizes."""
     torch.manual_seed(0)
