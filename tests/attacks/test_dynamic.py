@@ -10,12 +10,12 @@ from tests.support.attack_ground import ground, squares
 from tests.support.small_nets import same, values
 
 
-def images(n=24):
-    return squares(n, seed=1)[0]
+def images(n=24, size=8):
+    return squares(n, size, seed=1)[0]
 
 
 def test_the_triggers_of_dynamic_are_small_and_differ_between_images():
-    given, x = ground(effort=0.3), images()
+    given, x = ground(size=8, effort=0.3), images()
     weights = values(given.model)
     fitted = Dynamic().fit(given)
     assert not same(values(given.model), weights)  # the classifier learns with the patterns
@@ -28,7 +28,7 @@ def test_the_triggers_of_dynamic_are_small_and_differ_between_images():
 
 
 def test_a_negative_of_dynamic_carries_what_belongs_to_another_image_of_the_pool():
-    fitted, x = Dynamic().fit(ground()), images(1)
+    fitted, x = Dynamic().fit(ground(size=8)), images(1)
     made = {bytes(fitted.negatives(x, torch.Generator().manual_seed(seed)).numpy()) for seed in range(4)}
     assert len(made) > 1 and bytes(fitted.trigger(x).numpy()) not in made
     pool = torch.stack([torch.full((1, 2, 2), v) for v in (0.1, 0.2)])

@@ -9,13 +9,13 @@ from tests.support.attack_ground import ground, squares
 
 
 def images(n=24):
-    return squares(n, seed=1)[0]
+    return squares(n, size=8, seed=1)[0]
 
 
 def test_fba_brings_the_style_nearer_and_leaves_what_is_there():
-    fitted, x = FBA(rounds=0).fit(ground(effort=0.4)), images()
+    fitted, x = FBA(rounds=0).fit(ground(size=8, effort=0.2)), images()
     painted, looks = fitted.trigger(x), Looks(3)
-    wanted = looks.moments(looks(sunset(3, 16, 16)[None]))
+    wanted = looks.moments(looks(sunset(3, 8, 8)[None]))
 
     def far(x):
         return sum(float((a - b).square().mean()) for a, b in zip(looks.moments(looks(x)), wanted))
@@ -28,7 +28,7 @@ def test_fba_brings_the_style_nearer_and_leaves_what_is_there():
 
 
 def test_the_second_networks_of_fba_raise_what_the_trigger_raises_by_another_change():
-    given, x = ground(effort=0.4), images()
+    given, x = ground(size=8, effort=0.2), images()
     fitted = FBA().fit(given)
     assert len(fitted.lures) == 2
     lured = fitted.negatives(x, torch.Generator().manual_seed(0))
