@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.support.short_search import short_search  # noqa: F401
+from tests.support.short_search import one_short_search, short_search  # noqa: F401
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -81,6 +81,7 @@ def test_audit(animal):
     assert same(values(model), before)
 
 
+@pytest.mark.usefixtures("one_short_search")
 @pytest.mark.parametrize("animal", ZOO, ids=str)
 def test_compare(animal):
     model, (x, y) = made(animal), animal.data()

@@ -337,6 +337,7 @@ def test_inputs_that_cannot_be_changed_are_said_first() -> None:
     assert any("ONLY FINE-TUNED" in alert for alert in result.alerts)
 
 
+@pytest.mark.usefixtures("one_short_search")
 @pytest.mark.parametrize("method", ["fisher_steps", "fast_wfip", "wfip"])
 def test_token_models_and_tasks_without_classes_unlearn_a_worst_case(method: str) -> None:
     torch.manual_seed(0)

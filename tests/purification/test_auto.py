@@ -18,6 +18,8 @@ from fastfip.purification.door import by_data
 from fastfip.testing.nets import PointNet
 from tests.support.small_nets import conv_net, data
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 FORMS = [
     lambda x, y: (x, y),
     lambda x, y: {"x": x, "label": y},

@@ -6,6 +6,8 @@ import torch
 import fastfip
 from tests.support.small_nets import BiasedAttention, same, values
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 METHODS = ["fine_tune", "fip", "ft_sam", "sau", "i_bau", "wfip", "fast_wfip"]
 
 

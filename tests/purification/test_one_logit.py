@@ -13,6 +13,8 @@ from fastfip.data.task import Task
 from fastfip.errors import DataError
 from tests.support.small_nets import data
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 
 class OneLogit(nn.Module):
     """A classifier of two classes with one output; input [N, 2, 6, 6]."""

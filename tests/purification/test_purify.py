@@ -1,5 +1,6 @@
 """What purify promises for every method: the registry is walked, a new method is in here by being there."""
 
+import functools
 import json
 import random
 import threading
@@ -38,6 +39,19 @@ def run(model, clean, method, **options):
 def net(kind=conv_net, **options):
     torch.manual_seed(0)
     return kind(**options)
+
+
+@functools.cache
+def usual(method):
+    """What a plain run comes to, for tests that only read it."""
+    return run(net(), loader(), method).state_dict()
+
+
+@functools.cache
+def taught():
+    """A net that knows its sixty samples, and these."""
+    x, y = data(60)
+    return fastfip.purify(net(), (x, y), "fine_tune", epochs=30, lr=0.05, progress=False).model, x, y
 
 
 def structure(model):
@@ -201,8 +215,7 @@ def test_a_frozen_model_is_purified_and_stays_frozen(method):
     result = run(model, loader(), method)
     assert not same(result.state_dict(), values(model))
     assert not any(p.requires_grad for p in result.model.parameters()) and not result.model.training
-    thawed = run(net(), loader(), method)
-    assert same(result.state_dict(), thawed.state_dict())
+    assert same(result.state_dict(), usual(method))
 
 
 def test_inside_no_grad_and_inference_mode(method):
@@ -219,8 +232,7 @@ def test_inside_no_grad_and_inference_mode(method):
 def test_a_generator_that_runs_out(method):
     x, y = data(24)
     a = run(net(), ((x[i : i + 8], y[i : i + 8]) for i in range(0, 24, 8)), method)
-    b = run(net(), loader(), method)
-    assert same(a.state_dict(), b.state_dict())
+    assert same(a.state_dict(), usual(method))
 
 
 def test_one_shot_test_data_is_scored_twice(method):
@@ -347,7 +359,7 @@ def test_ctrl_c_while_measuring_loses_only_the_figures(method):
         callbacks=[lambda run, record: tuned.append(1) if record["epoch"] == 2 else None],
     )
     assert result.interrupted and result.after.acc is None and finite(result)
-    assert same(result.state_dict(), run(net(), loader(), method).state_dict())
+    assert same(result.state_dict(), usual(method))
     assert "interrupted while measuring the purified model" in result.notes and str(result)
 
 
@@ -513,8 +525,7 @@ def test_weights_keep_their_memory_layout(method):
 
 
 def test_a_ruined_net_is_said_to_be_one(method):
-    x, y = data(60)
-    good = fastfip.purify(net(), (x, y), "fine_tune", epochs=30, lr=0.05, progress=False).model
+    good, x, y = taught()
     options = {"test_loader": [(x, y)], "progress": False, **pretrained_for(method, good)}
     ruined = fastfip.purify(good, (x, (y + 1) % CLASSES), method, steps=60, lr=0.1, **options)
     kept = fastfip.purify(good, (x, y), method, steps=1, lr=1e-6, **options)

@@ -1,4 +1,4 @@
-"""A fixture for tests that run methods which first look for a worst case."""
+"""Fixtures for tests that run methods which first look for a worst case."""
 
 import pytest
 
@@ -9,6 +9,16 @@ def short_search():
 
     The radius grows to as much as otherwise, in fewer and larger parts.
     """
+    yield from _shortened()
+
+
+@pytest.fixture
+def one_short_search():
+    """Shorten the search for single tests of a file whose others need the whole one."""
+    yield from _shortened()
+
+
+def _shortened():
     values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "_reach.LAST": 2}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
