@@ -80,7 +80,7 @@ def test_other_commands_need_no_arch_either(folder, capsys, command):
     more = {
         "compare": ["--methods", "fine_tune", "--set", "fine_tune.steps=2", "--ignore-fit"],
         "audit": ["--steps", "2", "--no-sharpness", "--classes", "1"],
-        "sharpness": ["--limit", "4"],
+        "sharpness": ["--limit", "1"],
     }[command]
     assert main([command, "badnet_0_1", "--data", "clean.npz", "--quiet", "--json", *more]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -219,6 +219,7 @@ def whys(folder):
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
+    trained()  # before processes are forked: each would train it again
 
     def work(rank):
         return {

@@ -89,6 +89,8 @@ def run(name, group):
 
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory):
+    for _, _, kind, dtype, _ in RUNS.values():
+        trained(kind, dtype)  # before processes are forked: each would train them again
     return in_processes(2, tmp_path_factory.mktemp("two"), lambda rank: {name: run(name, "auto") for name in RUNS})
 
 

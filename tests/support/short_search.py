@@ -19,7 +19,9 @@ def one_short_search():
 
 
 def _shortened():
-    values = {"wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "_reach.LAST": 2}
+    values = {
+        "wfip.search.ROUNDS": 4, "_search.STEPS": 2, "_search.GROWTH": 1.3**4, "_reach.LAST": 2, "_phrases.SWEEPS": 1,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(f"fastfip.methods.{name}", value)
