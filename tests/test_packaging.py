@@ -1,5 +1,6 @@
 """The package as a user meets it: what importing it costs, what it says about itself."""
 
+import functools
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,24 +30,36 @@ def python(code: str, **variables: str) -> str:
     return done.stdout
 
 
+@functools.cache
+def first_use() -> dict[str, Any]:
+    """What a fresh interpreter has loaded after the import, after all names, and whether CUDA was started meanwhile."""
+    code = """
+import sys, json, torch
+before = set(sys.modules)
+import fastfip
+said = {"import": [sorted(set(sys.modules) - before), torch.cuda.is_initialized()]}
+for name in fastfip.__all__:
+    if ".cli." not in fastfip._WHERE.get(name, ""):
+        getattr(fastfip, name)
+said["names"] = [sorted(set(sys.modules) - before), torch.cuda.is_initialized()]
+from fastfip import env
+env.collect()
+said["report"] = torch.cuda.is_initialized()
+print(json.dumps(said))
+"""
+    return dict(json.loads(python(code)))
+
+
 def test_import_adds_nothing_to_torch_and_leaves_cuda_alone():
-    code = (
-        "import sys, json, torch; before = set(sys.modules); import fastfip; "
-        "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"
-    )
-    added, cuda = json.loads(python(code))
-    assert added == ["fastfip"]  # one small file: far under the promised 100 ms
-    assert cuda is False
+    # one small file: far under the promised 100 ms
+    assert first_use()["import"] == [["fastfip"], False]
 
 
 def test_using_the_library_loads_no_tool_of_the_command_line():
-    heavy = ["triton", "matplotlib", "rich", "typer", "sklearn", "scipy", "pandas", "transformers", "PIL"]
-    code = (
-        "import sys, json, torch; before = set(sys.modules); import fastfip; "
-        "[getattr(fastfip, name) for name in fastfip.__all__ if '.cli.' not in fastfip._WHERE.get(name, '')]; "
-        f"print(json.dumps([sorted(set({heavy!r}) & (set(sys.modules) - before)), torch.cuda.is_initialized()]))"
-    )
-    assert json.loads(python(code)) == [[], False]
+    heavy = {"triton", "matplotlib", "rich", "typer", "sklearn", "scipy", "pandas", "transformers", "PIL"}
+    loaded, cuda = first_use()["names"]
+    assert not heavy & set(loaded) and "fastfip.purification.purify" in loaded
+    assert cuda is False
 
 
 def test_every_public_name_resolves_and_is_not_hidden_by_its_module():
@@ -93,9 +107,7 @@ def test_environment_report():
     assert values["native"].startswith("yes") == native.available()
     text = env.text(values)
     assert all(name in text for name in values)
-    assert (
-        python("from fastfip import env; import torch; env.collect(); print(torch.cuda.is_initialized())") == "False\n"
-    )
+    assert first_use()["report"] is False
 
 
 def test_the_citation_names_this_version_and_addresses_stand_in_one_place_each():
