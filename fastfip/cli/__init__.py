@@ -5,8 +5,9 @@ Nothing heavy is imported before a command needs it, so that `fastfip --help` is
 
 from __future__ import annotations
 
+import functools
 import textwrap
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,6 +104,12 @@ def _fastfip(
     """Remove backdoors from models with a few clean samples."""
 
 
+@functools.cache
+def _command() -> Any:
+    """The command line as it is run: reading the signatures of all commands takes longer than many a command."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line (None: that of the process) and return its exit code."""
-    return run(typer.main.get_command(app), arguments)
+    return run(_command(), arguments)
