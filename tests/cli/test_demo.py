@@ -5,6 +5,7 @@ import torch
 
 from fastfip.cli import demonstration as demo
 from fastfip.metrics import evaluate
+from fastfip.purification.result import PurifyResult
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -47,9 +48,14 @@ def test_it_writes_what_it_shows(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_default_removes_the_backdoor(tmp_path):
+def test_the_default_removes_the_backdoor(tmp_path, monkeypatch):
     """Of twelve nets (four seeds, three instruction sets) one kept an ASR of 0.14, the others at most 0.023."""
-    found = [demo.run_demo(tmp_path, seed=seed, progress=False).result for seed in range(3)]
+    found = [demo.run_demo(tmp_path, progress=False).result]
+    # The first one was also drawn and measured: of the others, only what is asked below.
+    monkeypatch.setattr(demo, "_lambda_max", lambda *args: None)
+    monkeypatch.setattr(demo, "_picture", lambda *args: None)
+    monkeypatch.setattr(PurifyResult, "report", lambda *args: None)
+    found += [demo.run_demo(tmp_path, seed=seed, progress=False).result for seed in (1, 2)]
     assert all(one.before.asr > 0.95 for one in found)
     asr = sorted(one.after.asr for one in found)
     lost = sorted(one.before.acc - one.after.acc for one in found)
