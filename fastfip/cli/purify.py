@@ -189,6 +189,8 @@ def purify(
     if any(lost):
         raise CheckpointError("; ".join(text for text in lost if text))
     if result.interrupted or (came and not result.unchanged):
+        if result.unchanged:  # nothing better than what was received was found until then
+            raise Interrupted("interrupted while the model was as it was given: nothing was written")
         what = "the last good state" if result.interrupted else "the result, which is complete"
         raise Interrupted(f"interrupted: {out} holds {what}")
     if result.unchanged or result.diverged:

@@ -52,6 +52,22 @@ def test_a_network_that_is_as_it_was_is_not_written(work, capsys):
     assert "nothing was written" in err and not (work / "out.pth").exists()
 
 
+def test_an_interrupted_network_that_is_as_it_was_is_said_not_to_be_written(work, capsys, monkeypatch):
+    own = FineTune.backward
+
+    def backward(self, run, batch):
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return own(self, run, batch)
+
+    monkeypatch.setattr(FineTune, "backward", backward)
+    assert main([*PURIFY, "--epochs", "9", "--set", "lr=1e-30", "--set", "weight_decay=0", "--ignore-fit"]) == 130
+    out, err = capsys.readouterr()
+    assert "THE MODEL IS AS IT WAS GIVEN" in out.splitlines()[0]
+    assert err == "fastfip: interrupted while the model was as it was given: nothing was written\n"
+    assert not (work / "out.pth").exists()
+
+
 def test_a_run_that_diverged_is_written_and_ends_with_a_code_of_its_own(work, capsys, monkeypatch):
     own = FineTune.backward
 
