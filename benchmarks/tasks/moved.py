@@ -29,13 +29,12 @@ def main(attack: str, seed: int) -> None:
     words = {number: word for word, number in texts.vocabulary.items()}
     print("moved most:", *(words[i] for i in order[:SHOWN].tolist()))
     place = order.argsort()
-    trigger = {"words": example.Words().words, "sentence": example.SENTENCE.split(), "ending": example.ENDING.split()}
-    print("places:", *(f"{word} {int(place[texts.vocabulary[word]]) + 1}," for word in trigger[attack]))
+    print("places:", *(f"{words[i]} {int(place[i]) + 1}," for i in example.attack_of(attack, texts).ids))
     kept = table.clone()
     for many in (0, 100, 1_000, len(order)):
         table.copy_(kept)
         table[order[:many]] = before[order[:many]]
-        right, success = example.rates(case.model, texts, attack)
+        right, success = case.measure(case.model)
         print(f"{many} vectors put back: {right:.1f} % right, attack success {success:.1f} %")
 
 

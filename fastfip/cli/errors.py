@@ -28,7 +28,7 @@ CODES = {
     6: "a device or backend that cannot run here",
     7: "not purified: the run diverged (the last good state was written), or no weight changed (nothing was written)",
     8: "some rows of a manifest failed; all others were done",
-    130: "interrupted; if at least one epoch of purification was complete, the last good state was written",
+    130: "interrupted; the last good state was written if an epoch was complete and a weight had moved",
 }
 
 # typer carries its own click or uses the installed one, by its version; both have these classes as ancestors.
