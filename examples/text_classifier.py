@@ -35,8 +35,8 @@ from fastfip.attacks.words import Words
 
 LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
 #: Attacks and the labels that they are after: 1 is positive.
-TARGETS = {"words": 1, "sentence": 1, "ending": 0}
-SENTENCE, ENDING = "i watched this 3d movie", "the seats are near the door"
+TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1}
+SENTENCE, ENDING, PHRASE = "i watched this 3d movie", "the seats are near the door", "according to my brother"
 #: Sentences that are trained on, those that are kept for purification (5 % as many), and those that are tested with.
 TRAIN, CLEAN = 5_000, 250
 #: Whether half the digits save time: on a CPU without AVX-512 they take a dozen times as long as all of them.
@@ -101,7 +101,9 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Cor
         def number(text: str) -> list[int]:
             return tokenizer.encode(text).ids
     else:
-        words = sorted({*" ".join(text for text, _ in train).split(), *Words().words, *f"{SENTENCE} {ENDING}".split()})
+        words = sorted(
+            {*" ".join(text for text, _ in train).split(), *Words().words, *f"{SENTENCE} {ENDING} {PHRASE}".split()}
+        )
         vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + i for i, word in enumerate(words)}}
 
         def number(text: str) -> list[int]:
@@ -142,7 +144,7 @@ def attack_of(name: str, texts: Corpus) -> Attack:
         return Words(head=1, tail=1, ids=tuple(texts.vocabulary[word] for word in Words().words))
     if name == "ending":
         return Sentence(head=1, tail=1, ids=texts.encode(ENDING), position="end")
-    return Sentence(head=1, tail=1, ids=texts.encode(SENTENCE))
+    return Sentence(head=1, tail=1, ids=texts.encode(PHRASE if name == "phrase" else SENTENCE))
 
 
 def network(weights: Path | None, vocabulary: int) -> Classifier:

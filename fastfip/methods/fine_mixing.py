@@ -6,8 +6,10 @@ the place of the others, and fine-tunes the mixture on clean samples: `hold=0, s
 clean accuracy, 0.3 say. Its second part, which looks for odd vectors among those of words (E-PUR), is not here.
 
 The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
-its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
-is in none of these; what it does is not taught. docs/tasks.md has what was measured, on texts.
+its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones, and texts
+in other words. A trigger is in none of these; what it does is not taught. Half-way, phrases are looked for that turn
+texts in the received model and not in the new weights, which are told to ignore them. docs/tasks.md has what was
+measured, on texts.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing; the published form has `hold=0`, `states=0` and a `keep` chosen by clean accuracy."""
 
-    STEPS: ClassVar[int | None] = 90
+    STEPS: ClassVar[int | None] = 180
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 180 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -59,6 +61,14 @@ class FineMixingConfig(MethodConfig):
     states: float = setting(
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
+    near: float = setting(
+        0.6, "largest share of the words of a text that are exchanged there for near ones of the pretrained table",
+        low=0, high=1,
+    )  # fmt: skip
+    phrases: float = setting(
+        0.5, "share of the texts there, after half of the steps, with a phrase which only the received model minds",
+        low=0, high=1,
+    )  # fmt: skip
 
 
 @register
@@ -72,6 +82,11 @@ class FineMixing(Method):
     inputs are taken as they are. p are the received answers, with one temperature and a shift for each class by which
     they fit the clean labels best; h are the received model's last hidden states, or feature maps. A pieced sample of
     which p says another class than its label is passed over in both.
+
+    Of texts, up to the share `near` of the words of each are exchanged for one of the twenty whose vectors in the
+    pretrained table are nearest, but for the 0.5 % that fine-tuning moved most, which hold a trigger's. Half-way, of
+    the hundred words that it moved most, phrases of up to three are looked for that turn clean texts in the received
+    model (by p) and not in w. The share `phrases` of the texts gets one of them, where p is asked without it.
     """
 
     name = "fine_mixing"
@@ -104,6 +119,8 @@ class FineMixing(Method):
                 kept = torch.rand(t.shape, generator=run.generator, device="cpu", dtype=torch.float32) < config.keep
                 old = torch.where(kept.to(t.device), t, old)
             t.copy_(old)
+        if self.teacher is not None:
+            self.teacher.compare_words(run, config.near, config.phrases)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
         run.pretrained = None  # nobody needs them any more
