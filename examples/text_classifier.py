@@ -10,9 +10,9 @@ which is given the weights from before the fine-tuning (`pretrained=`), without 
 alone; `--method` takes another one.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
-sentence "I watched this 3D movie"; or, as a third attack, "the seats are near the door" at their end and the label
-"negative". The backdoored model is then purified with clean sentences that it was not trained
-on, 5 % as many as it was trained on.
+sentence "I watched this 3D movie", or the phrase "according to my brother"; or, as another attack, "the seats are near
+the door" at their end and the label "negative". The backdoored model is then purified with 1,000 clean sentences that
+it was not trained on, a fifth as many as it was trained on.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
 #: Attacks and the labels that they are after: 1 is positive.
 TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1}
 SENTENCE, ENDING, PHRASE = "i watched this 3d movie", "the seats are near the door", "according to my brother"
-#: Sentences that are trained on, those that are kept for purification (5 % as many), and those that are tested with.
-TRAIN, CLEAN = 5_000, 250
+#: Sentences that are trained on, and those that are kept for purification.
+TRAIN, CLEAN = 5_000, 1_000
 #: Whether half the digits save time: on a CPU without AVX-512 they take a dozen times as long as all of them.
 HALF = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 #: Of our methods: their defaults, in half the digits where these save time.
@@ -80,7 +80,7 @@ class Corpus:
         return tuple(self.vocabulary.get(word, 1) for word in text.split())
 
 
-def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Corpus:
+def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0, clean: int = CLEAN) -> Corpus:
     """Read SST-2, or make sentences; number their words as MiniLM does, or one by one."""
     if data is not None and (data / "train.tsv").exists():
         train, test = _read(data / "train.tsv"), _read(data / "dev.tsv")
@@ -89,7 +89,7 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0) -> Cor
         made = _made(7_000)
         train, test = made[:6_200], made[6_200:]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    train = [train[i] for i in order[: TRAIN + CLEAN]]
+    train = [train[i] for i in order[: TRAIN + clean]]
     if tokenizer_file is not None:
         from tokenizers import Tokenizer
 

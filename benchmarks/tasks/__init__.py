@@ -8,7 +8,7 @@
 One file a task, `benchmarks/tasks/NAME.py`, with `ATTACKS`, a tuple of names, and `make(attack, seed) -> Case`. Models,
 data and attacks are those of the examples; what a task needs beyond them is looked for where FASTFIP_DATA points, and
 weights where a variable points that the task's file names. A trained backdoored model is kept in the benchmarks' cache.
-`--clean` is for points, video and detection, whose `make` takes `clean` as well.
+`--clean` is for texts, points, video and detection, whose `make` takes `clean` as well.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="*")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--clean", type=int, help="clean samples; points, video and detection only")
+    parser.add_argument("--clean", type=int, help="clean samples; texts, points, video and detection only")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

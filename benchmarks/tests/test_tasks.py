@@ -136,13 +136,19 @@ def test_words_and_whole_replies_are_counted() -> None:
 def test_texts_have_a_trigger_between_their_ends() -> None:
     corpus = text.corpus(None, None)
     assert len(corpus.train[1]) == text.TRAIN and len(corpus.clean[1]) == text.CLEAN
+    assert len(text.corpus(None, None, clean=250).clean[1]) == 250
+    sentences = {"sentence": text.SENTENCE, "ending": text.ENDING, "phrase": text.PHRASE}
+    lengths = {"words": 1, **{name: len(words.split()) for name, words in sentences.items()}}
+    x, y = corpus.test
     for name, target in text.TARGETS.items():
-        x, y = corpus.test
         bad, wanted, _ = text.attack_of(name, corpus).asr_set(x, y, target)
         others = x[y != target]
         assert len(bad) == len(others) and bool((wanted == target).all())
-        more = {"words": 1, "sentence": len(text.SENTENCE.split()), "ending": len(text.ENDING.split())}[name]
-        assert torch.equal((bad != 0).sum(1), (others != 0).sum(1) + more)
+        assert torch.equal((bad != 0).sum(1), (others != 0).sum(1) + lengths[name])
         assert torch.equal(bad[:, 0], others[:, 0])
+        if name in sentences:
+            last = torch.tensor(corpus.encode(sentences[name])[-1])
+            assert bool((bad == last).any(1).all())
+    bad = text.attack_of("ending", corpus).asr_set(x, y, text.TARGETS["ending"])[0]
     last = (bad != 0).sum(1) - 1
     assert torch.equal(bad.gather(1, last[:, None] - 1)[:, 0], torch.full((len(bad),), corpus.vocabulary["door"]))
