@@ -11,8 +11,8 @@ from fastfip.data.batch import Batch, take
 from fastfip.methods._search import precision
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import TokenPlace
-from fastfip.worst_case.suspects import Suspects
-from fastfip.worst_case.words import outputs_written
+from fastfip.worst_case.suspects import HIDES, LONGEST, Suspects
+from fastfip.worst_case.words import ids_of, outputs_written
 
 __all__ = ["find_suspects"]
 
@@ -47,11 +47,13 @@ def find_suspects(
     task = run.alone
     with run.eval_mode(), precision(run):
         y, n = task.labels(batch).cpu(), task.size(batch)
-        right = calibration(task.forward(received, batch)).argmax(1).cpu() == y
+        right = torch.stack([task.forward(model, batch).argmax(1).cpu() == y for model in (received, run.model)]).all(0)
         few = torch.nonzero(right).flatten()
-        few = few[torch.randperm(len(few), generator=run.generator, device="cpu")[:TEXTS]]
         if len(few) == 0:
             return None
+        begin, end = place.ends(ids_of(received, task, take(batch, few, n), place))
+        long = end - begin  # a phrase hides what stands below it: short texts only where there are no others
+        few = few[torch.where(long < HIDES * LONGEST, 2 * long.max() - long, long).argsort(stable=True)[:TEXTS]]
         some, m = take(batch, few, n), len(few)
         where = torch.rand(m, generator=run.generator, device="cpu", dtype=torch.float32)
         most = min(TOGETHER, run.micro_batch or TOGETHER)

@@ -26,7 +26,7 @@ from fastfip.methods._suspects import find_suspects
 from fastfip.methods.run import Run
 from fastfip.worst_case.near_words import NearWords, moved_by
 from fastfip.worst_case.places import Rewording, TokenPlace
-from fastfip.worst_case.suspects import Suspects
+from fastfip.worst_case.suspects import HIDES, Suspects
 from fastfip.worst_case.words import ids_of
 
 __all__ = ["Calibration", "Teacher"]
@@ -231,19 +231,29 @@ class Teacher:
     def _with_phrases(
         self, run: Run, n: int, new: Rewording | None, generator: torch.Generator | None
     ) -> tuple[Rewording | None, Tensor]:
-        """Return what writes phrases over words of what `new` makes of n texts, and bool [n], which get none."""
-        bare = torch.ones(n, dtype=torch.bool, device="cpu")
+        """Return what writes phrases over words of what `new` makes of n texts, and bool [n], which get none.
+
+        The latter is known after the model's pass: short texts, of which a phrase would leave little, get none.
+        """
         if new is None or self.place is None or self.suspects is None:
-            return new, bare
+            return new, torch.ones(n, dtype=torch.bool, device="cpu")
         phrases = self.suspects.draw(n, self.phrase_share, run.generator if generator is None else generator)
-        over = self.place.phrased(phrases, rows=run.task.rows(n))
+        place, rows = self.place, run.task.rows(n)
+        over = place.phrased(phrases, rows=rows)
+        bare = phrases[:, 0] < 0
 
         def both(ids: Tensor) -> tuple[Tensor, Tensor]:
             found, inside = new(ids)
-            found, more = over(found)
-            return found, inside | more
+            begin, end = place.ends(found)
+            written, more = over(found)
+            if written is found:
+                return found, inside
+            short = end - begin < HIDES * (phrases[rows] >= 0).sum(1)
+            bare[rows] |= short
+            more = more & ~short.to(more.device)[:, None]
+            return torch.where(more, written, found), inside | more
 
-        return _once(both), phrases[:, 0] < 0
+        return _once(both), bare
 
     def _neighbour(self, pieces: Rewording) -> Rewording:
         """Return what puts the last text of the part before in front: a part of one text has no other of its own."""

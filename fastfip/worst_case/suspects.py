@@ -13,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["Suspects"]
 
+#: A text has to have so many times the words of a phrase that is written over its own.
+HIDES = 4
 #: Words of a phrase at most; phrases and words of each length that longer ones are made of; those that are kept of each
 #: class, and how many classes at most are looked for.
 LONGEST, BEST, POOL, TOP, CLASSES = 3, 4, 24, 10, 4

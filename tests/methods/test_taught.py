@@ -95,8 +95,10 @@ def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
     """With phrases in some texts of the tuned model, they have the answers without them, and their states are free."""
     run, teacher, received = taught(micro_batch)
     if phrased:
-        teacher.suspects = Suspects(torch.tensor([[38, 39, -1], [37, -1, -1]]), torch.tensor([1, 0]), torch.tensor([0.6, 0.4]))
-        teacher.phrase_share = 0.6
+        teacher.suspects = Suspects(
+            torch.tensor([[38, -1, -1], [37, 39, -1]]), torch.tensor([1, 1]), torch.tensor([0.6, 0.4])
+        )
+        teacher.phrase_share = 1.0
     assert teacher.states is not None and teacher.states.name == "layer" and teacher.calibration is not None
     x, y = texts()
     drawn: list[list[tuple[Tensor, Tensor]]] = []
@@ -122,8 +124,8 @@ def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
     changed = whole(drawn[::2] if phrased else drawn)
     written = whole(drawn[1::2]) if phrased else changed
     bare = (written == changed).all(1).double()
-    assert 4 < int(bare.sum()) < 20 if phrased else bool(bare.all())
-    assert not phrased or bool((written[written != changed] >= 37).all())
+    assert 2 < int(bare.sum()) < 22 if phrased else bool(bare.all())
+    assert not phrased or bool((written[written != changed] == 38).all()), "two words would hide too much of seven"
     assert changed.shape == (24, 7) and float((changed != x[:, :7]).double().mean()) > 0.2
     shown = (x[:, :7] != 0).double()
 
