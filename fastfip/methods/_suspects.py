@@ -58,10 +58,10 @@ def find_suspects(
         where = torch.rand(m, generator=run.generator, device="cpu", dtype=torch.float32)
         most = min(TOGETHER, run.micro_batch or TOGETHER)
 
-        def answers(model: nn.Module, phrases: Tensor) -> Tensor:
-            """Return the logits [Q, m, C] where each of Q phrases is written into each of m texts."""
+        def answers(model: nn.Module, phrases: Tensor, texts: Tensor) -> Tensor:
+            """Return the logits [Q, k, C] where each of Q phrases is written into each of k texts."""
             columns = []
-            for at in torch.arange(m, device="cpu").split(most):
+            for at in texts.split(most):
                 fewer, each = take(some, at, m), max(1, most // len(at))
                 rows = (
                     outputs_written(model, task, fewer, len(at), place, q, where[at])[0] for q in phrases.split(each)
@@ -69,8 +69,8 @@ def find_suspects(
                 columns.append(torch.cat([out.float().view(-1, len(at), out.shape[-1]) for out in rows]))
             return torch.cat(columns, 1)
 
-        def score(phrases: Tensor) -> Tensor:
-            old, new = calibration(answers(received, phrases)), answers(run.model, phrases)
+        def score(phrases: Tensor, texts: Tensor) -> Tensor:
+            old, new = calibration(answers(received, phrases, texts)), answers(run.model, phrases, texts)
             return (old.softmax(-1) - new.softmax(-1)).cpu()
 
         assert run.classes is not None

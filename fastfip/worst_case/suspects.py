@@ -21,8 +21,9 @@ LONGEST, BEST, POOL, TOP, CLASSES = 3, 4, 24, 10, 4
 #: The least difference of the two probabilities that counts.
 LEAST = 0.1
 
-#: Returns, for phrases [Q, K], by how much more the first model answers each class than the second one, [Q, m, C].
-Score = Callable[[Tensor], Tensor]
+#: Returns, for phrases [Q, K] and numbers of texts [k], by how much more the first model answers each class than the
+#: second one where a phrase is written into a text, [Q, k, C].
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -42,10 +43,13 @@ class Suspects:
             words: [M] that phrases are made of.
             usable: bool [m, C], of which texts each class is looked for: those of others.
         """
-        ids, alone = words[:, None], _means(score(words[:, None]), usable)
+        ids, all_texts = words[:, None], torch.arange(len(usable), device="cpu")
+        alone = _means(score(ids, all_texts), usable)
         found: list[tuple[float, int, list[int]]] = []
         for c in alone.amax(0).argsort(descending=True)[:CLASSES].tolist():
-            best, values = ids, alone[:, c]
+            best, values, texts = ids, alone[:, c], torch.nonzero(usable[:, c]).flatten()
+            if len(texts) == 0:
+                continue
             pool = words[values.argsort(descending=True, stable=True)[:POOL]].tolist()
             for length in range(1, LONGEST + 1):
                 order = values.argsort(descending=True, stable=True).tolist()
@@ -54,7 +58,7 @@ class Suspects:
                 if length == LONGEST or not longer:
                     break
                 best = torch.tensor(longer, device="cpu")
-                values = _means(score(best), usable)[:, c]
+                values = score(best, texts)[:, :, c].mean(1)
         kept = [item for c in {item[1] for item in found} for item in sorted(f for f in found if f[1] == c)[-TOP:]]
         kept.sort(reverse=True)
         rows = [[*ids, *[-1] * (LONGEST - len(ids))] for _, _, ids in kept]
