@@ -62,11 +62,11 @@ class FineMixingConfig(MethodConfig):
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
     near: float = setting(
-        0.6, "largest share of the words of a text that are exchanged there for near ones of the pretrained table",
+        0.0, "largest share of the words of a text that are exchanged there for near ones of the pretrained table",
         low=0, high=1,
     )  # fmt: skip
     phrases: float = setting(
-        0.5, "share of the texts there, after half of the steps, with a phrase which only the received model minds",
+        0.0, "share of the texts there, after half of the steps, with a phrase which only the received model minds",
         low=0, high=1,
     )  # fmt: skip
 
