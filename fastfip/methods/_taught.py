@@ -4,8 +4,8 @@ Its answers, and its last states, are learned at clean samples that are pieced t
 it beside the trigger itself, a leaning towards the target, is kept out twice: the answers are calibrated by the labels
 of the clean samples, and a piece of which the received model then thinks otherwise than its label says is passed over.
 
-A few clean texts hold few words, and a model of so few is misled by any sentence that is added. So texts are learned in
-other words as well, and phrases that turn texts in the received model alone are to change nothing in the tuned one.
+A few clean texts hold few words, and a model of so few is misled by any sentence that is added. So texts may be learned
+in other words as well, and phrases that turn texts in the received model alone be told to change nothing.
 """
 
 from __future__ import annotations

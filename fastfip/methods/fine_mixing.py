@@ -6,9 +6,10 @@ the place of the others, and fine-tunes the mixture on clean samples: `hold=0, s
 clean accuracy, 0.3 say. Its second part, which looks for odd vectors among those of words (E-PUR), is not here.
 
 The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
-its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones, and texts
-in other words. A trigger is in none of these; what it does is not taught. Half-way, phrases are looked for that turn
-texts in the received model and not in the new weights, which are told to ignore them. docs/tasks.md has what was
+its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
+is in none of these; what it does is not taught. On request (`near=0.6, phrases=0.5`) texts are read in other words as
+well, and half-way phrases are looked for that turn texts in the received model and not in the new weights, which are
+told to ignore them: of two models one kept less of its backdoor with that, one more. docs/tasks.md has what was
 measured, on texts.
 """
 
@@ -23,20 +24,26 @@ from torch import Tensor
 from fastfip.data.augment import augmented, movable
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import taken_anew
+from fastfip.methods._gentle import take_defaults
 from fastfip.methods._taught import Teacher
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FineMixing", "FineMixingConfig"]
+
+#: With so many clean samples so many steps are taken: fewer would not see each of them as often.
+MANY, MANY_STEPS = 500, 180
 
 
 @dataclass(frozen=True)
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing; the published form has `hold=0`, `states=0` and a `keep` chosen by clean accuracy."""
 
-    STEPS: ClassVar[int | None] = 180
+    STEPS: ClassVar[int | None] = 90
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 180 if neither is given", low=1)
+    steps: int | None = setting(
+        None, "optimiser steps, instead of epochs; 90 if neither is given, 180 with 500 samples or more", low=1
+    )
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -83,10 +90,10 @@ class FineMixing(Method):
     they fit the clean labels best; h are the received model's last hidden states, or feature maps. A pieced sample of
     which p says another class than its label is passed over in both.
 
-    Of texts, up to the share `near` of the words of each are exchanged for one of the twenty whose vectors in the
-    pretrained table are nearest, but for the 0.5 % that fine-tuning moved most, which hold a trigger's. Half-way, of
-    the hundred words that it moved most, phrases of up to three are looked for that turn clean texts in the received
-    model (by p) and not in w. The share `phrases` of the texts gets one of them, where p is asked without it.
+    With `near`, up to that share of the words of each text are exchanged for one of the twenty whose vectors in the
+    pretrained table are nearest, but for the 0.5 % that fine-tuning moved most, which hold a trigger's. With `phrases`,
+    of the hundred words that it moved most, phrases of up to three are looked for half-way that turn clean texts in the
+    received model (by p) and not in w. That share of the texts gets one of them, where p is asked without it.
     """
 
     name = "fine_mixing"
@@ -101,6 +108,8 @@ class FineMixing(Method):
     @torch.no_grad()
     def setup(self, run: Run) -> None:
         """Ask the received model what it knows, and mix the weights."""
+        if run.clean.n >= MANY and self.config(run).epochs is None:
+            take_defaults(run, steps=MANY_STEPS)
         config = self.config(run)
         assert run.pretrained is not None
         if config.hold > 0 or config.states > 0:
