@@ -232,11 +232,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv of SST-2")
     parser.add_argument("--attack", choices=list(TARGETS), default="words")
     parser.add_argument("--method", default="auto")
+    parser.add_argument("--clean", type=int, default=CLEAN, help="sentences to purify with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     weights = args.weights if args.weights is not None and (args.weights / "model.safetensors").exists() else None
-    texts = corpus(args.data, None if weights is None else weights / "tokenizer.json", args.seed)
+    texts = corpus(args.data, None if weights is None else weights / "tokenizer.json", args.seed, args.clean)
     start = time.time()
     model = backdoored(args.attack, texts, weights, args.seed)
     acc, asr = rates(model, texts, args.attack)
