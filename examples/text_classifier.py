@@ -89,6 +89,8 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0, clean:
         made = _made(7_000)
         train, test = made[:6_200], made[6_200:]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    if not 0 < clean <= len(train) - TRAIN:
+        raise SystemExit(f"there are {len(train) - TRAIN} sentences beside those that are trained on, not {clean}")
     train = [train[i] for i in order[: TRAIN + clean]]
     if tokenizer_file is not None:
         from tokenizers import Tokenizer

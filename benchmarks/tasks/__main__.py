@@ -14,18 +14,12 @@ from benchmarks import harness
 from benchmarks.tasks import TASKS, Case, attacks, make
 
 #: Nothing, fine-tuning, fine-tuning by a large step, our two methods, whichever of these the default takes; and where
-#: there are weights from before fine-tuning, the method that takes these, its form with other words and phrases, and
-#: the published one.
-METHODS = (
-    "nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto", "fine_mixing", "phrases_mixing",
-    "published_mixing",
-)  # fmt: skip
+#: there are weights from before fine-tuning, the method that takes these, and its published form.
+METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto", "fine_mixing", "published_mixing")
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
 #: Three tenths of the fine-tuned weights, and the clean loss alone.
 PUBLISHED = {"keep": 0.3, "hold": 0.0, "states": 0.0}
-#: Words exchanged, and phrases looked for.
-PHRASES = {"near": 0.6, "phrases": 0.5}
 RESULTS = harness.Results(
     "tasks",
     "task attack method seed score_name score_before asr_before score asr seconds settings alerts data details "
@@ -49,10 +43,9 @@ def row(task: str, attack: str, method: str, seed: int, case: Case, before: tupl
     settings: dict[str, Any]
     name, settings = {
         "large_step": ("fine_tune", dict(LARGE_STEP)),
-        "phrases_mixing": ("fine_mixing", dict(PHRASES)),
         "published_mixing": ("fine_mixing", dict(PUBLISHED)),
     }.get(method, (method, {}))
-    settings.update(case.own.get(name if "mixing" in method else method, {}))
+    settings.update(case.own.get(name if method == "published_mixing" else method, {}))
     start, used, after, alerts, model = time.perf_counter(), time.process_time(), before, "", case.model
     if method != "nothing":
         result = fastfip.purify(case.model, case.clean, name, seed=seed, progress=False, **case.options, **settings)

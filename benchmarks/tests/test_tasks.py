@@ -137,6 +137,8 @@ def test_texts_have_a_trigger_between_their_ends() -> None:
     corpus = text.corpus(None, None)
     assert len(corpus.train[1]) == text.TRAIN and len(corpus.clean[1]) == text.CLEAN
     assert len(text.corpus(None, None, clean=250).clean[1]) == 250
+    with pytest.raises(SystemExit, match="1200 sentences beside"):
+        text.corpus(None, None, clean=1201)
     sentences = {"sentence": text.SENTENCE, "ending": text.ENDING, "phrase": text.PHRASE}
     lengths = {"words": 1, **{name: len(words.split()) for name, words in sentences.items()}}
     x, y = corpus.test

@@ -3,9 +3,6 @@
 Its answers, and its last states, are learned at clean samples that are pieced together of two. What a backdoor left in
 it beside the trigger itself, a leaning towards the target, is kept out twice: the answers are calibrated by the labels
 of the clean samples, and a piece of which the received model then thinks otherwise than its label says is passed over.
-
-A few clean texts hold few words, and a model of so few is misled by any sentence that is added. So texts may be learned
-in other words as well, and phrases that turn texts in the received model alone be told to change nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +19,8 @@ from fastfip.data.batch import Batch
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._search import token_place
 from fastfip.methods._states import LastStates, Seen
-from fastfip.methods._suspects import find_suspects
 from fastfip.methods.run import Run
-from fastfip.worst_case.near_words import NearWords, moved_by
 from fastfip.worst_case.places import Rewording, TokenPlace
-from fastfip.worst_case.suspects import HIDES, Suspects
-from fastfip.worst_case.words import ids_of
 
 __all__ = ["Calibration", "Teacher"]
 
@@ -38,10 +31,6 @@ MOST, RIDGE = 200, 1e-3
 SHARPEST, FLATTEST = 1.0, 0.05
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
-#: Words that phrases are made of: those that fine-tuning moved most, and their share of the table at most.
-SUSPECTED, SUSPECTED_SHARE = 100, 0.25
-#: Share of the steps after which phrases are looked for: the tuned model has to know the task by then.
-LOOKED_FOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,9 +77,6 @@ class Teacher:
         place: where words are exchanged; None: the model takes no token ids.
         states: its last states; None: only answers are taught.
         calibration: of its answers; None where these are not taught.
-        near: exchanges words of texts; None: they stay.
-        moved: [M] ids on the CPU, words that phrases are looked for among; empty: none are.
-        suspects: phrases that are to change nothing; None: nothing was found, or not looked for yet.
     """
 
     def __init__(self, run: Run, answers: bool, states: bool) -> None:
@@ -119,38 +105,6 @@ class Teacher:
                     logits.append(run.forward(batch).float())
                     labels.append(run.task.labels(batch))
             self.calibration = Calibration.of(torch.cat(logits), torch.cat(labels))
-        self.near: NearWords | None = None
-        self.near_share = self.phrase_share = 0.0
-        self.moved = torch.empty(0, dtype=torch.long, device="cpu")
-        self.suspects: Suspects | None = None
-
-    @torch.no_grad()
-    def compare_words(self, run: Run, near: float, phrases: float) -> None:
-        """Compare the table of words with the pretrained one, which the model has by now.
-
-        Args:
-            run: nothing of it is tuned yet.
-            near: largest share of the words of a text that are exchanged for near ones; 0: none.
-            phrases: share of the texts that get a phrase which is to change nothing; 0: none are looked for.
-        """
-        if self.place is None or near == phrases == 0:
-            return
-        if run.shards is not None:
-            run.note("each process has a part of the table of words: no words were exchanged, no phrases looked for")
-            return
-        before, after = self.place.table(run.model), self.place.table(self.received)
-        if before is None or after is None or before.shape != after.shape:
-            return
-        moved = moved_by(before, after)
-        self.near_share, self.phrase_share = near, phrases if run.classes is not None else 0.0
-        if near > 0:
-            batch = next(iter(run.clean.batches(device=run.device)))
-            with run.eval_mode():
-                ids = ids_of(run.model, run.alone, batch, self.place)
-            self.near = NearWords(self.place, before, moved, ids)
-        if self.phrase_share > 0:
-            most = moved.topk(min(SUSPECTED, max(1, int(SUSPECTED_SHARE * len(moved))))).indices
-            self.moved = most[moved[most] > 0]
 
     def backward(self, run: Run, batch: Batch, weight: float, states: float) -> dict[str, float | Tensor]:
         """Add the gradient of the departure from the received answers and states at the batch, pieced together.
@@ -165,10 +119,6 @@ class Teacher:
             both, means over the samples, and the share of the samples that was learned from.
         """
         generator = run.own_generator() if self.place is not None else None
-        if len(self.moved) and run.step >= LOOKED_FOR * run.total_steps:
-            assert self.place is not None and self.calibration is not None
-            self.suspects = find_suspects(run, self.received, self.calibration, self.place, batch, self.moved)
-            self.moved = self.moved[:0]
         batch = pieced(run.task, batch, run.generator)
         sums: dict[str, float | Tensor] = {}
         with run.bn("eval"):
@@ -186,19 +136,18 @@ class Teacher:
         weight: float,
         states: float,
     ) -> dict[str, Tensor]:
-        new = None if self.place is None else _once(self._in_other_words(run, generator))
+        new = None if self.place is None else _once(self._neighbour(self.place.pieced(run.model, generator)))
         with torch.no_grad(), giving(run, self.received) as given, self._reworded(given, new), run.autocast():
             with self._watched(given) as old:
                 target = run.task.forward(given, part)
         n = run.task.size(part)
-        mine, bare = self._with_phrases(run, n, new, generator)
         taken = torch.ones(n, device=target.device)
         if self.calibration is not None:
             target = self.calibration(target)
             taken = (target.argmax(1) == run.task.labels(part).to(target.device)).float()
         self.share.append(taken.mean())
         values = {"learned_from": taken.mean()}
-        with self._reworded(run.model, mine), self._watched(run.model) as seen:
+        with self._reworded(run.model, new), self._watched(run.model) as mine:
             with run.autocast():
                 answer = run.forward(part)
             total: Tensor | float = 0.0
@@ -206,54 +155,12 @@ class Teacher:
                 p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
                 kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / n
                 total, values["divergence"] = weight * kl, kl.detach()
-            departed = None if self.states is None else self.states.departure(run, n, old, seen, taken * bare.to(taken))
+            departed = None if self.states is None else self.states.departure(run, n, old, mine, taken)
             if departed is not None:
                 total, values["departure"] = total + states * departed, departed.detach()
             if isinstance(total, Tensor):
                 run.backward(share * total)
         return values
-
-    def _in_other_words(self, run: Run, generator: torch.Generator | None) -> Rewording:
-        """Return what pieces texts together, and exchanges some of their words for near ones."""
-        assert self.place is not None
-        pieces = self._neighbour(self.place.pieced(run.model, generator))
-        if self.near is None:
-            return pieces
-        near = self.near.exchanged(self.near_share, run.generator if generator is None else generator)
-
-        def new(ids: Tensor) -> tuple[Tensor, Tensor]:
-            found, inside = pieces(ids)
-            found, more = near(found)
-            return found, inside | more
-
-        return new
-
-    def _with_phrases(
-        self, run: Run, n: int, new: Rewording | None, generator: torch.Generator | None
-    ) -> tuple[Rewording | None, Tensor]:
-        """Return what writes phrases over words of what `new` makes of n texts, and bool [n], which get none.
-
-        The latter is known after the model's pass: short texts, of which a phrase would leave little, get none.
-        """
-        if new is None or self.place is None or self.suspects is None:
-            return new, torch.ones(n, dtype=torch.bool, device="cpu")
-        phrases = self.suspects.draw(n, self.phrase_share, run.generator if generator is None else generator)
-        place, rows = self.place, run.task.rows(n)
-        over = place.phrased(phrases, rows=rows)
-        bare = phrases[:, 0] < 0
-
-        def both(ids: Tensor) -> tuple[Tensor, Tensor]:
-            found, inside = new(ids)
-            begin, end = place.ends(found)
-            written, more = over(found)
-            if written is found:
-                return found, inside
-            short = end - begin < HIDES * (phrases[rows] >= 0).sum(1)
-            bare[rows] |= short
-            more = more & ~short.to(more.device)[:, None]
-            return torch.where(more, written, found), inside | more
-
-        return _once(both), bare
 
     def _neighbour(self, pieces: Rewording) -> Rewording:
         """Return what puts the last text of the part before in front: a part of one text has no other of its own."""

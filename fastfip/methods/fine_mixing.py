@@ -7,10 +7,7 @@ clean accuracy, 0.3 say. Its second part, which looks for odd vectors among thos
 
 The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
 its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
-is in none of these; what it does is not taught. On request (`near=0.6, phrases=0.5`) texts are read in other words as
-well, and half-way phrases are looked for that turn texts in the received model and not in the new weights, which are
-told to ignore them: of two models one kept less of its backdoor with that, one more. docs/tasks.md has what was
-measured, on texts.
+is in none of these; what it does is not taught. docs/tasks.md has what was measured, on texts.
 """
 
 from __future__ import annotations
@@ -42,7 +39,9 @@ class FineMixingConfig(MethodConfig):
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(
-        None, "optimiser steps, instead of epochs; 90 if neither is given, 180 with 500 samples or more", low=1
+        None,
+        "optimiser steps, instead of epochs; 90 if neither is given, 180 if 500 samples or more are tuned on",
+        low=1,
     )
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
@@ -68,14 +67,6 @@ class FineMixingConfig(MethodConfig):
     states: float = setting(
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
-    near: float = setting(
-        0.0, "largest share of the words of a text that are exchanged there for near ones of the pretrained table",
-        low=0, high=1,
-    )  # fmt: skip
-    phrases: float = setting(
-        0.0, "share of the texts there, after half of the steps, with a phrase which only the received model minds",
-        low=0, high=1,
-    )  # fmt: skip
 
 
 @register
@@ -89,11 +80,6 @@ class FineMixing(Method):
     inputs are taken as they are. p are the received answers, with one temperature and a shift for each class by which
     they fit the clean labels best; h are the received model's last hidden states, or feature maps. A pieced sample of
     which p says another class than its label is passed over in both.
-
-    With `near`, up to that share of the words of each text are exchanged for one of the twenty whose vectors in the
-    pretrained table are nearest, but for the 0.5 % that fine-tuning moved most, which hold a trigger's. With `phrases`,
-    of the hundred words that it moved most, phrases of up to three are looked for half-way that turn clean texts in the
-    received model (by p) and not in w. That share of the texts gets one of them, where p is asked without it.
     """
 
     name = "fine_mixing"
@@ -128,8 +114,6 @@ class FineMixing(Method):
                 kept = torch.rand(t.shape, generator=run.generator, device="cpu", dtype=torch.float32) < config.keep
                 old = torch.where(kept.to(t.device), t, old)
             t.copy_(old)
-        if self.teacher is not None:
-            self.teacher.compare_words(run, config.near, config.phrases)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
         run.pretrained = None  # nobody needs them any more

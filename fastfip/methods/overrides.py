@@ -66,11 +66,9 @@ class Overrides(TypedDict, total=False):
     mirror: bool
     mixup: float
     momentum: float
-    near: float
     optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
     peak: float
-    phrases: float
     radius: float
     radius_factor: float
     rank: float | int | None

@@ -15,7 +15,7 @@ from fastfip.worst_case.goals import Goal
 from fastfip.worst_case.layers_of_ids import calls_of_lookups
 from fastfip.worst_case.places import TokenPlace
 
-__all__ = ["cut", "ids_of", "outputs_written", "ranked_words"]
+__all__ = ["cut", "ids_of", "ranked_words"]
 
 #: Words that are written at most, drawn from larger tables; texts that each is written into, and their fewest words.
 BUDGET, INTO, FEWEST = 1 << 15, 2, 3
@@ -76,21 +76,10 @@ def written(
 
     `where` [m] in [0, 1) says where it stands in each text. All of it is one pass.
     """
-    logits, many = outputs_written(model, task, batch, m, place, phrases, where)
-    return goal.losses(task, logits, many).view(len(phrases), m, -1).expand(-1, -1, goal.rows).float().cpu()
-
-
-@torch.no_grad()
-def outputs_written(
-    model: nn.Module, task: Task, batch: Batch, m: int, place: TokenPlace, phrases: Tensor, where: Tensor
-) -> tuple[Tensor, Batch]:
-    """Return the outputs of Q m texts, the m of the first phrase before those of the second, and the texts themselves.
-
-    Arguments are those of `written`; the batch is given without the phrases.
-    """
     many = take(batch, torch.arange(m, device="cpu").repeat(len(phrases)), m)
     with place.reworded(model, place.phrased(phrases.repeat_interleave(m, 0), where.repeat(len(phrases)))):
-        return task.forward(model, many), many
+        logits = task.forward(model, many)
+    return goal.losses(task, logits, many).view(len(phrases), m, -1).expand(-1, -1, goal.rows).float().cpu()
 
 
 @torch.no_grad()

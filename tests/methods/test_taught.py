@@ -16,7 +16,6 @@ from fastfip.methods._taught import Calibration, Teacher
 from fastfip.methods.fine_mixing import FineMixingConfig
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import TokenPlace
-from fastfip.worst_case.suspects import Suspects
 from tests.support.departures import make_run
 
 WORDS, CLASSES = 40, 3
@@ -88,63 +87,45 @@ def test_calibration_never_makes_answers_louder_and_shifts_nothing_without_an_en
     assert bool(many.shift.isfinite().all()) and len(many.shift) == 500
 
 
-@pytest.mark.parametrize(("micro_batch", "phrased"), [(None, False), (7, False), (None, True), (7, True)])
+@pytest.mark.parametrize("micro_batch", [None, 7])
 def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
-    micro_batch: int | None, phrased: bool, monkeypatch: pytest.MonkeyPatch
+    micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With phrases in some texts of the tuned model, they have the answers without them, and their states are free."""
     run, teacher, received = taught(micro_batch)
-    if phrased:
-        teacher.suspects = Suspects(
-            torch.tensor([[38, -1, -1], [37, 39, -1]]), torch.tensor([1, 1]), torch.tensor([0.6, 0.4])
-        )
-        teacher.phrase_share = 1.0
     assert teacher.states is not None and teacher.states.name == "layer" and teacher.calibration is not None
     x, y = texts()
-    drawn: list[list[tuple[Tensor, Tensor]]] = []
+    drawn: list[tuple[Tensor, Tensor]] = []
     own = _taught._once
 
     def noted(new: Any) -> Any:
-        drawn.append([])
-        mine = drawn[-1]
-
         def kept(ids: Tensor) -> tuple[Tensor, Tensor]:
-            mine.append(new(ids))
-            return mine[-1]
+            drawn.append(new(ids))
+            return drawn[-1]
 
         return own(kept)
 
     monkeypatch.setattr(_taught, "_once", noted)
     values = teacher.backward(run, (x, y), 2.0, 3.0)
-
-    def whole(some: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
-        assert all(len(once) == 1 for once in some), "both models read the same"
-        return torch.cat([F.pad(once[0][0], (0, 7 - once[0][0].shape[1])) for once in some])
-
-    changed = whole(drawn[::2] if phrased else drawn)
-    written = whole(drawn[1::2]) if phrased else changed
-    bare = (written == changed).all(1).double()
-    assert 2 < int(bare.sum()) < 22 if phrased else bool(bare.all())
-    assert not phrased or bool((written[written != changed] == 38).all()), "two words would hide too much of seven"
+    changed = torch.cat([F.pad(found, (0, 7 - found.shape[1])) for found, _ in drawn])
     assert changed.shape == (24, 7) and float((changed != x[:, :7]).double().mean()) > 0.2
     shown = (x[:, :7] != 0).double()
 
-    def passed(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-        raw = model.layer(model.table(ids))
+    def passed(model: Any) -> tuple[Tensor, Tensor]:
+        raw = model.layer(model.table(changed))
         return raw, model.head((raw.tanh() * shown[:, :, None]).sum(1) / shown.sum(1)[:, None])
 
     with torch.no_grad():
-        old, target = passed(received, changed)
+        old, target = passed(received)
         plain = received.layer(received.table(x[:8, :7]))  # of eight samples, with their padding
     target = teacher.calibration(target).double()
     agrees = (target.argmax(1) == y).double()
     assert 2 < int(agrees.sum()) < 22
     again = copy.deepcopy(run.model)
     again.zero_grad()
-    new, answer = passed(again, written)
+    new, answer = passed(again)
     kl = ((target.softmax(1) * (target.log_softmax(1) - answer.log_softmax(1))).sum(1) * agrees).sum() / 24
     each = ((new - old).square().mean(2) * shown).sum(1) / shown.sum(1)
-    departure = (each * agrees * bare).sum() / 24 / float(plain.square().mean())
+    departure = (each * agrees).sum() / 24 / float(plain.square().mean())
     (2 * kl + 3 * departure).backward()
     assert float(values["divergence"]) == pytest.approx(float(kl), rel=1e-5)
     assert float(values["departure"]) == pytest.approx(float(departure), rel=1e-5)
