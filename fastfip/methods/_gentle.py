@@ -1,4 +1,4 @@
-"""Defaults that depend on the data: those of `fisher_steps` for models that cannot learn again what it destroys."""
+"""Defaults of `fisher_steps` for models that cannot learn again what its usual steps destroy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastfip.methods.run import Run
 
-__all__ = ["FOUND_RADIUS", "SPARSE", "for_clouds", "for_found", "for_sparse", "for_texts", "take_defaults"]
+__all__ = ["FOUND_RADIUS", "SPARSE", "for_clouds", "for_found", "for_sparse", "for_texts"]
 
 #: With fewer clean samples a class nothing is destroyed, as it cannot be learned again: so long and so many are steps.
 SPARSE, SPARSE_LENGTH, SPARSE_STEPS = 3, 0.1, 75
@@ -30,7 +30,7 @@ HELD_UNTIL, HELD_BACK = 0.95, 0.0
 
 def for_sparse(run: Run) -> None:
     """Take the settings for fewer than `SPARSE` clean samples a class."""
-    take_defaults(run, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
+    _take(run, length=SPARSE_LENGTH, steps=SPARSE_STEPS, bn_mode="eval")
 
 
 def for_found(run: Run, usual_length: bool) -> None:
@@ -40,14 +40,14 @@ def for_found(run: Run, usual_length: bool) -> None:
         run: after `for_sparse`.
         usual_length: the length was the default before that.
     """
-    take_defaults(run, weight=FOUND_WEIGHT, back=FOUND_BACK)
+    _take(run, weight=FOUND_WEIGHT, back=FOUND_BACK)
     if usual_length and "length" not in run.chosen:
         run.config = run.config.replace(length=FOUND_LENGTH)
 
 
 def for_clouds(run: Run, points: int) -> None:
     """Take the settings for point clouds of so many points; on a CPU they go through the model in parts."""
-    take_defaults(run, bn_mode="eval", back=CLOUD_BACK, hold=CLOUD_HOLD)
+    _take(run, bn_mode="eval", back=CLOUD_BACK, hold=CLOUD_HOLD)
     if run.micro_batch is None and run.ranks is None and run.device.type == "cpu" and run.config.bn_mode != "train":
         run.micro_batch = max(FEWEST_CLOUDS, CLOUD_POINTS // points)
         run.task = replace(run.task, most=run.micro_batch)
@@ -55,12 +55,12 @@ def for_clouds(run: Run, points: int) -> None:
 
 def for_texts(run: Run, held: bool) -> None:
     """Take the settings for token ids whose words are unlearned, with the received answers held or not."""
-    take_defaults(run, steps=TEXT_STEPS, batch_size=TEXT_BATCH, back=HELD_BACK if held else TEXT_BACK)
+    _take(run, steps=TEXT_STEPS, batch_size=TEXT_BATCH, back=HELD_BACK if held else TEXT_BACK)
     if held:
-        take_defaults(run, unlearn=HELD_UNTIL, changes=HELD_UNTIL)
+        _take(run, unlearn=HELD_UNTIL, changes=HELD_UNTIL)
 
 
-def take_defaults(run: Run, **less: Any) -> None:
+def _take(run: Run, **less: Any) -> None:
     """Change the settings that the user has not given, and that are the defaults."""
     usual = type(run.config)()
     free = (name for name in less if name not in run.chosen and getattr(run.config, name) == getattr(usual, name))

@@ -21,14 +21,10 @@ from torch import Tensor
 from fastfip.data.augment import augmented, movable
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import taken_anew
-from fastfip.methods._gentle import take_defaults
 from fastfip.methods._taught import Teacher
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FineMixing", "FineMixingConfig"]
-
-#: With so many clean samples so many steps are taken: fewer would not see each of them as often.
-MANY, MANY_STEPS = 500, 180
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class FineMixingConfig(MethodConfig):
     epochs: int | None = setting(None, "passes over the clean set", low=1)
     steps: int | None = setting(
         None,
-        "optimiser steps, instead of epochs; 90 if neither is given, 180 if 500 samples or more are tuned on",
+        "optimiser steps, instead of epochs; 90 if neither is given",
         low=1,
     )
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
@@ -94,8 +90,6 @@ class FineMixing(Method):
     @torch.no_grad()
     def setup(self, run: Run) -> None:
         """Ask the received model what it knows, and mix the weights."""
-        if run.clean.n >= MANY and self.config(run).epochs is None:
-            take_defaults(run, steps=MANY_STEPS)
         config = self.config(run)
         assert run.pretrained is not None
         if config.hold > 0 or config.states > 0:

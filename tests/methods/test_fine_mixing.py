@@ -195,38 +195,3 @@ def test_a_run_that_is_broken_off_before_anything_was_scored_gives_the_received_
     assert result.interrupted
     as_given = all(torch.equal(p, q) for p, q in zip(result.model.parameters(), model.parameters(), strict=True))
     assert as_given == (where != "second epoch")
-
-
-def moved(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(0.01)
-    return other
-
-
-@pytest.mark.parametrize(("samples", "options", "steps"), [(500, {}, 180), (499, {}, 90), (500, {"steps": 2}, 2)])
-def test_many_samples_get_more_steps_unless_their_number_is_given(
-    samples: int, options: dict[str, Any], steps: int
-) -> None:
-    before = Reader(encoder())
-    model = moved(before)
-    options = {
-        "pretrained": before,
-        "hold": 0.0,
-        "states": 0.0,
-        "batch_size": 4,
-        "progress": False,
-        "force": True,
-        **options,
-    }
-    result = fastfip.purify(model, texts(samples, 4), "fine_mixing", **options)
-    assert result.settings["steps"] == steps
-
-
-def test_passes_that_were_asked_for_are_kept() -> None:
-    before = Reader(encoder())
-    model = moved(before)
-    options: dict[str, Any] = {"pretrained": before, "hold": 0.0, "states": 0.0, "epochs": 1, "force": True}
-    result = fastfip.purify(model, texts(500, 4), "fine_mixing", **options)
-    assert len(result.history) == 1, result.settings
