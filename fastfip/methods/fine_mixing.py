@@ -34,11 +34,7 @@ class FineMixingConfig(MethodConfig):
     STEPS: ClassVar[int | None] = 90
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(
-        None,
-        "optimiser steps, instead of epochs; 90 if neither is given",
-        low=1,
-    )
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
