@@ -23,7 +23,9 @@ def make(attack: str, seed: int, clean: int | None = None) -> Case:
     weights = Path(os.environ.get("FASTFIP_WEIGHTS", "."))
     if not (weights / "model.safetensors").exists():
         raise SystemExit("FASTFIP_WEIGHTS has to be the folder with model.safetensors and tokenizer.json of MiniLM-L6")
-    texts = example.corpus(data_dir() / "sst2", weights / "tokenizer.json", seed, clean or example.CLEAN)
+    texts = example.corpus(
+        data_dir() / "sst2", weights / "tokenizer.json", seed, example.CLEAN if clean is None else clean
+    )
     kept = harness.cache_dir() / f"tasks-text-{attack}-{seed}.pt"
     if kept.exists():
         model = example.network(weights, 0)

@@ -341,3 +341,19 @@ def test_transformers_of_the_suite():
         f"`fast_wfip` leaves {float(nets['blend']['fast_wfip']['asr']):.0f} % of Blend",
     )
     assert all(float(nets[name]["large_step"]["acc"]) < 5 for name in nets)
+
+
+def test_texts_with_a_thousand_clean_sentences():
+    for attack, seed, said_so in (("words", 1, ""), ("sentence", 1, " (development)"), ("ending", 0, " (development)"),
+                                  ("phrase", 0, "")):  # fmt: skip
+        found = {
+            row["method"]: row
+            for row in rows("tasks", task="text", attack=attack, seed=seed)
+            if "1000 others clean" in row["data"]
+        }
+        cells = []
+        for method in ("nothing", "fine_mixing"):
+            own = re.search(r"([\d.]+) % of the attacked sentences", found[method]["details"])[1]
+            numbers = [found[method]["score"], found[method]["asr"], own]
+            cells.append(" / ".join("100" if float(n) == 100 else rounded(n) for n in numbers))
+        said("docs/tasks.md", f"| {attack}, seed {seed}{said_so} | {' | '.join(cells)} |")
