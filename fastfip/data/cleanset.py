@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, move_to, to_tensors
+from fastfip.data.lengths import Padding, alike
 from fastfip.data.outputs import binary_labels
 from fastfip.data.stores import (
     DEFAULT_BATCH,
@@ -47,6 +48,8 @@ class CleanSet:
         self.batch_size = batch_size
         self.task = task
         self.binary = False
+        self.padding: Padding | None = None
+        self.lengths: Tensor | None = None  # by the store's numbers
         self.notes: list[str] = []
         self.forms: list[tuple[int, Batch]] = []
 
@@ -129,8 +132,23 @@ class CleanSet:
         """Return some of the samples, by their place in this set."""
         labels = None if self.labels is None else self.labels[index]
         out = CleanSet(self._store, self._index[index], labels, self.batch_size, self.task)
-        out.binary = self.binary
+        out.binary, out.padding, out.lengths = self.binary, self.padding, self.lengths
         return out
+
+    def group_by_length(self, padding: Padding) -> None:
+        """Have texts of like lengths in a batch from now on wherever samples are shuffled (see `lengths.alike`).
+
+        Samples are read once for it. Sets that are made of this one later do the same.
+
+        Args:
+            padding: what fills the rows; where it may be cut, batches come without columns of padding alone.
+        """
+        found = [padding.lengths(self.task, batch) for batch in self.batches()]
+        known = [lengths for lengths in found if lengths is not None]
+        if len(known) == len(found):
+            self.lengths = torch.zeros(int(self._index.max()) + 1, dtype=torch.int64, device="cpu")
+            self.lengths[self._index[self.places()]] = torch.cat(known)
+            self.padding = padding
 
     @property
     def index(self) -> Tensor:
@@ -235,8 +253,9 @@ class CleanSet:
         return self._walked(iter(self._store.loader(order)), device)
 
     def _walked(self, batches: Iterator[Batch], device: torch.device | str | None) -> Iterator[Batch]:
-        for batch in batches:
-            yield move_to(self._given(batch), device)
+        for given in batches:
+            batch = self._given(given)
+            yield move_to(batch if self.padding is None else self.padding.cut(self.task, batch), device)
 
     def order(
         self,
@@ -255,6 +274,8 @@ class CleanSet:
         groups = [index] if parts is None else [index[parts[index] == p] for p in parts[index].unique().tolist()]
         chunks: list[list[int]] = []
         for group in groups:
+            if shuffle and self.lengths is not None:
+                group = alike(group, self.lengths, size, generator)
             mine = [group[i : i + size].tolist() for i in range(0, len(group), size)]
             if len(mine) > 1 and len(mine[-1]) < smallest:
                 last = mine.pop()

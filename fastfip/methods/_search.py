@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfip.data.batch import Batch, take
+from fastfip.data.lengths import Padding
 from fastfip.methods.base import Run
 from fastfip.worst_case.added_points import AddedPoints
 from fastfip.worst_case.goals import AwayFromTarget, Goal, TowardsClass
@@ -20,8 +21,8 @@ from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.universal import Perturbations
 
 __all__ = [
-    "IMPROVE_STEP", "SEARCH_BATCH", "added_points", "at_least", "grow", "inputs_of", "latent_worst_case",
-    "perturbed_tokens", "token_place", "worst_case",
+    "IMPROVE_STEP", "SEARCH_BATCH", "added_points", "at_least", "group_by_length", "grow", "inputs_of",
+    "latent_worst_case", "perturbed_tokens", "token_place", "worst_case",
 ]  # fmt: skip
 
 #: Success of the most susceptible class at which the radius grows no more, and the factor by which it grows.
@@ -34,6 +35,8 @@ IMPROVE_STEP = 0.3
 ADDED_STEPS = 20
 #: Samples of a perturbed batch, at least.
 SEARCH_BATCH = 64
+#: The shortest texts of a batch, by which it is seen whether a model answers the same without padding.
+FEW_TEXTS = 4
 #: Clean batches in which the vectors of tokens are looked at, and those that tell what a wrong answer costs.
 FEW_BATCHES = 8
 
@@ -88,6 +91,31 @@ def token_place(run: Run) -> tuple[TokenPlace, Tensor] | None:
     with run.eval_mode():
         found = TokenPlace.of(run.model, lambda batch: whole.forward(run.model, batch), batches, run.generator)
     return found if found is not None and _reaches(run, *found, batches[0]) else None
+
+
+@torch.no_grad()
+def group_by_length(run: Run, place: TokenPlace) -> None:
+    """Have clean texts of like lengths in a batch from now on, and leave padding out where the answers stay the same.
+
+    Args:
+        run: of several processes each does the same.
+        place: knows what fills the rows; where nothing does, batches stay as they are.
+    """
+    if place.padding is None:
+        return
+    task, padding = replace(run.alone, most=None), Padding(place.padding, cuts=True)
+    batch = next(iter(run.clean.batches(device=run.device)))
+    lengths, n = padding.lengths(task, batch), task.size(batch)
+    if lengths is None:
+        return
+    few = take(batch, lengths.argsort(stable=True)[:FEW_TEXTS], n)
+    with run.eval_mode():
+        try:
+            whole, less = (task.forward(run.model, some).float() for some in (few, padding.cut(task, few)))
+            same = whole.shape == less.shape and torch.allclose(whole, less, rtol=1e-3, atol=1e-3)
+        except Exception:  # a model of texts of one length
+            same = False
+    run.clean.group_by_length(Padding(place.padding, cuts=same))
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:

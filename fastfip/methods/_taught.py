@@ -3,6 +3,9 @@
 Its answers, and its last states, are learned at clean samples that are pieced together of two. What a backdoor left in
 it beside the trigger itself, a leaning towards the target, is kept out twice: the answers are calibrated by the labels
 of the clean samples, and a piece of which the received model then thinks otherwise than its label says is passed over.
+
+A model of a few clean texts is misled by any words that are added to one, a trigger before all. So phrases that turn
+texts in the received model alone are put into some of them, and the answers without these are taught.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.data.augment import pieced
-from fastfip.data.batch import Batch
+from fastfip.data.batch import Batch, take
 from fastfip.methods._received import giving, kept_received
-from fastfip.methods._search import token_place
+from fastfip.methods._search import group_by_length, token_place
 from fastfip.methods._states import LastStates, Seen
+from fastfip.methods._suspects import Wordings
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
+from fastfip.worst_case.suspects import Suspects
 
 __all__ = ["Calibration", "Teacher"]
 
@@ -31,6 +36,9 @@ MOST, RIDGE = 200, 1e-3
 SHARPEST, FLATTEST = 1.0, 0.05
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
+#: Share of the steps after which phrases are looked for, as the tuned model has to know the task by then, and after
+#: which again.
+LOOKED_FOR, AGAIN = 1 / 3, 1 / 5
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class Teacher:
         place: where words are exchanged; None: the model takes no token ids.
         states: its last states; None: only answers are taught.
         calibration: of its answers; None where these are not taught.
+        wordings: where phrases are looked for; None: nowhere.
+        suspects: those that were found.
     """
 
     def __init__(self, run: Run, answers: bool, states: bool) -> None:
@@ -89,11 +99,15 @@ class Teacher:
         """
         found = token_place(run)
         self.place: TokenPlace | None = None if found is None else found[0]
+        if self.place is not None:
+            group_by_length(run, self.place)
         self.received: nn.Module = kept_received(run)
         self.states = LastStates.of(run, self.place) if states else None
         self.calibration: Calibration | None = None
         self.answers, self.share = answers and run.classes is not None, list[Tensor]()
         self.last: Tensor | None = None
+        self.wordings: Wordings | None = None
+        self.suspects, self.worded, self.searches = Suspects.none(), 0.0, 0
         if answers and not self.answers:
             run.note("the outputs are not logits of classes: the received model's answers were not taught")
         if states and self.states is None:
@@ -105,6 +119,21 @@ class Teacher:
                     logits.append(run.forward(batch).float())
                     labels.append(run.task.labels(batch))
             self.calibration = Calibration.of(torch.cat(logits), torch.cat(labels))
+
+    def look_for_phrases(self, run: Run, share: float) -> None:
+        """Have phrases looked for later on, which are put into a share of the texts.
+
+        Args:
+            run: its model has the pretrained weights; nothing is tuned yet.
+            share: 0: none are looked for.
+        """
+        if share == 0 or self.place is None or self.calibration is None or not self.answers:
+            return
+        found = Wordings.of(run, self.received, self.place)
+        if isinstance(found, str):
+            run.note(f"no phrases were looked for that only the received model minds: {found}")
+        else:
+            self.wordings, self.worded = found, share
 
     def backward(self, run: Run, batch: Batch, weight: float, states: float) -> dict[str, float | Tensor]:
         """Add the gradient of the departure from the received answers and states at the batch, pieced together.
@@ -118,14 +147,61 @@ class Teacher:
         Returns:
             both, means over the samples, and the share of the samples that was learned from.
         """
+        self._search(run)
+        plain, worded, rest = self._worded(run, batch)
         generator = run.own_generator() if self.place is not None else None
-        batch = pieced(run.task, batch, run.generator)
         sums: dict[str, float | Tensor] = {}
+
+        def add(share: float, values: dict[str, Tensor]) -> None:
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + share * value
+
+        n = run.task.size(batch)
         with run.bn("eval"):
-            for part, share in run.parts(batch):
-                for name, value in self._part(run, part, share, generator, weight, states).items():
-                    sums[name] = sums.get(name, 0.0) + share * value
+            if plain is not None:
+                m = run.task.size(plain)
+                for place in run.places(m):
+                    few, share = take(plain, place, m), len(place) / n
+                    add(share, self._without_phrase(run, few, take(worded, place, m), share, weight))
+            if rest is not None:
+                batch, portion = pieced(run.task, rest, run.generator), run.task.size(rest) / n
+                for part, share in run.parts(batch):
+                    add(portion * share, self._part(run, part, portion * share, generator, weight, states))
         return sums
+
+    def _search(self, run: Run) -> None:
+        """Look for phrases if it is time to do so."""
+        if self.wordings is None or run.step < (LOOKED_FOR + self.searches * AGAIN) * run.total_steps:
+            return
+        assert self.calibration is not None
+        self.searches += 1
+        with run.timed("search"), giving(run, self.received) as given:
+            self.suspects = self.suspects.joined(self.wordings.search(run, given, self.calibration))
+
+    def _worded(self, run: Run, batch: Batch) -> tuple[Batch | None, Batch | None, Batch | None]:
+        """Divide a batch: texts, the same ones with phrases in between, and the others; None where there are none."""
+        if self.wordings is None or len(self.suspects) == 0:
+            return None, None, batch
+        n, task = run.task.size(batch), run.task
+        phrases = self.suspects.draw(task.labels(batch), self.worded, run.generator)
+        where = torch.rand(n, generator=run.generator, device="cpu", dtype=torch.float32)
+        worded, done = self.wordings.insertion.put(task, batch, phrases, where)
+        some, others = torch.nonzero(done).flatten(), torch.nonzero(~done).flatten()
+        if len(some) == 0:
+            return None, None, batch
+        return take(batch, some, n), take(worded, some, n), take(batch, others, n) if len(others) else None
+
+    def _without_phrase(self, run: Run, plain: Batch, worded: Batch, share: float, weight: float) -> dict[str, Tensor]:
+        """Add the gradient of the departure, at texts with a phrase in them, from the received answers without it."""
+        assert self.calibration is not None
+        with torch.no_grad(), giving(run, self.received) as given, run.autocast():
+            target = self.calibration(run.task.forward(given, plain))
+        taken = (target.argmax(1) == run.task.labels(plain).to(target.device)).float()
+        with run.autocast():
+            answer = run.forward(worded)
+        kl = _divergence(target, answer, taken)
+        run.backward(share * weight * kl)
+        return {"divergence": kl.detach()}
 
     def _part(
         self,
@@ -152,8 +228,7 @@ class Teacher:
                 answer = run.forward(part)
             total: Tensor | float = 0.0
             if self.answers:
-                p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
-                kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / n
+                kl = _divergence(target, answer, taken)
                 total, values["divergence"] = weight * kl, kl.detach()
             departed = None if self.states is None else self.states.departure(run, n, old, mine, taken)
             if departed is not None:
@@ -192,6 +267,12 @@ class Teacher:
 
     def _reworded(self, model: nn.Module, new: Rewording | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.place is None or new is None else self.place.reworded(model, new)
+
+
+def _divergence(target: Tensor, answer: Tensor, taken: Tensor) -> Tensor:
+    """Return KL(target || answer) of logits [N, C], the mean of those samples that are `taken`, [N], over all N."""
+    p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / len(taken)
 
 
 def _once(new: Rewording) -> Rewording:

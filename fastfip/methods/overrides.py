@@ -69,6 +69,7 @@ class Overrides(TypedDict, total=False):
     optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
     peak: float
+    phrases: float
     radius: float
     radius_factor: float
     rank: float | int | None

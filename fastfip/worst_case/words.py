@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastfip.data.batch import Batch, map_tensors, take
+from fastfip.data.batch import Batch, take
+from fastfip.data.lengths import columns_held, columns_of
 from fastfip.data.task import Task
 from fastfip.worst_case.goals import Goal
 from fastfip.worst_case.layers_of_ids import calls_of_lookups
@@ -108,15 +109,10 @@ def cut(model: nn.Module, task: Task, batch: Batch, place: TokenPlace, goal: Goa
     n, length = ids.shape
     if place.padding is None:
         return batch, length
-    held = torch.nonzero((ids != place.padding).any(0)).flatten()
-    if len(held) == 0 or len(held) == length:
+    begin, end = columns_held(ids, place.padding)
+    if (begin, end) == (0, length):
         return batch, length
-    begin, end = int(held[0]), int(held[-1]) + 1
-
-    def part(t: Tensor) -> Tensor:
-        return t[:, begin:end] if t.dim() > 1 and t.shape[:2] == (n, length) else t
-
-    short = map_tensors(part, batch)
+    short = columns_of(batch, n, length, begin, end)
     try:
         whole, less = (goal.losses(task, task.forward(model, some), some).float() for some in (batch, short))
     except Exception:  # a model of texts of one length

@@ -1,0 +1,145 @@
+"""The search for phrases that turn texts in the received model and not in the one that is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastfip.data.batch import Batch, take
+from fastfip.data.lengths import token_ids
+from fastfip.data.task import Task
+from fastfip.methods._search import precision
+from fastfip.methods.run import Run
+from fastfip.worst_case.inserted import Insertion
+from fastfip.worst_case.places import TokenPlace
+from fastfip.worst_case.suspects import LONGEST, Suspects
+
+__all__ = ["Wordings"]
+
+#: Words that phrases are made of: those that fine-tuning moved most, and their share of the table at most. An id that
+#: so many of the texts have is one of the tokenizer's own.
+SUSPECTED, SUSPECTED_SHARE, EVERYWHERE = 100, 0.25, 0.98
+#: Texts that are looked at, those of them that phrases are tried on, and texts of one pass at most.
+LOOKED_AT, TEXTS, TOGETHER = 256, 12, 64
+#: Tokens that a text has at least: what a phrase does to a shorter one says little.
+FEWEST = 4 * LONGEST
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """What phrases are made of, and how they are put into texts.
+
+    Attributes:
+        words: [M] ids on the CPU, the words that fine-tuning moved most, those first.
+        insertion: how they are put in.
+    """
+
+    words: Tensor
+    insertion: Insertion
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, run: Run, received: nn.Module, place: TokenPlace) -> Wordings | str:
+        """Compare the received table of words with that of the run's model, which is the pretrained one.
+
+        Returns:
+            or why no phrases can be looked for.
+        """
+        if run.shards is not None:
+            return "each process has a part of the table of words"
+        after, before = place.table(received), place.table(run.model)
+        if before is None or after is None or before.shape != after.shape:
+            return "the tables of words cannot be compared"
+        batch = _texts(run, torch.Generator(device="cpu").manual_seed(0))
+        ids = token_ids(run.alone, batch)
+        longest = 0 if run.clean.lengths is None else int(run.clean.lengths.max())
+        insertion = Insertion.of(run.alone, batch, place, longest)
+        if ids is None or insertion is None:
+            return "words cannot be put into these batches"
+        moved = (after.float() - before.float()).square().sum(1).cpu()
+        held = torch.zeros(len(moved), device="cpu")
+        for row in ids.cpu():
+            held[row.unique()] += 1
+        moved[held >= EVERYWHERE * len(ids)] = 0
+        moved[insertion.padding] = 0
+        most = moved.topk(min(SUSPECTED, max(1, int(SUSPECTED_SHARE * len(moved))))).indices
+        most = most[moved[most] > 0]
+        return cls(most, insertion) if len(most) else "fine-tuning moved no vector of a word"
+
+    @torch.no_grad()
+    def search(self, run: Run, received: nn.Module, calibration: Callable[[Tensor], Tensor]) -> Suspects:
+        """Look for phrases on a few texts that both models have right.
+
+        Args:
+            run: its model is the tuned one; every rank does the same work, and rank 0 says what was found.
+            received: the other one.
+            calibration: of its logits.
+        """
+        # A generator of its own: what is drawn of it may differ between ranks, whose answers do in the last digit.
+        seed = int(torch.randint(0, 2**62, (), generator=run.generator, device="cpu"))
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        with run.eval_mode(), precision(run):
+            found = self._found(run, received, calibration, _texts(run, generator), generator)
+        if run.ranks is not None:
+            found = Suspects(*run.ranks.from_first((found.ids, found.classes, found.scores)))
+        return found
+
+    def _found(
+        self,
+        run: Run,
+        received: nn.Module,
+        calibration: Callable[[Tensor], Tensor],
+        batch: Batch,
+        generator: torch.Generator,
+    ) -> Suspects:
+        task, most = run.alone, min(TOGETHER, run.micro_batch or TOGETHER)
+        n, y = task.size(batch), task.labels(batch).cpu()
+        assert run.classes is not None
+
+        def right(model: nn.Module) -> Tensor:
+            parts = torch.arange(n, device="cpu").split(most)
+            return torch.cat([task.forward(model, take(batch, part, n)).argmax(1).cpu() for part in parts]) == y
+
+        few = self._few(batch, task, right(received) & right(run.model), generator)
+        if len(few) == 0:
+            return Suspects.none()
+        where = torch.rand(len(few), generator=generator, device="cpu", dtype=torch.float32)
+
+        def answers(model: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+            def probabilities(phrases: Tensor, texts: Tensor) -> Tensor:
+                q, k = len(phrases), len(texts)
+                out = []
+                for part in torch.arange(q * k, device="cpu").split(most):
+                    at = texts[part % k]
+                    new, _ = self.insertion.put(task, take(batch, few[at], n), phrases[part // k], where[at])
+                    out.append(own(task.forward(model, new).float()).softmax(1).cpu())
+                return torch.cat(out).view(q, k, -1)
+
+            return probabilities
+
+        usable = y[few][:, None] != torch.arange(run.classes, device="cpu")
+        first, second = answers(received, calibration), answers(run.model, lambda logits: logits)
+        return Suspects.of(first, second, self.words, usable)
+
+    def _few(self, batch: Batch, task: Task, right: Tensor, generator: torch.Generator) -> Tensor:
+        """Return which texts phrases are tried on: not long ones, which cost more, and of as many classes as can be."""
+        ids, y = token_ids(task, batch), task.labels(batch).cpu()
+        assert ids is not None
+        tokens = (ids != self.insertion.padding).sum(1).cpu()
+        usable = torch.nonzero(right & (tokens >= FEWEST) & (tokens + LONGEST <= self.insertion.longest)).flatten()
+        short = usable[tokens[usable].argsort(stable=True)[: 4 * TEXTS]]
+        drawn = short[torch.randperm(len(short), generator=generator, device="cpu")]
+        before = torch.zeros(len(drawn), dtype=torch.long, device="cpu")  # how many of its class come before each
+        for c in y[drawn].unique().tolist():
+            mine = y[drawn] == c
+            before[mine] = torch.arange(int(mine.sum()), device="cpu")
+        return drawn[before.argsort(stable=True)[:TEXTS]]
+
+
+def _texts(run: Run, generator: torch.Generator) -> Batch:
+    """Return clean texts, drawn anew, as one batch: of a loader whose batches differ in their columns some of them."""
+    drawn = torch.randperm(run.clean.n, generator=generator, device="cpu")[:LOOKED_AT]
+    return next(iter(run.clean.subset(drawn.sort().values).batches(LOOKED_AT, device=run.device)))
