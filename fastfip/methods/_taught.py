@@ -11,7 +11,8 @@ texts in the received model alone are put into some of them, and the answers wit
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from fastfip.data.augment import pieced
 from fastfip.data.batch import Batch, take
+from fastfip.errors import ModelError
+from fastfip.methods._calibration import Calibration, levelling
+from fastfip.methods._classifier import LastLayer
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._search import group_by_length, token_place
 from fastfip.methods._states import LastStates, Seen
@@ -27,54 +31,15 @@ from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
 from fastfip.worst_case.suspects import Suspects
 
-__all__ = ["Calibration", "Teacher"]
+__all__ = ["Teacher"]
 
-#: Steps of the solver at most, and the weight of the squares of what it finds: without it a class that is never wrong
-#: would be shifted without an end.
-MOST, RIDGE = 200, 1e-3
-#: The inverse of the temperature is kept in this range.
-SHARPEST, FLATTEST = 1.0, 0.05
+#: Pieced samples at which the classes are levelled, at most.
+LEVELLED = 1024
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
 #: Share of the steps after which phrases are looked for, as the tuned model has to know the task by then, and after
 #: which again.
 LOOKED_FOR, AGAIN = 1 / 3, 1 / 5
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Answers `scale * logits + shift`, by which the received model fits the clean labels best.
-
-    One temperature and a shift for each class (Platt, 1999; Guo et al., arXiv 1706.04599), by the cross-entropy. What a
-    fine-tuned model says too loudly is said less so, and never more.
-    """
-
-    scale: float
-    shift: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> Calibration:
-        """Fit both to logits [n, C] and labels [n] by L-BFGS, in float64."""
-        z, y = logits.detach().double().cpu(), labels.detach().cpu().long()
-        scale = torch.ones((), dtype=torch.float64, device="cpu", requires_grad=True)
-        shift = torch.zeros(z.shape[1], dtype=torch.float64, device="cpu", requires_grad=True)
-        solver = torch.optim.LBFGS([scale, shift], max_iter=MOST, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            solver.zero_grad()
-            far = (scale - 1).square() + shift.square().sum()
-            value = F.cross_entropy(scale * z + shift, y) + RIDGE / 2 * far
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            solver.step(loss)
-        found = shift.detach() - shift.detach().mean()
-        return cls(min(SHARPEST, max(FLATTEST, float(scale.detach()))), found.float())
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return calibrated logits [N, C], in float32."""
-        return self.scale * logits.float() + self.shift.to(logits.device)
 
 
 class Teacher:
@@ -212,7 +177,7 @@ class Teacher:
         weight: float,
         states: float,
     ) -> dict[str, Tensor]:
-        new = None if self.place is None else _once(self._neighbour(self.place.pieced(run.model, generator)))
+        new = self._pieces(run, generator)
         with torch.no_grad(), giving(run, self.received) as given, self._reworded(given, new), run.autocast():
             with self._watched(given) as old:
                 target = run.task.forward(given, part)
@@ -236,6 +201,42 @@ class Teacher:
             if isinstance(total, Tensor):
                 run.backward(share * total)
         return values
+
+    @torch.no_grad()
+    def level(self, run: Run) -> None:
+        """Shift the logits of the tuned model so that it leans to no class more than the calibrated received answers.
+
+        What learns from a few samples leans to one class or another where it knows little, which changes its answers at
+        samples near the boundary, and so does a trigger's success. Pieced samples are met by neither model as they are,
+        so the leaning shows in them. The shift goes into the bias of the layer that makes the logits; where there is no
+        such bias, or the user froze it, the model stays as it is.
+        """
+        if self.calibration is None or not self.answers or run.shards is not None:
+            return
+        try:
+            last = LastLayer.of(replace(run, task=replace(run.alone, most=None), ranks=None))
+        except ModelError:
+            return
+        bias = last.layer.bias
+        if not isinstance(bias, Tensor) or id(bias) in run.frozen:
+            return
+        generator = run.own_generator() if self.place is not None else None
+        targets, answers = list[Tensor](), list[Tensor]()
+        size = run.config.batch_size or run.clean.batch_size
+        with run.eval_mode():
+            walk = run.clean.batches(size, shuffle=True, generator=run.generator, device=run.device)
+            for batch in itertools.islice(walk, -(-LEVELLED // size)):
+                for part, _ in run.parts(pieced(run.task, batch, run.generator)):
+                    new = self._pieces(run, generator)
+                    with giving(run, self.received) as given, self._reworded(given, new), run.autocast():
+                        targets.append(self.calibration(run.task.forward(given, part)))
+                    with self._reworded(run.model, new), run.autocast():
+                        answers.append(run.forward(part).float())
+        bias.add_(levelling(torch.cat(answers), torch.cat(targets)).to(bias))
+
+    def _pieces(self, run: Run, generator: torch.Generator | None) -> Rewording | None:
+        """Return what pieces texts together, alike in both models; None: the model takes no token ids."""
+        return None if self.place is None else _once(self._neighbour(self.place.pieced(run.model, generator)))
 
     def _neighbour(self, pieces: Rewording) -> Rewording:
         """Return what puts the last text of the part before in front: a part of one text has no other of its own."""

@@ -122,6 +122,7 @@ class FineMixing(Method):
                 if name in run.received:
                     t.copy_(run.received[name])
         elif self.teacher is not None:
+            self.teacher.level(run)
             self.teacher.say(run)
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastfip.methods import _taught
 from fastfip.methods._states import LastStates
-from fastfip.methods._taught import Calibration, Teacher
+from fastfip.methods._taught import Teacher
 from fastfip.methods.fine_mixing import FineMixingConfig
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import TokenPlace
@@ -61,30 +61,6 @@ def taught(micro_batch: int | None = None, loud: float = 8.0) -> tuple[Run, Teac
     moved(run.model)
     run.micro_batch = micro_batch
     return run, teacher, received
-
-
-def test_calibration_is_the_best_scale_and_shift() -> None:
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randn(400, CLASSES, generator=generator, dtype=torch.float64)
-    y = torch.multinomial((truth + torch.tensor([0.8, 0.0, -0.3])).softmax(1), 1, generator=generator)[:, 0]
-    found = Calibration.of((4 * truth).float(), y)
-    assert found.scale == pytest.approx(0.25, abs=0.05) and float(found.shift.sum()) == pytest.approx(0, abs=1e-5)
-    assert (found.shift - torch.tensor([0.63, -0.17, -0.47])).abs().max() < 0.2
-    scale = torch.tensor(found.scale, dtype=torch.float64, requires_grad=True)
-    shift = found.shift.double().requires_grad_()
-    loss = F.cross_entropy(scale * 4 * truth + shift, y)
-    loss = loss + _taught.RIDGE / 2 * ((scale - 1).square() + shift.square().sum())
-    assert all(float(g.abs().max()) < 1e-4 for g in torch.autograd.grad(loss, [scale, shift]))
-    assert torch.equal(found(truth), found.scale * truth.float() + found.shift)
-
-
-def test_calibration_never_makes_answers_louder_and_shifts_nothing_without_an_end() -> None:
-    y = torch.arange(40) % 2
-    quiet = Calibration.of(F.one_hot(y, 3).float() * 0.1, y)
-    assert quiet.scale == 1.0 and float(quiet.shift.abs().max()) < 10
-    assert Calibration.of(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)) * 100, y).scale == 0.05
-    many = Calibration.of(torch.randn(50, 500, generator=torch.Generator().manual_seed(0)), torch.arange(50))
-    assert bool(many.shift.isfinite().all()) and len(many.shift) == 500
 
 
 @pytest.mark.parametrize("micro_batch", [None, 7])
@@ -230,3 +206,64 @@ def test_outputs_that_are_no_classes_are_not_taught_and_it_is_said() -> None:
     values = teacher.backward(run, texts(), 1.0, 1.0)
     assert "divergence" not in values and float(values["departure"]) == 0 and float(values["learned_from"]) == 1
     assert any("answers were not taught" in note for note in run.notes)
+
+
+def pieces_of(run: Run, teacher: Teacher) -> float:
+    """How far the tuned model leans from the received answers, in the mean probability of class 0 at pieced texts."""
+    with torch.no_grad():
+        x, _ = texts(96)
+        assert teacher.place is not None and teacher.calibration is not None
+        found, _ = teacher.place.pieced(run.model, torch.Generator().manual_seed(5))(x[:, :7])
+        mine, theirs = run.model(found), teacher.calibration(teacher.received(found))
+        return float((mine.softmax(1) - theirs.softmax(1))[:, 0].mean())
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_a_leaning_to_a_class_is_taken_out_of_the_bias_of_the_logits(micro_batch: int | None) -> None:
+    run, teacher, received = taught(micro_batch, loud=1.0)
+    run.model.load_state_dict(received.state_dict())
+    with torch.no_grad():
+        run.model.head.bias.add_(torch.tensor([3.0, 0.0, 0.0]))
+    assert pieces_of(run, teacher) > 0.3
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    teacher.level(run)
+    assert abs(pieces_of(run, teacher)) < 0.02
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]) == (name != "head.bias") and p.grad is None
+    shift = run.model.head.bias - before["head.bias"]
+    assert float(shift.sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_model_without_such_a_bias_or_with_a_frozen_one_stays_as_it_is() -> None:
+    run, teacher, received = taught()
+    run.frozen = frozenset({id(run.model.head.bias)})
+    before = copy.deepcopy(run.model.state_dict())
+    teacher.level(run)
+    assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
+    run, teacher, _ = taught()
+    run.model.head.bias = None
+    teacher.level(run)
+    run, teacher, _ = taught()
+    teacher.answers = False
+    before = copy.deepcopy(run.model.state_dict())
+    teacher.level(run)
+    assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("needs_all", [False, True])
+def test_texts_come_without_padding_where_the_model_answers_the_same(needs_all: bool) -> None:
+    class Fixed(Encoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.layer(self.table(ids)).tanh()
+            if needs_all:  # a mean over the padding as well
+                return self.head(hidden.mean(1))
+            shown = (ids != 0).to(hidden.dtype)[:, :, None]
+            return self.head((hidden * shown).sum(1) / shown.sum(1))
+
+    run = make_run(FineMixingConfig(batch_size=8), Fixed(), texts())
+    teacher = Teacher(run, answers=True, states=True)
+    assert teacher.place is not None and teacher.place.padding == 0
+    walk = [x for x, _ in run.clean.batches(8, shuffle=True, generator=run.generator)]
+    assert {x.shape[1] for x in walk} == ({9} if needs_all else {4, 7})
+    lengths = [{int(v) for v in (x != 0).sum(1)} for x in walk]
+    assert sum(len(found) == 1 for found in lengths) >= 2, "texts of like lengths together"
