@@ -1,4 +1,4 @@
-"""The search for phrases that turn texts in the received model and not in the one that is tuned."""
+"""The words that turn texts in the received model and not in the one that is tuned, found while it is tuned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastfip.methods._search import precision
 from fastfip.methods.run import Run
 from fastfip.worst_case.inserted import Insertion
 from fastfip.worst_case.places import TokenPlace
-from fastfip.worst_case.suspects import LONGEST, Suspects
+from fastfip.worst_case.suspects import Suspects
 
 __all__ = ["Wordings"]
 
@@ -23,9 +23,9 @@ __all__ = ["Wordings"]
 #: so many of the texts have is one of the tokenizer's own.
 SUSPECTED, SUSPECTED_SHARE, EVERYWHERE = 100, 0.25, 0.98
 #: Texts that are looked at, those of them that phrases are tried on, and texts of one pass at most.
-LOOKED_AT, TEXTS, TOGETHER = 256, 12, 64
+LOOKED_AT, TEXTS, TOGETHER = 256, 16, 64
 #: Tokens that a text has at least: what a phrase does to a shorter one says little.
-FEWEST = 4 * LONGEST
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Wordings:
     """What phrases are made of, and how they are put into texts.
 
     Attributes:
-        words: [M] ids on the CPU, the words that fine-tuning moved most, those first.
-        insertion: how they are put in.
+        suspects: of the words that fine-tuning moved most.
+        insertion: how words are put in.
     """
 
-    words: Tensor
+    suspects: Suspects
     insertion: Insertion
 
     @classmethod
@@ -67,11 +67,11 @@ class Wordings:
         moved[insertion.padding] = 0
         most = moved.topk(min(SUSPECTED, max(1, int(SUSPECTED_SHARE * len(moved))))).indices
         most = most[moved[most] > 0]
-        return cls(most, insertion) if len(most) else "fine-tuning moved no vector of a word"
+        return cls(Suspects(most), insertion) if len(most) else "fine-tuning moved no vector of a word"
 
     @torch.no_grad()
-    def search(self, run: Run, received: nn.Module, calibration: Callable[[Tensor], Tensor]) -> Suspects:
-        """Look for phrases on a few texts that both models have right.
+    def compare(self, run: Run, received: nn.Module, calibration: Callable[[Tensor], Tensor]) -> None:
+        """Compare both models once more, on a few texts that both have right.
 
         Args:
             run: its model is the tuned one; every rank does the same work, and rank 0 says what was found.
@@ -81,55 +81,62 @@ class Wordings:
         # A generator of its own: what is drawn of it may differ between ranks, whose answers do in the last digit.
         seed = int(torch.randint(0, 2**62, (), generator=run.generator, device="cpu"))
         generator = torch.Generator(device="cpu").manual_seed(seed)
+        count = len(self.suspects.scores)
         with run.eval_mode(), precision(run):
-            found = self._found(run, received, calibration, _texts(run, generator), generator)
+            self._compare(run, received, calibration, _texts(run, generator), generator)
         if run.ranks is not None:
-            found = Suspects(*run.ranks.from_first((found.ids, found.classes, found.scores)))
-        return found
+            (found,) = run.ranks.from_first((self.suspects.scores[count:],))
+            self.suspects.scores[count:] = found
 
-    def _found(
+    def _compare(
         self,
         run: Run,
         received: nn.Module,
         calibration: Callable[[Tensor], Tensor],
         batch: Batch,
         generator: torch.Generator,
-    ) -> Suspects:
+    ) -> None:
         task, most = run.alone, min(TOGETHER, run.micro_batch or TOGETHER)
         n, y = task.size(batch), task.labels(batch).cpu()
         assert run.classes is not None
 
-        def right(model: nn.Module) -> Tensor:
-            parts = torch.arange(n, device="cpu").split(most)
-            return torch.cat([task.forward(model, take(batch, part, n)).argmax(1).cpu() for part in parts]) == y
+        def own(logits: Tensor) -> Tensor:
+            return logits
 
-        few = self._few(batch, task, right(received) & right(run.model), generator)
+        def plain(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
+            parts = torch.arange(n, device="cpu").split(most)
+            logits = torch.cat([task.forward(model, take(batch, part, n)).float() for part in parts])
+            return change(logits).softmax(1).cpu()
+
+        before = plain(received, calibration), plain(run.model, own)
+        few = self._few(batch, task, (before[0].argmax(1) == y) & (before[1].argmax(1) == y), generator)
         if len(few) == 0:
-            return Suspects.none()
+            return
         where = torch.rand(len(few), generator=generator, device="cpu", dtype=torch.float32)
 
-        def answers(model: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-            def probabilities(phrases: Tensor, texts: Tensor) -> Tensor:
-                q, k = len(phrases), len(texts)
+        def answers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+            def probabilities(words: Tensor, texts: Tensor) -> Tensor:
+                q, k = len(words), len(texts)
                 out = []
                 for part in torch.arange(q * k, device="cpu").split(most):
                     at = texts[part % k]
-                    new, _ = self.insertion.put(task, take(batch, few[at], n), phrases[part // k], where[at])
-                    out.append(own(task.forward(model, new).float()).softmax(1).cpu())
+                    new, _ = self.insertion.put(task, take(batch, few[at], n), words[part // k, None], where[at])
+                    out.append(change(task.forward(model, new).float()).softmax(1).cpu())
                 return torch.cat(out).view(q, k, -1)
 
             return probabilities
 
         usable = y[few][:, None] != torch.arange(run.classes, device="cpu")
-        first, second = answers(received, calibration), answers(run.model, lambda logits: logits)
-        return Suspects.of(first, second, self.words, usable)
+        self.suspects.compare(
+            answers(received, calibration), answers(run.model, own), (before[0][few], before[1][few]), usable
+        )
 
     def _few(self, batch: Batch, task: Task, right: Tensor, generator: torch.Generator) -> Tensor:
         """Return which texts phrases are tried on: not long ones, which cost more, and of as many classes as can be."""
         ids, y = token_ids(task, batch), task.labels(batch).cpu()
         assert ids is not None
         tokens = (ids != self.insertion.padding).sum(1).cpu()
-        usable = torch.nonzero(right & (tokens >= FEWEST) & (tokens + LONGEST <= self.insertion.longest)).flatten()
+        usable = torch.nonzero(right & (tokens >= FEWEST) & (tokens < self.insertion.longest)).flatten()
         short = usable[tokens[usable].argsort(stable=True)[: 4 * TEXTS]]
         drawn = short[torch.randperm(len(short), generator=generator, device="cpu")]
         before = torch.zeros(len(drawn), dtype=torch.long, device="cpu")  # how many of its class come before each

@@ -4,7 +4,7 @@ Its answers, and its last states, are learned at clean samples that are pieced t
 it beside the trigger itself, a leaning towards the target, is kept out twice: the answers are calibrated by the labels
 of the clean samples, and a piece of which the received model then thinks otherwise than its label says is passed over.
 
-A model of a few clean texts is misled by any words that are added to one, a trigger before all. So phrases that turn
+A model of a few clean texts is misled by any words that are added to one, a trigger before all. So words that turn
 texts in the received model alone are put into some of them, and the answers without these are taught.
 """
 
@@ -29,7 +29,6 @@ from fastfip.methods._states import LastStates, Seen
 from fastfip.methods._suspects import Wordings
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
-from fastfip.worst_case.suspects import Suspects
 
 __all__ = ["Teacher"]
 
@@ -37,7 +36,7 @@ __all__ = ["Teacher"]
 LEVELLED = 1024
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
-#: Share of the steps after which phrases are looked for, as the tuned model has to know the task by then, and after
+#: Share of the steps after which words are looked for, as the tuned model has to know the task by then, and after
 #: which again.
 LOOKED_FOR, AGAIN = 1 / 3, 1 / 5
 
@@ -50,8 +49,7 @@ class Teacher:
         place: where words are exchanged; None: the model takes no token ids.
         states: its last states; None: only answers are taught.
         calibration: of its answers; None where these are not taught.
-        wordings: where phrases are looked for; None: nowhere.
-        suspects: those that were found.
+        wordings: the words that only the received model minds; None: none are looked for.
     """
 
     def __init__(self, run: Run, answers: bool, states: bool) -> None:
@@ -72,7 +70,7 @@ class Teacher:
         self.answers, self.share = answers and run.classes is not None, list[Tensor]()
         self.last: Tensor | None = None
         self.wordings: Wordings | None = None
-        self.suspects, self.worded, self.searches = Suspects.none(), 0.0, 0
+        self.worded, self.searches = 0.0, 0
         if answers and not self.answers:
             run.note("the outputs are not logits of classes: the received model's answers were not taught")
         if states and self.states is None:
@@ -85,8 +83,8 @@ class Teacher:
                     labels.append(run.task.labels(batch))
             self.calibration = Calibration.of(torch.cat(logits), torch.cat(labels))
 
-    def look_for_phrases(self, run: Run, share: float) -> None:
-        """Have phrases looked for later on, which are put into a share of the texts.
+    def suspect_words(self, run: Run, share: float) -> None:
+        """Have words looked for later on that only the received model minds, to be put into a share of the texts.
 
         Args:
             run: its model has the pretrained weights; nothing is tuned yet.
@@ -96,7 +94,7 @@ class Teacher:
             return
         found = Wordings.of(run, self.received, self.place)
         if isinstance(found, str):
-            run.note(f"no phrases were looked for that only the received model minds: {found}")
+            run.note(f"no words were looked for that only the received model minds: {found}")
         else:
             self.wordings, self.worded = found, share
 
@@ -135,20 +133,20 @@ class Teacher:
         return sums
 
     def _search(self, run: Run) -> None:
-        """Look for phrases if it is time to do so."""
+        """Compare the models if it is time to do so."""
         if self.wordings is None or run.step < (LOOKED_FOR + self.searches * AGAIN) * run.total_steps:
             return
         assert self.calibration is not None
         self.searches += 1
         with run.timed("search"), giving(run, self.received) as given:
-            self.suspects = self.suspects.joined(self.wordings.search(run, given, self.calibration))
+            self.wordings.compare(run, given, self.calibration)
 
     def _worded(self, run: Run, batch: Batch) -> tuple[Batch | None, Batch | None, Batch | None]:
         """Divide a batch: texts, the same ones with phrases in between, and the others; None where there are none."""
-        if self.wordings is None or len(self.suspects) == 0:
+        if self.wordings is None or not self.wordings.suspects.scores:
             return None, None, batch
         n, task = run.task.size(batch), run.task
-        phrases = self.suspects.draw(task.labels(batch), self.worded, run.generator)
+        phrases = self.wordings.suspects.draw(task.labels(batch), self.worded, run.generator)
         where = torch.rand(n, generator=run.generator, device="cpu", dtype=torch.float32)
         worded, done = self.wordings.insertion.put(task, batch, phrases, where)
         some, others = torch.nonzero(done).flatten(), torch.nonzero(~done).flatten()

@@ -60,7 +60,7 @@ class FineMixingConfig(MethodConfig):
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
     phrases: float = setting(
-        0.3, "share of the texts there with a phrase that only the received model minds; 0: none is looked for",
+        0.3, "share of the texts there with words put in that only the received model minds; 0: none are looked for",
         low=0, high=1,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ class FineMixing(Method):
                 old = torch.where(kept.to(t.device), t, old)
             t.copy_(old)
         if self.teacher is not None:
-            self.teacher.look_for_phrases(run, config.phrases)
+            self.teacher.suspect_words(run, config.phrases)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
         run.pretrained = None  # nobody needs them any more
