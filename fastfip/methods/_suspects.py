@@ -17,7 +17,7 @@ from fastfip.worst_case.inserted import Insertion
 from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.suspects import Suspects
 
-__all__ = ["Wordings"]
+__all__ = ["Wordings", "insertion_of"]
 
 #: Words that phrases are made of: those that fine-tuning moved most, and their share of the table at most. An id that
 #: so many of the texts have is one of the tokenizer's own.
@@ -42,23 +42,25 @@ class Wordings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, run: Run, received: nn.Module, place: TokenPlace) -> Wordings | str:
+    def of(cls, run: Run, received: nn.Module, insertion: Insertion) -> Wordings | str:
         """Compare the received table of words with that of the run's model, which is the pretrained one.
 
+        Args:
+            run: nothing of it is tuned yet.
+            received: the model as it was received.
+            insertion: how words are put into its texts.
+
         Returns:
+            what is suspected later on,
             or why no phrases can be looked for.
         """
         if run.shards is not None:
             return "each process has a part of the table of words"
-        after, before = place.table(received), place.table(run.model)
+        after, before = insertion.place.table(received), insertion.place.table(run.model)
         if before is None or after is None or before.shape != after.shape:
             return "the tables of words cannot be compared"
-        batch = _texts(run, torch.Generator(device="cpu").manual_seed(0))
-        ids = token_ids(run.alone, batch)
-        longest = 0 if run.clean.lengths is None else int(run.clean.lengths.max())
-        insertion = Insertion.of(run.alone, batch, place, longest)
-        if ids is None or insertion is None:
-            return "words cannot be put into these batches"
+        ids = token_ids(run.alone, _texts(run, torch.Generator(device="cpu").manual_seed(0)))
+        assert ids is not None
         moved = (after.float() - before.float()).square().sum(1).cpu()
         held = torch.zeros(len(moved), device="cpu")
         for row in ids.cpu():
@@ -144,6 +146,13 @@ class Wordings:
             mine = y[drawn] == c
             before[mine] = torch.arange(int(mine.sum()), device="cpu")
         return drawn[before.argsort(stable=True)[:TEXTS]]
+
+
+@torch.no_grad()
+def insertion_of(run: Run, place: TokenPlace) -> Insertion | None:
+    """Return how words are put into clean texts, or None; see `Insertion.of`."""
+    longest = 0 if run.clean.lengths is None else int(run.clean.lengths.max())
+    return Insertion.of(run.alone, _texts(run, torch.Generator(device="cpu").manual_seed(0)), place, longest)
 
 
 def _texts(run: Run, generator: torch.Generator) -> Batch:

@@ -20,18 +20,21 @@ from torch import Tensor, nn
 
 from fastfip.data.augment import pieced
 from fastfip.data.batch import Batch, take
+from fastfip.data.lengths import token_ids
 from fastfip.errors import ModelError
 from fastfip.methods._calibration import Calibration, levelling
 from fastfip.methods._classifier import LastLayer
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._search import group_by_length, token_place
 from fastfip.methods._states import LastStates, Seen
-from fastfip.methods._suspects import Wordings
+from fastfip.methods._suspects import Wordings, insertion_of
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
 
 __all__ = ["Teacher"]
 
+#: Share of the texts that get a piece of another one between their words, where there is a way to put it there.
+BETWEEN = 0.5
 #: Pieced samples at which the classes are levelled, at most.
 LEVELLED = 1024
 #: Share of the pieced samples that is learned from; with less, the result says so.
@@ -64,6 +67,7 @@ class Teacher:
         self.place: TokenPlace | None = None if found is None else found[0]
         if self.place is not None:
             group_by_length(run, self.place)
+        self.insertion = None if self.place is None else insertion_of(run, self.place)
         self.received: nn.Module = kept_received(run)
         self.states = LastStates.of(run, self.place) if states else None
         self.calibration: Calibration | None = None
@@ -92,7 +96,9 @@ class Teacher:
         """
         if share == 0 or self.place is None or self.calibration is None or not self.answers:
             return
-        found = Wordings.of(run, self.received, self.place)
+        found: Wordings | str = "words cannot be put into these batches"
+        if self.insertion is not None:
+            found = Wordings.of(run, self.received, self.insertion)
         if isinstance(found, str):
             run.note(f"no words were looked for that only the received model minds: {found}")
         else:
@@ -111,7 +117,9 @@ class Teacher:
             both, means over the samples, and the share of the samples that was learned from.
         """
         self._search(run)
+        n = run.task.size(batch)
         plain, worded, rest = self._worded(run, batch)
+        between, rest = self._between(run, rest)
         generator = run.own_generator() if self.place is not None else None
         sums: dict[str, float | Tensor] = {}
 
@@ -119,17 +127,18 @@ class Teacher:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + share * value
 
-        n = run.task.size(batch)
         with run.bn("eval"):
             if plain is not None:
                 m = run.task.size(plain)
                 for place in run.places(m):
                     few, share = take(plain, place, m), len(place) / n
-                    add(share, self._without_phrase(run, few, take(worded, place, m), share, weight))
-            if rest is not None:
-                batch, portion = pieced(run.task, rest, run.generator), run.task.size(rest) / n
-                for part, share in run.parts(batch):
-                    add(portion * share, self._part(run, part, portion * share, generator, weight, states))
+                    add(share, self._without_words(run, few, take(worded, place, m), share, weight))
+            for group, over in ((between, False), (rest, True)):
+                if group is not None:
+                    portion = run.task.size(group) / n
+                    for part, share in run.parts(group):
+                        new = self._pieces(run, generator) if over else None
+                        add(portion * share, self._part(run, part, portion * share, new, weight, states))
         return sums
 
     def _search(self, run: Run) -> None:
@@ -148,13 +157,24 @@ class Teacher:
         n, task = run.task.size(batch), run.task
         phrases = self.wordings.suspects.draw(task.labels(batch), self.worded, run.generator)
         where = torch.rand(n, generator=run.generator, device="cpu", dtype=torch.float32)
-        worded, done = self.wordings.insertion.put(task, batch, phrases, where)
-        some, others = torch.nonzero(done).flatten(), torch.nonzero(~done).flatten()
-        if len(some) == 0:
-            return None, None, batch
-        return take(batch, some, n), take(worded, some, n), take(batch, others, n) if len(others) else None
+        new, done = self.wordings.insertion.put(task, batch, phrases, where)
+        worded, rest = _divided(batch, new, done, n)
+        return _divided(batch, batch, done, n)[0], worded, rest
 
-    def _without_phrase(self, run: Run, plain: Batch, worded: Batch, share: float, weight: float) -> dict[str, Tensor]:
+    def _between(self, run: Run, batch: Batch | None) -> tuple[Batch | None, Batch | None]:
+        """Divide a batch: half of the texts with a piece of another one between their words, and the others.
+
+        The others get pieces in the place of their words later, and images do now; None where there are none.
+        """
+        if batch is None or self.insertion is None:
+            return None, batch if batch is None else pieced(run.task, batch, run.generator)
+        ids, n = token_ids(run.task, batch), run.task.size(batch)
+        assert ids is not None
+        drawn = torch.rand(2, n, generator=run.generator, device="cpu", dtype=torch.float32)
+        pieces = self.insertion.pieces(ids, run.generator).masked_fill((drawn[0] >= BETWEEN)[:, None], -1)
+        return _divided(batch, *self.insertion.put(run.task, batch, pieces, drawn[1]), n)
+
+    def _without_words(self, run: Run, plain: Batch, worded: Batch, share: float, weight: float) -> dict[str, Tensor]:
         """Add the gradient of the departure, at texts with a phrase in them, from the received answers without it."""
         assert self.calibration is not None
         with torch.no_grad(), giving(run, self.received) as given, run.autocast():
@@ -171,11 +191,10 @@ class Teacher:
         run: Run,
         part: Batch,
         share: float,
-        generator: torch.Generator | None,
+        new: Rewording | None,
         weight: float,
         states: float,
     ) -> dict[str, Tensor]:
-        new = self._pieces(run, generator)
         with torch.no_grad(), giving(run, self.received) as given, self._reworded(given, new), run.autocast():
             with self._watched(given) as old:
                 target = run.task.forward(given, part)
@@ -272,6 +291,12 @@ def _divergence(target: Tensor, answer: Tensor, taken: Tensor) -> Tensor:
     """Return KL(target || answer) of logits [N, C], the mean of those samples that are `taken`, [N], over all N."""
     p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / len(taken)
+
+
+def _divided(batch: Batch, new: Batch, which: Tensor, n: int) -> tuple[Batch | None, Batch | None]:
+    """Return those of n samples of `new` that `which` [n] names, and the others of `batch`; None: there are none."""
+    some, others = torch.nonzero(which).flatten(), torch.nonzero(~which).flatten()
+    return take(new, some, n) if len(some) else None, take(batch, others, n) if len(others) else None
 
 
 def _once(new: Rewording) -> Rewording:

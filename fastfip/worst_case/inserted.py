@@ -81,6 +81,26 @@ class Insertion:
         assert self.place.padding is not None
         return self.place.padding
 
+    def pieces(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a piece of the text before each of ids [N, T], [N, K] on the CPU; -1 fills the shorter ones.
+
+        Any number of words is as likely, up to those of both texts; of longer pieces half as many as the text itself
+        has, and one more, and what it has room for, is taken. `generator` is on the CPU.
+        """
+        n = len(ids)
+        begin, end = self.place.ends(ids)
+        words = (end - self.tail - begin).clamp_min(0)
+        others = words.roll(1)
+        most = torch.minimum(words, others)
+        room = self.longest - (ids != self.padding).sum(1).cpu()
+        drawn = torch.rand(2, n, generator=generator, device="cpu", dtype=torch.float32)
+        width = torch.minimum(1 + (drawn[0] * most).long(), torch.minimum(most, words // 2 + 1))
+        width = torch.minimum(width, room).clamp_min(0)
+        first = begin.roll(1) + (drawn[1] * (others - width + 1)).long()
+        column = torch.arange(max(1, int(width.max())), device="cpu")
+        found = ids.roll(1, 0).cpu().gather(1, (first[:, None] + column).clamp(0, ids.shape[1] - 1))
+        return found.masked_fill(column >= width[:, None], -1)
+
     def put(self, task: Task, batch: Batch, phrases: Tensor, share: Tensor) -> tuple[Batch, Tensor]:
         """Put a phrase in between the words of each text that has room for it.
 

@@ -69,6 +69,7 @@ def test_the_gradient_is_that_of_answers_and_states_where_labels_agree(
 ) -> None:
     run, teacher, received = taught(micro_batch)
     assert teacher.states is not None and teacher.states.name == "layer" and teacher.calibration is not None
+    teacher.insertion = None  # all pieces are put in the place of words
     x, y = texts()
     drawn: list[tuple[Tensor, Tensor]] = []
     own = _taught._once
@@ -183,6 +184,7 @@ def test_nor_are_vectors_of_words_or_maps_of_classes_and_recurrent_layers_are_re
 
 def test_a_part_of_one_text_gets_pieces_of_the_part_before(monkeypatch: pytest.MonkeyPatch) -> None:
     run, teacher, _ = taught(micro_batch=1)
+    teacher.insertion = None
     seen: list[Tensor] = []
     own = _taught._once
 
@@ -267,3 +269,29 @@ def test_texts_come_without_padding_where_the_model_answers_the_same(needs_all: 
     assert {x.shape[1] for x in walk} == ({9} if needs_all else {4, 7})
     lengths = [{int(v) for v in (x != 0).sum(1)} for x in walk]
     assert sum(len(found) == 1 for found in lengths) >= 2, "texts of like lengths together"
+
+
+def test_half_of_the_texts_get_a_piece_between_their_words_which_both_models_read() -> None:
+    run, teacher, received = taught()
+    x, y = texts()
+    assert teacher.insertion is not None and teacher.calibration is not None
+    read: dict[int, list[Tensor]] = {}
+
+    def kept(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.setdefault(id(module), []).append(args[0])
+
+    handles = [m.table.register_forward_pre_hook(kept) for m in (run.model, teacher.received)]
+    values = teacher.backward(run, (x, y), 2.0, 3.0)
+    for handle in handles:
+        handle.remove()
+    mine, theirs = read[id(run.model.table)], read[id(teacher.received.table)]
+    assert len(mine) == len(theirs) == 2 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    longer, rest = mine
+    assert len(longer) + len(rest) == 24 and 4 < len(longer) < 16  # some have no room for more words
+    plain = [[v for v in row if v] for row in x.tolist()]
+    for row in longer.tolist():
+        words = [v for v in row if v]
+        whole = [text for text in plain if any(words[:k] + words[k + len(words) - len(text) :] == text
+                                               for k in range(len(text) + 1))]  # fmt: skip
+        assert whole, "a text without its own words around the piece"
+    assert 0 < float(values["learned_from"]) < 1 and float(values["departure"]) > 0

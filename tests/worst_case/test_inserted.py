@@ -95,3 +95,23 @@ def test_words_go_into_no_batch_with_what_is_not_understood() -> None:
     vectors = {"input_ids": ids, "vectors": torch.randn(2, 7, 3), "labels": y}
     assert Insertion.of(TASK, vectors, place(), 9) is None
     assert Insertion.of(TASK, {"input_ids": ids, "other": torch.randn(2, 5), "labels": y}, place(), 9) is not None
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pieces_are_of_the_text_before_and_leave_most_of_a_text(left: bool) -> None:
+    lengths = [6, 9, 3, 0, 5, 8]
+    ids = texts(lengths, 14, left)
+    ids[ids >= 10] += 100 * torch.arange(6)[:, None].expand_as(ids)[ids >= 10]  # each text has words of its own
+    how = Insertion.of(TASK, (ids, torch.arange(6)), place(), longest=12)
+    assert how is not None
+    generator, seen = torch.Generator().manual_seed(0), [set[int]() for _ in lengths]
+    for _ in range(200):
+        found = how.pieces(ids, generator)
+        for i, row in enumerate(found.tolist()):
+            words_in = [w for w in row if w >= 0]
+            assert row == words_in + [-1] * (len(row) - len(words_in))
+            seen[i].add(len(words_in))
+            before = [10 + k + 100 * ((i - 1) % 6) for k in range(lengths[(i - 1) % 6])]
+            assert not words_in or words_in == before[before.index(words_in[0]) :][: len(words_in)]
+    # Up to half as many words as the text has, and one more; no more than the text before has, or than there is room.
+    assert seen == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2}, {0}, {0}, {1, 2, 3, 4}]
