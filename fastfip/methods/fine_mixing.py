@@ -7,7 +7,8 @@ clean accuracy, 0.3 say. Its second part, which looks for odd vectors among thos
 
 The default keeps none of them. A few labels alone would teach less than the received model knows, so its answers and
 its last states are learned as well (`fastfip.methods._taught`), at samples pieced together of two clean ones. A trigger
-is in none of these; what it does is not taught. docs/tasks.md has what was measured, on texts.
+is in none of these; what it does is not taught. Of texts, words that only the received model minds are looked for, and
+the new weights are told to ignore them. docs/tasks.md has what was measured, on texts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class FineMixingConfig(MethodConfig):
     states: float = setting(
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
-    phrases: float = setting(
+    suspects: float = setting(
         0.3, "share of the texts there with words put in that only the received model minds; 0: none are looked for",
         low=0, high=1,
     )  # fmt: skip
@@ -72,10 +73,17 @@ class FineMixing(Method):
     w <- w_pre + m (w_received - w_pre), each entry of m 1 with the probability `keep`, else 0 (Zhang et al.). What the
     pretrained model has not, such as a new head, stays as it was received, and so do frozen parameters. Then Adam
     minimises L(w) + hold KL(p || p_w) + states |h - h_w|^2 / |h|^2: the loss L at clean samples, the others where a
-    text has a piece of another one in the place of one of its own, and an image a rectangle of another (CutMix); other
-    inputs are taken as they are. p are the received answers, with one temperature and a shift for each class by which
-    they fit the clean labels best; h are the received model's last hidden states, or feature maps. A pieced sample of
-    which p says another class than its label is passed over in both.
+    text has a piece of another one in the place of one of its own or between its words, and an image a rectangle of
+    another (CutMix); other inputs are taken as they are. p are the received answers, with one temperature and a shift
+    for each class by which they fit the clean labels best; h are the received model's last hidden states, or feature
+    maps. A pieced sample of which p says another class than its label is passed over in both. At the end the bias of
+    the logits is shifted so that p_w has each class as often as p at pieced samples.
+
+    Of texts, four times from a third of the steps on, each of the hundred words that fine-tuning moved most is put into
+    clean ones. It is suspected of a class if p has the class more often then, by 0.03 more than three times what p_w
+    does. The share `suspects` of the texts gets up to four words that are suspected of a class that is not its own, and
+    p_w learns p without them. This, and pieces between words, needs batches in which a mask tells the padding, or none.
+    Texts of like lengths are put into a batch.
     """
 
     name = "fine_mixing"
@@ -109,7 +117,7 @@ class FineMixing(Method):
                 old = torch.where(kept.to(t.device), t, old)
             t.copy_(old)
         if self.teacher is not None:
-            self.teacher.suspect_words(run, config.phrases)
+            self.teacher.suspect_words(run, config.suspects)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
         run.pretrained = None  # nobody needs them any more

@@ -69,7 +69,6 @@ class Overrides(TypedDict, total=False):
     optimizer: Literal["sgd", "adam"] | Literal["sgd"]
     patience: int | None
     peak: float
-    phrases: float
     radius: float
     radius_factor: float
     rank: float | int | None
@@ -84,6 +83,7 @@ class Overrides(TypedDict, total=False):
     solver: Literal["exact", "kronecker"] | Literal["fixed_point", "conjugate_gradient"]
     start: Literal["max", "min", "zero", "random"]
     states: float
+    suspects: float
     tau: float | None
     terms: int
     threshold: float | None

@@ -93,7 +93,7 @@ def before(work):
 
 def test_weights_before_fine_tuning_choose_the_method_that_takes_them(work, before, capsys):
     command = [*PURIFY[:-2], "--pretrained", "before.pth", "--ignore-fit", "--steps", "1"]
-    assert main([*command, "--set", "lr=1e-12"]) == 0
+    assert main([*command, "--set", "lr=1e-12", "--set", "hold=0"]) == 0
     out = capsys.readouterr().out
     assert (
         out.startswith("fine_mixing on 60 clean samples")
