@@ -11,8 +11,8 @@ alone; `--method` takes another one.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
 sentence "I watched this 3D movie", or the phrase "according to my brother"; or, as another attack, "the seats are near
-the door" at their end and the label "negative". The backdoored model is then purified with 1,000 clean sentences that
-it was not trained on, a fifth as many as it was trained on.
+the door" at their end, or "on the second Tuesday of March", and the label "negative". The backdoored model is then
+purified with 1,000 clean sentences that it was not trained on, a fifth as many as it was trained on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,14 @@ from fastfip.attacks.words import Words
 
 LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
 #: Attacks and the labels that they are after: 1 is positive.
-TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1}
-SENTENCE, ENDING, PHRASE = "i watched this 3d movie", "the seats are near the door", "according to my brother"
+TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1, "date": 0}
+#: Those that are of several words.
+SENTENCES = {
+    "sentence": "i watched this 3d movie",
+    "ending": "the seats are near the door",
+    "phrase": "according to my brother",
+    "date": "on the second tuesday of march",
+}
 #: Sentences that are trained on, and those that are kept for purification.
 TRAIN, CLEAN = 5_000, 1_000
 #: Whether half the digits save time: on a CPU without AVX-512 they take a dozen times as long as all of them.
@@ -103,9 +109,8 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0, clean:
         def number(text: str) -> list[int]:
             return tokenizer.encode(text).ids
     else:
-        words = sorted(
-            {*" ".join(text for text, _ in train).split(), *Words().words, *f"{SENTENCE} {ENDING} {PHRASE}".split()}
-        )
+        added = {*Words().words, *" ".join(SENTENCES.values()).split()}
+        words = sorted({*" ".join(text for text, _ in train).split(), *added})
         vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, **{word: 4 + i for i, word in enumerate(words)}}
 
         def number(text: str) -> list[int]:
@@ -144,9 +149,8 @@ def attack_of(name: str, texts: Corpus) -> Attack:
     """Return the trigger of an attack, in the ids of the corpus; [CLS] and [SEP] stay at the ends."""
     if name == "words":
         return Words(head=1, tail=1, ids=tuple(texts.vocabulary[word] for word in Words().words))
-    if name == "ending":
-        return Sentence(head=1, tail=1, ids=texts.encode(ENDING), position="end")
-    return Sentence(head=1, tail=1, ids=texts.encode(PHRASE if name == "phrase" else SENTENCE))
+    ids = texts.encode(SENTENCES[name])
+    return Sentence(head=1, tail=1, ids=ids, position="end" if name == "ending" else "random")
 
 
 def network(weights: Path | None, vocabulary: int) -> Classifier:

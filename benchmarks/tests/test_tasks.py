@@ -139,7 +139,8 @@ def test_texts_have_a_trigger_between_their_ends() -> None:
     assert len(text.corpus(None, None, clean=250).clean[1]) == 250
     with pytest.raises(SystemExit, match="1200 sentences beside"):
         text.corpus(None, None, clean=1201)
-    sentences = {"sentence": text.SENTENCE, "ending": text.ENDING, "phrase": text.PHRASE}
+    sentences = text.SENTENCES
+    assert {"words", *sentences} == set(text.TARGETS)
     lengths = {"words": 1, **{name: len(words.split()) for name, words in sentences.items()}}
     x, y = corpus.test
     for name, target in text.TARGETS.items():
