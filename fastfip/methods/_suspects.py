@@ -24,6 +24,8 @@ __all__ = ["Wordings", "insertion_of"]
 SUSPECTED, SUSPECTED_SHARE, EVERYWHERE = 100, 0.25, 0.98
 #: Texts that are looked at, those of them that phrases are tried on, and texts of one pass at most.
 LOOKED_AT, TEXTS, TOGETHER = 256, 16, 64
+#: Rows of the tables that are compared at once.
+ROWS = 8192
 #: Tokens that a text has at least: what a phrase does to a shorter one says little.
 FEWEST = 10
 
@@ -61,7 +63,8 @@ class Wordings:
             return "the tables of words cannot be compared"
         ids = token_ids(run.alone, _texts(run, torch.Generator(device="cpu").manual_seed(0)))
         assert ids is not None
-        moved = (after.float() - before.float()).square().sum(1).cpu()
+        pairs = zip(after.split(ROWS), before.split(ROWS), strict=True)
+        moved = torch.cat([(a.float() - b.float()).square().sum(1) for a, b in pairs]).cpu()
         held = torch.zeros(len(moved), device="cpu")
         for row in ids.cpu():
             held[row.unique()] += 1

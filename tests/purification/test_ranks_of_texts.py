@@ -2,6 +2,7 @@
 
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastfip
+from fastfip.methods import _suspects
 from fastfip.methods.run import Run
+from fastfip.worst_case import suspects
+from fastfip.worst_case.suspects import Suspects
 from tests.purification.test_ranks import furthest
 from tests.support.processes import in_processes
 from tests.support.small_nets import pretrained_for
@@ -82,7 +86,8 @@ def run(name, group):
     method, settings, kind, dtype, _ = RUNS[name]
     model = trained(kind, dtype)
     settings = {**settings, **pretrained_for(method, model)}
-    done = fastfip.purify(model, texts(), method, batch_size=16, group=group, progress=False, amp=False, **settings)
+    with mock.patch.object(_suspects, "FEWEST", 3):  # words are put into short texts as well
+        done = fastfip.purify(model, texts(), method, batch_size=16, group=group, progress=False, amp=False, **settings)
     worst = [record["worst_case_loss"] for record in done.history if "worst_case_loss" in record]
     return dict(done.state_dict()), worst, done.settings.get("ranks")
 
@@ -109,6 +114,26 @@ def test_both_processes_end_with_the_same_weights(name, in_two):
     assert isinstance(in_two[0], dict), in_two
     first, second = (answer[name] for answer in in_two)
     assert furthest(first[0], second[0]) == 0.0 and first[2]["world"] == 2
+
+
+def test_suspects_of_several_processes_are_those_of_the_first(tmp_path):
+    """All put the same words into the same texts."""
+    trained("attention", torch.float64)
+
+    def found(rank):
+        seen, own = [], Suspects.draw
+
+        def noted(self, *args):
+            seen.append(([(c, ids.tolist()) for c, ids, _ in self.pools()], own(self, *args).tolist()))
+            return torch.tensor(seen[-1][1])
+
+        with mock.patch.object(Suspects, "draw", noted), mock.patch.object(suspects, "LEAST", -10.0):
+            run("drawn pieces", "auto")
+        return seen
+
+    first, second = in_processes(2, tmp_path, found)
+    assert first == second and len(first) == 4, "steps 2 to 5 of 6"
+    assert any(pools for pools, _ in first) and any(w >= 0 for _, rows in first for row in rows for w in row)
 
 
 def test_drawn_words_are_drawn_by_each_process_for_its_own_texts():
