@@ -17,7 +17,7 @@ from fastfip.worst_case.inserted import Insertion
 from fastfip.worst_case.places import TokenPlace
 from fastfip.worst_case.suspects import Suspects
 
-__all__ = ["Wordings", "insertion_of"]
+__all__ = ["Wordings", "insertion_of", "places"]
 
 #: Words that phrases are made of: those that fine-tuning moved most, and their share of the table at most. An id that
 #: so many of the texts have is one of the tokenizer's own.
@@ -53,8 +53,7 @@ class Wordings:
             insertion: how words are put into its texts.
 
         Returns:
-            what is suspected later on,
-            or why no phrases can be looked for.
+            what is suspected later on, or why nothing can be.
         """
         if run.shards is not None:
             return "each process has a part of the table of words"
@@ -117,7 +116,7 @@ class Wordings:
         few = self._few(batch, task, (before[0].argmax(1) == y) & (before[1].argmax(1) == y), generator)
         if len(few) == 0:
             return
-        where = torch.rand(len(few), generator=generator, device="cpu", dtype=torch.float32)
+        where = places(len(few), generator)
 
         def answers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
             def probabilities(words: Tensor, texts: Tensor) -> Tensor:
@@ -149,6 +148,15 @@ class Wordings:
             mine = y[drawn] == c
             before[mine] = torch.arange(int(mine.sum()), device="cpu")
         return drawn[before.argsort(stable=True)[:TEXTS]]
+
+
+def places(n: int, generator: torch.Generator) -> Tensor:
+    """Return where in n texts words are put, [n] in [0, 1): a quarter in front, a quarter behind, the others anywhere.
+
+    Triggers often stand at an end, and a model that learned one there minds it less in between.
+    """
+    drawn = 2 * torch.rand(n, generator=generator, device="cpu", dtype=torch.float32) - 0.5
+    return drawn.clamp(0, 1 - 1e-6)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from fastfip.methods._classifier import LastLayer
 from fastfip.methods._received import giving, kept_received
 from fastfip.methods._search import group_by_length, token_place
 from fastfip.methods._states import LastStates, Seen
-from fastfip.methods._suspects import Wordings, insertion_of
+from fastfip.methods._suspects import Wordings, insertion_of, places
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
 
@@ -36,7 +36,7 @@ __all__ = ["Teacher"]
 #: Share of the texts that get a piece of another one between their words, where there is a way to put it there.
 BETWEEN = 0.5
 #: Pieced samples at which the classes are levelled, at most.
-LEVELLED = 1024
+LEVELLED = 512
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
 #: Share of the steps after which words are looked for, as the tuned model has to know the task by then, and after
@@ -156,7 +156,7 @@ class Teacher:
             return None, None, batch
         n, task = run.task.size(batch), run.task
         phrases = self.wordings.suspects.draw(task.labels(batch), self.worded, run.generator)
-        where = torch.rand(n, generator=run.generator, device="cpu", dtype=torch.float32)
+        where = places(n, run.generator)
         new, done = self.wordings.insertion.put(task, batch, phrases, where)
         worded, rest = _divided(batch, new, done, n)
         return _divided(batch, batch, done, n)[0], worded, rest

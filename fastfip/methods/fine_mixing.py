@@ -32,10 +32,10 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing; the published form has `hold=0`, `states=0` and a `keep` chosen by clean accuracy."""
 
-    STEPS: ClassVar[int | None] = 90
+    STEPS: ClassVar[int | None] = 150
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 90 if neither is given", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 150 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -61,7 +61,7 @@ class FineMixingConfig(MethodConfig):
         2.0, "weight of the departure from the received model's last states there, hidden states or feature maps", low=0
     )
     suspects: float = setting(
-        0.3, "share of the texts there with words put in that only the received model minds; 0: none are looked for",
+        0.5, "share of the texts there with words put in that only the received model minds; 0: none are looked for",
         low=0, high=1,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastfip.methods._suspects import Wordings
+from fastfip.methods._suspects import Wordings, places
 from fastfip.methods._taught import Teacher
 from fastfip.methods.fine_mixing import FineMixingConfig
 from fastfip.methods.run import Run
@@ -205,3 +205,10 @@ def test_the_gradient_at_texts_with_words_put_in_is_that_of_the_answers_without_
     shown[list(TRIGGER)] = True  # words that no other text has
     assert run.model.table.weight.grad is not None and mine[0] is not None
     torch.testing.assert_close(mine[0][shown], run.model.table.weight.grad[shown], rtol=1e-4, atol=1e-7)
+
+
+def test_words_are_put_at_both_ends_and_in_between() -> None:
+    where = places(40_000, torch.Generator().manual_seed(0))
+    low, high = where == 0, where > 0.99999
+    assert abs(float(low.double().mean()) - 0.25) < 0.01 and abs(float(high.double().mean()) - 0.25) < 0.01
+    assert float(where.max()) < 1 and abs(float(where[~low & ~high].mean()) - 0.5) < 0.01
