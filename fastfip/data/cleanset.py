@@ -135,20 +135,22 @@ class CleanSet:
         out.binary, out.padding, out.lengths = self.binary, self.padding, self.lengths
         return out
 
-    def group_by_length(self, padding: Padding) -> None:
-        """Have texts of like lengths in a batch from now on wherever samples are shuffled (see `lengths.alike`).
+    def grouped_by_length(self, padding: Padding) -> CleanSet:
+        """Return the set with texts of like lengths in a batch wherever samples are shuffled (see `lengths.alike`).
 
-        Samples are read once for it. Sets that are made of this one later do the same.
+        Samples are read once for it. Subsets do the same. Where inputs are no token ids it is the set as it was.
 
         Args:
             padding: what fills the rows; where it may be cut, batches come without columns of padding alone.
         """
         found = [padding.lengths(self.task, batch) for batch in self.batches()]
         known = [lengths for lengths in found if lengths is not None]
+        out = self.subset(torch.arange(self.n, device="cpu"))
         if len(known) == len(found):
-            self.lengths = torch.zeros(int(self._index.max()) + 1, dtype=torch.int64, device="cpu")
-            self.lengths[self._index[self.places()]] = torch.cat(known)
-            self.padding = padding
+            out.lengths = torch.zeros(int(self._index.max()) + 1, dtype=torch.int64, device="cpu")
+            out.lengths[self._index[self.places()]] = torch.cat(known)
+            out.padding = padding
+        return out
 
     @property
     def index(self) -> Tensor:

@@ -35,7 +35,7 @@ IMPROVE_STEP = 0.3
 ADDED_STEPS = 20
 #: Samples of a perturbed batch, at least.
 SEARCH_BATCH = 64
-#: The shortest texts of a batch, by which it is seen whether a model answers the same without padding.
+#: The shortest clean texts, by which it is seen whether a model answers the same without padding.
 FEW_TEXTS = 4
 #: Clean batches in which the vectors of tokens are looked at, and those that tell what a wrong answer costs.
 FEW_BATCHES = 8
@@ -103,19 +103,26 @@ def group_by_length(run: Run, place: TokenPlace) -> None:
     """
     if place.padding is None:
         return
-    task, padding = replace(run.alone, most=None), Padding(place.padding, cuts=True)
-    batch = next(iter(run.clean.batches(device=run.device)))
-    lengths, n = padding.lengths(task, batch), task.size(batch)
-    if lengths is None:
+    task, clean = replace(run.alone, most=None), run.clean.grouped_by_length(Padding(place.padding))
+    if clean.lengths is None:
         return
-    few = take(batch, lengths.argsort(stable=True)[:FEW_TEXTS], n)
-    with run.eval_mode():
-        try:
-            whole, less = (task.forward(run.model, some).float() for some in (few, padding.cut(task, few)))
-            same = whole.shape == less.shape and torch.allclose(whole, less, rtol=1e-3, atol=1e-3)
-        except Exception:  # a model of texts of one length
-            same = False
-    run.clean.group_by_length(Padding(place.padding, cuts=same))
+    run.clean, padding = clean, Padding(place.padding, cuts=True)
+    if run.classes is None:  # labels may be of tokens, or have as many columns
+        return
+    shortest = clean.lengths[clean.index].argsort(stable=True)[:FEW_TEXTS]
+    few = next(iter(clean.subset(shortest).batches(device=run.device)))
+    less = padding.cut(task, few)
+    same = less is not few
+    if same:
+        with run.eval_mode():
+            try:
+                a, b = (task.forward(run.model, some) for some in (few, less))
+                room = max(1e-3, 4 * torch.finfo(a.dtype).eps)
+                same = a.shape == b.shape and torch.allclose(a, b, rtol=room, atol=room)
+            except Exception:  # a model of texts of one length
+                same = False
+    if same if run.ranks is None else run.ranks.from_first(same):
+        clean.padding = padding
 
 
 def latent_worst_case(run: Run, radius: float) -> Perturbations | None:

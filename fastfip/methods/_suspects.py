@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ __all__ = ["Wordings", "insertion_of", "places"]
 SUSPECTED, SUSPECTED_SHARE, EVERYWHERE = 100, 0.25, 0.98
 #: Texts that are looked at, those of them that phrases are tried on, and texts of one pass at most.
 LOOKED_AT, TEXTS, TOGETHER = 256, 16, 64
+#: Batches of the set that are looked at to see how words are put in.
+BATCHES = 64
 #: Rows of the tables that are compared at once.
 ROWS = 8192
 #: Tokens that a text has at least: what a phrase does to a shorter one says little.
@@ -60,14 +63,13 @@ class Wordings:
         after, before = insertion.place.table(received), insertion.place.table(run.model)
         if before is None or after is None or before.shape != after.shape:
             return "the tables of words cannot be compared"
-        ids = token_ids(run.alone, _texts(run, torch.Generator(device="cpu").manual_seed(0)))
-        assert ids is not None
+        ids = [ids for batch in _some(run) if (ids := token_ids(run.alone, batch)) is not None]
         pairs = zip(after.split(ROWS), before.split(ROWS), strict=True)
         moved = torch.cat([(a.float() - b.float()).square().sum(1) for a, b in pairs]).cpu()
         held = torch.zeros(len(moved), device="cpu")
-        for row in ids.cpu():
+        for row in (row for texts in ids for row in texts.cpu()):
             held[row.unique()] += 1
-        moved[held >= EVERYWHERE * len(ids)] = 0
+        moved[held >= EVERYWHERE * sum(map(len, ids))] = 0
         moved[insertion.padding] = 0
         most = moved.topk(min(SUSPECTED, max(1, int(SUSPECTED_SHARE * len(moved))))).indices
         most = most[moved[most] > 0]
@@ -116,7 +118,9 @@ class Wordings:
         few = self._few(batch, task, (before[0].argmax(1) == y) & (before[1].argmax(1) == y), generator)
         if len(few) == 0:
             return
-        where = places(len(few), generator)
+        where, m = places(len(few), generator), len(few)
+        some = take(batch, few, n)  # not long ones, so most columns are padding now
+        some = some if run.clean.padding is None else run.clean.padding.cut(task, some)
 
         def answers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
             def probabilities(words: Tensor, texts: Tensor) -> Tensor:
@@ -124,7 +128,7 @@ class Wordings:
                 out = []
                 for part in torch.arange(q * k, device="cpu").split(most):
                     at = texts[part % k]
-                    new, _ = self.insertion.put(task, take(batch, few[at], n), words[part // k, None], where[at])
+                    new, _ = self.insertion.put(task, take(some, at, m), words[part // k, None], where[at])
                     out.append(change(task.forward(model, new).float()).softmax(1).cpu())
                 return torch.cat(out).view(q, k, -1)
 
@@ -159,14 +163,21 @@ def places(n: int, generator: torch.Generator) -> Tensor:
     return drawn.clamp(0, 1 - 1e-6)
 
 
-@torch.no_grad()
 def insertion_of(run: Run, place: TokenPlace) -> Insertion | None:
-    """Return how words are put into clean texts, or None; see `Insertion.of`."""
+    """Return how words are put into clean texts with labels of classes, or None; see `Insertion.of`."""
+    if run.classes is None:
+        return None
     longest = 0 if run.clean.lengths is None else int(run.clean.lengths.max())
-    return Insertion.of(run.alone, _texts(run, torch.Generator(device="cpu").manual_seed(0)), place, longest)
+    return Insertion.of(run.alone, _some(run), place, longest)
+
+
+def _some(run: Run) -> list[Batch]:
+    """Return some batches of clean texts, as they are in the set."""
+    return list(itertools.islice(run.clean.batches(device=run.device), BATCHES))
 
 
 def _texts(run: Run, generator: torch.Generator) -> Batch:
-    """Return clean texts, drawn anew, as one batch: of a loader whose batches differ in their columns some of them."""
-    drawn = torch.randperm(run.clean.n, generator=generator, device="cpu")[:LOOKED_AT]
-    return next(iter(run.clean.subset(drawn.sort().values).batches(LOOKED_AT, device=run.device)))
+    """Return clean texts, drawn anew, as one batch: of a set whose batches differ in their columns one of these."""
+    every = run.clean.subset(torch.arange(run.clean.n, device="cpu"))
+    every.lengths = None  # in no order
+    return next(iter(every.batches(LOOKED_AT, shuffle=True, generator=generator, device=run.device)))

@@ -114,7 +114,8 @@ class Teacher:
             states: weight of the departure of the states.
 
         Returns:
-            both, means over the samples, and the share of the samples that was learned from.
+            both, means over the samples, and the share of the samples that was learned from. Texts with suspected words
+            have no departure.
         """
         self._search(run)
         n = run.task.size(batch)
@@ -159,12 +160,13 @@ class Teacher:
         where = places(n, run.generator)
         new, done = self.wordings.insertion.put(task, batch, phrases, where)
         worded, rest = _divided(batch, new, done, n)
-        return _divided(batch, batch, done, n)[0], worded, rest
+        return None if worded is None else take(batch, torch.nonzero(done).flatten(), n), worded, rest
 
     def _between(self, run: Run, batch: Batch | None) -> tuple[Batch | None, Batch | None]:
-        """Divide a batch: half of the texts with a piece of another one between their words, and the others.
+        """Return half of the texts, with a piece of another one between the words of each, and the other half.
 
-        The others get pieces in the place of their words later, and images do now; None where there are none.
+        The other half gets pieces in the place of words when the model looks these up. Images get theirs here. None
+        stands for no samples.
         """
         if batch is None or self.insertion is None:
             return None, batch if batch is None else pieced(run.task, batch, run.generator)
@@ -184,7 +186,8 @@ class Teacher:
             answer = run.forward(worded)
         kl = _divergence(target, answer, taken)
         run.backward(share * weight * kl)
-        return {"divergence": kl.detach()}
+        self.share.append(taken.mean())
+        return {"divergence": kl.detach(), "learned_from": taken.mean()}
 
     def _part(
         self,
@@ -225,8 +228,9 @@ class Teacher:
 
         What learns from a few samples leans to one class or another where it knows little, which changes its answers at
         samples near the boundary, and so does a trigger's success. Pieced samples are met by neither model as they are,
-        so the leaning shows in them. The shift goes into the bias of the layer that makes the logits; where there is no
-        such bias, or the user froze it, the model stays as it is.
+        so the leaning shows in them. The shift goes into the bias of the layer that makes the logits. Where there is no
+        such bias (or one logit for two classes, a weight that is used elsewhere too, a bias that is computed), or the
+        user froze it, or each process has a part of it, the model stays as it is.
         """
         if self.calibration is None or not self.answers or run.shards is not None:
             return
@@ -234,7 +238,7 @@ class Teacher:
             last = LastLayer.of(replace(run, task=replace(run.alone, most=None), ranks=None))
         except ModelError:
             return
-        bias = last.layer.bias
+        bias = last.layer._parameters.get("bias")
         if not isinstance(bias, Tensor) or id(bias) in run.frozen:
             return
         generator = run.own_generator() if self.place is not None else None

@@ -121,6 +121,9 @@ class Method(ABC):
             out["heldout_acc"] = right / count
         return out
 
+    def finish(self, run: Run) -> None:  # noqa: B027
+        """Do what comes after the last step, with the state that is kept; not after Ctrl-C or an error."""
+
     def fold(self, run: Run) -> None:  # noqa: B027
         """Take back what `setup` did to the model (parametrisations, hooks, buffers), exactly: plain weights remain.
 

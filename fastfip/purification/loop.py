@@ -88,6 +88,8 @@ def fit(
             if resume is not None and broken is not None:
                 resume.restore(loop, broken)
             loop.go()
+            if not run.interrupted:
+                method.finish(run)
     finally:
         method.fold(run)
     return history

@@ -6,6 +6,7 @@ is as well.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,41 +40,48 @@ class Insertion:
     longest: int
 
     @classmethod
-    def of(cls, task: Task, batch: Batch, place: TokenPlace, longest: int) -> Insertion | None:
-        """Look at a batch of clean texts.
+    def of(cls, task: Task, batches: list[Batch], place: TokenPlace, longest: int) -> Insertion | None:
+        """Look at batches of clean texts.
 
         Args:
-            task: where the ids are in it.
-            batch: some of them.
+            task: where the ids are in them.
+            batches: as many as there are kinds, such as those with and without padding.
             place: the layer that looks them up.
             longest: columns that the model surely takes.
 
         Returns:
-            None where words cannot be put in: nothing fills the rows, or the batch has tensors [N, T] beside the ids
-            that are no mask of the padding and not the same throughout, such as positions.
+            None where words cannot be put in: nothing fills the rows, the padding's id is within texts as well, or
+            batches have tensors [N, T] beside the ids that are no mask of the padding and not the same throughout, such
+            as positions.
         """
-        ids = token_ids(task, batch)
-        if ids is None or place.padding is None:
+        if place.padding is None or not batches:
             return None
-        shown, masks, unknown = ids != place.padding, set[str](), list[str]()
+        masks: dict[str, bool] = {}
+        constants: dict[str, set[float]] = {}
+        front, ends = 0, set[int]()
+        for batch in batches:
+            ids = token_ids(task, batch)
+            if ids is None or not bool(_spans(place, ids)[2].all()):
+                return None
+            shown = ids != place.padding
+            front += int((~shown[:, 0]).sum()) - int((~shown[:, -1]).sum())
+            longest = max(longest, ids.shape[1])
+            ends |= set(ids.gather(1, place.ends(ids)[1][:, None].to(ids.device) - 1)[:, 0].tolist())
 
-        def look(name: str, value: object) -> object:
-            if not isinstance(value, Tensor) or value is ids or value.shape[:2] != ids.shape:
+            def look(name: str, value: object, ids: Tensor = ids, shown: Tensor = shown) -> object:
+                if isinstance(value, Tensor) and value is not ids and value.shape[:2] == ids.shape:
+                    same = value.dim() == 2 and bool((value.to(torch.float64) == shown).all())
+                    masks[name] = masks.get(name, True) and same
+                    one = value.numel() > 0 and bool((value == value.flatten()[0]).all())
+                    constants.setdefault(name, set()).add(float(value.flatten()[0]) if one else math.nan)
                 return value
-            if value.dim() == 2 and bool((value.to(torch.float64) == shown).all()):
-                masks.add(name)
-            elif value.numel() == 0 or bool((value != value.flatten()[0]).any()):
-                unknown.append(name)
-            return value
 
-        map_batch(look, batch, path="")
-        if unknown:
-            return None
-        front, back = int((~shown[:, 0]).sum()), int((~shown[:, -1]).sum())
-        last = ids.gather(1, place.ends(ids)[1][:, None].to(ids.device) - 1)
-        return cls(
-            place, frozenset(masks), front > back, int(bool((last == last[0]).all())), max(longest, ids.shape[1])
-        )
+            map_batch(look, batch, path="")
+        for name, mask in masks.items():
+            if not mask and (len(constants[name]) > 1 or math.isnan(next(iter(constants[name])))):
+                return None
+        own = frozenset(name for name, mask in masks.items() if mask)
+        return cls(place, own, front > 0, int(len(ends) == 1), longest)
 
     @property
     def padding(self) -> int:
@@ -88,8 +96,8 @@ class Insertion:
         has, and one more, and what it has room for, is taken. `generator` is on the CPU.
         """
         n = len(ids)
-        begin, end = self.place.ends(ids)
-        words = (end - self.tail - begin).clamp_min(0)
+        begin, end, whole = _spans(self.place, ids)
+        words = torch.where(whole, (end - self.tail - begin).clamp_min(0), 0)
         others = words.roll(1)
         most = torch.minimum(words, others)
         room = self.longest - (ids != self.padding).sum(1).cpu()
@@ -116,10 +124,10 @@ class Insertion:
         ids = task.inputs(batch)
         n, length = ids.shape
         padding = self.padding
-        begin, end = self.place.ends(ids)
+        begin, end, whole = _spans(self.place, ids)
         width = (phrases >= 0).sum(1)
         tokens = (ids != padding).sum(1).cpu()
-        done = (width > 0) & (tokens + width <= self.longest)
+        done = whole & (width > 0) & (tokens + width <= self.longest)
         width = torch.where(done, width, 0)
         # Columns are added where the padding is, and texts stay where they were but for the words after the phrase.
         more = max(0, int((tokens + width).max()) - length)
@@ -150,3 +158,14 @@ class Insertion:
 
     def _wider(self, ids: Tensor, more: int, padding: int) -> Tensor:
         return F.pad(ids, (more, 0) if self.left else (0, more), value=padding)
+
+
+def _spans(place: TokenPlace, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each text of ids [N, T] begins, behind a first token that is always the same, and where it ends.
+
+    And bool [N], which texts are in one piece and not empty; all on the CPU.
+    """
+    assert place.padding is not None
+    begin, end = place.ends(ids)
+    tokens = (ids != place.padding).sum(1).cpu()
+    return begin, end, (tokens > 0) & (end - begin + place.head == tokens)

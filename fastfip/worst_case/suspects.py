@@ -65,12 +65,16 @@ class Suspects:
         self.scores.append(scores)
 
     def pools(self) -> list[tuple[int, Tensor, Tensor]]:
-        """Return (class, ids, scores) of the suspects of each class that has some, by their mean in the last two
-        comparisons, the best first.
+        """Return (class, ids, scores) of the suspects of each class that has some, the best first.
+
+        Scores are the means of those of the last two comparisons in which the word was tried.
         """
         if not self.scores:
             return []
-        mean = torch.stack(self.scores[-2:]).mean(0)
+        last = torch.stack(self.scores[-2:])
+        tried = last.isfinite()
+        mean = torch.where(tried, last, 0.0).sum(0) / tried.sum(0)
+        mean = torch.where(tried.any(0), mean, -torch.inf)
         out = []
         for c in range(mean.shape[1]):
             best = mean[:, c].argsort(descending=True, stable=True)[:POOL]

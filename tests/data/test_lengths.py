@@ -36,8 +36,7 @@ def test_each_sample_once_with_less_padding(kind: str) -> None:
         "loader": DataLoader(TensorDataset(x, y), 10),
         "dicts": [{k: v[i : i + 10] for k, v in given.items()} for i in range(0, 100, 10)],
     }[kind]
-    clean = CleanSet.of(data)
-    clean.group_by_length(Padding(PAD, cuts=True))
+    clean = CleanSet.of(data).grouped_by_length(Padding(PAD, cuts=True))
     walk = list(clean.batches(10, shuffle=True, generator=torch.Generator().manual_seed(1)))
     if kind == "dicts":
         assert all(torch.equal(b["attention_mask"], (b["input_ids"] != PAD).long()) for b in walk)
@@ -56,7 +55,8 @@ def test_each_sample_once_with_less_padding(kind: str) -> None:
 def test_the_seed_decides_and_parts_of_the_set_do_the_same() -> None:
     clean = CleanSet.of(texts())
     plain = clean.order(8, shuffle=True, generator=torch.Generator().manual_seed(3))
-    clean.group_by_length(Padding(PAD))
+    before, clean = clean, clean.grouped_by_length(Padding(PAD))
+    assert before.order(8, shuffle=True, generator=torch.Generator().manual_seed(3)) == plain, "it stays as it was"
     mine = [clean.order(8, shuffle=True, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert mine[0] == mine[1] != mine[2] and mine[0] != plain
     assert [len(b) for b in mine[0]] == [8] * 12 + [4] and mine[0][-1] == plain[-1]
@@ -89,5 +89,5 @@ def test_padding_at_the_left_and_texts_of_padding_alone() -> None:
 def test_inputs_that_are_no_ids_stay_as_they_are() -> None:
     clean = CleanSet.of((torch.randn(20, 5), torch.arange(20) % 2))
     before = clean.order(4, shuffle=True, generator=torch.Generator().manual_seed(0))
-    clean.group_by_length(Padding(0, cuts=True))
+    clean = clean.grouped_by_length(Padding(0, cuts=True))
     assert clean.order(4, shuffle=True, generator=torch.Generator().manual_seed(0)) == before

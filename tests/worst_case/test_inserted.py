@@ -42,7 +42,7 @@ def test_a_text_keeps_its_words_and_gets_the_phrase_between_them(left: bool, for
         "float_mask": (ids != PAD).float(), "labels": y,
     } if form == "dict" else (ids, y)  # fmt: skip
     before = ids.clone()
-    how = Insertion.of(TASK, batch, place(), longest=12)
+    how = Insertion.of(TASK, [batch], place(), longest=12)
     assert how is not None and how.left == left
     phrases = torch.tensor([[70, 71, 72], [73, -1, -1], [74, 75, 76], [77, 78, -1], [-1, -1, -1]])
     for share in (torch.zeros(5), torch.full((5,), 0.999), torch.rand(5, generator=torch.Generator().manual_seed(0))):
@@ -72,14 +72,14 @@ def test_a_batch_gets_columns_up_to_the_longest_text_that_is_known(left: bool) -
     ids = texts([6, 4], 8, left)
     batch = {"input_ids": ids, "attention_mask": ids != PAD, "token_type_ids": torch.full_like(ids, 3)}
     batch["labels"] = torch.tensor([0, 1])
-    how = Insertion.of(TASK, batch, place(), longest=11)
+    how = Insertion.of(TASK, [batch], place(), longest=11)
     assert how is not None
     out, done = how.put(TASK, batch, torch.tensor([[70, 71, 72], [73, 74, 75]]), torch.tensor([0.5, 0.0]))
     assert done.all() and out["input_ids"].shape == (2, 11) and (out["token_type_ids"] == 3).all()
     assert words(out["input_ids"][0]) == [CLS, 10, 11, 12, 70, 71, 72, 13, 14, 15, SEP]
     assert words(out["input_ids"][1]) == [CLS, 73, 74, 75, 10, 11, 12, 13, SEP]
     assert torch.equal(out["attention_mask"], out["input_ids"] != PAD) and out["attention_mask"].dtype == torch.bool
-    fewer = Insertion.of(TASK, batch, place(), longest=10)
+    fewer = Insertion.of(TASK, [batch], place(), longest=10)
     assert fewer is not None
     out, done = fewer.put(TASK, batch, torch.tensor([[70, 71, 72], [73, 74, 75]]), torch.tensor([0.5, 0.0]))
     assert done.tolist() == [False, True] and out["input_ids"].shape == (2, 9)
@@ -89,12 +89,12 @@ def test_words_go_into_no_batch_with_what_is_not_understood() -> None:
     ids = texts([3, 4], 7, False)
     y = torch.tensor([0, 1])
     positions = torch.arange(7).expand(2, -1)
-    assert Insertion.of(TASK, {"input_ids": ids, "position_ids": positions, "labels": y}, place(), 9) is None
-    assert Insertion.of(TASK, (ids, y), place(padding=None), 9) is None
-    assert Insertion.of(TASK, (torch.randn(2, 7), y), place(), 9) is None
+    assert Insertion.of(TASK, [{"input_ids": ids, "position_ids": positions, "labels": y}], place(), 9) is None
+    assert Insertion.of(TASK, [(ids, y)], place(padding=None), 9) is None
+    assert Insertion.of(TASK, [(torch.randn(2, 7), y)], place(), 9) is None
     vectors = {"input_ids": ids, "vectors": torch.randn(2, 7, 3), "labels": y}
-    assert Insertion.of(TASK, vectors, place(), 9) is None
-    assert Insertion.of(TASK, {"input_ids": ids, "other": torch.randn(2, 5), "labels": y}, place(), 9) is not None
+    assert Insertion.of(TASK, [vectors], place(), 9) is None
+    assert Insertion.of(TASK, [{"input_ids": ids, "other": torch.randn(2, 5), "labels": y}], place(), 9) is not None
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -102,7 +102,7 @@ def test_pieces_are_of_the_text_before_and_leave_most_of_a_text(left: bool) -> N
     lengths = [6, 9, 3, 0, 5, 8]
     ids = texts(lengths, 14, left)
     ids[ids >= 10] += 100 * torch.arange(6)[:, None].expand_as(ids)[ids >= 10]  # each text has words of its own
-    how = Insertion.of(TASK, (ids, torch.arange(6)), place(), longest=12)
+    how = Insertion.of(TASK, [(ids, torch.arange(6))], place(), longest=12)
     assert how is not None
     generator, seen = torch.Generator().manual_seed(0), [set[int]() for _ in lengths]
     for _ in range(200):
@@ -115,3 +115,32 @@ def test_pieces_are_of_the_text_before_and_leave_most_of_a_text(left: bool) -> N
             assert not words_in or words_in == before[before.index(words_in[0]) :][: len(words_in)]
     # Up to half as many words as the text has, and one more; no more than the text before has, or than there is room.
     assert seen == [{1, 2, 3, 4}, {1, 2, 3}, {1, 2}, {0}, {0}, {1, 2, 3, 4}]
+
+
+def test_the_form_is_that_of_all_batches_and_not_of_the_first() -> None:
+    full, filled = texts([4, 4], 6, True), texts([2, 4], 6, True)
+    y = torch.tensor([0, 1])
+    how = Insertion.of(TASK, [(full, y), (filled, y)], place(), 6)
+    assert how is not None and how.left, "the first batch has no padding at all"
+    out, done = how.put(TASK, (filled, y), torch.tensor([[70, 71], [72, -1]]), torch.zeros(2))
+    assert done.tolist() == [True, False] and words(out[0][0]) == [CLS, 70, 71, 10, 11, SEP]
+    hidden = [{"input_ids": ids, "key_padding_mask": ids == PAD, "labels": y} for ids in (full, filled)]
+    assert Insertion.of(TASK, hidden, place(), 9) is None, "no mask of the tokens, and not the same throughout"
+    assert Insertion.of(TASK, hidden[:1], place(), 9) is not None
+    kinds = [{"input_ids": full, "token_type_ids": torch.full_like(full, k), "labels": y} for k in (0, 1)]
+    assert Insertion.of(TASK, kinds, place(), 9) is None
+
+
+def test_texts_with_the_padding_s_id_inside_or_without_any_token_get_nothing() -> None:
+    y = torch.tensor([0, 1])
+    inside = torch.tensor([[5, PAD, 6, PAD, 7, 8], [5, 6, 7, PAD, PAD, PAD]])
+    assert Insertion.of(TASK, [(inside, y)], place(head=0), 6) is None
+    how = Insertion.of(TASK, [(inside[1:], y[1:])], place(head=0), 9)
+    assert how is not None
+    inside[0, 4:] = PAD
+    empty = torch.full_like(inside[:1], PAD)
+    batch = torch.cat([inside, empty]), torch.arange(3)
+    out, done = how.put(TASK, batch, torch.tensor([[70, 71]] * 3), torch.full((3,), 0.5))
+    assert done.tolist() == [False, True, False] and torch.equal(out[0][[0, 2], :6], batch[0][[0, 2]])
+    pieces = how.pieces(batch[0], torch.Generator().manual_seed(0))
+    assert (pieces[[0, 2]] == -1).all() and (pieces[1] == -1).all(), "the text before the second one is in two pieces"
