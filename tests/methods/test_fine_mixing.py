@@ -195,3 +195,30 @@ def test_a_run_that_is_broken_off_before_anything_was_scored_gives_the_received_
     assert result.interrupted
     as_given = all(torch.equal(p, q) for p, q in zip(result.model.parameters(), model.parameters(), strict=True))
     assert as_given == (where != "second epoch")
+
+
+def test_the_leaning_is_taken_out_at_the_end_alone_of_the_state_that_is_kept(
+    backdoored: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = backdoored
+    levelled: list[Tensor] = []
+
+    def noted(self: Teacher, run: Run) -> None:
+        levelled.append(run.model.head.weight.detach().clone())
+
+    monkeypatch.setattr(Teacher, "level", noted)
+    options: dict[str, Any] = {"pretrained": before, "lr": 0.01, "progress": False}
+    result = fastfip.purify(model, texts(60, 4), epochs=3, holdout=0.3, select="best", **options)
+    assert len(levelled) == 1 and torch.equal(levelled[0], result.model.head.weight)
+
+    def broken(run: Run, record: Any) -> None:
+        raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        fastfip.purify(model, texts(60, 4), steps=3, callbacks=[broken], **options)
+
+    def stopped(run: Run, record: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert fastfip.purify(model, texts(60, 4), steps=3, callbacks=[stopped], **options).interrupted
+    assert len(levelled) == 1

@@ -244,7 +244,9 @@ def test_a_model_without_such_a_bias_or_with_a_frozen_one_stays_as_it_is() -> No
     assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
     run, teacher, _ = taught()
     run.model.head.bias = None
+    before = copy.deepcopy(run.model.state_dict())
     teacher.level(run)
+    assert all(torch.equal(before[name], p) for name, p in run.model.state_dict().items())
     run, teacher, _ = taught()
     teacher.answers = False
     before = copy.deepcopy(run.model.state_dict())
@@ -267,6 +269,10 @@ def test_texts_come_without_padding_where_the_model_answers_the_same(needs_all: 
     assert teacher.place is not None and teacher.place.padding == 0
     walk = [x for x, _ in run.clean.batches(8, shuffle=True, generator=run.generator)]
     assert {x.shape[1] for x in walk} == ({9} if needs_all else {4, 7})
+    x, y = (t[1:] for t in texts())
+    one = make_run(FineMixingConfig(batch_size=1), Fixed(), (x[:, :7], y))  # the first text has no padding
+    Teacher(one, answers=True, states=True)
+    assert one.clean.padding is not None and one.clean.padding.cuts != needs_all
     lengths = [{int(v) for v in (x != 0).sum(1)} for x in walk]
     assert sum(len(found) == 1 for found in lengths) >= 2, "texts of like lengths together"
 
