@@ -18,8 +18,8 @@ from benchmarks.tasks import TASKS, Case, attacks, make
 METHODS = ("nothing", "fine_tune", "large_step", "fast_wfip", "fisher_steps", "auto", "fine_mixing", "published_mixing")
 #: Steps and their size of `large_step`, where a task has none of its own.
 LARGE_STEP = {"steps": 150, "lr": 0.1}
-#: Three tenths of the fine-tuned weights, and the clean loss alone.
-PUBLISHED = {"keep": 0.3, "hold": 0.0, "states": 0.0}
+#: Three tenths of the fine-tuned weights, and the clean loss alone, in as many steps as its rows had from the first on.
+PUBLISHED = {"keep": 0.3, "hold": 0.0, "states": 0.0, "steps": 90}
 RESULTS = harness.Results(
     "tasks",
     "task attack method seed score_name score_before asr_before score asr seconds settings alerts data details "

@@ -344,8 +344,9 @@ def test_transformers_of_the_suite():
 
 
 def test_texts_with_a_thousand_clean_sentences():
-    for attack, seed, said_so in (("words", 1, ""), ("sentence", 1, " (development)"), ("ending", 0, " (development)"),
-                                  ("phrase", 0, "")):  # fmt: skip
+    development = [(attack, seed, " (development)") for attack, seed in
+                   (("words", 1), ("sentence", 1), ("ending", 0), ("phrase", 0))]  # fmt: skip
+    for attack, seed, said_so in [*development, ("date", 2, " (validation, one look)")]:
         found = {
             row["method"]: row
             for row in rows("tasks", task="text", attack=attack, seed=seed)
