@@ -134,8 +134,15 @@ class FineMixing(Method):
 
     def finish(self, run: Run) -> None:
         """Take a leaning to a class out of the bias of the logits."""
-        if self.teacher is not None:
+        if self.teacher is None:
+            return
+        try:
             self.teacher.level(run)
+        except KeyboardInterrupt:
+            if run.ranks is not None:
+                raise
+            run.interrupted = True
+            run.note("interrupted after the last step: a leaning to a class was not taken out")
 
     @staticmethod
     def config(run: Run) -> FineMixingConfig:

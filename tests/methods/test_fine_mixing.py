@@ -222,3 +222,20 @@ def test_the_leaning_is_taken_out_at_the_end_alone_of_the_state_that_is_kept(
 
     assert fastfip.purify(model, texts(60, 4), steps=3, callbacks=[stopped], **options).interrupted
     assert len(levelled) == 1
+
+
+def test_ctrl_c_after_the_last_step_keeps_what_was_tuned(
+    backdoored: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = backdoored
+    options: dict[str, Any] = {"pretrained": before, "lr": 0.01, "progress": False, "steps": 3}
+    whole = fastfip.purify(model, texts(60, 4), **options).state_dict()
+
+    def stopped(self: Teacher, run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Teacher, "level", stopped)
+    result = fastfip.purify(model, texts(60, 4), **options)
+    assert result.interrupted and any("leaning" in note for note in result.notes)
+    differ = [name for name, t in result.state_dict().items() if not torch.equal(t, whole[name])]
+    assert differ == ["head.bias"]
