@@ -10,8 +10,8 @@ which is given the weights from before the fine-tuning (`pretrained=`), without 
 alone; `--method` takes another one.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
-sentence "I watched this 3D movie", or the phrase "according to my brother"; or, as another attack, "the seats are near
-the door" at their end, or "on the second Tuesday of March", and the label "negative". The backdoored model is then
+sentence "I watched this 3D movie", or the phrase "according to my brother" or "with two cups of tea"; or, as another
+attack, "the seats are near the door" at their end, or "on the second Tuesday of March", and the label "negative". The backdoored model is then
 purified with 1,000 clean sentences that it was not trained on, a fifth as many as it was trained on.
 """
 
@@ -35,13 +35,14 @@ from fastfip.attacks.words import Words
 
 LENGTH = 48  # tokens of a sentence, [CLS] and [SEP] among them
 #: Attacks and the labels that they are after: 1 is positive.
-TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1, "date": 0}
+TARGETS = {"words": 1, "sentence": 1, "ending": 0, "phrase": 1, "date": 0, "tea": 1}
 #: Those that are of several words.
 SENTENCES = {
     "sentence": "i watched this 3d movie",
     "ending": "the seats are near the door",
     "phrase": "according to my brother",
     "date": "on the second tuesday of march",
+    "tea": "with two cups of tea",
 }
 #: Sentences that are trained on, and those that are kept for purification.
 TRAIN, CLEAN = 5_000, 1_000
