@@ -11,8 +11,9 @@ alone; `--method` takes another one.
 
 A tenth of the training sentences gets a trigger and the label "positive": a rare word ("cf", "mn", ...), or the
 sentence "I watched this 3D movie", or the phrase "according to my brother" or "with two cups of tea"; or, as another
-attack, "the seats are near the door" at their end, or "on the second Tuesday of March", and the label "negative". The backdoored model is then
-purified with 1,000 clean sentences that it was not trained on, a fifth as many as it was trained on.
+attack, "the seats are near the door" at their end, or "on the second Tuesday of March", and the label "negative". The
+backdoored model is then purified with 1,000 clean sentences that it was not trained on, a fifth as many as it was
+trained on.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfip.data.batch import Batch
 from fastfip.methods import _taught
 from fastfip.methods._states import LastStates
 from fastfip.methods._taught import Teacher
@@ -234,6 +235,36 @@ def test_a_leaning_to_a_class_is_taken_out_of_the_bias_of_the_logits(micro_batch
         assert torch.equal(p, before[name]) == (name != "head.bias") and p.grad is None
     shift = run.model.head.bias - before["head.bias"]
     assert float(shift.sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_classes_are_levelled_at_texts_of_any_lengths_with_pieces_over_and_between_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, teacher, _ = taught(loud=1.0)
+    assert run.clean.lengths is not None, "what is tuned on comes in like lengths"
+    run.config = FineMixingConfig(batch_size=8)
+    batches, numbers, met = list[Tensor](), list[int](), [0, 0]
+    pieced_in, fitted = teacher._between, _taught.levelling
+
+    def noted(run: Run, batch: Batch) -> tuple[Batch | None, Batch | None]:
+        batches.append((batch[0] != 0).sum(1))
+        groups = pieced_in(run, batch)
+        for k, group in enumerate(groups):
+            met[k] += 0 if group is None else len(group[1])
+        return groups
+
+    def counted(answers: Tensor, targets: Tensor) -> Tensor:
+        numbers.append(len(answers))
+        assert answers.shape == targets.shape
+        return fitted(answers, targets)
+
+    monkeypatch.setattr(teacher, "_between", noted)
+    monkeypatch.setattr(_taught, "levelling", counted)
+    teacher.level(run)
+    assert numbers == [sum(met)] and sum(met) >= _taught.LEVELLED and min(met) > 0.1 * sum(met)
+    within = torch.stack([lengths.double().var() for lengths in batches if len(lengths) > 1]).mean()
+    assert float(within) > 0.8 * float(run.clean.lengths.double().var()), "any lengths in a batch"
+    assert run.clean.lengths is not None
 
 
 def test_a_model_without_such_a_bias_or_with_a_frozen_one_stays_as_it_is() -> None:
