@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -121,6 +120,7 @@ class Teacher:
         self._search(run)
         n = run.task.size(batch)
         plain, worded, rest = self._worded(run, batch)
+        between, rest = self._between(run, rest)
         generator = run.own_generator() if self.place is not None else None
         sums: dict[str, float | Tensor] = {}
 
@@ -134,10 +134,12 @@ class Teacher:
                 for place in run.places(m):
                     few, share = take(plain, place, m), len(place) / n
                     add(share, self._without_words(run, few, take(worded, place, m), share, weight))
-            if rest is not None:
-                portion = run.task.size(rest) / n
-                for part, share, new in self._pieced(run, rest, generator):
-                    add(portion * share, self._part(run, part, portion * share, new, weight, states))
+            for group, over in ((between, False), (rest, True)):
+                if group is not None:
+                    portion = run.task.size(group) / n
+                    for part, share in run.parts(group):
+                        new = self._pieces(run, generator) if over else None
+                        add(portion * share, self._part(run, part, portion * share, new, weight, states))
         return sums
 
     def _search(self, run: Run) -> None:
@@ -160,29 +162,14 @@ class Teacher:
         worded, rest = _divided(batch, new, done, n)
         return None if worded is None else take(batch, torch.nonzero(done).flatten(), n), worded, rest
 
-    def _pieced(
-        self, run: Run, batch: Batch, generator: torch.Generator | None
-    ) -> Iterator[tuple[Batch, float, Rewording | None]]:
-        """Yield the parts of a batch with pieces of other samples in them.
-
-        With each go its share of the batch and, if pieces are written over words, what does so where these are looked
-        up.
-        """
-        n = run.task.size(batch)
-        for group, over in zip(self._between(run, batch), (False, True), strict=True):
-            if group is not None:
-                portion = run.task.size(group) / n
-                for part, share in run.parts(group):
-                    yield part, portion * share, self._pieces(run, generator) if over else None
-
-    def _between(self, run: Run, batch: Batch) -> tuple[Batch | None, Batch | None]:
+    def _between(self, run: Run, batch: Batch | None) -> tuple[Batch | None, Batch | None]:
         """Return half of the texts, with a piece of another one between the words of each, and the other half.
 
         The other half gets pieces in the place of words when the model looks these up. Images get theirs here. None
         stands for no samples.
         """
-        if self.insertion is None:
-            return None, pieced(run.task, batch, run.generator)
+        if batch is None or self.insertion is None:
+            return None, batch if batch is None else pieced(run.task, batch, run.generator)
         ids, n = token_ids(run.task, batch), run.task.size(batch)
         assert ids is not None
         drawn = torch.rand(2, n, generator=run.generator, device="cpu", dtype=torch.float32)
@@ -265,7 +252,8 @@ class Teacher:
                 for _ in range(-(-LEVELLED // every.n))
             )
             for batch in itertools.islice(itertools.chain.from_iterable(passes), -(-LEVELLED // min(size, every.n))):
-                for part, _, new in self._pieced(run, batch, generator):
+                for part, _ in run.parts(pieced(run.task, batch, run.generator)):
+                    new = self._pieces(run, generator)
                     with giving(run, self.received) as given, self._reworded(given, new), run.autocast():
                         targets.append(self.calibration(run.task.forward(given, part)))
                     with self._reworded(run.model, new), run.autocast():

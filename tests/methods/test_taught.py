@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfip.data.batch import Batch
+from fastfip.data.task import Task
 from fastfip.methods import _taught
 from fastfip.methods._states import LastStates
 from fastfip.methods._taught import Teacher
@@ -237,32 +238,27 @@ def test_a_leaning_to_a_class_is_taken_out_of_the_bias_of_the_logits(micro_batch
     assert float(shift.sum()) == pytest.approx(0, abs=1e-5)
 
 
-def test_classes_are_levelled_at_texts_of_any_lengths_with_pieces_over_and_between_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_classes_are_levelled_at_many_texts_of_any_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     run, teacher, _ = taught(loud=1.0)
     assert run.clean.lengths is not None, "what is tuned on comes in like lengths"
     run.config = FineMixingConfig(batch_size=8)
-    batches, numbers, met = list[Tensor](), list[int](), [0, 0]
-    pieced_in, fitted = teacher._between, _taught.levelling
+    batches, numbers = list[Tensor](), list[int]()
+    pieced, fitted = _taught.pieced, _taught.levelling
 
-    def noted(run: Run, batch: Batch) -> tuple[Batch | None, Batch | None]:
+    def noted(task: Task, batch: Batch, generator: torch.Generator | None) -> Batch:
         batches.append((batch[0] != 0).sum(1))
-        groups = pieced_in(run, batch)
-        for k, group in enumerate(groups):
-            met[k] += 0 if group is None else len(group[1])
-        return groups
+        return pieced(task, batch, generator)
 
     def counted(answers: Tensor, targets: Tensor) -> Tensor:
         numbers.append(len(answers))
         assert answers.shape == targets.shape
         return fitted(answers, targets)
 
-    monkeypatch.setattr(teacher, "_between", noted)
+    monkeypatch.setattr(_taught, "pieced", noted)
     monkeypatch.setattr(_taught, "levelling", counted)
     teacher.level(run)
-    assert numbers == [sum(met)] and sum(met) >= _taught.LEVELLED and min(met) > 0.1 * sum(met)
-    within = torch.stack([lengths.double().var() for lengths in batches if len(lengths) > 1]).mean()
+    assert numbers == [_taught.LEVELLED]
+    within = torch.stack([lengths.double().var() for lengths in batches]).mean()
     assert float(within) > 0.8 * float(run.clean.lengths.double().var()), "any lengths in a batch"
     assert run.clean.lengths is not None
 
