@@ -344,17 +344,23 @@ def test_transformers_of_the_suite():
 
 
 def test_texts_with_a_thousand_clean_sentences():
+    every = [row for row in rows("tasks", task="text") if "1000 others clean" in row["data"]]
+
+    def elsewhere(attack, method):
+        """The success of a trigger in models that were not trained with it."""
+        found = [row for row in every if (row["method"], row["attack"] == attack) == (method, False)]
+        found = [re.search(rf"not trained with:.* {attack} ([\d.]+)", row["details"]) for row in found]
+        found = [match[1] for match in found if match]
+        return f"{rounded(min(found, key=float))} to {rounded(max(found, key=float))}"
+
     development = [(attack, seed, " (development)") for attack, seed in
-                   (("words", 1), ("sentence", 1), ("ending", 0), ("phrase", 0))]  # fmt: skip
-    for attack, seed, said_so in [*development, ("date", 2, " (validation, one look)")]:
-        found = {
-            row["method"]: row
-            for row in rows("tasks", task="text", attack=attack, seed=seed)
-            if "1000 others clean" in row["data"]
-        }
+                   (("words", 1), ("sentence", 1), ("ending", 0), ("phrase", 0), ("date", 2))]  # fmt: skip
+    for attack, seed, said_so in [*development, ("tea", 3, " (validation, one look)")]:
         cells = []
         for method in ("nothing", "fine_mixing"):
-            own = re.search(r"([\d.]+) % of the attacked sentences", found[method]["details"])[1]
-            numbers = [found[method]["score"], found[method]["asr"], own]
+            row = next(r for r in every if (r["attack"], r["seed"], r["method"]) == (attack, str(seed), method))
+            own = re.search(r"([\d.]+) % of the attacked sentences", row["details"])[1]
+            numbers = [row["score"], row["asr"], own]
             cells.append(" / ".join("100" if float(n) == 100 else rounded(n) for n in numbers))
+        cells += [elsewhere(attack, method) for method in ("nothing", "fine_mixing")]
         said("docs/tasks.md", f"| {attack}, seed {seed}{said_so} | {' | '.join(cells)} |")
