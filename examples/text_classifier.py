@@ -205,10 +205,17 @@ def backdoored(name: str, texts: Corpus, weights: Path | None, seed: int = 0, sh
 def rates(model: nn.Module, texts: Corpus, name: str) -> tuple[float, float]:
     """Return the accuracy on clean test sentences, and the share of those of the other label that the trigger turns."""
     x, y = texts.test
-    triggered, wanted, _ = attack_of(name, texts).asr_set(x, y, TARGETS[name])
-    return 100 * float((answers(model, x) == y).float().mean()), 100 * float(
-        (answers(model, triggered) == wanted).float().mean()
-    )
+    return 100 * float((answers(model, x) == y).float().mean()), turned(model, texts, name)
+
+
+@torch.no_grad()
+def turned(model: nn.Module, texts: Corpus, name: str) -> float:
+    """Return the share of the test sentences of the other label that a trigger turns, in percent.
+
+    Where the model was not trained with the trigger this is what its words do in the language.
+    """
+    triggered, wanted, _ = attack_of(name, texts).asr_set(*texts.test, TARGETS[name])
+    return 100 * float((answers(model, triggered) == wanted).float().mean())
 
 
 @torch.no_grad()

@@ -41,16 +41,9 @@ def make(attack: str, seed: int, clean: int | None = None) -> Case:
         own, right = example.mistakes(net, model, texts, attack)
         without = f"{own:.2f} % of the attacked sentences get its label without the trigger"
         with_it = f"{right:.2f} % with it of those that the received model had right"
-        others = " ".join(f"{name} {turned(net, texts, name):.2f}" for name in ATTACKS if name != attack)
+        others = " ".join(f"{name} {example.turned(net, texts, name):.2f}" for name in ATTACKS if name != attack)
         return f"{without}, {with_it}; triggers that it was not trained with: {others}"
 
     own = {"fisher_steps": example.SETTINGS} if example.SETTINGS else {}
     own["fine_mixing"] = {"pretrained": weights, **example.SETTINGS}
     return Case(model, texts.clean, measure, "accuracy", said, own=own, details=details)
-
-
-@torch.no_grad()
-def turned(net: torch.nn.Module, texts: example.Corpus, attack: str) -> float:
-    """Return the success of an attack that the model was not trained with, %: what its words do in the language."""
-    triggered, wanted, _ = example.attack_of(attack, texts).asr_set(*texts.test, example.TARGETS[attack])
-    return 100 * float((example.answers(net, triggered) == wanted).float().mean())

@@ -35,7 +35,7 @@ __all__ = ["Teacher"]
 
 #: Share of the texts that get a piece of another one between their words, where there is a way to put it there.
 BETWEEN = 0.5
-#: Pieced samples at which the classes are levelled. With a quarter as many the shift differed by 0.2 between draws.
+#: Pieced samples at which the classes are levelled, about. With a quarter as many shifts differed by 0.2 between draws.
 LEVELLED = 2048
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
