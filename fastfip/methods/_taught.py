@@ -117,7 +117,6 @@ class Teacher:
             both, means over the samples, and the share of the samples that was learned from. Texts with suspected words
             have no departure.
         """
-        self._search(run)
         n = run.task.size(batch)
         plain, worded, rest = self._worded(run, batch)
         between, rest = self._between(run, rest)
@@ -142,12 +141,27 @@ class Teacher:
                         add(portion * share, self._part(run, part, portion * share, new, weight, states))
         return sums
 
-    def _search(self, run: Run) -> None:
-        """Compare the models if it is time to do so."""
-        if self.wordings is None or run.step < (LOOKED_FOR + self.searches * AGAIN) * run.total_steps:
+    def divergence(self, run: Run, batch: Batch, answer: Tensor) -> Tensor:
+        """Return the divergence from the calibrated received answers at a batch as it is, mean, where `answer` is ours.
+
+        It is learned from all samples: where the labels say otherwise they are learned as well.
+        """
+        assert self.calibration is not None
+        with torch.no_grad(), giving(run, self.received) as given:
+            target = self.calibration(run.task.forward(given, batch))
+        return _divergence(target, answer, torch.ones(len(target), device=target.device))
+
+    def search_after(self, run: Run, share: float) -> None:
+        """Look for words if it is time to, after a share of the steps."""
+        if share >= LOOKED_FOR + self.searches * AGAIN:
+            self.searches += 1
+            self.search(run)
+
+    def search(self, run: Run) -> None:
+        """Look for words that turn texts in the received model and not in the tuned one."""
+        if self.wordings is None:
             return
         assert self.calibration is not None
-        self.searches += 1
         with run.timed("search"), giving(run, self.received) as given:
             self.wordings.compare(run, given, self.calibration)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastfip.data.augment import augmented, movable
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import taken_anew
+from fastfip.methods._scout import Scout
 from fastfip.methods._taught import Teacher
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
@@ -32,10 +33,10 @@ __all__ = ["FineMixing", "FineMixingConfig"]
 class FineMixingConfig(MethodConfig):
     """Settings of fine-mixing; the published form has `hold=0`, `states=0` and a `keep` chosen by clean accuracy."""
 
-    STEPS: ClassVar[int | None] = 150
+    STEPS: ClassVar[int | None] = 200
 
     epochs: int | None = setting(None, "passes over the clean set", low=1)
-    steps: int | None = setting(None, "optimiser steps, instead of epochs; 150 if neither is given", low=1)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs; 200 if neither is given", low=1)
     batch_size: int | None = setting(32, "samples in a step; None: the batch size of the loader", low=1)
     lr: float = setting(1e-4, "step size", above=0)
     optimizer: Literal["sgd", "adam"] = setting("adam", "optimiser")
@@ -64,6 +65,14 @@ class FineMixingConfig(MethodConfig):
         0.5, "share of the texts there with words put in that only the received model minds; 0: none are looked for",
         low=0, high=1,
     )  # fmt: skip
+    scout: float = setting(
+        0.25, "share of the steps after which they are looked for, and tuning begins anew with what was found; 0: none",
+        low=0, below=1,
+    )  # fmt: skip
+    soften: float = setting(
+        0.5, "share of the received answer in what is learned at whole clean samples; the rest is the label",
+        low=0, high=1,
+    )  # fmt: skip
 
 
 @register
@@ -77,13 +86,15 @@ class FineMixing(Method):
     another (CutMix); other inputs are taken as they are. p are the received answers, with one temperature and a shift
     for each class by which they fit the clean labels best; h are the received model's last hidden states, or feature
     maps. A pieced sample of which p says another class than its label is passed over in both. At the end the bias of
-    the logits is shifted so that p_w has each class as often as p at pieced samples.
+    the logits is shifted so that p_w has each class as often as p at pieced samples. L is softened, as p knows what is
+    in doubt: it has the label with the weight 1 - `soften`, KL(p || p_w) with the rest.
 
-    Of texts, four times from a third of the steps on, each of the hundred words that fine-tuning moved most is put into
-    clean ones. It is suspected of a class if p has the class more often then, by 0.03 more than three times what p_w
-    does. The share `suspects` of the texts gets up to four words that are suspected of a class that is not its own, and
-    p_w learns p without them. This, and pieces between words, needs batches in which a mask tells the padding, or none.
-    Texts of like lengths are put into a batch.
+    Of texts, after a share of the steps (`scout`) and four times from a third of the others on, each of the hundred
+    words that fine-tuning moved most is put into clean ones. It is suspected of a class if p has the class more often
+    then, by 0.03 more than three times what p_w does. The share `suspects` of the texts gets up to four words that are
+    suspected of a class that is not its own, and p_w learns p without them. After the first time tuning begins anew:
+    what was learned before the suspects were known is given up. This, and pieces between words, needs batches in which
+    a mask tells the padding, or none. Texts of like lengths are put into a batch.
     """
 
     name = "fine_mixing"
@@ -92,6 +103,7 @@ class FineMixing(Method):
     takes_parts = over_ranks = needs_pretrained = True
 
     teacher: Teacher | None = None
+    scout: Scout | None = None
     latest: float | Tensor = 0.0  # loss
     scored = False  # an epoch was
 
@@ -120,6 +132,8 @@ class FineMixing(Method):
             self.teacher.suspect_words(run, config.suspects)
         taken_anew(run, run.clean.batches(run.config.batch_size, device=run.device, smallest=2))
         run.model.eval()
+        if self.teacher is not None and self.teacher.wordings is not None and config.scout > 0:
+            self.scout = Scout(run, config.scout)
         run.pretrained = None  # nobody needs them any more
 
     @torch.no_grad()
@@ -154,14 +168,33 @@ class FineMixing(Method):
         """All parameters."""
         return [{"params": list(run.model.parameters())}]
 
+    def make_optimizer(self, run: Run, groups: Groups) -> torch.optim.Optimizer:
+        """Return the config's optimiser; where there is a scout it needs to know it."""
+        self.optimizer = super().make_optimizer(run, groups)
+        return self.optimizer
+
+    def is_candidate(self, run: Run) -> bool:
+        """Return whether the weights are none that are given up again."""
+        return self.scout is None or run.step > self.scout.first(run)
+
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Back-propagate the clean loss, and the divergence from the received answers at other samples."""
         config = self.config(run)
+        self._look(run)
         values = super().backward(run, batch)
         self.latest = values["loss"]
         if self.teacher is not None:
             values.update(self.teacher.backward(run, self._moved(run, next(self.more)), config.hold, config.states))
         return values
+
+    def loss(self, run: Run, batch: Batch) -> Tensor:
+        """Return the mean loss of the labels, a part of it for the divergence from the received answers."""
+        share = self.config(run).soften
+        if self.teacher is None or not self.teacher.answers or share == 0:
+            return super().loss(run, batch)
+        answer = run.forward(batch)
+        divergence = self.teacher.divergence(run, batch, answer)
+        return (1 - share) * run.loss(answer, batch).mean() + share * divergence
 
     def score(self, run: Run) -> dict[str, float]:
         """Return the loss of the latest step where nothing is chosen by a score: no pass is spent on one."""
@@ -169,6 +202,21 @@ class FineMixing(Method):
         if run.heldout is None and run.config.select == "last":
             return {"score": float(self.latest)}
         return super().score(run)
+
+    def _look(self, run: Run) -> None:
+        """Begin anew if it is time to, and look for words that only the received model minds."""
+        if self.teacher is None:
+            return
+        at, count = run.step, run.total_steps
+        if self.scout is not None:
+            at, count = self.scout.place(run)
+            if not self.scout.over and 0 < self.scout.first(run) <= run.step:
+                self.teacher.search(run)
+                self.scout.begin_anew(run, self.optimizer)
+            self.scout.set_size(run, self.optimizer)
+            if not self.scout.over and self.scout.first(run) > 0:
+                return
+        self.teacher.search_after(run, at / count)
 
     @staticmethod
     def _moved(run: Run, batch: Batch) -> Batch:

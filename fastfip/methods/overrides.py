@@ -76,10 +76,12 @@ class Overrides(TypedDict, total=False):
     ridge: float
     samples: int
     schedule: Literal["constant", "cosine"] | Literal["constant"]
+    scout: float
     select: Literal["best", "last"]
     share: float
     shared_weight: float
     sieve: float
+    soften: float
     solver: Literal["exact", "kronecker"] | Literal["fixed_point", "conjugate_gradient"]
     start: Literal["max", "min", "zero", "random"]
     states: float
