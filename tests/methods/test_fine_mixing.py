@@ -131,6 +131,22 @@ def test_statistics_of_batchnorm_are_of_the_mixture() -> None:
     torch.testing.assert_close(net[1].running_var, expected.var(0))
 
 
+def test_labels_are_softened_by_the_received_answers_at_whole_samples() -> None:
+    torch.manual_seed(1)
+    received, x = Reader(encoder()), texts(20, 0)
+    for soften in (0.0, 0.25, 1.0):
+        run = make_run(FineMixingConfig(soften=soften), copy.deepcopy(received), x)
+        run.classes, run.pretrained = CLASSES, {k: v + 0.3 for k, v in received.state_dict().items() if "head" not in k}
+        method = FineMixing()
+        method.setup(run)
+        assert method.teacher is not None and method.teacher.calibration is not None
+        target = method.teacher.calibration(received(x[0])).softmax(1).double()
+        answer = run.model(x[0]).double().log_softmax(1)
+        wanted = (1 - soften) * -answer[torch.arange(20), x[1]].mean()
+        wanted = wanted + soften * (target * (target.log() - answer)).sum(1).mean()
+        torch.testing.assert_close(method.loss(run, x).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_without_hold_the_received_answers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model, before = Reader(encoder()), {k: v + 0.1 for k, v in encoder().state_dict().items()}
     calls: list[float] = []
