@@ -143,7 +143,7 @@ def test_suspects_of_several_processes_are_those_of_the_first(tmp_path):
         return seen
 
     first, second = in_processes(2, tmp_path, found)
-    assert first == second and len(first) == 4, "steps 2 to 5 of 6"
+    assert first == second and len(first) == 5, "steps 1 to 5 of 6: words are looked for after a quarter of them"
     assert any(pools for pools, _ in first) and any(w >= 0 for _, rows in first for row in rows for w in row)
 
 
