@@ -49,6 +49,9 @@ class Scout:
         for t, value in zip(self._state(run), self.weights, strict=True):
             t.copy_(value)
         optimizer.state.clear()
+
+    def end(self) -> None:
+        """Forget the weights: tuning does not begin anew once more."""
         self.weights, self.over = [], True
 
     @staticmethod

@@ -31,7 +31,7 @@ from fastfip.methods._suspects import Wordings, insertion_of, places
 from fastfip.methods.run import Run
 from fastfip.worst_case.places import Rewording, TokenPlace
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "divergence"]
 
 #: Share of the texts that get a piece of another one between their words, where there is a way to put it there.
 BETWEEN = 0.5
@@ -40,7 +40,7 @@ LEVELLED = 2048
 #: Share of the pieced samples that is learned from; with less, the result says so.
 FEW = 0.3
 #: Share of the steps after which words are looked for, as the tuned model has to know the task by then, and after
-#: which again.
+#: which again; those of a scout do not count.
 LOOKED_FOR, AGAIN = 1 / 3, 1 / 5
 
 
@@ -141,15 +141,11 @@ class Teacher:
                         add(portion * share, self._part(run, part, portion * share, new, weight, states))
         return sums
 
-    def divergence(self, run: Run, batch: Batch, answer: Tensor) -> Tensor:
-        """Return the divergence from the calibrated received answers at a batch as it is, mean, where `answer` is ours.
-
-        It is learned from all samples: where the labels say otherwise they are learned as well.
-        """
+    def target(self, run: Run, batch: Batch) -> Tensor:
+        """Return the calibrated received answers at a batch as it is, logits [N, C]."""
         assert self.calibration is not None
         with torch.no_grad(), giving(run, self.received) as given:
-            target = self.calibration(run.task.forward(given, batch))
-        return _divergence(target, answer, torch.ones(len(target), device=target.device))
+            return self.calibration(run.task.forward(given, batch))
 
     def search_after(self, run: Run, share: float) -> None:
         """Look for words if it is time to, after a share of the steps."""
@@ -198,7 +194,7 @@ class Teacher:
         taken = (target.argmax(1) == run.task.labels(plain).to(target.device)).float()
         with run.autocast():
             answer = run.forward(worded)
-        kl = _divergence(target, answer, taken)
+        kl = divergence(target, answer, taken)
         run.backward(share * weight * kl)
         self.share.append(taken.mean())
         return {"divergence": kl.detach(), "learned_from": taken.mean()}
@@ -227,7 +223,7 @@ class Teacher:
                 answer = run.forward(part)
             total: Tensor | float = 0.0
             if self.answers:
-                kl = _divergence(target, answer, taken)
+                kl = divergence(target, answer, taken)
                 total, values["divergence"] = weight * kl, kl.detach()
             departed = None if self.states is None else self.states.departure(run, n, old, mine, taken)
             if departed is not None:
@@ -310,8 +306,9 @@ class Teacher:
         return contextlib.nullcontext() if self.place is None or new is None else self.place.reworded(model, new)
 
 
-def _divergence(target: Tensor, answer: Tensor, taken: Tensor) -> Tensor:
-    """Return KL(target || answer) of logits [N, C], the mean of those samples that are `taken`, [N], over all N."""
+def divergence(target: Tensor, answer: Tensor, taken: Tensor | None = None) -> Tensor:
+    """Return KL(target || answer) of logits [N, C]: the sum over the samples that are `taken`, [N] or all, over N."""
+    taken = torch.ones(len(target), device=target.device) if taken is None else taken
     p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / len(taken)
 

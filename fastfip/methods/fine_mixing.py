@@ -23,7 +23,7 @@ from fastfip.data.augment import augmented, movable
 from fastfip.data.batch import Batch
 from fastfip.methods._batchnorm import taken_anew
 from fastfip.methods._scout import Scout
-from fastfip.methods._taught import Teacher
+from fastfip.methods._taught import Teacher, divergence
 from fastfip.methods.base import Groups, Method, MethodConfig, Run, register, setting
 
 __all__ = ["FineMixing", "FineMixingConfig"]
@@ -66,11 +66,11 @@ class FineMixingConfig(MethodConfig):
         low=0, high=1,
     )  # fmt: skip
     scout: float = setting(
-        0.25, "share of the steps after which they are looked for, and tuning begins anew with what was found; 0: none",
+        0.25, "share of the steps after which such words are looked for and tuning begins anew; 0: it begins once",
         low=0, below=1,
     )  # fmt: skip
     soften: float = setting(
-        0.5, "share of the received answer in what is learned at whole clean samples; the rest is the label",
+        0.5, "share of the received answers in what whole clean samples teach, labels have the rest; with hold > 0",
         low=0, high=1,
     )  # fmt: skip
 
@@ -86,8 +86,8 @@ class FineMixing(Method):
     another (CutMix); other inputs are taken as they are. p are the received answers, with one temperature and a shift
     for each class by which they fit the clean labels best; h are the received model's last hidden states, or feature
     maps. A pieced sample of which p says another class than its label is passed over in both. At the end the bias of
-    the logits is shifted so that p_w has each class as often as p at pieced samples. L is softened, as p knows what is
-    in doubt: it has the label with the weight 1 - `soften`, KL(p || p_w) with the rest.
+    the logits is shifted so that p_w has each class as often as p at pieced samples. With p, L has the labels with the
+    weight 1 - `soften` and KL(p || p_w) with the rest: a few labels alone are learned by heart.
 
     Of texts, after a share of the steps (`scout`) and four times from a third of the others on, each of the hundred
     words that fine-tuning moved most is put into clean ones. It is suspected of a class if p has the class more often
@@ -106,6 +106,7 @@ class FineMixing(Method):
     scout: Scout | None = None
     latest: float | Tensor = 0.0  # loss
     scored = False  # an epoch was
+    tuned = False  # since tuning began, for the last time
 
     @torch.no_grad()
     def setup(self, run: Run) -> None:
@@ -150,6 +151,8 @@ class FineMixing(Method):
         """Take a leaning to a class out of the bias of the logits."""
         if self.teacher is None:
             return
+        if not self.tuned:
+            run.note("the run ended before tuning began anew: what it has learned may have a part of a backdoor")
         try:
             self.teacher.level(run)
         except KeyboardInterrupt:
@@ -173,9 +176,13 @@ class FineMixing(Method):
         self.optimizer = super().make_optimizer(run, groups)
         return self.optimizer
 
+    def after_step(self, run: Run) -> None:
+        """Remember that the weights are no longer those that tuning began with."""
+        self.tuned = self.scout is None or self.scout.over
+
     def is_candidate(self, run: Run) -> bool:
-        """Return whether the weights are none that are given up again."""
-        return self.scout is None or run.step > self.scout.first(run)
+        """Return whether the weights were tuned, after the scout if there is one."""
+        return self.tuned
 
     def backward(self, run: Run, batch: Batch) -> dict[str, float | Tensor]:
         """Back-propagate the clean loss, and the divergence from the received answers at other samples."""
@@ -188,13 +195,16 @@ class FineMixing(Method):
         return values
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
-        """Return the mean loss of the labels, a part of it for the divergence from the received answers."""
+        """Return the mean loss of the labels, in a part of it the divergence from the received answers.
+
+        What the user's own `loss=` is worth beside a divergence is not known, so it is left as it is.
+        """
         share = self.config(run).soften
-        if self.teacher is None or not self.teacher.answers or share == 0:
+        if self.teacher is None or not self.teacher.answers or share == 0 or run.task.loss_hook is not None:
             return super().loss(run, batch)
+        target = self.teacher.target(run, batch)
         answer = run.forward(batch)
-        divergence = self.teacher.divergence(run, batch, answer)
-        return (1 - share) * run.loss(answer, batch).mean() + share * divergence
+        return (1 - share) * run.loss(answer, batch).mean() + share * divergence(target, answer)
 
     def score(self, run: Run) -> dict[str, float]:
         """Return the loss of the latest step where nothing is chosen by a score: no pass is spent on one."""
@@ -210,11 +220,13 @@ class FineMixing(Method):
         at, count = run.step, run.total_steps
         if self.scout is not None:
             at, count = self.scout.place(run)
-            if not self.scout.over and 0 < self.scout.first(run) <= run.step:
-                self.teacher.search(run)
-                self.scout.begin_anew(run, self.optimizer)
+            if not self.scout.over and self.scout.first(run) <= run.step:
+                if self.scout.first(run) > 0:
+                    self.teacher.search(run)
+                    self.scout.begin_anew(run, self.optimizer)
+                self.scout.end()
             self.scout.set_size(run, self.optimizer)
-            if not self.scout.over and self.scout.first(run) > 0:
+            if not self.scout.over:
                 return
         self.teacher.search_after(run, at / count)
 

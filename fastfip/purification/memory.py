@@ -52,6 +52,8 @@ BUFFERS = 3
 #: Buffers that are there while no pass runs: the state that takes the last one's place; in `fisher_steps` the step, and
 #: the weights from before the measurement of its length.
 STEP_BUFFERS = {"fisher_steps": 2}
+#: Methods that keep the weights that tuning may begin anew with.
+BEGIN_ANEW = ("fine_mixing",)
 #: Methods that keep the received values, and share them with the given model where their layout has stayed.
 KEEP_RECEIVED = ("fisher_steps", "wfip")
 #: Memory of the Fisher diagonal of one sample, in passes of one sample: what each layer's gradient is made of is kept.
@@ -192,7 +194,7 @@ def fixed_memory(
     step = min(classes, SEARCH_BATCH) * input_bytes  # of a step: sums, rows and their like
     data = (rows // 2 if rows > 256 << 20 else rows) + 3 * step + 2 * clean_bytes + SEARCH_BATCH * input_bytes
     if not recipe.lends_weights:
-        buffers = BUFFERS + (optimizer == "adam") + best
+        buffers = BUFFERS + (optimizer == "adam") + best + (recipe.name in BEGIN_ANEW)
         step = STEP_BUFFERS.get(recipe.name, 0 if best else 1) * wide
         return MemoryModel(copies=copies, optimiser=buffers * wide, step=step, data=data if classes else 0)
     factors, largest, seen, deltas = 0, 0, set(), 0

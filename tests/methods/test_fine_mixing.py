@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfip
+from fastfip.data import Task
 from fastfip.errors import ConfigError
 from fastfip.methods import fine_mixing
 from fastfip.methods._taught import Teacher
@@ -144,7 +145,12 @@ def test_labels_are_softened_by_the_received_answers_at_whole_samples() -> None:
         answer = run.model(x[0]).double().log_softmax(1)
         wanted = (1 - soften) * -answer[torch.arange(20), x[1]].mean()
         wanted = wanted + soften * (target * (target.log() - answer)).sum(1).mean()
-        torch.testing.assert_close(method.loss(run, x).double(), wanted, rtol=1e-5, atol=1e-6)
+        found = method.loss(run, x)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        for p, q in zip(*(torch.autograd.grad(v, list(run.model.parameters())) for v in (found, wanted)), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    run.task = Task(loss_hook=lambda out, batch: 100 * nn.functional.cross_entropy(out, batch[1], reduction="none"))
+    torch.testing.assert_close(method.loss(run, x), run.losses(x).mean(), msg="the user's own loss is left as it is")
 
 
 def test_without_hold_the_received_answers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfip
+from fastfip.errors import ModelError
 from fastfip.methods._scout import Scout
 from fastfip.methods._suspects import Wordings
 from fastfip.methods.config import learning_rate
@@ -52,9 +53,11 @@ def test_weights_statistics_and_the_optimiser_go_back_and_what_is_frozen_is_left
     now = copy.deepcopy(run.model.state_dict())
     assert optimizer.state and not any(torch.equal(now[name], before[name]) for name in now)
     scout.begin_anew(run, optimizer)
-    assert not optimizer.state and scout.over and scout.weights == []
+    assert not optimizer.state
     for name, t in run.model.state_dict().items():
         assert torch.equal(t, now[name] if name == "2.bias" else before[name]), name
+    scout.end()
+    assert scout.over and scout.weights == [], "no memory is held"
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, list[int]]], list[Tensor]]:
@@ -117,3 +120,25 @@ def test_no_epoch_of_the_first_part_is_kept() -> None:
     )
     kept = [record["candidate"] for record in result.history]
     assert kept == [record["step"] > 6 for record in result.history] and not all(kept) and any(kept)
+
+
+def test_weights_that_nothing_has_tuned_since_it_began_anew_are_not_kept() -> None:
+    def not_finite(self: Any, run: Run, values: Any) -> None:
+        if run.step == 6:  # the next step is the first one after that
+            run.model.head.register_forward_hook(lambda *args: args[2] + torch.nan, always_call=True)
+
+    watch = type("Watch", (fastfip.Callback,), {"on_step": not_finite})()
+    with pytest.raises(ModelError, match="not finite in 10 steps"):
+        fastfip.purify(
+            Reader(True), texts(), "fine_mixing", pretrained=Reader(False), callbacks=[watch], select="best", **OPTIONS
+        )
+
+
+def test_a_run_that_ends_before_it_began_anew_says_so() -> None:
+    def stop(run: Run, record: Any) -> bool:
+        return True
+
+    result = fastfip.purify(Reader(True), texts(), "fine_mixing", pretrained=Reader(False), callbacks=[stop], **OPTIONS)
+    assert any("ended before tuning began anew" in note for note in result.notes)
+    whole = fastfip.purify(Reader(True), texts(), "fine_mixing", pretrained=Reader(False), **OPTIONS)
+    assert not any("began anew" in note for note in whole.notes)
