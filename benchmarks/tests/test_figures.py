@@ -353,14 +353,35 @@ def test_texts_with_a_thousand_clean_sentences():
         found = [match[1] for match in found if match]
         return f"{rounded(min(found, key=float))} to {rounded(max(found, key=float))}"
 
+    #: Attack success on the sentences that nothing was chosen by, and the loss of accuracy there.
+    reached = {"words": ("12.0", "0.3"), "sentence": ("12.2", "1.5"), "ending": ("13.3", "1.4"), "tea": ("11.0", "0.8")}
+
+    def on_others(row):
+        return re.search(r"test.tsv: accuracy (\S+) attack success (\S+) without the trigger (\S+)", row["details"])
+
+    def in_one(numbers):
+        return " / ".join("100" if float(n) == 100 else rounded(n) for n in numbers)
+
     development = [(attack, seed, " (development)") for attack, seed in
                    (("words", 1), ("sentence", 1), ("ending", 0), ("phrase", 0), ("date", 2))]  # fmt: skip
-    for attack, seed, said_so in [*development, ("tea", 3, " (validation, one look)")]:
+    for attack, seed, said_so in [*development, ("tea", 3, " (validation, two looks)")]:
+        found = [
+            next(r for r in every if (r["attack"], r["seed"], r["method"]) == (attack, str(seed), method))
+            for method in ("nothing", "fine_mixing")
+        ]
         cells = []
-        for method in ("nothing", "fine_mixing"):
-            row = next(r for r in every if (r["attack"], r["seed"], r["method"]) == (attack, str(seed), method))
+        for row in found:
             own = re.search(r"([\d.]+) % of the attacked sentences", row["details"])[1]
-            numbers = [row["score"], row["asr"], own]
-            cells.append(" / ".join("100" if float(n) == 100 else rounded(n) for n in numbers))
+            cells.append(in_one([row["score"], row["asr"], own]))
+        others = [on_others(row) for row in found]
+        cells += [in_one(other.groups()) if other else "-" for other in others]
         cells += [elsewhere(attack, method) for method in ("nothing", "fine_mixing")]
         said("docs/tasks.md", f"| {attack}, seed {seed}{said_so} | {' | '.join(cells)} |")
+        if attack in reached:
+            (before, _, _), (after, success, own) = (map(Decimal, other.groups()) for other in others)
+            assert rounded(success) == reached[attack][0] and rounded(before - after) == reached[attack][1]
+            assert success <= 15 and before - after <= 2 and success - own < Decimal("1.35")
+    listed = [f"{success} ({attack})" for attack, (success, _) in reached.items()]
+    losses = [loss for _, loss in reached.values()]
+    left = f"{', '.join(listed[:3])} and {reached['tea'][0]} % (tea)"
+    said("docs/tasks.md", f"{left}, at a loss of {', '.join(losses[:3])} and {losses[3]} points.")
