@@ -212,7 +212,7 @@ class Teacher:
             with self._watched(given) as old:
                 target = run.task.forward(given, part)
         n = run.task.size(part)
-        taken = torch.ones(n, device=target.device)
+        taken = torch.ones(n, dtype=torch.float32, device=target.device)
         if self.calibration is not None:
             target = self.calibration(target)
             taken = (target.argmax(1) == run.task.labels(part).to(target.device)).float()
@@ -308,7 +308,7 @@ class Teacher:
 
 def divergence(target: Tensor, answer: Tensor, taken: Tensor | None = None) -> Tensor:
     """Return KL(target || answer) of logits [N, C]: the sum over the samples that are `taken`, [N] or all, over N."""
-    taken = torch.ones(len(target), device=target.device) if taken is None else taken
+    taken = torch.ones(len(target), dtype=torch.float32, device=target.device) if taken is None else taken
     p, q = (x.float().log_softmax(1).clamp_min(-100) for x in (target, answer))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1) @ taken / len(taken)
 
