@@ -68,6 +68,8 @@ def test_factors_and_buffers_are_those_of_the_shapes():
     few = fixed_memory(model, get("fast_wfip"), rank=8)
     assert few.factors == 4 * (8 * 492 + 8 * 600 + 4 * 304)
     assert fixed_memory(model, get("fine_tune")).optimiser == 3 * 4 * numbers
+    anew = fixed_memory(model, get("fine_mixing")).optimiser
+    assert anew == 4 * 4 * numbers, "and the weights that tuning begins anew with"
     assert fixed_memory(model, get("fine_tune")).step == 4 * numbers
     best = fixed_memory(model, get("fine_tune"), best=True)
     assert (best.optimiser, best.step) == (4 * 4 * numbers, 0)
